@@ -1,0 +1,35 @@
+"""Fused kernels for generative segmentation by flow matching: see https://arxiv.org/abs/2603.19218 for the method."""
+
+from .codes import Codebook, grid_centroids, kronecker_centroids
+from .functional import (
+    decode_confusion,
+    distance_correction,
+    encode_labels,
+    flow_interpolate,
+    flow_loss,
+    nearest_centroid,
+    neural_field,
+)
+from .nn import CentroidDecoder, FlowLoss, NeuralFieldDecoder
+from .runtime.backend import BackendUnavailable, available_backends, use_backend
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "CentroidDecoder",
+    "Codebook",
+    "FlowLoss",
+    "NeuralFieldDecoder",
+    "available_backends",
+    "decode_confusion",
+    "distance_correction",
+    "encode_labels",
+    "flow_interpolate",
+    "flow_loss",
+    "grid_centroids",
+    "kronecker_centroids",
+    "nearest_centroid",
+    "neural_field",
+    "use_backend",
+]

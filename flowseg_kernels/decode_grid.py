@@ -1,0 +1,109 @@
+"""The decode grid: for each cell of a 3-D grid, the only centroids that can be nearest to a point of that cell.
+
+Exactness. For a point p, d_k(p) - d_j(p) is affine in p, so over a cell with centre c and half-width h its smallest value is
+d_k(c) - d_j(c) - 2 h |mu_k - mu_j|_1. When that is positive, k loses to j everywhere in the cell and need not be listed.
+j is taken to be the centroid nearest to the cell's centre. Cells are inflated a little, to cover the rounding of the cell
+index and of fp32 distances, so that the lists keep every centroid that fp32 arithmetic could find nearest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+__all__ = ["DecodeGrid", "build_decode_grid"]
+
+#: Centroids in one record: one AVX2 register of floats, and two cache lines a record.
+LANES = 8
+_LEVELS = 6  # 2**6 = 64 cells an axis
+_PAIRS_AT_ONCE = 1 << 21
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeGrid:
+    """The candidate lists of a codebook.
+
+    cells:   (G, G, G) int32 over (channel 2, channel 1, channel 0). A value v >= 0: class v is nearest in the whole cell.
+             v < 0: the candidates are in the records from -1 - v on.
+    records: (R, 4, 8) fp32: channel 0, 1, 2 of up to eight candidates, and their classes; padding is at +inf.
+    groups:  (R,) int32: the number of records left in the list that holds record r, r included.
+    low, scale: cell index along an axis = floor((x - low) * scale).
+    """
+
+    cells: Tensor
+    records: Tensor
+    groups: Tensor
+    low: float
+    scale: float
+
+
+def _nearest_and_rivals(cell: Tensor, candidate: Tensor, mu: Tensor, low: float, width: float, size: int, cells: int):
+    """Keep of the (cell, candidate) pairs those whose candidate can win; pairs are sorted by cell."""
+    index = torch.stack((cell % size, cell // size % size, cell // (size * size)), dim=1)
+    centre = low + (index.double() + 0.5) * width
+    d = (centre - mu[candidate]).square().sum(dim=1)
+    nearest = torch.full((cells,), float("inf"), dtype=torch.float64).scatter_reduce_(0, cell, d, "amin")
+    is_nearest = d == nearest[cell]
+    winner = torch.full((cells,), mu.shape[0], dtype=torch.int64)
+    winner.scatter_reduce_(0, cell[is_nearest], candidate[is_nearest], "amin")
+    rival = winner[cell]
+    # Inflation: an index error of a millionth of the box, and fp32 rounding of distances of this size.
+    half = 0.5 * width * (1 + 1e-3)
+    slack = 4e-6 * (d + nearest[cell])
+    reach = 2 * half * (mu[candidate] - mu[rival]).abs().sum(dim=1)
+    return d - nearest[cell] <= reach + slack
+
+
+def build_decode_grid(centroids: Tensor) -> DecodeGrid:
+    """Build the decode grid of (K, 3) centroids on the CPU, refining 1, 2, 4, ..., 64 cells an axis."""
+    mu = centroids.detach().to("cpu", torch.float64)
+    span = float((mu.max() - mu.min()).clamp_min(1e-3))
+    low, high = float(mu.min()) - 0.14 * span, float(mu.max()) + 0.14 * span
+    cell, candidate = torch.zeros(mu.shape[0], dtype=torch.int64), torch.arange(mu.shape[0])
+    offsets = torch.tensor([(i, j, k) for k in (0, 1) for j in (0, 1) for i in (0, 1)])
+    for level in range(1, _LEVELS + 1):
+        size = 2**level
+        half = size // 2
+        width = (high - low) / size
+        kept_cells, kept_candidates = [], []
+        for at in range(0, cell.shape[0], _PAIRS_AT_ONCE):
+            # A parent's pairs may be split between chunks: the test then uses the nearest of a part, which keeps more, not less.
+            parent, option = cell[at : at + _PAIRS_AT_ONCE], candidate[at : at + _PAIRS_AT_ONCE]
+            index = torch.stack((parent % half, parent // half % half, parent // (half * half)), dim=1)
+            child = index[:, None] * 2 + offsets  # (pairs, 8, 3)
+            child = (child[..., 0] + size * (child[..., 1] + size * child[..., 2])).flatten()
+            option = option[:, None].expand(-1, 8).flatten()
+            keep = _nearest_and_rivals(child, option, mu, low, width, size, size**3)
+            kept_cells.append(child[keep])
+            kept_candidates.append(option[keep])
+        cell, candidate = torch.cat(kept_cells), torch.cat(kept_candidates)
+    order = torch.argsort(cell * mu.shape[0] + candidate)
+    return _pack(cell[order], candidate[order], mu.float(), 2**_LEVELS, low, high)
+
+
+def _pack(cell: Tensor, candidate: Tensor, mu: Tensor, size: int, low: float, high: float) -> DecodeGrid:
+    """Candidate lists, sorted by cell and class, to cells and records; equal lists are stored once."""
+    count = torch.bincount(cell, minlength=size**3)
+    start = count.cumsum(0) - count
+    cells = candidate[start].to(torch.int32)  # right for single candidates; the others are set below
+    all_records, all_groups, base = [], [], 0
+    for n in count.unique().tolist():
+        if n == 1:
+            continue
+        where = (count == n).nonzero()[:, 0]
+        lists, which = candidate[start[where][:, None] + torch.arange(n)].unique(dim=0, return_inverse=True)
+        groups = -(-n // LANES)
+        padded = torch.full((lists.shape[0], groups * LANES), -1)
+        padded[:, :n] = lists
+        padded = padded.view(-1, groups, LANES)
+        point = torch.where(padded[..., None] >= 0, mu[padded.clamp_min(0)], float("inf"))
+        record = torch.cat((point, padded[..., None].float()), dim=3).transpose(2, 3)  # (lists, groups, 4, LANES)
+        all_records.append(record.reshape(-1, 4, LANES))
+        all_groups.append(torch.arange(groups, 0, -1).repeat(lists.shape[0]))
+        cells[where] = (-1 - base - which * groups).to(torch.int32)
+        base += lists.shape[0] * groups
+    records = torch.cat(all_records) if all_records else torch.empty(0, 4, LANES)
+    groups = torch.cat(all_groups).to(torch.int32) if all_groups else torch.empty(0, dtype=torch.int32)
+    return DecodeGrid(cells.view(size, size, size), records.contiguous(), groups, low, size / (high - low))

@@ -1,0 +1,425 @@
+"""The public functions: they check arguments, fill in defaults, and each calls one registered op.
+
+Shapes: B images, C code channels, H x W pixels, K classes. Images are (B, C, H, W) in fp32, bf16, fp16 or fp64 with any
+strides; labels are (B, H, W) of uint8, int16, int32 or int64. Distances, sums and losses are computed in fp32 (fp64 for fp64
+inputs) whatever the dtype of the images. Formulas: arXiv 2603.19218; the derivations are in docs/ops.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops  # noqa: F401  registers torch.ops.flowseg
+from .codes import Codebook
+from .ops.common import compute_dtype, valid_mask
+from .ops.common import encode_labels as _encode_valid
+from .ops.distance_correction.reference import TRANSFORMS
+from .ops.flow_loss.reference import KINDS, REDUCTIONS, SCHEDULES
+from .runtime.checks import (
+    FLOAT_DTYPES,
+    LABEL_DTYPES,
+    check_choice,
+    check_device,
+    check_image,
+    check_labels,
+    check_positive,
+    check_tensor,
+    check_time,
+)
+
+__all__ = [
+    "decode_confusion",
+    "distance_correction",
+    "encode_labels",
+    "flow_interpolate",
+    "flow_loss",
+    "nearest_centroid",
+    "neural_field",
+]
+
+_IGNORE_INDEX = 255
+_NO_GRID = (None, None, None, 0.0, 0.0)
+
+
+def _codes(centroids: Tensor | Codebook, like: tuple[str, Tensor], name: str = "centroids") -> Tensor:
+    """(K, C) centroids in the compute dtype of the image `like`."""
+    mu = centroids.centroids if isinstance(centroids, Codebook) else centroids
+    check_tensor(name, mu, FLOAT_DTYPES, "(K, C), or a Codebook", 2)
+    if mu.shape[0] < 1:
+        raise ValueError(f"{name}: wanted at least one centroid; got shape {tuple(mu.shape)}")
+    if mu.requires_grad:
+        raise ValueError(f"{name}: wanted fixed codes, no op is differentiable in them; got a tensor that requires grad")
+    check_device(name, mu, like)
+    return mu.to(compute_dtype(like[1].dtype)).contiguous()
+
+
+def _ignored(ignore_index: int | None, centroids: Tensor | Codebook) -> int:
+    if ignore_index is not None:
+        return ignore_index
+    return centroids.ignore_index if isinstance(centroids, Codebook) else _IGNORE_INDEX
+
+
+def _eps(eps: float | None, centroids: Tensor | Codebook) -> float:
+    if eps is None:
+        if isinstance(centroids, Codebook):
+            return centroids.default_eps
+        raise ValueError(
+            "eps: wanted a number above 0 for bare centroids, about 0.2 * (smallest code distance)**2; got None. "
+            "A Codebook in place of the centroids sets it by itself"
+        )
+    check_positive("eps", eps)
+    return float(eps)
+
+
+def _check_correction(temperature: float, transform: str, max_norm: float | None) -> None:
+    check_positive("temperature", temperature)
+    check_choice("transform", transform, TRANSFORMS)
+    if max_norm is not None:
+        check_positive("max_norm", max_norm)
+
+
+def encode_labels(labels: Tensor, codebook: Tensor | Codebook, *, ignore_index: int | None = None) -> Tensor:
+    """The code of each label: mu[labels], 0 where ignored.
+
+    Args:
+        labels: (B, H, W), uint8, int16, int32 or int64.
+        codebook: a Codebook, or (K, C) centroids.
+        ignore_index: default the codebook's, 255 for bare centroids.
+
+    Returns:
+        (B, C, H, W), fp32 or fp64 as the centroids are.
+
+    Raises:
+        ValueError: for a CPU label outside [0, K) that is not ignore_index.
+    """
+    check_tensor("labels", labels, LABEL_DTYPES, "(B, H, W)", 3)
+    mu = _codes(codebook, ("labels", labels))
+    if isinstance(codebook, Codebook):
+        mu = codebook.centroids
+    valid, classes = valid_mask(labels, mu.shape[0], _ignored(ignore_index, codebook))
+    return torch.where(valid[:, None], _encode_valid(classes, mu), 0).contiguous()
+
+
+def flow_interpolate(
+    source: Tensor, labels: Tensor, t: Tensor, centroids: Tensor | Codebook, *, ignore_index: int | None = None
+) -> Tensor:
+    """The point of the straight path at time t: x_t = (1 - t) x0 + t mu_y.
+
+    Args:
+        source: x0, (B, C, H, W).
+        labels: y, (B, H, W).
+        t: (B,), times in [0, 1].
+        centroids: (K, C), or a Codebook.
+        ignore_index: label of pixels without a class; default the codebook's, 255 for bare centroids. They stay at x0.
+
+    Returns:
+        x_t, (B, C, H, W) in the dtype of source, contiguous.
+
+    Differentiable in source and t, once; a second derivative raises NotImplementedError.
+    Cost: reads source and labels once, writes x_t once.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was wanted and what came; on the CPU also for a label outside
+            [0, K) that is not ignore_index (on other devices such a pixel counts as ignored).
+    """
+    check_image("source", source)
+    check_labels("labels", labels, ("source", source))
+    check_time("t", t, ("source", source))
+    mu = _codes(centroids, ("source", source))
+    check_image("source", source, channels=mu.shape[1])
+    return torch.ops.flowseg.flow_interpolate(source, labels, t, mu, _ignored(ignore_index, centroids))
+
+
+def distance_correction(
+    xhat: Tensor,
+    labels: Tensor,
+    centroids: Tensor | Codebook,
+    *,
+    temperature: float = 1.0,
+    eps: float | None = None,
+    transform: str = "neg_log",
+    max_norm: float | None = None,
+    ignore_index: int | None = None,
+) -> Tensor:
+    """The gradient of Phi = -log softmax(T(d) / tau)[y], d_k = |xhat - mu_k|^2, with respect to xhat.
+
+    grad Phi = (2 / tau) sum_k (p_k - 1[k = y]) T'(d_k) (xhat - mu_k), in closed form and without a (B, K, H, W) array.
+
+    Args:
+        xhat: estimate of the end point, (B, C, H, W).
+        labels: y, (B, H, W).
+        centroids: (K, C), or a Codebook.
+        temperature: tau, above 0. Default 1.
+        eps: added to squared distances; caps the correction near 1 / (tau sqrt(eps)). None: 0.2 * min_distance**2 of the
+            Codebook; bare centroids need a number.
+        transform: "neg_log" -log(d + eps) (default), "neg_sq" -d, "neg_dist" -sqrt(d + eps), "inverse" 1 / (d + eps).
+        max_norm: cap on the norm of the correction of a pixel; None for no cap.
+        ignore_index: as in flow_interpolate; such pixels get 0.
+
+    Returns:
+        (B, C, H, W) in the dtype of xhat, contiguous, detached: it is a target. A pixel with NaN gets NaN.
+
+    Cost: K steps of about 14 instructions a pixel for the default; reads xhat and labels once, writes once.
+
+    Raises:
+        TypeError, ValueError: as flow_interpolate.
+    """
+    check_image("xhat", xhat)
+    check_labels("labels", labels, ("xhat", xhat))
+    mu = _codes(centroids, ("xhat", xhat))
+    check_image("xhat", xhat, channels=mu.shape[1])
+    _check_correction(temperature, transform, max_norm)
+    return torch.ops.flowseg.distance_correction(
+        xhat.detach(),
+        labels,
+        mu,
+        float(temperature),
+        _eps(eps, centroids),
+        transform,
+        max_norm,
+        _ignored(ignore_index, centroids),
+    )
+
+
+def flow_loss(
+    prediction: Tensor,
+    source: Tensor,
+    labels: Tensor,
+    t: Tensor,
+    centroids: Tensor | Codebook,
+    *,
+    predicts: str = "velocity",
+    loss_space: str | None = None,
+    correction_weight: float = 1.0,
+    schedule: str = "static",
+    temperature: float = 1.0,
+    eps: float | None = None,
+    transform: str = "neg_log",
+    max_norm: float | None = None,
+    ignore_index: int | None = None,
+    reduction: str = "mean",
+    t_min: float = 0.05,
+) -> Tensor:
+    """Squared error of a flow network against the reshaped target; loss and gradient come from one pass.
+
+    With x_t = (1-t) x0 + t x1, x1 = mu_y, g = grad Phi at the estimated end point (distance_correction, detached) and
+    w = 1 ("static") or 1 - t ("annealed"):
+
+    - velocity space: |v - (x1 - x0 - lambda w g)|^2. For an endpoint prediction v = (xhat - x_t) / m and the true velocity is
+      (x1 - x_t) / m, with m = max(1 - t, t_min).
+    - endpoint space: |xhat - (x1 - lambda w g)|^2. For a velocity prediction xhat = x_t + (1 - t) v.
+
+    Args:
+        prediction: velocity or end point, as `predicts` says, (B, C, H, W).
+        source: x0, (B, C, H, W), of any floating dtype.
+        labels: y, (B, H, W).
+        t: (B,), times in [0, 1].
+        centroids: (K, C), or a Codebook.
+        predicts: "velocity" (default) or "endpoint".
+        loss_space: "velocity", "endpoint" or None for the space of the prediction.
+        correction_weight: lambda, at least 0; 0 is vanilla flow matching.
+        schedule, temperature, eps, transform, max_norm: of the correction, as in distance_correction.
+        ignore_index: label of pixels that carry no loss and no gradient.
+        reduction: "none": (B, H, W), the mean over channels of the squared error, 0 where ignored. "sum": its sum.
+            "mean" (default): its sum over the number of valid pixels; 0 if there is none.
+        t_min: smallest divisor in velocity space for an endpoint prediction.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64 predictions): a scalar, or (B, H, W). NaN in a valid pixel makes it NaN.
+
+    Differentiable in prediction, once; a second derivative raises NotImplementedError. Bitwise repeatable.
+    Cost: reads prediction, source and labels once and writes the gradient once; beyond it only O(1) is kept for backward.
+
+    Raises:
+        TypeError, ValueError: as flow_interpolate.
+    """
+    check_image("prediction", prediction)
+    like = ("prediction", prediction)
+    check_image("source", source, like=like)
+    check_labels("labels", labels, like)
+    check_time("t", t, like)
+    mu = _codes(centroids, like)
+    check_image("prediction", prediction, channels=mu.shape[1])
+    check_choice("predicts", predicts, KINDS)
+    space = predicts if loss_space is None else loss_space
+    check_choice("loss_space", space, KINDS)
+    check_choice("schedule", schedule, SCHEDULES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_positive("correction_weight", correction_weight, zero=True)
+    check_positive("t_min", t_min)
+    _check_correction(temperature, transform, max_norm)
+    loss, _, _ = torch.ops.flowseg.flow_loss(
+        prediction,
+        source.detach(),
+        labels,
+        t.detach(),
+        mu,
+        predicts,
+        space,
+        float(correction_weight),
+        schedule,
+        float(temperature),
+        # Vanilla flow matching has no use for eps, so bare centroids need not give one.
+        _eps(eps, centroids) if correction_weight else 1.0,
+        transform,
+        max_norm,
+        _ignored(ignore_index, centroids),
+        reduction,
+        float(t_min),
+        torch.is_grad_enabled() and prediction.requires_grad,
+    )
+    return loss
+
+
+def _check_output_dtype(out_dtype: torch.dtype, num_classes: int, ignore_index: int) -> None:
+    if out_dtype not in LABEL_DTYPES:
+        raise TypeError(f"out_dtype: wanted uint8, int16, int32 or int64; got {out_dtype}")
+    limits = torch.iinfo(out_dtype)
+    if num_classes - 1 > limits.max or not limits.min <= ignore_index <= limits.max:
+        raise ValueError(
+            f"out_dtype: wanted one that holds classes up to {num_classes - 1} and ignore_index {ignore_index}; got {out_dtype}"
+        )
+
+
+def nearest_centroid(
+    x: Tensor,
+    codebook: Tensor | Codebook,
+    *,
+    out_dtype: torch.dtype = torch.int64,
+    return_distance: bool = False,
+    return_margin: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Decode: argmin_k |x - mu_k|, ties to the lowest index, exactly as a search through every centroid.
+
+    Args:
+        x: (B, C, H, W).
+        codebook: a Codebook (for C = 3 its decode grid makes the cost nearly independent of K), or (K, C) centroids.
+        out_dtype: uint8, int16, int32 or int64 (default).
+        return_distance: also the Euclidean distance to the nearest centroid.
+        return_margin: also the margin, second smallest minus smallest distance (inf for K = 1): a confidence.
+
+    Returns:
+        labels (B, H, W), or a tuple (labels, distance, margin) of those asked for; distance and margin in fp32 (fp64 for
+        fp64 inputs). A pixel with NaN gets the codebook's ignore_index (255 for bare centroids) and NaN.
+
+    Not differentiable. Cost: reads x once, writes the labels once.
+
+    Raises:
+        TypeError, ValueError: as flow_interpolate; ValueError when out_dtype cannot hold the labels.
+    """
+    check_image("x", x)
+    mu = _codes(codebook, ("x", x), "codebook")
+    check_image("x", x, channels=mu.shape[1])
+    ignored = _ignored(None, codebook)
+    _check_output_dtype(out_dtype, mu.shape[0], ignored)
+    found = torch.ops.flowseg.nearest_centroid(
+        x.detach(),
+        mu,
+        *(codebook.grid if isinstance(codebook, Codebook) else _NO_GRID),
+        out_dtype,
+        return_distance,
+        return_margin,
+        ignored,
+    )
+    if not (return_distance or return_margin):
+        return found[0]
+    return (found[0], *((found[1],) if return_distance else ()), *((found[2],) if return_margin else ()))
+
+
+def decode_confusion(
+    x: Tensor, target: Tensor, codebook: Tensor | Codebook, *, ignore_index: int | None = None
+) -> Tensor:
+    """Decode and count in one pass: counts[truth, prediction]; no label map is stored.
+
+    Args:
+        x: (B, C, H, W).
+        target: true labels, (B, H, W).
+        codebook: a Codebook, or (K, C) centroids.
+        ignore_index: target label of pixels that do not count; default the codebook's, 255 for bare centroids.
+
+    Returns:
+        (K, K) int64. Add those of several batches; the sum over all entries is the number of valid pixels, less pixels
+        with NaN, which decode to no class.
+
+    Raises:
+        TypeError, ValueError: as flow_interpolate.
+    """
+    check_image("x", x)
+    check_labels("target", target, ("x", x))
+    mu = _codes(codebook, ("x", x), "codebook")
+    check_image("x", x, channels=mu.shape[1])
+    grid = codebook.grid if isinstance(codebook, Codebook) else _NO_GRID
+    return torch.ops.flowseg.decode_confusion(x.detach(), target, mu, *grid, _ignored(ignore_index, codebook))
+
+
+def neural_field(
+    x: Tensor,
+    weights: Tensor,
+    embed_weight: Tensor,
+    embed_bias: Tensor,
+    norm_weight: Tensor,
+    out_norm_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    *,
+    patch_size: int = 16,
+    mlp_ratio: int = 2,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The pixel neural field of PixNerd (arXiv 2507.23268): a small MLP a patch, with generated weights, at its pixels.
+
+    h = embed_weight [x, DCT] + embed_bias; for each of L blocks h += silu(RMSNorm(h) W1n) W2n, where W1n and W2n are the
+    generated weights with columns of unit length; out = out_weight RMSNorm(h) + out_bias.
+
+    Args:
+        x: (B, C, H, W), H and W divisible by patch_size.
+        weights: (B, N, L, 2 r Hx^2) = [W1 (Hx, r Hx) | W2 (r Hx, Hx)] of each block; N = H W / patch_size^2 patches in
+            row-major order.
+        embed_weight, embed_bias: (Hx, C + F^2), (Hx,): acting on the C channels, then the F^2 cosine features.
+        norm_weight: (L, Hx), gains of the RMSNorm of each block.
+        out_norm_weight, out_weight, out_bias: (Hx,), (C, Hx), (C,).
+        patch_size: p. Default 16.
+        mlp_ratio: r. Default 2.
+        eps: of the RMSNorms. Default 1e-6.
+
+    Returns:
+        (B, C, H, W) in the dtype of x, contiguous.
+
+    Differentiable in all eight tensors, once; backward recomputes the forward and keeps nothing but the inputs.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    check_image("x", x)
+    batch, channels, height, width = x.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"x: wanted height and width divisible by patch_size {patch_size}; got {tuple(x.shape)}")
+    hidden = embed_bias.shape[-1]
+    patches = (height // patch_size) * (width // patch_size)
+    size = 2 * mlp_ratio * hidden * hidden
+    check_tensor("weights", weights, FLOAT_DTYPES, "(B, N, L, 2 r Hx^2)", 4)
+    if weights.shape[:2] != (batch, patches) or weights.shape[3] != size:
+        raise ValueError(
+            f"weights: wanted shape ({batch}, {patches}, L, {size}) for {patches} patches of {patch_size} x {patch_size} and "
+            f"Hx {hidden}; got {tuple(weights.shape)}"
+        )
+    features = embed_weight.shape[-1] - channels
+    if features < 1 or int(features**0.5 + 0.5) ** 2 != features:
+        raise ValueError(f"embed_weight: wanted shape (Hx, C + F^2) with C = {channels}; got {tuple(embed_weight.shape)}")
+    wanted = {
+        "embed_weight": (embed_weight, (hidden, channels + features)),
+        "embed_bias": (embed_bias, (hidden,)),
+        "norm_weight": (norm_weight, (weights.shape[2], hidden)),
+        "out_norm_weight": (out_norm_weight, (hidden,)),
+        "out_weight": (out_weight, (channels, hidden)),
+        "out_bias": (out_bias, (channels,)),
+    }
+    for name, (value, shape) in wanted.items():
+        check_tensor(name, value, FLOAT_DTYPES, str(shape), len(shape))
+        if value.shape != shape:
+            raise ValueError(f"{name}: wanted shape {shape}; got {tuple(value.shape)}")
+        check_device(name, value, ("x", x))
+    return torch.ops.flowseg.neural_field(
+        x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, patch_size, mlp_ratio, eps
+    )

@@ -1,0 +1,50 @@
+"""`python -m flowseg_kernels.info`: versions, what was built, and the backend each op will use here and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+
+import torch
+
+from . import __version__
+from .runtime import backend
+from .runtime.extension import build_facts, why_no_cpu_kernels
+
+__all__ = ["report"]
+
+
+def report() -> str:
+    """The text that the command prints."""
+    lines = [
+        f"flowseg-kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"CPU threads: {torch.get_num_threads()}; CUDA: {torch.version.cuda or 'not in this torch'}",
+    ]
+    reason = why_no_cpu_kernels()
+    if reason:
+        lines.append(f"C++ kernels: not loaded: {reason}")
+    else:
+        facts = build_facts()
+        level = torch.ops.flowseg_cpu.instruction_set()
+        lines.append(
+            f"C++ kernels: loaded; running {('baseline', 'AVX2', 'AVX-512')[level]} code; built with "
+            f"{facts.get('compiler', '?')} against torch {facts.get('torch', '?')}, stable ABI {facts.get('torch_target', '?')}"
+        )
+    variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith("FLOWSEG_")}
+    lines.append("Settings: " + (", ".join(f"{k}={v}" for k, v in variables.items()) or "none (FLOWSEG_* in the environment)"))
+    devices = ["cpu"] + (["cuda"] if torch.version.cuda else [])
+    for device in devices:
+        lines.append(f"\nOn {device} tensors:")
+        for op in sorted(backend.OPS):
+            if op.endswith("_bwd"):
+                continue
+            reasons = backend.backend_reasons(op, device)
+            chosen = next(name for name, why in reasons.items() if why is None)
+            others = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if why)
+            lines.append(f"  {op:20} {chosen:10} {others}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(report() + "\n")

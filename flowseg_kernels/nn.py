@@ -1,0 +1,148 @@
+"""Modules over the functions: FlowLoss, CentroidDecoder, NeuralFieldDecoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .codes import Codebook
+
+__all__ = ["CentroidDecoder", "FlowLoss", "NeuralFieldDecoder"]
+
+
+class FlowLoss(nn.Module):
+    """flow_loss with its settings held: FlowLoss(codebook, correction_weight=1.0)(prediction, source, labels, t).
+
+    Args:
+        codebook: a Codebook; it is part of the module, so it moves and is saved with it.
+        options: keyword arguments of functional.flow_loss, checked at the first call.
+    """
+
+    def __init__(self, codebook: Codebook, **options):
+        super().__init__()
+        self.codebook = codebook
+        self.options = options
+
+    def forward(self, prediction: Tensor, source: Tensor, labels: Tensor, t: Tensor) -> Tensor:
+        """The loss; shapes as in functional.flow_loss."""
+        return functional.flow_loss(prediction, source, labels, t, self.codebook, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+class CentroidDecoder(nn.Module):
+    """nearest_centroid with its codebook held: CentroidDecoder(codebook)(x) -> labels."""
+
+    def __init__(self, codebook: Codebook, **options):
+        super().__init__()
+        self.codebook = codebook
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Labels (B, H, W), and what the options ask for; as in functional.nearest_centroid."""
+        return functional.nearest_centroid(x, self.codebook, **self.options)
+
+
+class _FieldBlock(nn.Module):
+    """One block's parameters under PixNerd's names: the generator of its weights and the gain of its norm."""
+
+    def __init__(self, dim: int, hidden: int, mlp_ratio: int):
+        super().__init__()
+        self.param_generator1 = nn.Linear(dim, 2 * mlp_ratio * hidden * hidden)
+        self.norm = nn.RMSNorm(hidden, eps=1e-6)
+
+
+class _FieldEmbedder(nn.Module):
+    def __init__(self, in_features: int, hidden: int):
+        super().__init__()
+        self.embedder = nn.Sequential(nn.Linear(in_features, hidden))
+
+
+class _FieldOutput(nn.Module):
+    def __init__(self, hidden: int, channels: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden, eps=1e-6)
+        self.linear = nn.Linear(hidden, channels)
+
+
+class NeuralFieldDecoder(nn.Module):
+    """From patch features to pixels: generates the weights of the neural field and applies it (PixNerd, arXiv 2507.23268).
+
+    Args:
+        dim: D, width of the patch features.
+        channels: C of the image.
+        hidden: Hx, width of the field.
+        depth: L, number of blocks.
+        mlp_ratio: r.
+        patch_size: p.
+        max_freqs: F; the cosine features are F^2.
+
+    Parameter names are PixNerd's (x_embedder.embedder.0, blocks.I.param_generator1, blocks.I.norm, final_layer.norm,
+    final_layer.linear), so `load_pixnerd` takes its state dict. The last layer starts at zero: so does the output.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        channels: int = 3,
+        hidden: int = 64,
+        depth: int = 2,
+        mlp_ratio: int = 2,
+        patch_size: int = 16,
+        max_freqs: int = 8,
+    ):
+        super().__init__()
+        self.patch_size, self.mlp_ratio = patch_size, mlp_ratio
+        self.x_embedder = _FieldEmbedder(channels + max_freqs**2, hidden)
+        self.blocks = nn.ModuleList(_FieldBlock(dim, hidden, mlp_ratio) for _ in range(depth))
+        self.final_layer = _FieldOutput(hidden, channels)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        nn.init.zeros_(self.final_layer.linear.bias)
+
+    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) from x (B, C, H, W) and patch features s (B, N, D), patches in row-major order.
+
+        Differentiable in x, s and the parameters, once.
+        """
+        weights = torch.stack([block.param_generator1(s) for block in self.blocks], dim=2)
+        embed = self.x_embedder.embedder[0]
+        return functional.neural_field(
+            x,
+            weights,
+            embed.weight,
+            embed.bias,
+            torch.stack([block.norm.weight for block in self.blocks]),
+            self.final_layer.norm.weight,
+            self.final_layer.linear.weight,
+            self.final_layer.linear.bias,
+            patch_size=self.patch_size,
+            mlp_ratio=self.mlp_ratio,
+        )
+
+    def load_pixnerd(self, state_dict: dict[str, Tensor], *, first_block: int) -> None:
+        """Load x_embedder, the field blocks and final_layer from a PixNerd state dict, in which every block is `blocks.I`.
+
+        Args:
+            state_dict: of the whole PixNerd model, or of these layers.
+            first_block: index in it of the first field block (22 for L/16, 26 for XL/16).
+
+        Raises:
+            KeyError: naming the missing keys.
+            RuntimeError: naming the keys whose shape differs.
+        """
+        own = {}
+        missing = []
+        for name in self.state_dict():
+            theirs = name
+            if name.startswith("blocks."):
+                _, index, rest = name.split(".", 2)
+                theirs = f"blocks.{first_block + int(index)}.{rest}"
+            if theirs in state_dict:
+                own[name] = state_dict[theirs]
+            else:
+                missing.append(theirs)
+        if missing:
+            raise KeyError(f"state_dict: wanted the keys {', '.join(missing)}; they are not in it")
+        self.load_state_dict(own)

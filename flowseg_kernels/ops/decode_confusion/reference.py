@@ -1,0 +1,36 @@
+"""Plain PyTorch for decode_confusion: decode, then count pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common import valid_mask
+from ..nearest_centroid.reference import nearest_centroid
+
+__all__ = ["decode_confusion"]
+
+
+def decode_confusion(
+    x: Tensor,
+    target: Tensor,
+    centroids: Tensor,
+    cells: Tensor | None,
+    records: Tensor | None,
+    groups: Tensor | None,
+    grid_low: float,
+    grid_scale: float,
+    ignore_index: int,
+) -> Tensor:
+    """counts[truth, prediction] (K, K) int64 over pixels whose target is valid and whose x is not NaN."""
+    k = centroids.shape[0]
+    # -1 can stand for an undecodable pixel here: the label map is int64 and never leaves this function.
+    labels, _, _ = nearest_centroid(
+        x, centroids, cells, records, groups, grid_low, grid_scale, torch.int64, False, False, -1
+    )
+    valid, classes = valid_mask(target, k, ignore_index)
+    # Pixels that do not count go to a last bin that is cut off: no data-dependent shape, no wait for a device.
+    pairs = torch.where(valid & (labels >= 0), classes * k + labels, k * k)
+    return torch.zeros(k * k + 1, dtype=torch.int64, device=x.device).scatter_add_(
+        0, pairs.flatten(), torch.ones_like(pairs.flatten())
+    )[:-1].view(k, k)  # fmt: skip

@@ -1,0 +1,58 @@
+"""Registration of flow_interpolate and its backward."""
+
+from __future__ import annotations
+
+import torch
+
+from ...runtime.backend import requested_backend
+from ...runtime.registry import cpu_kernel, define_op, no_second_derivative
+from . import reference
+
+_forward_cpu = cpu_kernel(
+    "flow_interpolate(Tensor source, Tensor labels, Tensor t, Tensor centroids, int ignore_index) -> Tensor"
+)
+_backward_cpu = cpu_kernel(
+    "flow_interpolate_bwd(Tensor grad, Tensor source, Tensor labels, Tensor t, Tensor centroids, int ignore_index, "
+    "bool need_t) -> (Tensor, Tensor)"
+)
+
+
+def _setup_context(ctx, inputs, output):
+    source, labels, t, centroids, ignore_index = inputs
+    ctx.save_for_backward(source, labels, t, centroids)
+    ctx.ignore_index = ignore_index
+    ctx.backend = requested_backend()
+
+
+def _backward(ctx, grad):
+    source, labels, t, centroids = ctx.saved_tensors
+    need_t = ctx.needs_input_grad[2]
+    grad_source, grad_t = torch.ops.flowseg.flow_interpolate_bwd(
+        grad, source, labels, t, centroids, ctx.ignore_index, need_t, ctx.backend
+    )
+    return grad_source if ctx.needs_input_grad[0] else None, None, grad_t if need_t else None, None, None
+
+
+define_op(
+    "flow_interpolate(Tensor source, Tensor labels, Tensor t, Tensor centroids, int ignore_index) -> Tensor",
+    fake=lambda source, *args: torch.empty(source.shape, dtype=source.dtype, device=source.device),
+    backends={"cpu": _forward_cpu, "reference": reference.flow_interpolate},
+    channels=lambda source, *args: source.shape[1],
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+
+def _fake_backward(grad, source, labels, t, centroids, ignore_index, need_t, backend):
+    grad_source = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    return grad_source, t.new_empty(t.shape if need_t else (0,))
+
+
+define_op(
+    "flow_interpolate_bwd(Tensor grad, Tensor source, Tensor labels, Tensor t, Tensor centroids, int ignore_index, "
+    "bool need_t, str backend) -> (Tensor, Tensor)",
+    fake=_fake_backward,
+    backends={"cpu": _backward_cpu, "reference": reference.flow_interpolate_bwd},
+    channels=lambda grad, source, *args: source.shape[1],
+    **no_second_derivative("flow_interpolate_bwd"),
+)

@@ -1,0 +1,38 @@
+"""Plain PyTorch for flow_interpolate: the specification, and the last fallback."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common import compute_dtype, encode_labels, valid_mask
+
+__all__ = ["flow_interpolate", "flow_interpolate_bwd"]
+
+
+def flow_interpolate(source: Tensor, labels: Tensor, t: Tensor, centroids: Tensor, ignore_index: int) -> Tensor:
+    """x_t = (1 - t) x0 + t mu_y; an ignored pixel has no end point and stays at x0. Same dtype as source."""
+    dtype = compute_dtype(source.dtype)
+    valid, classes = valid_mask(labels, centroids.shape[0], ignore_index)
+    time = t.to(dtype)[:, None, None, None]
+    x0 = source.to(dtype)
+    moved = (1 - time) * x0 + time * encode_labels(classes, centroids.to(dtype))
+    return torch.where(valid[:, None], moved, x0).to(source.dtype).contiguous()
+
+
+def flow_interpolate_bwd(
+    grad: Tensor, source: Tensor, labels: Tensor, t: Tensor, centroids: Tensor, ignore_index: int, need_t: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of source (dtype of source) and of t (dtype of t, (B,); empty when not needed).
+
+    d x_t / d x0 = 1 - t (1 where ignored); d x_t / d t = mu_y - x0 (0 where ignored).
+    """
+    dtype = compute_dtype(source.dtype)
+    valid, classes = valid_mask(labels, centroids.shape[0], ignore_index)
+    g = grad.to(dtype)
+    time = t.to(dtype)[:, None, None, None]
+    grad_source = torch.where(valid[:, None], (1 - time) * g, g).to(source.dtype).contiguous()
+    if not need_t:
+        return grad_source, t.new_empty(0)
+    slope = torch.where(valid[:, None], encode_labels(classes, centroids.to(dtype)) - source.to(dtype), 0)
+    return grad_source, (g * slope).sum(dim=(1, 2, 3)).to(t.dtype)

@@ -1,0 +1,1 @@
+"""Squared error against the reshaped flow-matching target, with its gradient from the same pass."""

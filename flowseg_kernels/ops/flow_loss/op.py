@@ -1,0 +1,88 @@
+"""Registration of flow_loss and its backward."""
+
+from __future__ import annotations
+
+import torch
+
+from ...runtime.backend import requested_backend
+from ...runtime.registry import cpu_kernel, define_op, no_second_derivative
+from ..common import compute_dtype
+from ..distance_correction.reference import TRANSFORMS
+from . import reference
+
+_forward_cpu = cpu_kernel(
+    "flow_loss(Tensor prediction, Tensor source, Tensor labels, Tensor t, Tensor centroids, int predicts, int loss_space, "
+    "float correction_weight, int schedule, float temperature, float eps, int transform, float max_norm, "
+    "int ignore_index, int reduction, float t_min, bool need_grad) -> (Tensor, Tensor, Tensor)"
+)
+_backward_cpu = cpu_kernel("flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, int reduction) -> Tensor")
+
+
+def _run_cpu(
+    prediction, source, labels, t, centroids, predicts, loss_space, correction_weight, schedule, temperature, eps,
+    transform, max_norm, ignore_index, reduction, t_min, need_grad,
+):  # fmt: skip
+    return _forward_cpu(
+        prediction, source, labels, t, centroids,
+        reference.KINDS.index(predicts), reference.KINDS.index(loss_space),
+        correction_weight, reference.SCHEDULES.index(schedule), temperature, eps, TRANSFORMS.index(transform),
+        float("inf") if max_norm is None else max_norm, ignore_index, reference.REDUCTIONS.index(reduction),
+        t_min, need_grad,
+    )  # fmt: skip
+
+
+def _fake(prediction, source, labels, t, centroids, *options):
+    reduction, _, need_grad = options[-3:]
+    dtype = compute_dtype(prediction.dtype)
+    shape = labels.shape if reduction == "none" else ()
+    return (
+        torch.empty(shape, dtype=dtype, device=prediction.device),
+        torch.empty(prediction.shape if need_grad else (0,), dtype=prediction.dtype, device=prediction.device),
+        torch.empty((), dtype=torch.int64, device=prediction.device),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    _, residual, count = output
+    ctx.mark_non_differentiable(residual, count)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(residual, count)
+    ctx.reduction, _, ctx.need_grad = inputs[-3:]
+    ctx.backend = requested_backend()
+
+
+def _backward(ctx, grad_loss, grad_residual, grad_count):
+    if grad_loss is None or not ctx.needs_input_grad[0]:
+        return (None,) * 17
+    if not ctx.need_grad:
+        raise RuntimeError("flowseg::flow_loss: backward needs the op to have been called with need_grad=True")
+    residual, count = ctx.saved_tensors
+    return (
+        torch.ops.flowseg.flow_loss_bwd(grad_loss, residual, count, ctx.reduction, ctx.backend),
+        *(None,) * 16,
+    )
+
+
+define_op(
+    "flow_loss(Tensor prediction, Tensor source, Tensor labels, Tensor t, Tensor centroids, str predicts, str loss_space, "
+    "float correction_weight, str schedule, float temperature, float eps, str transform, float? max_norm, "
+    "int ignore_index, str reduction, float t_min, bool need_grad) -> (Tensor, Tensor, Tensor)",
+    fake=_fake,
+    backends={"cpu": _run_cpu, "reference": reference.flow_loss},
+    channels=lambda prediction, *args: prediction.shape[1],
+    backward=_backward,
+    setup_context=_setup_context,
+)
+
+define_op(
+    "flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, str reduction, str backend) -> Tensor",
+    fake=lambda grad_loss, residual, *args: torch.empty(residual.shape, dtype=residual.dtype, device=residual.device),
+    backends={
+        "cpu": lambda grad_loss, residual, count, reduction: _backward_cpu(
+            grad_loss, residual, count, reference.REDUCTIONS.index(reduction)
+        ),
+        "reference": reference.flow_loss_bwd,
+    },
+    channels=lambda grad_loss, residual, *args: residual.shape[1],
+    **no_second_derivative("flow_loss_bwd"),
+)

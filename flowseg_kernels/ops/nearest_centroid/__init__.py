@@ -1,0 +1,1 @@
+"""Decoding: the class of the nearest centroid."""

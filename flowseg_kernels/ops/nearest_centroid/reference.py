@@ -1,0 +1,59 @@
+"""Plain PyTorch for decoding: the specification, and the last fallback."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common import compute_dtype, squared_distances
+
+__all__ = ["nearest_centroid"]
+
+# Bounds the (rows, K) distances held at once, so that decoding a full image with many classes fits in memory.
+_DISTANCES_AT_ONCE = 1 << 24
+
+
+def _nearest_of_rows(x: Tensor, mu: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    d = squared_distances(x, mu)
+    finite = d.nan_to_num(nan=float("inf"), posinf=float("inf"))
+    # argmin may return any of several equal minima; the lowest index is the first that equals the minimum.
+    nearest = finite.amin(dim=1, keepdim=True)
+    labels = (finite == nearest).to(torch.uint8).argmax(dim=1)
+    unknown = d.isnan().any(dim=1)
+    second = finite.scatter(1, labels[:, None], float("inf")).amin(dim=1)
+    distance = nearest[:, 0].sqrt()
+    margin = second.sqrt() - distance
+    nan = float("nan")
+    return labels.masked_fill(unknown, ignore_index), distance.masked_fill(unknown, nan), margin.masked_fill(unknown, nan)
+
+
+def nearest_centroid(
+    x: Tensor,
+    centroids: Tensor,
+    cells: Tensor | None,
+    records: Tensor | None,
+    groups: Tensor | None,
+    grid_low: float,
+    grid_scale: float,
+    out_dtype: torch.dtype,
+    return_distance: bool,
+    return_margin: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels (B, H, W), distances and margins (B, H, W) or empty. Searches every centroid; the grid is not needed."""
+    dtype = compute_dtype(x.dtype)
+    mu = centroids.to(dtype)
+    rows = max(1, _DISTANCES_AT_ONCE // max(1, mu.shape[0] * x.shape[3]))
+    shape = (x.shape[0], x.shape[2], x.shape[3])
+    labels = torch.empty(shape, dtype=out_dtype, device=x.device)
+    distance = torch.empty(shape if return_distance else (0,), dtype=dtype, device=x.device)
+    margin = torch.empty(shape if return_margin else (0,), dtype=dtype, device=x.device)
+    for b in range(shape[0]):
+        for r in range(0, shape[1], rows):
+            found = _nearest_of_rows(x[b : b + 1, :, r : r + rows].to(dtype), mu, ignore_index)
+            labels[b, r : r + rows] = found[0][0]
+            if return_distance:
+                distance[b, r : r + rows] = found[1][0]
+            if return_margin:
+                margin[b, r : r + rows] = found[2][0]
+    return labels, distance, margin

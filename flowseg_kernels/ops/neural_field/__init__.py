@@ -1,0 +1,1 @@
+"""The pixel neural field: a small generated MLP applied to the pixels of each patch."""

@@ -1,0 +1,1 @@
+"""Backend choice, extension loading, argument checks and settings, shared by every op."""

@@ -1,0 +1,111 @@
+"""Registers ops with PyTorch: schema, fake kernel, backend table, backward rule.
+
+The schemas of the public ops and of the C++ ops are both defined here, in Python, so that the package imports, traces and
+falls back when nothing was compiled; C++ only adds kernels to schemas that exist.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import torch
+
+from . import backend
+from .extension import why_no_cpu_kernels
+
+__all__ = ["COMPILED_CHANNELS", "cpu_kernel", "define_op", "no_second_derivative"]
+
+#: Code channels that compiled kernels take; the reference takes any number.
+COMPILED_CHANNELS = 16
+
+_LIBRARY = torch.library.Library("flowseg", "FRAGMENT")
+_CPU_LIBRARY = torch.library.Library("flowseg_cpu", "FRAGMENT")
+
+
+def _why_not_reference(device: str, channels: int) -> str | None:
+    return None
+
+
+def _why_not_cpu(device: str, channels: int) -> str | None:
+    if device != "cpu":
+        return f"the C++ kernels take CPU tensors, these are on {device}"
+    if channels > COMPILED_CHANNELS:
+        return f"the C++ kernels take at most {COMPILED_CHANNELS} code channels, these have {channels}"
+    return why_no_cpu_kernels()
+
+
+_WHY_NOT = {"reference": _why_not_reference, "cpu": _why_not_cpu}
+
+
+def define_op(
+    schema: str,
+    *,
+    fake: Callable,
+    backends: dict[str, Callable],
+    channels: Callable[..., int],
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
+    """Register one op `flowseg::NAME`.
+
+    Args:
+        schema: "NAME(Tensor x, ...) -> ..."; a last argument named `backend` is the backend handed on by a forward op.
+        fake: output shapes from input shapes.
+        backends: implementation by backend name, each taking the op's arguments without `backend`.
+        channels: the op's arguments -> number of code channels of the call.
+        backward, setup_context: the rule for torch.library.register_autograd.
+    """
+    name = schema[: schema.index("(")]
+    handed_on = "str backend)" in schema
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    backend.OPS[name] = {key: backend.Implementation(fn, _WHY_NOT[key]) for key, fn in backends.items()}
+
+    def run(*args):
+        requested = args[-1] if handed_on else backend.requested_backend()
+        if handed_on:
+            args = args[:-1]
+        chosen = backend.select(name, args[0].device.type, channels(*args), requested)
+        return chosen.run(*args)
+
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flowseg::{name}", fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"flowseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+
+
+def no_second_derivative(name: str) -> dict[str, Callable]:
+    """The backward rule of a backward op whose own derivative is not provided: an error that names the op."""
+
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"flowseg::{name} has no derivative: second derivatives of this op are not supported. Compute it with the plain "
+            f"formula in flowseg_kernels.ops.{name.removesuffix('_bwd')}.reference if you need them."
+        )
+
+    return {"backward": backward, "setup_context": lambda ctx, inputs, output: None}
+
+
+_CHECK_MESSAGE = re.compile(r"flowseg: (.*?)(?:\nException raised|$)", re.DOTALL)
+
+
+def cpu_kernel(schema: str) -> Callable:
+    """Define `flowseg_cpu::NAME`, which csrc/cpu implements, and return a function that calls it.
+
+    Bad values that only the kernel can see (a label out of range) come back as ValueError.
+    """
+    name = schema[: schema.index("(")]
+    _CPU_LIBRARY.define(schema)
+
+    def call(*args):
+        try:
+            return getattr(torch.ops.flowseg_cpu, name).default(*args)
+        except RuntimeError as error:
+            found = _CHECK_MESSAGE.search(str(error))
+            if found:
+                raise ValueError(found.group(1).strip()) from None
+            raise
+
+    return call
