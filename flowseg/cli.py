@@ -68,6 +68,20 @@ def _root(
 
 
 @app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo_out"),
+    quick: Annotated[bool, typer.Option("--quick", help="Shortened: the form of the report, not a result.")] = False,
+    steps: Annotated[Optional[int], typer.Option(min=4, help="Training steps of each arm.")] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, data and draws.")] = 0,
+) -> None:
+    """Train vanilla flow matching and FlowSeg on embedded data and write one HTML report. Needs no download."""
+    from flowseg.demo import run_demo
+
+    report = run_demo(out, quick=quick, steps=steps, seed=seed, console=Console(stderr=True))
+    typer.echo(f"report: {report.resolve()}")
+
+
+@app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     config: Annotated[Optional[Path], typer.Option(help="YAML with settings.")] = None,  # noqa: UP045

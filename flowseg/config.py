@@ -128,7 +128,8 @@ class TrainConfig(Section):
     """Stop after this much training time; the learning rate then follows the time used when that is further on."""
     batch_size: Count = 32
     accumulation: Count = 1
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
+    """``auto``: bf16 where the hardware multiplies it. The loss and the correction are float32 either way."""
     seed: Annotated[int, Field(ge=0)] = 0
     log_every: Count = 10
     eval_every: Count = 500

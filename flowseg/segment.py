@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from flowseg_kernels import Codebook, nearest_centroid
 from PIL import Image
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from flowseg.data.datasets import resolve_labels
 from flowseg.data.transforms import prepare
 from flowseg.flow import integrate, make_source
 from flowseg.model import FlowSegModel, build_model
+from flowseg_kernels import Codebook, nearest_centroid
 
 
 class Segmenter:
@@ -121,9 +121,21 @@ class Segmenter:
         return nearest_centroid(field, self.codebook, out_dtype=torch.uint8)[0].cpu()
 
     def _autocast(self):
-        if self.config.train.mixed_precision == "bf16":
+        if resolve_precision(self.config.train.mixed_precision, self.device) == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """``"no"`` or ``"bf16"``; ``"auto"`` takes bf16 where the device multiplies it in hardware."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if device.type == "cpu":
+        facts = getattr(torch.cpu, "get_capabilities", dict)()
+        return "bf16" if facts.get("avx512_bf16") or facts.get("amx_bf16") else "no"
+    return "no"
 
 
 def default_device() -> torch.device:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from flowseg_kernels import Codebook, flow_interpolate, flow_loss
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -30,8 +29,10 @@ from flowseg.data import open_data, training_batches
 from flowseg.errors import UserError
 from flowseg.evaluate import Scores, evaluate
 from flowseg.flow import make_source, sample_times
+from flowseg.memory import keep_freed_memory
 from flowseg.model import build_model
-from flowseg.segment import Segmenter
+from flowseg.segment import Segmenter, default_device, resolve_precision
+from flowseg_kernels import Codebook, flow_interpolate, flow_loss
 
 
 @dataclasses.dataclass
@@ -171,6 +172,10 @@ def train(
     Raises:
         UserError: data or settings that cannot work, an occupied ``out``, or a loss that is no longer finite.
     """
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
+    config = config.model_copy(deep=True)
+    config.train.mixed_precision = resolve_precision(config.train.mixed_precision, default_device())
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision, cpu=not torch.accelerator.is_available())
     out = Path(out)
     _check_out(out, resume)

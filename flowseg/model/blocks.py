@@ -9,6 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm whose gain follows the dtype of the input, so that autocast keeps the fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., dim)`` to ``(..., dim)``."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class TimeEmbedding(nn.Module):
     """Time in [0, 1] to a feature: sines and cosines of geometric frequencies, then a two-layer MLP.
 
@@ -61,8 +69,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.query_norm = nn.RMSNorm(dim // heads, eps=1e-6)
-        self.key_norm = nn.RMSNorm(dim // heads, eps=1e-6)
+        self.query_norm = RMSNorm(dim // heads, eps=1e-6)
+        self.key_norm = RMSNorm(dim // heads, eps=1e-6)
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
@@ -97,9 +105,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.attention_norm = RMSNorm(dim, eps=1e-6)
         self.attention = Attention(dim, heads)
-        self.mlp_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.mlp_norm = RMSNorm(dim, eps=1e-6)
         self.mlp = SwiGLU(dim)
         self.modulation = nn.Linear(dim, 6 * dim)
         nn.init.zeros_(self.modulation.weight)
