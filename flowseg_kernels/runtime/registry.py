@@ -21,6 +21,7 @@ COMPILED_CHANNELS = 16
 
 _LIBRARY = torch.library.Library("flowseg", "FRAGMENT")
 _CPU_LIBRARY = torch.library.Library("flowseg_cpu", "FRAGMENT")
+_CPU_LIBRARY.define("instruction_set() -> int")
 
 
 def _why_not_reference(device: str, channels: int) -> str | None:

@@ -1,0 +1,242 @@
+// Blocks of pixels between memory of any dtype and strides, and small aligned arrays that the mathematics runs on.
+#pragma once
+
+#include "../arguments.h"
+#include "lanes.h"
+
+namespace flowseg::cpu {
+namespace {
+
+constexpr int kBlock = 256;
+
+template <class T, int C>
+struct alignas(64) Block {
+  T at[C][kBlock];
+};
+
+struct Place {
+  int64_t image, start;  // start: flat position inside the image
+  int length;
+};
+
+// The places of the blocks of a chunk, one after the other: for (Place p; next(p); )
+class Places {
+ public:
+  Places(int64_t chunk, int64_t pixels) : pixels_(pixels) {
+    const int64_t chunks_an_image = (pixels + kChunk - 1) / kChunk;
+    image_ = chunk / chunks_an_image;
+    at_ = (chunk - image_ * chunks_an_image) * kChunk;
+    end_ = at_ + kChunk < pixels ? at_ + kChunk : pixels;
+  }
+  bool next(Place& place) {
+    if (at_ >= end_) return false;
+    place = {image_, at_, static_cast<int>(end_ - at_ < kBlock ? end_ - at_ : kBlock)};
+    at_ += place.length;
+    return true;
+  }
+
+ private:
+  int64_t pixels_, image_, at_, end_;
+};
+
+FLOWSEG_INLINE float widen(float v) { return v; }
+FLOWSEG_INLINE double widen(double v) { return v; }
+struct Half {
+  _Float16 value;
+};
+struct BFloat {
+  uint16_t bits;
+};
+FLOWSEG_INLINE float widen(Half v) { return static_cast<float>(v.value); }
+FLOWSEG_INLINE float widen(BFloat v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+FLOWSEG_INLINE void narrow(float v, float& out) { out = v; }
+FLOWSEG_INLINE void narrow(double v, double& out) { out = v; }
+FLOWSEG_INLINE void narrow(double v, float& out) { out = static_cast<float>(v); }
+FLOWSEG_INLINE void narrow(float v, double& out) { out = v; }
+template <class T>
+FLOWSEG_INLINE void narrow(T v, Half& out) {
+  out.value = static_cast<_Float16>(v);
+}
+template <class T>
+FLOWSEG_INLINE void narrow(T v, BFloat& out) {
+  const float f = static_cast<float>(v);
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  // Round to nearest even; a NaN keeps a mantissa bit.
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  out.bits = static_cast<uint16_t>(f != f ? 0x7fc0 : rounded);
+}
+
+// Calls use(flat index in the block, memory offset in elements) for each pixel, row by row.
+template <class Use>
+FLOWSEG_INLINE void for_each_pixel(const Place& p, int64_t width, int64_t stride_row, int64_t stride_column, Use use) {
+  int64_t row = p.start / width, column = p.start - row * width;
+  int at = 0;
+  while (at < p.length) {
+    int64_t offset = row * stride_row + column * stride_column;
+    const int n = static_cast<int>(p.length - at < width - column ? p.length - at : width - column);
+    for (int i = 0; i < n; ++i) use(at + i, offset + i * stride_column);
+    at += n;
+    ++row;
+    column = 0;
+  }
+}
+
+// The loop over one contiguous or strided run is the hot one: rows that follow each other without a gap count as one run.
+template <class Use>
+FLOWSEG_INLINE void for_each_element(const Place& p, int64_t height, int64_t width, int64_t stride_row, int64_t stride_column,
+                                     Use use) {
+  if (height == 1 || stride_row == width * stride_column) {
+    const int64_t offset = p.start * stride_column;
+    if (stride_column == 1) {
+      for (int i = 0; i < p.length; ++i) use(i, offset + i);
+    } else {
+      for (int i = 0; i < p.length; ++i) use(i, offset + i * stride_column);
+    }
+  } else {
+    for_each_pixel(p, width, stride_row, stride_column, use);
+  }
+}
+
+template <class S, class T, int C>
+void load_as(const Image& image, const Place& p, Block<T, C>& block) {
+  for (int c = 0; c < C; ++c) {
+    T* FLOWSEG_RESTRICT to = block.at[c];
+    int filled = 0;
+    if (c < image.channels) {
+      const S* FLOWSEG_RESTRICT from =
+          static_cast<const S*>(image.data) + p.image * image.stride[0] + c * image.stride[1];
+      for_each_element(p, image.height, image.width, image.stride[2], image.stride[3],
+                       [&](int i, int64_t offset) { to[i] = static_cast<T>(widen(from[offset])); });
+      filled = p.length;
+    }
+    for (int i = filled; i < kBlock; ++i) to[i] = 0;
+  }
+}
+
+template <class T, int C>
+void load(const Image& image, const Place& p, Block<T, C>& block) {
+  switch (image.type) {
+    case Real::f32: return load_as<float>(image, p, block);
+    case Real::f64: return load_as<double>(image, p, block);
+    case Real::f16: return load_as<Half>(image, p, block);
+    case Real::bf16: return load_as<BFloat>(image, p, block);
+  }
+}
+
+template <class S, class T, int C>
+void store_as(const Block<T, C>& block, const Output& out, const Image& shape, const Place& p) {
+  const int64_t pixels = shape.height * shape.width;
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    S* FLOWSEG_RESTRICT to = static_cast<S*>(out.data) + (p.image * shape.channels + c) * pixels + p.start;
+    const T* FLOWSEG_RESTRICT from = block.at[c];
+    for (int i = 0; i < p.length; ++i) narrow(from[i], to[i]);
+  }
+}
+
+// Store to a contiguous result of the shape of `shape`.
+template <class T, int C>
+void store(const Block<T, C>& block, const Output& out, const Image& shape, const Place& p) {
+  switch (out.type) {
+    case Real::f32: return store_as<float>(block, out, shape, p);
+    case Real::f64: return store_as<double>(block, out, shape, p);
+    case Real::f16: return store_as<Half>(block, out, shape, p);
+    case Real::bf16: return store_as<BFloat>(block, out, shape, p);
+  }
+}
+
+// Classes of a block; -1 where ignored, out of range (which is noted) or past the end.
+template <class Int>
+struct alignas(64) Classes {
+  Int at[kBlock];
+};
+
+template <class S, class Int>
+void load_labels_as(const Labels& labels, int64_t classes, const Image& shape, const Place& p, Classes<Int>& out) {
+  const S* FLOWSEG_RESTRICT from = static_cast<const S*>(labels.data) + p.image * labels.stride[0];
+  const int64_t ignore = labels.ignore;
+  int bad = 0;
+  for_each_element(p, shape.height, shape.width, labels.stride[1], labels.stride[2], [&](int i, int64_t offset) {
+    const int64_t y = from[offset];
+    const bool inside = static_cast<uint64_t>(y) < static_cast<uint64_t>(classes);
+    const bool kept = inside & (y != ignore);
+    bad |= !inside & (y != ignore);
+    out.at[i] = kept ? static_cast<Int>(y) : Int(-1);
+  });
+  for (int i = p.length; i < kBlock; ++i) out.at[i] = -1;
+  if (bad) {
+    int first = kBlock;
+    for_each_element(p, shape.height, shape.width, labels.stride[1], labels.stride[2], [&](int i, int64_t offset) {
+      const int64_t y = from[offset];
+      const bool wrong = static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes) && y != ignore;
+      if (wrong && i < first) first = i;
+    });
+    const int64_t place = p.image * shape.height * shape.width + p.start + first;
+    int64_t seen = __atomic_load_n(labels.first_bad, __ATOMIC_RELAXED);
+    while (place < seen &&
+           !__atomic_compare_exchange_n(labels.first_bad, &seen, place, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
+}
+
+template <class Int>
+void load_labels(const Labels& labels, int64_t classes, const Image& shape, const Place& p, Classes<Int>& out) {
+  switch (labels.type) {
+    case Integer::u8: return load_labels_as<uint8_t>(labels, classes, shape, p, out);
+    case Integer::i16: return load_labels_as<int16_t>(labels, classes, shape, p, out);
+    case Integer::i32: return load_labels_as<int32_t>(labels, classes, shape, p, out);
+    case Integer::i64: return load_labels_as<int64_t>(labels, classes, shape, p, out);
+  }
+}
+
+// The centroid of each pixel's class; 0 where there is none.
+template <class T, int C, class Int>
+void load_codes(const Codes& codes, const Classes<Int>& classes, Block<T, C>& block) {
+  const T* FLOWSEG_RESTRICT mu = static_cast<const T*>(codes.data);
+  for (int i = 0; i < kBlock; ++i) {
+    const Int y = classes.at[i];
+    for (int c = 0; c < C; ++c) block.at[c][i] = y < 0 ? T(0) : mu[static_cast<int64_t>(y) * C + c];
+  }
+}
+
+template <class T>
+FLOWSEG_INLINE typename Lanes<T>::V& lanes(T* p) {
+  return *reinterpret_cast<typename Lanes<T>::V*>(p);
+}
+template <class T>
+FLOWSEG_INLINE const typename Lanes<T>::V& lanes(const T* p) {
+  return *reinterpret_cast<const typename Lanes<T>::V*>(p);
+}
+template <class T>
+FLOWSEG_INLINE const typename Lanes<T>::I& integer_lanes(const typename Lanes<T>::Int* p) {
+  return *reinterpret_cast<const typename Lanes<T>::I*>(p);
+}
+
+// Calls body.template operator()<T, C>() for the compute type and padded channels.
+template <class T, class Body>
+FLOWSEG_INLINE void for_channels(int padded, Body body) {
+  switch (padded) {
+    case 2: return body.template operator()<T, 2>();
+    case 3: return body.template operator()<T, 3>();
+    case 4: return body.template operator()<T, 4>();
+    case 8: return body.template operator()<T, 8>();
+    case 16: return body.template operator()<T, 16>();
+  }
+}
+template <class Body>
+FLOWSEG_INLINE void for_type_and_channels(const Image& image, int padded, Body body) {
+  if (image.type == Real::f64) {
+    for_channels<double>(padded, body);
+  } else {
+    for_channels<float>(padded, body);
+  }
+}
+
+}  // namespace
+}  // namespace flowseg::cpu

@@ -1,0 +1,67 @@
+// The distance-aware correction of a block of pixels.
+#pragma once
+
+#include <type_traits>
+
+#include "blocks.h"
+#include "flowseg/correction.h"
+
+namespace flowseg::cpu {
+namespace {
+
+// Beyond these the squares of the fast path could leave the range of fp32. False for NaN too.
+template <class T, int C>
+bool is_moderate(const Block<T, C>& x) {
+  bool moderate = true;
+  for (int c = 0; c < C; ++c) {
+    for (int i = 0; i < kBlock; ++i) moderate &= x.at[c][i] > T(-1e4) && x.at[c][i] < T(1e4);
+  }
+  return moderate;
+}
+
+template <class T, int C, class Step>
+FLOWSEG_INLINE void for_each_vector(const Block<T, C>& x, const Classes<typename Lanes<T>::Int>& classes,
+                                    const Block<T, C>& own, T max_norm, Block<T, C>& grad, Step step) {
+  using V = typename Lanes<T>::V;
+  for (int i = 0; i < kBlock; i += Lanes<T>::width) {
+    V point[C], code[C], result[C];
+    for (int c = 0; c < C; ++c) {
+      point[c] = lanes(&x.at[c][i]);
+      code[c] = lanes(&own.at[c][i]);
+    }
+    const auto y = integer_lanes<T>(&classes.at[i]);
+    step(point, y, code, result);
+    if (max_norm < infinity<T>()) cap_norm<C>(result, max_norm);
+    for (int c = 0; c < C; ++c) lanes(&grad.at[c][i]) = choose(y >= 0, result[c], V{});
+  }
+}
+
+template <class T, int C>
+void correct_block(const Correction& options, const Codes& codes, const Block<T, C>& x,
+                   const Classes<typename Lanes<T>::Int>& classes, const Block<T, C>& own, Block<T, C>& grad) {
+  using V = typename Lanes<T>::V;
+  using I = typename Lanes<T>::I;
+  const T* mu = static_cast<const T*>(codes.data);
+  const T eps = static_cast<T>(options.eps), max_norm = static_cast<T>(options.max_norm);
+  const T inverse_temperature = static_cast<T>(1 / options.temperature);
+  const auto kind = static_cast<Transform>(options.transform);
+  if (kind == Transform::neg_log && options.temperature == 1 && options.eps >= 1e-12 && is_moderate(x)) {
+    return for_each_vector(x, classes, own, max_norm, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
+      correct_by_reciprocals<C>(p, y, m, mu, codes.classes, eps, g);
+    });
+  }
+  const auto by_softmax = [&](auto transform) {
+    for_each_vector(x, classes, own, max_norm, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
+      correct_by_softmax<decltype(transform)::value, C>(p, y, m, mu, codes.classes, eps, inverse_temperature, g);
+    });
+  };
+  switch (kind) {
+    case Transform::neg_log: return by_softmax(std::integral_constant<Transform, Transform::neg_log>{});
+    case Transform::neg_sq: return by_softmax(std::integral_constant<Transform, Transform::neg_sq>{});
+    case Transform::neg_dist: return by_softmax(std::integral_constant<Transform, Transform::neg_dist>{});
+    case Transform::inverse: return by_softmax(std::integral_constant<Transform, Transform::inverse>{});
+  }
+}
+
+}  // namespace
+}  // namespace flowseg::cpu

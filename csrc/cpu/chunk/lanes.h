@@ -1,0 +1,133 @@
+// Vectors of one instruction set and their mathematics. Included by files that are compiled once for each set; everything is in
+// an unnamed namespace, so that the linker never takes one set's code for another's.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "flowseg/macros.h"
+
+#if defined(__AVX512F__)
+#define FLOWSEG_ISA avx512
+#define FLOWSEG_BYTES 64
+#elif defined(__AVX2__)
+#define FLOWSEG_ISA avx2
+#define FLOWSEG_BYTES 32
+#else
+#define FLOWSEG_ISA baseline
+#define FLOWSEG_BYTES 16
+#endif
+
+namespace flowseg {
+namespace {
+
+template <class T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef float V __attribute__((vector_size(FLOWSEG_BYTES)));
+  typedef int32_t I __attribute__((vector_size(FLOWSEG_BYTES)));
+  using Int = int32_t;
+  static constexpr int width = FLOWSEG_BYTES / 4;
+};
+template <>
+struct Lanes<double> {
+  typedef double V __attribute__((vector_size(FLOWSEG_BYTES)));
+  typedef int64_t I __attribute__((vector_size(FLOWSEG_BYTES)));
+  using Int = int64_t;
+  static constexpr int width = FLOWSEG_BYTES / 8;
+};
+using F = Lanes<float>::V;
+using D = Lanes<double>::V;
+using FI = Lanes<float>::I;
+using DI = Lanes<double>::I;
+
+template <class T>
+FLOWSEG_INLINE T infinity() {
+  return static_cast<T>(__builtin_inff());
+}
+
+FLOWSEG_INLINE F choose(FI mask, F a, F b) { return mask ? a : b; }
+FLOWSEG_INLINE D choose(DI mask, D a, D b) { return mask ? a : b; }
+FLOWSEG_INLINE FI choose(FI mask, FI a, FI b) { return mask ? a : b; }
+FLOWSEG_INLINE DI choose(DI mask, DI a, DI b) { return mask ? a : b; }
+
+FLOWSEG_INLINE F zero_where_equal(F v, FI y, int64_t k) { return y == static_cast<int32_t>(k) ? F{} : v; }
+FLOWSEG_INLINE D zero_where_equal(D v, DI y, int64_t k) { return y == k ? D{} : v; }
+
+// AVX-512 has an estimate of 14 bits; one Newton step takes it to fp32. Elsewhere the estimate is too coarse and division wins.
+FLOWSEG_INLINE F reciprocal(F v) {
+#if defined(__AVX512F__)
+  const F estimate = (F)_mm512_rcp14_ps((__m512)v);
+  return estimate + estimate * (1.0f - v * estimate);
+#else
+  return 1.0f / v;
+#endif
+}
+FLOWSEG_INLINE D reciprocal(D v) { return 1.0 / v; }
+
+FLOWSEG_INLINE F square_root(F v) {
+#if defined(__AVX512F__)
+  return (F)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (F)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < Lanes<float>::width; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+FLOWSEG_INLINE D square_root(D v) {
+  for (int i = 0; i < Lanes<double>::width; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+}
+
+// exp for arguments of at most 0: reduction by ln 2 in two parts, then the Taylor polynomial of degree 7 on |r| <= ln 2 / 2
+// (truncation under 2e-9). Below -87 the result is 0.
+FLOWSEG_INLINE F exponential(F v) {
+  const F kept = choose(v < -87.0f, F{} - 87.0f, v);
+  const FI n = __builtin_convertvector(kept * 1.44269504f - 0.5f, FI);
+  const F nf = __builtin_convertvector(n, F);
+  const F r = (kept - nf * 0.693359375f) + nf * 2.12194440e-4f;
+  F p = F{} + 1.0f / 5040;
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r * r + r + 1.0f;
+  const F power = (F)((n + 127) << 23);
+  return choose(v < -87.0f, F{}, p * power);
+}
+FLOWSEG_INLINE D exponential(D v) {
+  for (int i = 0; i < Lanes<double>::width; ++i) v[i] = std::exp(v[i]);
+  return v;
+}
+
+// log of positive normal numbers: m in [sqrt(1/2), sqrt(2)), s = (m - 1) / (m + 1), log m = 2 atanh(s) by its odd series up to
+// s^9 (truncation under 4e-9 relative).
+FLOWSEG_INLINE F logarithm(F v) {
+  const FI bits = (FI)v;
+  FI exponent = (bits - 0x3f3504f3) >> 23;
+  const F m = (F)(bits - (exponent << 23));
+  const F s = (m - 1.0f) / (m + 1.0f);
+  const F q = s * s;
+  F p = F{} + 2.0f / 9;
+  p = p * q + 2.0f / 7;
+  p = p * q + 2.0f / 5;
+  p = p * q + 2.0f / 3;
+  const F e = __builtin_convertvector(exponent, F);
+  // 2 s is added in the order of growing size; the two parts of ln 2 keep e ln 2 exact.
+  return e * 0.693359375f + (2.0f * s + (p * q * s - e * 2.12194440e-4f));
+}
+FLOWSEG_INLINE D logarithm(D v) {
+  for (int i = 0; i < Lanes<double>::width; ++i) v[i] = std::log(v[i]);
+  return v;
+}
+
+}  // namespace
+}  // namespace flowseg

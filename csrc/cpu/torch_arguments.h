@@ -1,0 +1,153 @@
+// From torch tensors to the plain arguments of the chunk functions, with the checks that only C++ needs.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "arguments.h"
+
+namespace flowseg::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The message prefix by which runtime/registry.py tells a wrong value from an internal error.
+#define FLOWSEG_CHECK(condition, ...) STD_TORCH_CHECK(condition, "flowseg: ", __VA_ARGS__)
+
+const Kernels& kernels();  // of the best instruction set of this CPU
+int instruction_set();     // 0 baseline, 1 AVX2, 2 AVX-512
+
+inline Real real_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Real::f32;
+    case ScalarType::Double: return Real::f64;
+    case ScalarType::Half: return Real::f16;
+    case ScalarType::BFloat16: return Real::bf16;
+    default: FLOWSEG_CHECK(false, name, ": wanted dtype float32, bfloat16, float16 or float64"); return Real::f32;
+  }
+}
+
+inline Integer integer_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Byte: return Integer::u8;
+    case ScalarType::Short: return Integer::i16;
+    case ScalarType::Int: return Integer::i32;
+    case ScalarType::Long: return Integer::i64;
+    default: FLOWSEG_CHECK(false, name, ": wanted dtype uint8, int16, int32 or int64"); return Integer::u8;
+  }
+}
+
+inline ScalarType compute_type(const Tensor& image) {
+  return image.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Image image_of(const Tensor& t, const char* name) {
+  FLOWSEG_CHECK(t.dim() == 4, name, ": wanted shape (B, C, H, W)");
+  FLOWSEG_CHECK(t.is_cpu(), name, ": wanted a CPU tensor");
+  Image image{t.data_ptr(), real_of(t, name), t.size(0), t.size(1), t.size(2), t.size(3), {}};
+  for (int i = 0; i < 4; ++i) image.stride[i] = t.stride(i);
+  return image;
+}
+
+inline int64_t chunks_of(const Image& image) {
+  return image.batch * ((image.height * image.width + kChunk - 1) / kChunk);
+}
+
+inline Output output_of(const Tensor& t) { return {t.data_ptr(), real_of(t, "output")}; }
+
+// Labels with the place of the first bad one; `check` raises after the kernel has run.
+class LabelArgument {
+ public:
+  LabelArgument(const Tensor& t, const Image& image, int64_t classes, int64_t ignore, const char* name)
+      : tensor_(t), classes_(classes), name_(name) {
+    FLOWSEG_CHECK(t.dim() == 3 && t.size(0) == image.batch && t.size(1) == image.height && t.size(2) == image.width, name,
+                  ": wanted shape (B, H, W) of the image");
+    labels = {t.data_ptr(), integer_of(t, name), {t.stride(0), t.stride(1), t.stride(2)}, ignore, &first_bad_};
+  }
+  LabelArgument(const LabelArgument&) = delete;
+
+  void check() const {
+    if (first_bad_ == std::numeric_limits<int64_t>::max()) return;
+    const int64_t h = tensor_.size(1), w = tensor_.size(2);
+    const int64_t b = first_bad_ / (h * w), row = first_bad_ / w % h, column = first_bad_ % w;
+    const int64_t offset = b * labels.stride[0] + row * labels.stride[1] + column * labels.stride[2];
+    int64_t value = 0;
+    switch (labels.type) {
+      case Integer::u8: value = static_cast<const uint8_t*>(labels.data)[offset]; break;
+      case Integer::i16: value = static_cast<const int16_t*>(labels.data)[offset]; break;
+      case Integer::i32: value = static_cast<const int32_t*>(labels.data)[offset]; break;
+      case Integer::i64: value = static_cast<const int64_t*>(labels.data)[offset]; break;
+    }
+    FLOWSEG_CHECK(false, name_, ": wanted values in [0, ", classes_, ") or ignore_index ", labels.ignore, "; got ", value,
+                  " at (image, row, column) (", b, ", ", row, ", ", column, ")");
+  }
+
+  Labels labels;
+
+ private:
+  const Tensor& tensor_;
+  int64_t classes_;
+  const char* name_;
+  int64_t first_bad_ = std::numeric_limits<int64_t>::max();
+};
+
+// Centroids with rows padded to a number of channels that has a kernel.
+class CodeArgument {
+ public:
+  CodeArgument(const Tensor& t, const Image& image) {
+    const int64_t classes = t.size(0), channels = t.size(1);
+    const bool wide = image.type == Real::f64;
+    FLOWSEG_CHECK(channels == image.channels && channels >= 1 && channels <= 16, "centroids: wanted 1 to 16 channels, as many as the image has");
+    FLOWSEG_CHECK(t.is_contiguous() && t.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
+                  "centroids: wanted them contiguous in the compute dtype");
+    const int padded = channels <= 2 ? 2 : channels <= 4 ? static_cast<int>(channels) : channels <= 8 ? 8 : 16;
+    codes = {t.data_ptr(), classes, padded};
+    if (padded != channels) {
+      const size_t size = wide ? 8 : 4;
+      storage_.resize(classes * padded * size);
+      for (int64_t k = 0; k < classes; ++k) {
+        std::memcpy(storage_.data() + k * padded * size, static_cast<const char*>(t.data_ptr()) + k * channels * size,
+                    channels * size);
+      }
+      codes.data = storage_.data();
+    }
+  }
+  CodeArgument(const CodeArgument&) = delete;
+
+  Codes codes;
+
+ private:
+  std::vector<char> storage_;
+};
+
+// One time an image, as double.
+inline std::vector<double> times_of(const Tensor& t, int64_t batch) {
+  FLOWSEG_CHECK(t.dim() == 1 && t.size(0) == batch, "t: wanted shape (B,)");
+  std::vector<double> times(batch);
+  // Any dtype and stride: B numbers are not worth a kernel of their own.
+  const Tensor wide = torch::stable::to(t, ScalarType::Double);
+  const double* from = static_cast<const double*>(wide.data_ptr());
+  for (int64_t b = 0; b < batch; ++b) times[b] = from[b * wide.stride(0)];
+  return times;
+}
+
+template <class Step>
+void for_each_chunk(const Image& image, Step step) {
+  torch::stable::parallel_for(0, chunks_of(image), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) step(chunk);
+  });
+}
+
+inline Tensor empty_like_shape(const Tensor& t, ScalarType type, std::vector<int64_t> shape) {
+  return torch::stable::new_empty(t, shape, type);
+}
+
+}  // namespace flowseg::cpu
