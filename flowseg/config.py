@@ -272,11 +272,14 @@ def known_keys() -> list[str]:
 
 def _nearest(key: str) -> str:
     keys = known_keys()
+    sections = list(Config.model_fields)
+    section = key.split(".", 1)[0]
+    if section not in sections and difflib.get_close_matches(section, sections, n=1):
+        return difflib.get_close_matches(section, sections, n=1)[0]
     leaf = key.rsplit(".", 1)[-1]
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in keys}
     if leaf in by_leaf:
         return by_leaf[leaf]
-    section = key.split(".", 1)[0]
     inside = {name.split(".", 1)[1]: name for name in keys if name.startswith(section + ".")}
     for names in (inside, by_leaf):
         close = difflib.get_close_matches(leaf, list(names), n=1, cutoff=0.5)

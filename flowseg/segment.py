@@ -60,7 +60,7 @@ class Segmenter:
         condition = images if self.model.condition_on_image else None
         was_training = self.model.training
         self.model.eval()
-        with self._autocast():
+        with autocast(self.config.train.mixed_precision, self.device):
             result = integrate(
                 lambda x, t: self.model(x, t, condition).float(),
                 source,
@@ -120,11 +120,6 @@ class Segmenter:
             return labels[0].cpu(), margin[0].cpu()
         return nearest_centroid(field, self.codebook, out_dtype=torch.uint8)[0].cpu()
 
-    def _autocast(self):
-        if resolve_precision(self.config.train.mixed_precision, self.device) == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
-
 
 def resolve_precision(name: str, device: torch.device) -> str:
     """``"no"`` or ``"bf16"``; ``"auto"`` takes bf16 where the device multiplies it in hardware."""
@@ -136,6 +131,13 @@ def resolve_precision(name: str, device: torch.device) -> str:
         facts = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16" if facts.get("avx512_bf16") or facts.get("amx_bf16") else "no"
     return "no"
+
+
+def autocast(precision: str, device: torch.device):
+    """Context in which the network computes: bf16 matrix products, or nothing changed."""
+    if resolve_precision(precision, device) == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def default_device() -> torch.device:

