@@ -50,7 +50,7 @@ def make_pairs(sizes, seed=0):
     for height, width in sizes:
         labels = rng.integers(0, 8, (height // 8, width // 8)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
         pixels = np.zeros((height, width, 3), np.uint8)
-        pixels[..., 0] = np.round(labels * 255 / 12)
+        pixels[..., 0] = np.round(labels * (255 / 12))
         pixels[: height // 4, :, 1] = 255
         target = labels.copy()
         target[:, -3:] = 255
