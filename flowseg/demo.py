@@ -247,9 +247,11 @@ def _write_report(
     page.section(
         "What the correction changes",
         paragraph(
-            "The star is the code of the true class, circles are the codes of the others. With the plain squared error "
-            "the pull fades near the target and knows nothing of the other codes. The correction pushes away from "
-            "wrong codes, most strongly beside them, so that an estimate does not settle near one."
+            "The star is the code of the true class, circles are the codes of the others; two code channels, so that "
+            "the field can be drawn. With the plain squared error the pull grows with the distance and knows nothing of "
+            "the other codes. The correction also pushes away from wrong codes, most strongly just before them, so that an "
+            "estimate does not settle between two. Behind a wrong code, seen from the star, push and pull can cancel: "
+            "those are the pale spots."
         ),
         picture(figures.vector_field_figure(), "vector field and gradient norm around a centroid"),
     )

@@ -43,14 +43,13 @@ class DigitScenes:
         side = min(self.height, self.width)
         for _ in range(rng.integers(2, 5)):
             which = rng.integers(len(self._digits))
-            mask = _draw(rng, self._digits[which], int(side * rng.uniform(0.38, 0.6)))
+            mask = _draw(rng, self._digits[which], int(side * rng.uniform(0.38, 0.55)))
             color = _contrasting(rng, canvas.mean(axis=(0, 1)))
-            y = int(rng.integers(0, max(1, self.height - mask.shape[0] + 1)))
-            x = int(rng.integers(0, max(1, self.width - mask.shape[1] + 1)))
-            mask = mask[: self.height - y, : self.width - x, None]
-            region = canvas[y : y + mask.shape[0], x : x + mask.shape[1]]
-            region[:] = region * (1 - mask) + color * mask
-            labels[y : y + mask.shape[0], x : x + mask.shape[1]][mask[..., 0] > 0.5] = 1 + self._targets[which]
+            place = _free_place(rng, labels, mask)
+            if place is not None:
+                region = canvas[place]
+                region[:] = region * (1 - mask[..., None]) + color * mask[..., None]
+                labels[place][mask > 0.5] = 1 + self._targets[which]
         return Image.fromarray(canvas.round().astype(np.uint8)), Image.fromarray(labels)
 
 
@@ -89,7 +88,19 @@ def _draw(rng: np.random.Generator, digit: np.ndarray, side: int) -> np.ndarray:
     """One digit as a coverage mask ``(side, side)`` in [0, 1]: enlarged, rotated, with a sharpened edge."""
     image = Image.fromarray(np.pad(digit, 1) * 255.0).resize((side, side), Image.Resampling.BICUBIC)
     image = image.rotate(rng.uniform(-20, 20), resample=Image.Resampling.BICUBIC)
-    return np.clip((np.asarray(image, np.float32) / 255.0 - 0.35) * 4.0, 0.0, 1.0)
+    return np.clip((np.asarray(image, np.float32) / 255.0 - 0.25) * 4.0, 0.0, 1.0)
+
+
+def _free_place(rng: np.random.Generator, labels: np.ndarray, mask: np.ndarray) -> tuple[slice, slice] | None:
+    """A place where the digit covers no other, or ``None`` after some tries."""
+    height, width = mask.shape
+    for _ in range(20):
+        y = int(rng.integers(0, labels.shape[0] - height + 1))
+        x = int(rng.integers(0, labels.shape[1] - width + 1))
+        place = slice(y, y + height), slice(x, x + width)
+        if not (labels[place][mask > 0.1] > 0).any():
+            return place
+    return None
 
 
 def _contrasting(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:

@@ -143,10 +143,10 @@ def vector_field_figure(num_classes: int = 11, correction_weight: float = 1.0, t
         "nearest wrong code", (spacing, axes[2].get_ylim()[1]), xytext=(4, -10), textcoords="offset points", fontsize=8,
         color="#b00020",
     )  # fmt: skip
-    axes[2].set(xlabel="distance to the true code, towards the nearest wrong one", ylabel="gradient norm")
-    axes[2].set_title("how hard the loss pulls")
+    axes[2].set(xlabel="distance to the true code", ylabel="gradient norm")
+    axes[2].set_title("on the way to the nearest wrong code")
     _tidy(axes[2])
-    axes[2].legend(frameon=False, loc="lower right")
+    axes[2].legend(frameon=False, loc="upper left")
     return figure
 
 
@@ -165,8 +165,7 @@ def speed_figure(rows: Sequence[dict]) -> Figure:
         )  # fmt: skip
     axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axis.invert_yaxis()
-    axis.set_xscale("log")
-    axis.set_xlabel("milliseconds (logarithmic)")
+    axis.set_xlabel("milliseconds")
     _tidy(axis)
     axis.legend(frameon=False, loc="lower right", fontsize=8)
     return figure
