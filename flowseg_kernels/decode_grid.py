@@ -18,7 +18,7 @@ __all__ = ["DecodeGrid", "build_decode_grid"]
 #: Centroids in one record: one AVX2 register of floats, and two cache lines a record.
 LANES = 8
 _LEVELS = 6  # 2**6 = 64 cells an axis
-_PAIRS_AT_ONCE = 1 << 21
+_PAIRS_AT_ONCE = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def build_decode_grid(centroids: Tensor) -> DecodeGrid:
         width = (high - low) / size
         kept_cells, kept_candidates = [], []
         for at in range(0, cell.shape[0], _PAIRS_AT_ONCE):
-            # A parent's pairs may be split between chunks: the test then uses the nearest of a part, which keeps more, not less.
+            # A parent's pairs may be cut by a chunk's end: the test then uses the nearest of a part and keeps more, never less.
             parent, option = cell[at : at + _PAIRS_AT_ONCE], candidate[at : at + _PAIRS_AT_ONCE]
             index = torch.stack((parent % half, parent // half % half, parent // (half * half)), dim=1)
             child = index[:, None] * 2 + offsets  # (pairs, 8, 3)
@@ -79,8 +79,10 @@ def build_decode_grid(centroids: Tensor) -> DecodeGrid:
             kept_cells.append(child[keep])
             kept_candidates.append(option[keep])
         cell, candidate = torch.cat(kept_cells), torch.cat(kept_candidates)
-    order = torch.argsort(cell * mu.shape[0] + candidate)
-    return _pack(cell[order], candidate[order], mu.float(), 2**_LEVELS, low, high)
+        # Together again by cell, so that the next level sees a cell's candidates in one chunk.
+        order = torch.argsort(cell * mu.shape[0] + candidate)
+        cell, candidate = cell[order], candidate[order]
+    return _pack(cell, candidate, mu.float(), 2**_LEVELS, low, high)
 
 
 def _pack(cell: Tensor, candidate: Tensor, mu: Tensor, size: int, low: float, high: float) -> DecodeGrid:

@@ -37,6 +37,7 @@ struct Codes {
   const void* data;
   int64_t classes;
   int padded;
+  double reach;  // largest magnitude of a coordinate
 };
 
 struct Correction {

@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -109,7 +111,11 @@ class CodeArgument {
     FLOWSEG_CHECK(t.is_contiguous() && t.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
                   "centroids: wanted them contiguous in the compute dtype");
     const int padded = channels <= 2 ? 2 : channels <= 4 ? static_cast<int>(channels) : channels <= 8 ? 8 : 16;
-    codes = {t.data_ptr(), classes, padded};
+    codes = {t.data_ptr(), classes, padded, 0};
+    for (int64_t i = 0; i < classes * channels; ++i) {
+      const double v = wide ? static_cast<const double*>(t.data_ptr())[i] : static_cast<const float*>(t.data_ptr())[i];
+      codes.reach = std::max(codes.reach, std::abs(v));
+    }
     if (padded != channels) {
       const size_t size = wide ? 8 : 4;
       storage_.resize(classes * padded * size);

@@ -1,6 +1,7 @@
 // The distance-aware correction of a block of pixels.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "blocks.h"
@@ -9,12 +10,14 @@
 namespace flowseg::cpu {
 namespace {
 
-// Beyond these the squares of the fast path could leave the range of fp32. False for NaN too.
+// True when no point is far out compared with the codes. Only then is the fast formula as exact as the general one, and its
+// squares inside the range of fp32. False for NaN too.
 template <class T, int C>
-bool is_moderate(const Block<T, C>& x) {
-  bool moderate = true;
+bool is_moderate(const Block<T, C>& x, double reach) {
+  const T limit = static_cast<T>(8 * reach);
+  bool moderate = reach < 1e4;
   for (int c = 0; c < C; ++c) {
-    for (int i = 0; i < kBlock; ++i) moderate &= x.at[c][i] > T(-1e4) && x.at[c][i] < T(1e4);
+    for (int i = 0; i < kBlock; ++i) moderate &= (x.at[c][i] >= -limit) & (x.at[c][i] <= limit);
   }
   return moderate;
 }
@@ -45,7 +48,7 @@ void correct_block(const Correction& options, const Codes& codes, const Block<T,
   const T eps = static_cast<T>(options.eps), max_norm = static_cast<T>(options.max_norm);
   const T inverse_temperature = static_cast<T>(1 / options.temperature);
   const auto kind = static_cast<Transform>(options.transform);
-  if (kind == Transform::neg_log && options.temperature == 1 && options.eps >= 1e-12 && is_moderate(x)) {
+  if (kind == Transform::neg_log && options.temperature == 1 && options.eps >= 1e-12 * std::max(1.0, codes.reach * codes.reach) && is_moderate(x, codes.reach)) {
     return for_each_vector(x, classes, own, max_norm, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
       correct_by_reciprocals<C>(p, y, m, mu, codes.classes, eps, g);
     });

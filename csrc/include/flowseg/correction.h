@@ -76,45 +76,41 @@ FLOWSEG_INLINE void transform_distance(const V& d, T eps, T inverse_temperature,
 }
 
 // Any transform and temperature, any magnitude: T decreases in d, so the largest logit is that of the smallest distance.
-// grad = (2 / tau) [ sum_{k != y} p_k T'(d_k) (x - mu_k) - (1 - p_y) T'(d_y) (x - mu_y) ]
+// grad = (2 / tau) sum_{k != y} p_k [T'(d_k) (x - mu_k) - T'(d_y) (x - mu_y)]; far from all codes the two nearly cancel, and
+// taking the difference class by class keeps what is left.
 template <Transform kind, int C, class V, class I, class T>
 FLOWSEG_INLINE void correct_by_softmax(const V (&x)[C], const I& y, const V (&own)[C], const T* FLOWSEG_RESTRICT mu,
                                        int64_t classes, T eps, T inverse_temperature, V (&grad)[C]) {
+  V diff[C];
   V smallest = V{} + infinity<T>();
   for (int64_t k = 0; k < classes; ++k) {
-    V diff[C];
     for (int c = 0; c < C; ++c) diff[c] = x[c] - mu[k * C + c];
     const V d = squared_norm<C>(diff);
     smallest = choose(d < smallest, d, smallest);
   }
-  V largest, slope;
+  V largest, own_logit, logit, slope;
   transform_distance<kind>(smallest, eps, inverse_temperature, largest, slope);
-  V rivals{}, push[C] = {};
+  V home[C];
+  for (int c = 0; c < C; ++c) diff[c] = x[c] - own[c];
+  transform_distance<kind>(squared_norm<C>(diff), eps, inverse_temperature, own_logit, slope);
+  for (int c = 0; c < C; ++c) home[c] = slope * diff[c];
+  V total = exponential(own_logit - largest), push[C] = {};
   for (int64_t first = 0; first < classes; first += kRun) {
     const int64_t last = first + kRun < classes ? first + kRun : classes;
     V run{}, run_push[C] = {};
     for (int64_t k = first; k < last; ++k) {
-      V diff[C], logit;
       for (int c = 0; c < C; ++c) diff[c] = x[c] - mu[k * C + c];
       transform_distance<kind>(squared_norm<C>(diff), eps, inverse_temperature, logit, slope);
       const V e = zero_where_equal(exponential(logit - largest), y, k);
       run += e;
-      const V weight = e * slope;
-      for (int c = 0; c < C; ++c) run_push[c] += weight * diff[c];
+      for (int c = 0; c < C; ++c) run_push[c] += e * (slope * diff[c] - home[c]);
     }
-    rivals += run;
+    total += run;
     for (int c = 0; c < C; ++c) push[c] += run_push[c];
   }
-  V diff[C], logit;
-  for (int c = 0; c < C; ++c) diff[c] = x[c] - own[c];
-  transform_distance<kind>(squared_norm<C>(diff), eps, inverse_temperature, logit, slope);
-  const V share = T(1) / (rivals + exponential(logit - largest));
-  const V own_weight = slope * (rivals * share);
   // A distance that is not finite (NaN or overflow) makes the result NaN instead of something that looks right.
   const V poison = smallest * T(0) + squared_norm<C>(x) * T(0);
-  for (int c = 0; c < C; ++c) {
-    grad[c] = T(2) * inverse_temperature * (push[c] * share - own_weight * diff[c]) + poison;
-  }
+  for (int c = 0; c < C; ++c) grad[c] = T(2) * inverse_temperature * (push[c] / total) + poison;
 }
 
 // Cap on the norm of the correction.

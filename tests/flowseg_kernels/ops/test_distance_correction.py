@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+import flowseg_kernels as fk
+from flowseg_kernels.ops.distance_correction.reference import TRANSFORMS, potential
+
+from ..samples import FLOAT_DTYPES, LABEL_DTYPES, exact_correction, image_batch, largest_error, layouts, naive_correction
+
+TAUS = (1.0, 0.5, 2.0)
+
+
+def test_two_classes_on_a_line_by_hand(backend):
+    # x = 0.5 between codes 0 and 2, class 0, eps = 0.75: d = (0.25, 2.25), r = (1, 1/3), p = (3/4, 1/4).
+    # grad = 2 [ (1/4) 1 0.5 - (1/4) (1/3) (-1.5) ] = 0.5.
+    x = torch.tensor([[[[0.5]]]])
+    grad = fk.distance_correction(x, torch.zeros(1, 1, 1, dtype=torch.long), torch.tensor([[0.0], [2.0]]), eps=0.75)
+    assert grad.item() == pytest.approx(0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8, 11, 16])
+def test_is_the_gradient_of_the_potential(backend, transform, tau, channels):
+    mu = fk.kronecker_centroids(23, channels, dtype=torch.float64)
+    x, _, labels, _ = image_batch(mu, dtype=torch.float64)
+    x.requires_grad_()
+    phi = potential(x, labels, mu, tau, 0.05, transform, 255).sum()
+    (want,) = torch.autograd.grad(phi, x)
+    got = fk.distance_correction(x, labels, mu, temperature=tau, eps=0.05, transform=transform)
+    assert not got.requires_grad and got.is_contiguous()
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("tau", TAUS)
+@pytest.mark.parametrize("spread", [0.3, 1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("channels", [3, 8])
+def test_fp32_error_is_at_most_twice_plain_pytorch(backend, transform, tau, spread, channels):
+    book = fk.Codebook(fk.kronecker_centroids(150, channels))
+    x, _, labels, _ = image_batch(book.centroids, 1, 32, 40, spread)
+    options = {"eps": book.default_eps, "transform": transform}
+    exact = exact_correction(x, labels, book.centroids, tau=tau, **options)
+    plain = naive_correction(x, labels, book.centroids, tau=tau, **options)
+    got = fk.distance_correction(x, labels, book, temperature=tau, **options)
+    # 1e-30: where every rival is below exp(-60) the answer is made of numbers at the end of fp32's range.
+    floor = 1e-30 + 4 * torch.finfo(torch.float32).eps * float(exact.abs().max())
+    assert largest_error(got, exact) <= max(2 * largest_error(plain, exact), floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_error_is_at_most_twice_plain_pytorch(backend, dtype, codes150):
+    x, _, labels, _ = image_batch(codes150.centroids, 1, 40, 48, 0.1, dtype)
+    exact = exact_correction(x, labels, codes150.centroids, eps=codes150.default_eps)
+    plain = naive_correction(x, labels, codes150.centroids, eps=codes150.default_eps)
+    got = fk.distance_correction(x, labels, codes150)
+    assert got.dtype == dtype
+    assert largest_error(got, exact) <= 2 * largest_error(plain, exact)
+    # And no more than rounding the exact answer to the dtype costs.
+    assert largest_error(got, exact) <= 1.01 * largest_error(exact.to(dtype), exact) + 1e-5
+
+
+@pytest.mark.parametrize("classes", [1, 2, 255, 256, 257, 3000])
+def test_sums_stay_accurate_for_any_number_of_classes(backend, classes):
+    book = fk.Codebook(fk.kronecker_centroids(classes, 3), ignore_index=-1)
+    labels = torch.randint(0, classes, (1, 16, 20))
+    x = book.encode(labels) + 0.05 * torch.randn(1, 3, 16, 20)
+    exact = exact_correction(x, labels, book.centroids, eps=book.default_eps, ignore=-1)
+    plain = naive_correction(x, labels, book.centroids, eps=book.default_eps, ignore=-1)
+    got = fk.distance_correction(x, labels, book)
+    scale = max(float(exact.abs().max()), 1e-3)
+    assert largest_error(got, exact) <= max(2 * largest_error(plain, exact), 5e-7 * scale)
+    if classes == 1:
+        assert not got.any()
+
+
+@pytest.mark.parametrize("scale, eps", [(1e-30, 1e-2), (1e3, 1e-2), (1e6, 1e-2), (1e12, 1.0), (1.0, 1e-14), (1.0, 1e-30)])
+def test_far_points_and_tiny_eps_stay_finite_and_right(backend, scale, eps):
+    mu = fk.kronecker_centroids(40, 3)
+    x = torch.randn(1, 3, 12, 15) * scale
+    labels = torch.randint(0, 40, (1, 12, 15))
+    exact = exact_correction(x, labels, mu, eps)
+    plain = naive_correction(x, labels, mu, eps)
+    got = fk.distance_correction(x, labels, mu, eps=eps)
+    assert torch.isfinite(got).all()
+    assert largest_error(got, exact) <= max(2 * largest_error(plain, exact), 1e-6 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", LABEL_DTYPES)
+def test_label_dtypes_give_the_same(backend, dtype, codes150):
+    x, _, labels, _ = image_batch(codes150.centroids)
+    want = fk.distance_correction(x, labels, codes150)
+    labels = labels if dtype != torch.uint8 else labels.clamp_max(255)
+    assert torch.equal(fk.distance_correction(x, labels.to(dtype), codes150), want)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_any_strides_give_the_same(backend, dtype, codes150):
+    x, _, labels, _ = image_batch(codes150.centroids, 2, 17, 40, dtype=dtype)
+    want = fk.distance_correction(x, labels, codes150)
+    for name, view in layouts(x):
+        assert torch.equal(fk.distance_correction(view, labels, codes150), want), name
+    for name, view in layouts(labels):
+        assert torch.equal(fk.distance_correction(x, view, codes150), want), name
+    expanded = fk.distance_correction(x[:1, :, :1].expand(2, -1, 17, -1), labels, codes150)
+    assert torch.equal(expanded, fk.distance_correction(x[:1, :, :1].repeat(2, 1, 17, 1), labels, codes150))
+
+
+def test_max_norm_caps_and_keeps_the_direction(backend, codes150):
+    x, _, labels, _ = image_batch(codes150.centroids)
+    free = fk.distance_correction(x, labels, codes150)
+    capped = fk.distance_correction(x, labels, codes150, max_norm=0.5)
+    norm = free.norm(dim=1, keepdim=True)
+    assert (norm > 0.5).any() and (norm < 0.5).any()
+    torch.testing.assert_close(capped, free * (0.5 / norm.clamp_min(0.5)), rtol=1e-5, atol=1e-7)
+
+
+def test_nan_stays_in_its_pixel_and_ignored_pixels_are_zero(backend, codes150):
+    x, _, labels, _ = image_batch(codes150.centroids, ignored=0)
+    want = fk.distance_correction(x, labels, codes150)
+    x[0, 1, 2, 3] = torch.nan
+    x[1, 0, 0, 0] = torch.nan
+    labels[1, 0, 0] = 255
+    got = fk.distance_correction(x, labels, codes150)
+    assert got[0, :, 2, 3].isnan().all() and not got[1, :, 0, 0].any()
+    same = torch.ones_like(labels, dtype=torch.bool)
+    same[0, 2, 3] = same[1, 0, 0] = False
+    # A NaN sends its block through the general formula, so the others agree to rounding.
+    torch.testing.assert_close(got.movedim(1, -1)[same], want.movedim(1, -1)[same], rtol=1e-4, atol=1e-4)

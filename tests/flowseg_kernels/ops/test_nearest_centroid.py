@@ -1,0 +1,150 @@
+import pytest
+import torch
+
+import flowseg_kernels as fk
+
+from ..samples import FLOAT_DTYPES, LABEL_DTYPES, image_batch, layouts
+
+
+def two_smallest(x, mu):
+    """Independent brute force in fp64 over points (N, C): nearest index (lowest of equals), and both squared distances."""
+    index, best, second = [], [], []
+    mu = mu.double()
+    for part in x.split(max(1, (1 << 20) // mu.shape[0])):  # a few MiB of distances stay in the cache
+        part = part.double()
+        d = (part[:, 0, None] - mu[:, 0]).square_()
+        for c in range(1, mu.shape[1]):
+            d += (part[:, c, None] - mu[:, c]).square_()
+        nearest = d.min(1, keepdim=True)
+        # min may return any of several equals.
+        first = torch.where(d == nearest.values, torch.arange(mu.shape[0]), mu.shape[0]).amin(1, keepdim=True)
+        index.append(first[:, 0])
+        best.append(nearest.values[:, 0])
+        second.append(d.scatter_(1, first, torch.inf).amin(1) if mu.shape[0] > 1 else nearest.values[:, 0])
+    return torch.cat(index), torch.cat(best), torch.cat(second)
+
+
+def assert_exact(points, codebook, mu):
+    """Decoded labels equal the fp64 search, but where the two smallest distances agree to fp32 rounding."""
+    image = points.T.reshape(1, mu.shape[1], 1, -1)
+    got = fk.nearest_centroid(image, codebook)[0, 0]
+    want, best, second = two_smallest(points, mu)
+    different = got != want
+    # The error of a squared fp32 distance, from the rounding of differences, squares and sums.
+    rounding = 4e-7 * (best + second)
+    assert not (different & (second - best > rounding)).any(), int(different.sum())
+    return different
+
+
+@pytest.mark.parametrize("codes", ["kronecker", "grid", "clustered"])
+def test_ten_million_random_points(codes):
+    if "cpu" not in fk.available_backends("nearest_centroid"):
+        pytest.skip("the search of the reference is what this compares with")
+    mu = {
+        "kronecker": fk.kronecker_centroids(150, 3),
+        "grid": fk.grid_centroids(64, 3),
+        "clustered": 0.02 * torch.randn(40, 3, generator=torch.Generator().manual_seed(1)),
+    }[codes]
+    count = 10_000_000 if codes == "kronecker" else 300_000
+    span = float(mu.max() - mu.min())
+    points = mu.min() - 0.5 * span + 2 * span * torch.rand(count, 3)  # half a box beyond the codes on every side
+    with fk.use_backend("cpu"):
+        assert_exact(points, fk.Codebook(mu), mu)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 11, 150, 1000])
+def test_cell_borders_corners_and_centroids(backend, classes):
+    mu = fk.kronecker_centroids(classes, 3)
+    book = fk.Codebook(mu, ignore_index=-1)
+    size = book.grid[0].shape[0]
+    borders = book.grid_low + torch.arange(size + 1) / book.grid_scale
+    ticks = torch.cat((borders, borders.nextafter(torch.tensor(9.0)), borders.nextafter(torch.tensor(-9.0))))
+    n = 12_000
+    corner = ticks[torch.randint(0, len(ticks), (n, 3))]
+    face = torch.stack((ticks[torch.randint(0, len(ticks), (n,))], *(torch.rand(2, n) * 2.4 - 1.2)), dim=1)
+    halfway = (mu[torch.randint(0, classes, (n,))] + mu[torch.randint(0, classes, (n,))]) / 2
+    near = mu.repeat(20, 1) + 1e-6 * torch.randn(20 * classes, 3)
+    far = torch.randn(500, 3) * torch.tensor([10.0, 1e6, 1e15])[torch.randint(0, 3, (500, 1))]
+    assert_exact(torch.cat((corner, face, halfway, near)), book, mu)
+    assert_exact(far, book, mu)
+    image = mu.T.reshape(1, 3, 1, -1)
+    assert torch.equal(fk.nearest_centroid(image, book)[0, 0], torch.arange(classes))
+
+
+def test_exact_ties_go_to_the_lowest_index(backend):
+    # Powers of two make every distance exact, so that ties are real.
+    mu = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-1, 0, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1], [1, 0, 0]])
+    for codes in (mu, mu.flip(0)):
+        book = fk.Codebook(codes)
+        steps = torch.linspace(-1.5, 1.5, 25)
+        points = torch.cartesian_prod(steps, steps, steps)
+        want = two_smallest(points, codes)[0]
+        for codebook in (book, codes):
+            got = fk.nearest_centroid(points.T.reshape(1, 3, 25, 625), codebook).flatten()
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8, 12, 16])
+@pytest.mark.parametrize("classes", [1, 2, 17, 300])
+def test_any_channels_against_brute_force(backend, channels, classes):
+    mu = fk.kronecker_centroids(classes, channels)
+    assert_exact(torch.randn(5000, channels), mu, mu)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_input_dtypes_strides_and_label_dtypes(backend, dtype, codes150):
+    x, _, _, _ = image_batch(codes150.centroids, 2, 17, 40, 0.1, dtype)
+    want = fk.nearest_centroid(x, codes150)
+    assert torch.equal(want, fk.nearest_centroid(x.double(), codes150))
+    for out_dtype in LABEL_DTYPES:
+        labels = fk.nearest_centroid(x, codes150, out_dtype=out_dtype)
+        assert labels.dtype == out_dtype and torch.equal(labels.long(), want)
+    for name, view in layouts(x):
+        assert torch.equal(fk.nearest_centroid(view, codes150), want), name
+
+
+@pytest.mark.parametrize("channels", [3, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_distance_and_margin(backend, channels, dtype):
+    mu = fk.kronecker_centroids(30, channels)
+    x, _, _, _ = image_batch(mu, dtype=dtype)
+    index, best, second = two_smallest(x.movedim(1, -1).reshape(-1, channels), mu)
+    labels, distance, margin = fk.nearest_centroid(x, fk.Codebook(mu), return_distance=True, return_margin=True)
+    assert distance.dtype == margin.dtype == dtype
+    assert torch.equal(labels.flatten(), index)
+    torch.testing.assert_close(distance.flatten().double(), best.sqrt(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(margin.flatten().double(), second.sqrt() - best.sqrt(), rtol=1e-4, atol=1e-6)
+    only = fk.nearest_centroid(x, fk.Codebook(mu), return_margin=True)
+    assert len(only) == 2 and torch.equal(only[1], margin)
+
+
+def test_one_class_has_an_infinite_margin(backend):
+    labels, margin = fk.nearest_centroid(torch.randn(1, 3, 4, 5), torch.zeros(1, 3), return_margin=True)
+    assert not labels.any() and margin.isposinf().all()
+
+
+@pytest.mark.parametrize("codebook", ["grid", "bare"])
+def test_nan_decodes_to_ignore_and_infinity_to_the_lowest(backend, codebook, codes150):
+    x = torch.zeros(1, 3, 2, 300)
+    x[0, 1, 0, 7] = torch.nan
+    x[0, 2, 1, 299] = torch.inf
+    x[0, :2, 1, 298] = torch.tensor([torch.inf, -torch.inf])
+    book = codes150 if codebook == "grid" else codes150.centroids
+    labels = fk.nearest_centroid(x, book, out_dtype=torch.uint8)
+    assert labels[0, 0, 7] == 255 and labels[0, 1, 299] == 0 and labels[0, 1, 298] == 0
+    assert (labels == 255).sum() == 1
+    _, distance, margin = fk.nearest_centroid(x, book, return_distance=True, return_margin=True)
+    assert distance[0, 0, 7].isnan() and margin[0, 0, 7].isnan() and distance[0, 1, 299].isposinf()
+
+
+def test_ignore_index_of_the_codebook_marks_nan(backend):
+    book = fk.Codebook(fk.kronecker_centroids(5, 3), ignore_index=-1)
+    x = torch.full((1, 3, 1, 1), torch.nan)
+    assert fk.nearest_centroid(x, book).item() == -1
+    with pytest.raises(ValueError, match="out_dtype: wanted one that holds classes up to 4 and ignore_index -1"):
+        fk.nearest_centroid(x, book, out_dtype=torch.uint8)
+
+
+def test_decoder_module(backend, codes150):
+    x, _, _, _ = image_batch(codes150.centroids)
+    assert torch.equal(fk.CentroidDecoder(codes150)(x), fk.nearest_centroid(x, codes150))

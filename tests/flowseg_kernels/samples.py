@@ -1,0 +1,89 @@
+"""Inputs and independent plain formulas shared by the tests of the ops."""
+
+import torch
+
+LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def image_batch(codes, batch=2, height=9, width=13, spread=0.3, dtype=torch.float32, ignored=0.1):
+    """Prediction near the codes, source, labels with some ignored, times."""
+    k, c = codes.shape
+    labels = torch.randint(0, k, (batch, height, width))
+    x = codes[labels].movedim(-1, 1).double() + spread * torch.randn(batch, c, height, width, dtype=torch.float64)
+    labels = torch.where(torch.rand(labels.shape) < ignored, 255, labels)
+    source = torch.rand(batch, c, height, width, dtype=torch.float64) * 2 - 1
+    return x.to(dtype), source.to(dtype), labels, torch.rand(batch, dtype=torch.float64)
+
+
+def layouts(x):
+    """The same values in every kind of memory layout that callers send: (name, tensor)."""
+    wide = torch.zeros(*x.shape[:-1], x.shape[-1] * 2 + 1, dtype=x.dtype)
+    wide[..., 1::2] = x
+    flat = torch.zeros(x.numel() + 1, dtype=x.dtype)
+    flat[1:] = x.flatten()
+    last = list(range(x.ndim))
+    yield "contiguous", x.contiguous()
+    yield "channels_last", x.movedim(1, -1).contiguous().movedim(-1, 1)
+    yield "transposed", x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    yield "every_second", wide[..., 1::2]
+    yield "offset_by_one", flat[1:].view(x.shape)
+    yield "reversed_dims", x.permute(*last[::-1]).contiguous().permute(*last[::-1])
+
+
+def naive_correction(x, labels, mu, eps, tau=1.0, transform="neg_log", ignore=255):
+    """The gradient of the cross-entropy on distances, as one would write it in plain PyTorch, all in the dtype of x."""
+    diff = x[:, None] - mu.to(x.dtype)[None, :, :, None, None]
+    d = diff.square().sum(2)
+    logits, slope = {
+        "neg_log": lambda: (-(d + eps).log(), -1 / (d + eps)),
+        "neg_sq": lambda: (-d, -torch.ones_like(d)),
+        "neg_dist": lambda: (-(d + eps).sqrt(), -0.5 / (d + eps).sqrt()),
+        "inverse": lambda: (1 / (d + eps), -1 / (d + eps) ** 2),
+    }[transform]()
+    p = torch.softmax(logits / tau, 1)
+    valid = labels != ignore
+    hot = torch.nn.functional.one_hot(torch.where(valid, labels, 0).long(), mu.shape[0]).movedim(-1, 1).to(x.dtype)
+    grad = (2 / tau) * (((p - hot) * slope)[:, :, None] * diff).sum(1)
+    return torch.where(valid[:, None], grad, 0)
+
+
+def exact_correction(x, labels, mu, eps, tau=1.0, transform="neg_log", ignore=255):
+    """naive_correction in fp64 with 1 - p_y summed from the other classes: near a centroid even fp64 loses it by subtraction."""
+    x, mu = x.double(), mu.double()
+    diff = x[:, None] - mu[None, :, :, None, None]
+    d = diff.square().sum(2)
+    logits, slope = {
+        "neg_log": lambda: (-(d + eps).log(), -1 / (d + eps)),
+        "neg_sq": lambda: (-d, -torch.ones_like(d)),
+        "neg_dist": lambda: (-(d + eps).sqrt(), -0.5 / (d + eps).sqrt()),
+        "inverse": lambda: (1 / (d + eps), -1 / (d + eps) ** 2),
+    }[transform]()
+    valid = labels != ignore
+    hot = torch.nn.functional.one_hot(torch.where(valid, labels, 0).long(), mu.shape[0]).movedim(-1, 1).bool()
+    rivals = torch.softmax(logits / tau, 1).masked_fill(hot, 0)
+    excess = torch.where(hot, -rivals.sum(1, keepdim=True), rivals)
+    grad = (2 / tau) * ((excess * slope)[:, :, None] * diff).sum(1)
+    return torch.where(valid[:, None], grad, 0)
+
+
+def naive_loss(prediction, source, labels, t, mu, *, predicts, space, weight, schedule, eps, t_min=0.05, ignore=255):
+    """The loss of method section 3 in plain PyTorch with autograd for its gradient; the target is detached."""
+    valid = labels != ignore
+    x1 = mu.to(prediction.dtype)[torch.where(valid, labels, 0).long()].movedim(-1, 1)
+    time = t.to(prediction.dtype)[:, None, None, None]
+    xt = (1 - time) * source + time * x1
+    xhat = xt + (1 - time) * prediction if predicts == "velocity" else prediction
+    g = naive_correction(xhat.detach(), labels, mu, eps) * weight * ((1 - time) if schedule == "annealed" else 1)
+    if space == "velocity":
+        if predicts == "velocity":
+            error = prediction - (x1 - source - g)
+        else:
+            error = (prediction - x1) / (1 - time).clamp_min(t_min) + g
+    else:
+        error = xhat - (x1 - g)
+    return (error.square().mean(1) * valid).sum() / valid.sum().clamp_min(1)
+
+
+def largest_error(got, want):
+    return float((got.double() - want.double()).abs().max())

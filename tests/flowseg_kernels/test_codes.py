@@ -1,0 +1,126 @@
+import copy
+import io
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+
+import flowseg_kernels as fk
+from flowseg_kernels.codes import smallest_distance
+
+
+def test_kronecker_codes_by_hand():
+    points = [[math.fmod(k * math.sqrt(p), 1) for p in (2, 3)] for k in (1, 2, 3)]
+    want = torch.tensor(points, dtype=torch.float64)
+    want = 2 * (want - want.amin(0)) / (want.amax(0) - want.amin(0)) - 1
+    torch.testing.assert_close(fk.kronecker_centroids(3, 2, dtype=torch.float64), want)
+
+
+@pytest.mark.parametrize(
+    "codes, distance",
+    [
+        (fk.kronecker_centroids(150, 3), 0.154),
+        (fk.kronecker_centroids(150, 3, sequence="r_sequence"), 0.226),
+        (fk.grid_centroids(150, 3), 0.4),
+    ],
+)
+def test_smallest_distances_known_from_the_method(codes, distance):
+    assert smallest_distance(codes) == pytest.approx(distance, abs=5e-4)
+
+
+@pytest.mark.parametrize("classes, channels", [(11, 3), (150, 3), (150, 8), (700, 4)])
+def test_searched_codes_are_the_best_sequence_and_repeatable(classes, channels):
+    searched = fk.kronecker_centroids(classes, channels, sequence="searched")
+    torch.testing.assert_close(searched, fk.kronecker_centroids(classes, channels, sequence="searched"), rtol=0, atol=0)
+    for other in ("sqrt_primes", "r_sequence"):
+        assert smallest_distance(searched) >= smallest_distance(fk.kronecker_centroids(classes, channels, sequence=other))
+
+
+@pytest.mark.parametrize("channels", range(1, 17))
+@pytest.mark.parametrize("make", [fk.kronecker_centroids, fk.grid_centroids])
+def test_codes_fill_the_box_for_any_channels(make, channels):
+    for classes in (1, 2, 37):
+        codes = make(classes, channels)
+        assert codes.shape == (classes, channels) and codes.dtype == torch.float32
+        assert codes.abs().max() <= 1 and codes.unique(dim=0).shape[0] == classes
+
+
+def test_most_classes_with_a_decode_grid():
+    book = fk.Codebook(fk.kronecker_centroids(65536, 3), ignore_index=-1)
+    assert book.num_classes == 65536
+    labels = torch.randint(0, 65536, (1, 40, 50))
+    assert torch.equal(book.decode(book.encode(labels)), labels)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5, 8, 16, 20])
+def test_other_channels_decode_without_a_grid(channels):
+    book = fk.Codebook(fk.kronecker_centroids(64, channels))
+    labels = torch.randint(0, 64, (2, 5, 6))
+    assert book.grid[0] is None
+    assert torch.equal(book.decode(book.encode(labels)), labels)
+
+
+def test_smallest_distance_equals_all_pairs():
+    codes = torch.randn(300, 5)
+    d = (codes[:, None].double() - codes[None].double()).square().sum(2).sqrt()
+    d.fill_diagonal_(math.inf)
+    assert smallest_distance(codes) == pytest.approx(float(d.min()), rel=1e-12)
+
+
+def test_codebook_survives_casts_moves_copies_and_saving(codes150):
+    book = copy.deepcopy(codes150)
+    labels = torch.randint(0, 150, (1, 8, 8))
+    for changed in (book.half(), book.bfloat16(), book.to(torch.float64), pickle.loads(pickle.dumps(book))):
+        assert changed.centroids.dtype == torch.float32
+        assert torch.equal(changed.centroids, codes150.centroids)
+        assert torch.equal(changed.decode(changed.encode(labels)), labels)
+    file = io.BytesIO()
+    torch.save(book.state_dict(), file)
+    file.seek(0)
+    other = fk.Codebook(fk.kronecker_centroids(7, 2), ignore_index=-1)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert (other.num_classes, other.channels, other.ignore_index) == (150, 3, 255)
+    assert other.min_distance == codes150.min_distance and torch.equal(other.decode(other.encode(labels)), labels)
+    assert not hasattr(book.to("meta").centroids, "nothing") and book.centroids.device.type == "meta"
+
+
+def test_default_eps_is_a_fifth_of_the_squared_spacing(codes150):
+    assert codes150.default_eps == pytest.approx(0.2 * codes150.min_distance**2)
+    assert fk.Codebook(torch.zeros(1, 3)).min_distance == math.inf
+
+
+def test_encode_marks_ignored_and_takes_every_label_dtype(codes150, backend):
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        labels = torch.tensor([[[0, 255, 149]]], dtype=dtype)
+        codes = codes150.encode(labels)
+        assert codes.shape == (1, 3, 1, 3)
+        assert torch.equal(codes[0, :, 0, 0], codes150.centroids[0]) and not codes[0, :, 0, 1].any()
+
+
+def test_an_ignored_class_is_said():
+    with pytest.warns(UserWarning, match="ignore_index 255 is also one of its 300 classes"):
+        fk.Codebook(fk.kronecker_centroids(300, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fk.Codebook(fk.kronecker_centroids(300, 3), ignore_index=-1)
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda: fk.kronecker_centroids(0), ValueError, "num_classes: wanted 1 to 65536; got 0"),
+        (lambda: fk.kronecker_centroids(70000), ValueError, "num_classes"),
+        (lambda: fk.grid_centroids(3, 0), ValueError, "channels: wanted at least 1; got 0"),
+        (lambda: fk.kronecker_centroids(3, sequence="halton"), ValueError, "sequence: wanted .*; got 'halton'"),
+        (lambda: fk.Codebook([[0.0]]), TypeError, "centroids: wanted a .* tensor; got list"),
+        (lambda: fk.Codebook(torch.zeros(3)), ValueError, r"centroids: wanted shape \(K, C\)"),
+        (lambda: fk.Codebook(torch.zeros(3, 3, dtype=torch.long)), TypeError, "centroids: wanted a floating dtype"),
+        (lambda: fk.Codebook(torch.full((3, 3), math.nan)), ValueError, "centroids: wanted finite values"),
+        (lambda: fk.Codebook(torch.zeros(3, 3), ignore_index=1.5), TypeError, "ignore_index: wanted an int"),
+    ],
+)
+def test_bad_arguments_are_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
