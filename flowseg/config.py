@@ -35,7 +35,8 @@ class ModelConfig(Section):
     field_depth: Count | None = None
     field_hidden: Count | None = None
     stem_width: Annotated[int, Field(ge=0)] | None = None
-    """Channels of the convolutional stem before the patch embedding; 0 is the plain linear embedding."""
+    """Channels of the first layer of a convolutional stem; 0 is PixNerd's linear patch embedding."""
+    stem_depth: Annotated[int, Field(ge=0)] | None = None
 
 
 class CodesConfig(Section):

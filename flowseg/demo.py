@@ -50,6 +50,8 @@ class Arm:
 def demo_config(*, quick: bool, steps: int, seed: int) -> Config:
     """Settings of both arms before the correction weight is set."""
     tree = {
+        # One digit is about a patch wide, which PixNerd's linear embedding of whole patches learns in a few hundred steps.
+        "model": {"size": "nano", "patch_size": 16, "stem_width": 0},
         "data": {
             "name": "digits",
             "height": 64,
@@ -62,7 +64,7 @@ def demo_config(*, quick: bool, steps: int, seed: int) -> Config:
         "train": {
             "seed": seed,
             "steps": steps,
-            "batch_size": 16 if quick else 32,
+            "batch_size": 16,
             "log_every": max(1, steps // 100),
             "eval_every": max(1, steps // (3 if quick else 10)),
             "eval_images": 12 if quick else 50,
@@ -248,10 +250,10 @@ def _write_report(
         "What the correction changes",
         paragraph(
             "The star is the code of the true class, circles are the codes of the others; two code channels, so that "
-            "the field can be drawn. With the plain squared error the pull grows with the distance and knows nothing of "
-            "the other codes. The correction also pushes away from wrong codes, most strongly just before them, so that an "
-            "estimate does not settle between two. Behind a wrong code, seen from the star, push and pull can cancel: "
-            "those are the pale spots."
+            "the field can be drawn. With the plain squared error the pull grows with the distance and knows nothing "
+            "of the other codes. The correction also pushes away from wrong codes, most strongly just before them, so "
+            "that an estimate does not settle between two. Behind a wrong code, seen from the star, push and pull can "
+            "cancel: those are the pale spots."
         ),
         picture(figures.vector_field_figure(), "vector field and gradient norm around a centroid"),
     )

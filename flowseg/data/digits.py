@@ -1,4 +1,4 @@
-"""Embedded data: scenes of real handwritten digits over crops of real photographs, made on the fly.
+"""Embedded data: scenes of light handwritten digits over darkened crops of photographs, made on the fly.
 
 Both come with scikit-learn (`load_digits`, 1797 digits of 8x8 pixels; `load_sample_images`, two photographs), so
 nothing is downloaded. A scene depends on (seed, split, index) alone.
@@ -6,6 +6,7 @@ nothing is downloaded. A scene depends on (seed, split, index) alone.
 
 from __future__ import annotations
 
+import colorsys
 import functools
 
 import numpy as np
@@ -15,6 +16,9 @@ SPLITS = ("train", "val")
 # A photograph is divided at this share of its width: train crops come from the left part, val crops from the right.
 PHOTO_SPLIT = 0.7
 VAL_EVERY = 5
+# Digits lie near the middles of square cells of this many pixels; this share of the cells stays empty.
+CELL = 16
+EMPTY = 0.3
 
 
 class DigitScenes:
@@ -40,15 +44,15 @@ class DigitScenes:
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         canvas = _background(rng, self.split, self.height, self.width)
         labels = np.zeros((self.height, self.width), np.uint8)
-        side = min(self.height, self.width)
-        for _ in range(rng.integers(2, 5)):
-            which = rng.integers(len(self._digits))
-            mask = _draw(rng, self._digits[which], int(side * rng.uniform(0.38, 0.55)))
-            color = _contrasting(rng, canvas.mean(axis=(0, 1)))
-            place = _free_place(rng, labels, mask)
-            if place is not None:
+        for top in range(0, self.height - CELL + 1, CELL):
+            for left in range(0, self.width - CELL + 1, CELL):
+                if rng.uniform() < EMPTY:
+                    continue
+                which = rng.integers(len(self._digits))
+                mask = _draw(rng, self._digits[which], int(rng.integers(CELL - 2, CELL + 3)))
+                place = _jittered(rng, top, left, mask.shape[0], labels.shape)
                 region = canvas[place]
-                region[:] = region * (1 - mask[..., None]) + color * mask[..., None]
+                region[:] = region * (1 - mask[..., None]) + _bright(rng) * mask[..., None]
                 labels[place][mask > 0.5] = 1 + self._targets[which]
         return Image.fromarray(canvas.round().astype(np.uint8)), Image.fromarray(labels)
 
@@ -81,31 +85,24 @@ def _background(rng: np.random.Generator, split: str, height: int, width: int) -
     y = int(rng.integers(0, photo.shape[0] - crop_h + 1))
     x = int(rng.integers(0, photo.shape[1] - crop_w + 1))
     crop = Image.fromarray(photo[y : y + crop_h, x : x + crop_w]).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(crop, np.float32) * rng.uniform(0.5, 1.0)
+    return np.asarray(crop, np.float32) * rng.uniform(0.3, 0.6)
 
 
 def _draw(rng: np.random.Generator, digit: np.ndarray, side: int) -> np.ndarray:
     """One digit as a coverage mask ``(side, side)`` in [0, 1]: enlarged, rotated, with a sharpened edge."""
     image = Image.fromarray(np.pad(digit, 1) * 255.0).resize((side, side), Image.Resampling.BICUBIC)
-    image = image.rotate(rng.uniform(-20, 20), resample=Image.Resampling.BICUBIC)
-    return np.clip((np.asarray(image, np.float32) / 255.0 - 0.25) * 4.0, 0.0, 1.0)
+    image = image.rotate(rng.uniform(-15, 15), resample=Image.Resampling.BICUBIC)
+    return np.clip((np.asarray(image, np.float32) / 255.0 - 0.12) * 5.0, 0.0, 1.0)
 
 
-def _free_place(rng: np.random.Generator, labels: np.ndarray, mask: np.ndarray) -> tuple[slice, slice] | None:
-    """A place where the digit covers no other, or ``None`` after some tries."""
-    height, width = mask.shape
-    for _ in range(20):
-        y = int(rng.integers(0, labels.shape[0] - height + 1))
-        x = int(rng.integers(0, labels.shape[1] - width + 1))
-        place = slice(y, y + height), slice(x, x + width)
-        if not (labels[place][mask > 0.1] > 0).any():
-            return place
-    return None
+def _jittered(rng: np.random.Generator, top: int, left: int, side: int, shape: tuple[int, int]) -> tuple[slice, slice]:
+    """A square of ``side`` near the middle of a cell, inside the scene."""
+    middle = (CELL - side) // 2
+    y, x = (int(start + middle + rng.integers(-2, 3)) for start in (top, left))
+    y, x = min(max(y, 0), shape[0] - side), min(max(x, 0), shape[1] - side)
+    return slice(y, y + side), slice(x, x + side)
 
 
-def _contrasting(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
-    """A random colour at least 120 away (Euclidean, of 442) from the mean background."""
-    while True:
-        color = rng.uniform(0, 255, 3).astype(np.float32)
-        if np.linalg.norm(color - background) > 120:
-            return color
+def _bright(rng: np.random.Generator) -> np.ndarray:
+    """A random light colour, RGB in 0..255."""
+    return np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.2, 0.8), 1.0), np.float32) * 255

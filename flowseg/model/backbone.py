@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from flowseg_kernels import NeuralFieldDecoder
 from torch import Tensor, nn
 
 from flowseg.config import Config
 from flowseg.model.blocks import Block, TimeEmbedding, rotary_table
 from flowseg.model.sizes import ModelSize, resolve_size
+from flowseg_kernels import NeuralFieldDecoder
 
 
 class FlowSegModel(nn.Module):
@@ -27,7 +27,7 @@ class FlowSegModel(nn.Module):
         self.channels = channels
         self.condition_on_image = condition_on_image
         inputs = channels + (3 if condition_on_image else 0)
-        self.patch_embed = PatchEmbedding(inputs, size)
+        self.patch_embed = (ConvStem if size.stem_width else PatchEmbedding)(inputs, size)
         self.time_embed = TimeEmbedding(size.dim)
         self.blocks = nn.ModuleList(Block(size.dim, size.heads) for _ in range(size.depth))
         self.decoder = NeuralFieldDecoder(
@@ -78,41 +78,50 @@ class FlowSegModel(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Pixels of each patch to a feature, in row-major patch order.
-
-    Without a stem this is one linear map of the ``inputs * p * p`` numbers of a patch (PixNerd). With
-    ``stem_width`` > 0 two 3x3 convolutions of stride 2 come first and the linear map reads their ``p/4 x p/4`` outputs:
-    the overlap between patches helps a small network trained on few images (arXiv 2106.14881).
-    """
+    """Pixels of each patch to a feature by one linear map of its ``inputs * p * p`` numbers (PixNerd)."""
 
     def __init__(self, inputs: int, size: ModelSize):
         super().__init__()
         self.patch_size = size.patch_size
-        self.stem = None
-        if size.stem_width:
-            if size.patch_size % 4:
-                raise ValueError(f"a convolutional stem needs a patch size divisible by 4, got {size.patch_size}")
-            width = size.stem_width
-            self.stem = nn.Sequential(
-                nn.Conv2d(inputs, width, 3, stride=2, padding=1),
-                nn.GroupNorm(4 if width % 4 == 0 else 1, width),
-                nn.SiLU(),
-                nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-                nn.GroupNorm(4 if width % 2 == 0 else 1, 2 * width),
-                nn.SiLU(),
-            )
-            self.patch_size //= 4
-            inputs = 2 * width
-        self.proj = nn.Linear(inputs * self.patch_size**2, size.dim)
+        self.proj = nn.Linear(inputs * size.patch_size**2, size.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, inputs, H, W)`` to ``(B, N, dim)``."""
-        if self.stem is not None:
-            x = self.stem(x)
+        """``(B, inputs, H, W)`` to ``(B, N, dim)``, patches in row-major order."""
         p = self.patch_size
         batch, channels, height, width = x.shape
         patches = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         return self.proj(patches.reshape(batch, -1, channels * p * p))
+
+
+class ConvStem(nn.Module):
+    """Pixels to patch features by 3x3 convolutions: stride 2 to one pixel a patch, then residual ones.
+
+    Patches that see their neighbours from the start make a small network learn much faster from few images
+    (arXiv 2106.14881); PixNerd has no stem.
+    """
+
+    def __init__(self, inputs: int, size: ModelSize):
+        super().__init__()
+        if size.patch_size & (size.patch_size - 1):
+            raise ValueError(f"a convolutional stem needs a patch size that is a power of two, got {size.patch_size}")
+        layers: list[nn.Module] = []
+        width = size.stem_width
+        for _ in range(size.patch_size.bit_length() - 1):
+            layers += [nn.Conv2d(inputs, width, 3, stride=2, padding=1), nn.GroupNorm(1, width), nn.SiLU()]
+            inputs, width = width, min(2 * width, size.dim)
+        self.down = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(inputs, size.dim, 1)
+        self.mix = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(1, size.dim), nn.SiLU(), nn.Conv2d(size.dim, size.dim, 3, padding=1))
+            for _ in range(size.stem_depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, inputs, H, W)`` to ``(B, N, dim)``, patches in row-major order."""
+        x = self.proj(self.down(x.contiguous(memory_format=torch.channels_last)))
+        for layer in self.mix:
+            x = x + layer(x)
+        return x.flatten(2).transpose(1, 2)
 
 
 def build_model(config: Config) -> FlowSegModel:

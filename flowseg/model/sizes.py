@@ -20,7 +20,8 @@ class ModelSize:
         depth: transformer blocks.
         field_depth: blocks of the pixel neural field.
         field_hidden: width Hx of the pixel neural field.
-        stem_width: channels of a convolutional stem before the patch embedding; 0 for none, as in PixNerd.
+        stem_width: channels of the first layer of a convolutional stem; 0 for PixNerd's linear patch embedding.
+        stem_depth: 3x3 convolutions between patches at the end of the stem.
     """
 
     patch_size: int
@@ -30,6 +31,7 @@ class ModelSize:
     field_depth: int
     field_hidden: int = 64
     stem_width: int = 0
+    stem_depth: int = 2
 
 
 # L/16 and XL/16 are PixNerd's (arXiv 2507.23268); S and B follow the usual ViT widths; nano is ours, for a CPU.
