@@ -1,0 +1,191 @@
+"""Checkpoints: safetensors and JSON only, complete or absent, never half written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flowseg.config import Config, load_config
+from flowseg.errors import UserError
+
+PREFIX = "step-"
+
+
+@dataclasses.dataclass
+class TrainState:
+    """What a run needs to go on besides tensors.
+
+    Batches, augmentation, times and noise are functions of (seed, step), so there is no generator state to keep.
+
+    Attributes:
+        step: optimiser steps done.
+        seconds: wall-clock time used.
+        best_miou: best validation mIoU in percent so far, -1 before the first.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    best_miou: float = -1.0
+
+
+def save_checkpoint(
+    run: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer, state: TrainState, keep: int
+) -> Path:
+    """Write ``run/checkpoints/step-NNNNNNNN`` under a temporary name, rename it, drop all but the ``keep`` newest."""
+    folder = run / "checkpoints"
+    final = folder / f"{PREFIX}{state.step:08d}"
+    temporary = folder / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(_plain(model.state_dict()), temporary / "model.safetensors")
+    save_file(_plain(model.state_dict() | ema), temporary / "ema.safetensors")
+    save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+    (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
+    for file in temporary.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob(f"{PREFIX}*") if (path / "state.json").is_file())
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> TrainState:
+    """Put a checkpoint's numbers into ``model``, ``ema`` and ``optimizer`` (in place) and return its state.
+
+    Raises:
+        UserError: a missing or damaged file, or tensors of another model.
+    """
+    try:
+        state = TrainState(**json.loads((path / "state.json").read_text()))
+        tensors = load_file(path / "optimizer.safetensors")
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged checkpoint ({error}); remove it to go on from the one before") from None
+    load_weights(model, path / "model.safetensors")
+    with torch.no_grad():
+        for name, value in read_tensors(path / "ema.safetensors").items():
+            if name in ema:
+                ema[name].copy_(value)
+    template = optimizer.state_dict()
+    names = [name for name, _ in model.named_parameters()]
+    per_parameter = {}
+    for index, name in enumerate(names):
+        fields = {key.split("/", 1)[0]: value for key, value in tensors.items() if key.split("/", 1)[1] == name}
+        if fields:
+            per_parameter[index] = fields
+    optimizer.load_state_dict({"state": per_parameter, "param_groups": template["param_groups"]})
+    return state
+
+
+def save_weights(path: Path, model: nn.Module, ema: dict[str, Tensor], **facts: Any) -> None:
+    """Write averaged weights as one file with ``facts`` in its header, through a temporary name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(_plain(model.state_dict() | ema), temporary, metadata={key: str(value) for key, value in facts.items()})
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        UserError: a missing or damaged file.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """The header facts that :func:`save_weights` wrote."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill ``model`` from a safetensors file.
+
+    Raises:
+        UserError: names or shapes of another model.
+    """
+    tensors = read_tensors(path)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: weights of another model than the settings describe ({reason})") from None
+
+
+def find_weights(run: Path, checkpoint: str = "latest", weights: str = "ema") -> Path:
+    """The weight file of a run.
+
+    Args:
+        run: folder written by training.
+        checkpoint: ``"latest"``, ``"best"`` (highest validation mIoU, averaged weights), a step number, or a path to
+            a safetensors file.
+        weights: ``"ema"`` or ``"model"``.
+
+    Raises:
+        UserError: nothing there; the message lists what is.
+    """
+    if checkpoint == "best":
+        path = run / "best.safetensors"
+        if not path.is_file():
+            raise UserError(f"{run}: no best.safetensors; the run has not been validated yet, use --checkpoint latest")
+        return path
+    if checkpoint == "latest":
+        found = list_checkpoints(run)
+        if not found:
+            raise UserError(f"{run}: no checkpoint in {run / 'checkpoints'}; train first, or give another --run")
+        return found[-1] / f"{weights}.safetensors"
+    if checkpoint.isdigit():
+        path = run / "checkpoints" / f"{PREFIX}{int(checkpoint):08d}" / f"{weights}.safetensors"
+        if not path.is_file():
+            steps = ", ".join(str(int(found.name.removeprefix(PREFIX))) for found in list_checkpoints(run)) or "none"
+            raise UserError(f"--checkpoint {checkpoint}: no such step in {run}; steps kept: {steps}")
+        return path
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise UserError(f"--checkpoint must be latest, best, a step or a .safetensors file, got {checkpoint!r}")
+    return path
+
+
+def read_run_config(run: Path, pairs: list[str] | None = None, flags: dict[str, Any] | None = None) -> Config:
+    """The settings of a run with some replaced.
+
+    Raises:
+        UserError: not a run folder.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"--run {run}: no config.yaml there; give a folder written by 'flowseg train --out'")
+    return load_config(run / "config.yaml", pairs, flags)
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = [name for name, _ in model.named_parameters()]
+    state = optimizer.state_dict()["state"]
+    return _plain(
+        {f"{field}/{names[index]}": value for index, fields in state.items() for field, value in fields.items()}
+    )

@@ -1,0 +1,92 @@
+"""One entry to every data set: pairs of both splits with the meaning of their labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+from PIL import Image
+
+from flowseg.config import DataConfig
+from flowseg.data.digits import DigitScenes
+from flowseg.data.folder import FolderPairs
+from flowseg.data.presets import CAMVID, DIGITS, Labels, spread_palette
+from flowseg.errors import UserError
+
+
+class Pairs(Protocol):
+    """Anything that gives RGB images with 8-bit label maps."""
+
+    names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]: ...
+
+
+@dataclasses.dataclass
+class SegmentationData:
+    """The splits that were asked for (``None`` for the others) and the meaning of the labels."""
+
+    labels: Labels
+    train: Pairs | None
+    val: Pairs | None
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.labels.classes)
+
+
+def resolve_labels(config: DataConfig) -> Labels:
+    """Class names, colours and ignored values of a run: the preset's, each replaced where the settings give their own.
+
+    Raises:
+        UserError: no class names for a folder, repeated names, or a palette of another length.
+    """
+    preset = {"camvid": CAMVID, "digits": DIGITS}.get(config.name)
+    if config.name == "digits" and (config.classes or config.ignore or config.root):
+        raise UserError("data.classes, data.ignore and data.root do not apply to digits; set data.name=folder")
+    classes = config.classes or (preset.classes if preset else None)
+    if not classes:
+        raise UserError("data.classes is missing: list the class names in the order of the label values 0, 1, 2, ...")
+    if len(set(classes)) != len(classes):
+        repeated = next(name for name in classes if list(classes).count(name) > 1)
+        raise UserError(f"data.classes: {repeated!r} is listed twice")
+    if not 2 <= len(classes) <= 255:
+        raise UserError(f"data.classes must hold 2 to 255 names, got {len(classes)}")
+    ignore = config.ignore if config.ignore is not None else (preset.ignore if preset else ())
+    taken = [value for value in ignore if value < len(classes)]
+    if taken:
+        raise UserError(f"data.ignore: value {taken[0]} is the class {classes[taken[0]]!r}")
+    palette = config.palette
+    if palette is None:
+        palette = preset.palette if preset and len(preset.palette) == len(classes) else spread_palette(len(classes))
+    if len(palette) != len(classes):
+        raise UserError(f"data.palette must hold one colour for each of {len(classes)} classes, got {len(palette)}")
+    return Labels(tuple(classes), tuple(tuple(color) for color in palette), tuple(ignore))
+
+
+def open_data(config: DataConfig, splits: Sequence[str] = ("train", "val"), *, seed: int = 0) -> SegmentationData:
+    """Open the configured data.
+
+    Args:
+        config: the data section.
+        splits: any of ``"train"`` and ``"val"``.
+        seed: of the embedded scenes; folders do not use it.
+
+    Raises:
+        UserError: see :class:`FolderPairs`.
+    """
+    labels = resolve_labels(config)
+    opened: dict[str, Pairs] = {}
+    for split in splits:
+        if config.name == "digits":
+            count = config.digits_train if split == "train" else config.digits_val
+            opened[split] = DigitScenes(split, count, config.height, config.width, seed)
+        else:
+            if config.root is None:
+                raise UserError(f"data.root is missing: --root must name the folder of the {config.name} data")
+            folder = config.train_split if split == "train" else config.val_split
+            opened[split] = FolderPairs(config.root, folder, labels)
+    return SegmentationData(labels, opened.get("train"), opened.get("val"))

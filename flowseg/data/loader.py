@@ -1,0 +1,83 @@
+"""Training batches whose content depends on (seed, step) alone, so that a resumed run sees what it would have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from flowseg.config import DataConfig
+from flowseg.data.datasets import Pairs
+from flowseg.data.transforms import augment
+
+
+class _Augmented(Dataset):
+    """Examples addressed by ``(draw, index)``: the draw seeds the augmentation."""
+
+    def __init__(self, pairs: Pairs, config: DataConfig, seed: int):
+        self.pairs, self.config, self.seed = pairs, config, seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        draw, index = key
+        image, labels = self.pairs[index]
+        return augment(image, labels, self.config, np.random.default_rng((self.seed, 1, draw)))
+
+
+class _Draws:
+    """Batches of ``(draw, index)``: one shuffled pass after another, cut into this process's share."""
+
+    def __init__(self, size: int, batch: int, seed: int, first: int, rank: int, world: int):
+        self.size, self.batch, self.seed, self.first, self.rank, self.world = size, batch, seed, first, rank, world
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, order_epoch = None, -1
+        number = self.first * self.world + self.rank
+        while True:
+            keys = []
+            for draw in range(number * self.batch, (number + 1) * self.batch):
+                epoch, place = divmod(draw, self.size)
+                if epoch != order_epoch:
+                    order, order_epoch = np.random.default_rng((self.seed, 0, epoch)).permutation(self.size), epoch
+                keys.append((draw, int(order[place])))
+            yield keys
+            number += self.world
+
+
+def training_batches(
+    pairs: Pairs,
+    config: DataConfig,
+    batch_size: int,
+    *,
+    seed: int,
+    first_batch: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches for one process.
+
+    Args:
+        pairs: the training split.
+        config: size, augmentation and number of worker processes.
+        batch_size: examples a batch in this process.
+        seed: of order and augmentation.
+        first_batch: number of batches this process has already had.
+        rank, world: this process among how many.
+
+    Yields:
+        images ``(B, 3, H, W)`` float32 in [-1, 1] and labels ``(B, H, W)`` uint8.
+    """
+    return iter(
+        DataLoader(
+            _Augmented(pairs, config, seed),
+            batch_sampler=_Draws(len(pairs), batch_size, seed, first_batch, rank, world),
+            num_workers=config.workers,
+            persistent_workers=False,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )

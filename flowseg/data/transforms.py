@@ -1,0 +1,92 @@
+"""From a pair at native size to the tensors of a training or validation example."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance
+from torch import Tensor
+
+from flowseg.codes import IGNORE_INDEX
+from flowseg.config import DataConfig
+
+BILINEAR, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image to ``(3, H, W)`` float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, np.uint8))
+    return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+
+
+def augment(
+    image: Image.Image, labels: Image.Image, config: DataConfig, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random scale, crop, flip and colour; then the training size.
+
+    At scale 1 the pair just covers ``config.height x config.width``. Below it the rest of the canvas is
+    mid-grey with ignored labels. Labels are only ever taken from the nearest pixel.
+
+    Returns:
+        image ``(3, h, w)`` float32 in [-1, 1] and labels ``(h, w)`` uint8.
+    """
+    width, height = image.size
+    out_w, out_h = config.width, config.height
+    # Log-uniform, so that halving and doubling are equally likely.
+    scale = float(np.exp(rng.uniform(np.log(config.scale_min), np.log(config.scale_max))))
+    scale *= max(out_w / width, out_h / height)
+    offsets = rng.uniform(size=2)
+    flip, brightness, contrast = rng.uniform() < 0.5, *(1 + config.color_jitter * rng.uniform(-1, 1, 2))
+
+    x0, x1, left, paste_w = _window(width, out_w, scale, offsets[0])
+    y0, y1, top, paste_h = _window(height, out_h, scale, offsets[1])
+    box = (x0, y0, x1, y1)
+    image = image.resize((paste_w, paste_h), BILINEAR, box=box)
+    labels = labels.resize((paste_w, paste_h), NEAREST, box=box)
+    if config.color_jitter:
+        image = ImageEnhance.Contrast(ImageEnhance.Brightness(image).enhance(brightness)).enhance(contrast)
+    if (paste_w, paste_h) != (out_w, out_h):
+        canvas = Image.new("RGB", (out_w, out_h), (128, 128, 128))
+        canvas.paste(image, (left, top))
+        canvas_labels = Image.new("L", (out_w, out_h), IGNORE_INDEX)
+        canvas_labels.paste(labels, (left, top))
+        image, labels = canvas, canvas_labels
+    pixels, target = to_tensor(image), torch.from_numpy(np.array(labels, np.uint8))
+    if config.flip and flip:
+        pixels, target = pixels.flip(-1), target.flip(-1)
+    return pixels, target
+
+
+def _window(native: int, wanted: int, scale: float, offset: float) -> tuple[float, float, int, int]:
+    """Along one axis: the native interval to read, where to paste it, and its length once scaled."""
+    length = wanted / scale
+    if length <= native + 1e-6:
+        start = offset * max(native - length, 0.0)
+        return start, min(start + length, native), 0, wanted
+    paste = min(wanted, max(1, round(native * scale)))
+    return 0.0, float(native), int(offset * (wanted - paste + 1)), paste
+
+
+def model_size(native: tuple[int, int], config: DataConfig) -> tuple[int, int]:
+    """Size ``(h, w)`` at which the network sees an image of ``native`` ``(H, W)``: the largest with its proportions
+    that fits the training size.
+    """
+    scale = min(config.height / native[0], config.width / native[1])
+    return max(1, round(native[0] * scale)), max(1, round(native[1] * scale))
+
+
+def prepare(image: Image.Image, config: DataConfig, patch_size: int) -> tuple[Tensor, tuple[int, int]]:
+    """An image for inference: resized to :func:`model_size`, then padded at the right and bottom to whole patches.
+
+    The padding repeats the edge, which looks less like an object than a black bar does.
+
+    Returns:
+        ``(3, h', w')`` float32 in [-1, 1], and ``(h, w)``, the part of it that is image.
+    """
+    height, width = model_size(image.size[::-1], config)
+    pixels = to_tensor(image.resize((width, height), BILINEAR))
+    pad_w, pad_h = -width % patch_size, -height % patch_size
+    if pad_w or pad_h:
+        pixels = F.pad(pixels[None], (0, pad_w, 0, pad_h), mode="replicate")[0]
+    return pixels, (height, width)

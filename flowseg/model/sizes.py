@@ -1,0 +1,62 @@
+"""Named sizes of the network."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+from flowseg.config import ModelConfig
+from flowseg.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+    """Widths and depths of one network.
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        dim: width D of a patch feature.
+        heads: attention heads; ``dim / heads`` must be a multiple of 4 for the 2-D rotary embedding.
+        depth: transformer blocks.
+        field_depth: blocks of the pixel neural field.
+        field_hidden: width Hx of the pixel neural field.
+        stem_width: channels of a convolutional stem before the patch embedding; 0 for none, as in PixNerd.
+    """
+
+    patch_size: int
+    dim: int
+    heads: int
+    depth: int
+    field_depth: int
+    field_hidden: int = 64
+    stem_width: int = 0
+
+
+# L/16 and XL/16 are PixNerd's (arXiv 2507.23268); S and B follow the usual ViT widths; nano is ours, for a CPU.
+SIZES = {
+    "nano": ModelSize(patch_size=8, dim=128, heads=4, depth=6, field_depth=1, field_hidden=32),
+    "S/16": ModelSize(patch_size=16, dim=384, heads=6, depth=12, field_depth=2),
+    "B/16": ModelSize(patch_size=16, dim=768, heads=12, depth=12, field_depth=2),
+    "L/16": ModelSize(patch_size=16, dim=1024, heads=16, depth=22, field_depth=2),
+    "XL/16": ModelSize(patch_size=16, dim=1152, heads=16, depth=26, field_depth=4),
+}
+
+
+def resolve_size(config: ModelConfig) -> ModelSize:
+    """The preset named by ``config.size`` with the given fields replaced.
+
+    Raises:
+        UserError: unknown preset, or widths that do not divide.
+    """
+    name = config.size if config.size in SIZES else f"{config.size}/16"
+    if name not in SIZES:
+        near = difflib.get_close_matches(config.size, SIZES, n=1, cutoff=0.0)[0]
+        raise UserError(f"model.size must be one of {', '.join(SIZES)}, got {config.size!r}; did you mean {near!r}?")
+    fields = [field.name for field in dataclasses.fields(ModelSize)]
+    given = {field: value for field in fields if (value := getattr(config, field)) is not None}
+    size = dataclasses.replace(SIZES[name], **given)
+    if size.dim % size.heads or (size.dim // size.heads) % 4:
+        raise UserError(
+            f"model.dim / model.heads must be a multiple of 4 (2-D rotary embedding), got {size.dim} / {size.heads}"
+        )
+    return size

@@ -1,0 +1,190 @@
+"""Figures of the report, each a matplotlib figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from flowseg.predict import colorize
+from flowseg_kernels import Codebook, distance_correction, kronecker_centroids
+
+COLORS = {"vanilla": "#b5651d", "FlowSeg": "#1f5fa8"}
+IGNORED = (0, 0, 0)
+
+
+def flow_figure(
+    image: Tensor,
+    truth: np.ndarray,
+    paths: dict[str, list[tuple[float, Tensor]]],
+    masks: dict[str, np.ndarray],
+    palette: Sequence[tuple[int, int, int]],
+) -> Figure:
+    """One scene: the image and the truth on the left, then the flow and the decoded mask, one row an arm.
+
+    Args:
+        image: ``(3, H, W)`` in [-1, 1].
+        truth: ``(H, W)`` labels.
+        paths: arm to ``(t, x)`` with ``x`` ``(C, H, W)``; the first three channels are shown as colours.
+        masks: arm to labels ``(H, W)``.
+        palette: class colours.
+    """
+    columns = 2 + max(len(path) for path in paths.values())
+    height, width = truth.shape
+    figure = Figure(figsize=(1.75 * columns, 1.75 * len(paths) * height / width + 0.5), layout="constrained")
+    axes = figure.subplots(len(paths), columns, squeeze=False)
+    for row, (name, path) in enumerate(paths.items()):
+        left = [("image", _as_picture(image)), ("truth", colorize(truth, palette))]
+        panels = [left[row] if row < 2 else ("", None)]
+        panels += [(f"t = {t:g}", _as_picture(x)) for t, x in path]
+        wrong = (masks[name] != truth) & (truth != 255)
+        panels += [("decoded", colorize(masks[name], palette))]
+        for column, axis in enumerate(axes[row]):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set_visible(False)
+            if column >= len(panels) or panels[column][1] is None:
+                continue
+            title, picture = panels[column]
+            axis.imshow(picture, interpolation="nearest")
+            if row == 0 or column == 0:
+                axis.set_title(title, fontsize=9, color="#333333")
+            if column == 1:
+                axis.set_ylabel(name, fontsize=11, color=COLORS.get(name), fontweight="bold")
+            if column == len(panels) - 1:
+                axis.set_xlabel(f"{100 * (1 - wrong.mean()):.1f} % of pixels right", fontsize=8, color="#555555")
+    return figure
+
+
+def legend_figure(classes: Sequence[str], palette: Sequence[tuple[int, int, int]]) -> Figure:
+    """The colours of the classes, in one line."""
+    figure = Figure(figsize=(min(1.05 * len(classes), 11), 0.4))
+    handles = [Patch(color=np.array(color) / 255.0, label=name) for name, color in zip(classes, palette)]
+    figure.legend(handles=handles, loc="center", ncols=len(classes), frameon=False, fontsize=8, handlelength=1.2)
+    return figure
+
+
+def curve_figure(curves: dict[str, list[tuple[int, float]]], errors: dict[str, list[tuple[int, float]]]) -> Figure:
+    """Validation mIoU and the plain squared error of training batches against steps."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, points in curves.items():
+        left.plot(*zip(*points), marker="o", markersize=4, color=COLORS.get(name), label=name, linewidth=2)
+        steps, values = (np.array(part, float) for part in zip(*errors[name]))
+        right.plot(steps, values, color=COLORS.get(name), alpha=0.18, linewidth=1)
+        right.plot(steps, _smooth(values), color=COLORS.get(name), label=name, linewidth=2)
+    left.set(xlabel="training steps", ylabel="mIoU, %", title="validation mIoU, the same images for both")
+    right.set(xlabel="training steps", ylabel="mean squared error", title="plain squared error on training batches")
+    right.set_yscale("log")
+    left.set_ylim(bottom=0)
+    for axis in (left, right):
+        _tidy(axis)
+        axis.legend(frameon=False)
+    return figure
+
+
+def vector_field_figure(num_classes: int = 11, correction_weight: float = 1.0, target: int = 4) -> Figure:
+    """The pull on an estimate around the code of its class: plain squared error, and with the correction.
+
+    Two code channels, so that the field can be drawn (the paper's figure 1 shows the same comparison). Arrows are minus
+    the gradient of the loss of one pixel, ``-2 (x - mu_y + lambda grad Phi)``; both are computed by the package.
+    """
+    codebook = Codebook(kronecker_centroids(num_classes, 2))
+    codes = codebook.centroids
+    axis_values = torch.linspace(-1.3, 1.3, 240)
+    grid = torch.stack(torch.meshgrid(axis_values, axis_values, indexing="xy"))
+    labels = torch.full((1, 240, 240), target, dtype=torch.uint8)
+    correction = distance_correction(grid[None], labels, codebook)[0]
+    plain = -2 * (grid - codes[target][:, None, None])
+    reshaped = plain - 2 * correction_weight * correction
+
+    figure = Figure(figsize=(12.5, 3.9), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.05))
+    norms = [field.norm(dim=0) for field in (plain, reshaped)]
+    scale = LogNorm(0.3, max(float(norm.max()) for norm in norms))
+    shown = slice(7, None, 15)
+    xs, ys = grid[0, shown, shown], grid[1, shown, shown]
+    for axis, field, norm, title in zip(
+        axes, (plain, reshaped), norms, ("plain squared error", "with the distance-aware correction")
+    ):
+        mesh = axis.pcolormesh(axis_values, axis_values, norm, norm=scale, cmap="YlGnBu", shading="auto", alpha=0.85)
+        unit = field[:, shown, shown] / field[:, shown, shown].norm(dim=0).clamp_min(1e-9)
+        axis.quiver(xs, ys, unit[0], unit[1], color="#222222", scale=28, width=0.004, pivot="mid")
+        axis.scatter(*codes.T, s=22, color="white", edgecolor="#b00020", linewidth=1.4, zorder=3)
+        axis.scatter(*codes[target], s=120, marker="*", color="#ffb000", edgecolor="#7a4f00", zorder=4)
+        axis.set(title=title, xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+    figure.colorbar(mesh, ax=axes[:2], label="gradient norm", shrink=0.9)
+
+    rival = int(
+        torch.cdist(codes[target][None], codes)[0].masked_fill_(torch.arange(num_classes) == target, 9e9).argmin()
+    )
+    away = codes[rival] - codes[target]
+    spacing = float(away.norm())
+    along = torch.linspace(0, 1.6, 400)
+    line = codes[target][:, None] + away[:, None] * along
+    pull = distance_correction(line[None, :, None], torch.full((1, 1, 400), target), codebook)[0, :, 0]
+    offset = line - codes[target][:, None]
+    axes[2].plot(along * spacing, 2 * offset.norm(dim=0), color=COLORS["vanilla"], linewidth=2, label="plain")
+    axes[2].plot(
+        along * spacing,
+        2 * (offset + correction_weight * pull).norm(dim=0),
+        color=COLORS["FlowSeg"],
+        linewidth=2,
+        label="with correction",
+    )
+    axes[2].axvline(spacing, color="#b00020", linestyle=":", linewidth=1.2)
+    axes[2].annotate(
+        "nearest wrong code", (spacing, axes[2].get_ylim()[1]), xytext=(4, -10), textcoords="offset points", fontsize=8,
+        color="#b00020",
+    )  # fmt: skip
+    axes[2].set(xlabel="distance to the true code", ylabel="gradient norm")
+    axes[2].set_title("on the way to the nearest wrong code")
+    _tidy(axes[2])
+    axes[2].legend(frameon=False, loc="upper left")
+    return figure
+
+
+def speed_figure(rows: Sequence[dict]) -> Figure:
+    """Times of both backends, one pair of bars an operation, with the ratio written beside it."""
+    figure = Figure(figsize=(9, 0.7 + 0.75 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    for place, row in enumerate(rows):
+        axis.barh(place - 0.19, row["eager_ms"], 0.36, color="#c9c9c9", label="eager PyTorch" if place == 0 else None)
+        axis.barh(
+            place + 0.19, row["ours_ms"], 0.36, color=COLORS["FlowSeg"], label="flowseg_kernels" if place == 0 else None
+        )
+        axis.annotate(
+            f"{row['eager_ms'] / row['ours_ms']:.1f}x", (row["ours_ms"], place + 0.19), xytext=(4, 0),
+            textcoords="offset points", va="center", fontsize=9, color=COLORS["FlowSeg"], fontweight="bold",
+        )  # fmt: skip
+    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel("milliseconds")
+    _tidy(axis)
+    axis.legend(frameon=False, loc="lower right", fontsize=8)
+    return figure
+
+
+def _as_picture(x: Tensor) -> np.ndarray:
+    return ((x[:3].clamp(-1, 1) + 1) / 2).permute(1, 2, 0).cpu().numpy()
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Exponential moving average."""
+    out, mean = np.empty_like(values), values[0]
+    for index, value in enumerate(values):
+        mean += 0.15 * (value - mean)
+        out[index] = mean
+    return out
+
+
+def _tidy(axis) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.set_axisbelow(True)

@@ -1,0 +1,96 @@
+"""One HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+_STYLE = """
+body { margin: 0; background: #f4f5f7; color: #1d2430; font: 16px/1.55 system-ui, "Segoe UI", Helvetica, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
+h2 { font-size: 1.25rem; margin: 0 0 .6rem; }
+.lead { color: #4a5567; max-width: 46rem; margin: 0 0 1.6rem; }
+section { background: #fff; border: 1px solid #e2e5ea; border-radius: 10px; padding: 1.4rem 1.5rem; margin: 0 0 1.4rem;
+}
+section p { max-width: 48rem; }
+img { max-width: 100%; height: auto; display: block; margin: .4rem auto; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: .9rem; margin: 0 0 1.4rem; }
+.card { background: #fff; border: 1px solid #e2e5ea; border-radius: 10px; padding: .9rem 1.1rem; }
+.card b { display: block; font-size: 1.7rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.card span { color: #4a5567; font-size: .86rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; min-width: 24rem; }
+th, td { text-align: left; padding: .38rem .9rem .38rem 0; border-bottom: 1px solid #e8eaee; }
+th { font-weight: 600; color: #4a5567; font-size: .88rem; }
+td.number, th.number { text-align: right; }
+pre { background: #f4f5f7; border-radius: 8px; padding: .9rem 1rem; overflow-x: auto;
+      font-size: .84rem; line-height: 1.45; }
+summary { cursor: pointer; color: #1f5fa8; }
+footer { color: #6b7585; font-size: .85rem; }
+"""
+
+
+class Page:
+    """A report that is built from top to bottom; every text is escaped."""
+
+    def __init__(self, title: str, lead: str):
+        self.title = title
+        self._parts = [f"<h1>{html.escape(title)}</h1><p class='lead'>{html.escape(lead)}</p>"]
+
+    def cards(self, cards: Sequence[tuple[str, str]]) -> None:
+        """A row of large numbers: ``(number, what it is)``."""
+        inner = "".join(
+            f"<div class='card'><b>{html.escape(n)}</b><span>{html.escape(w)}</span></div>" for n, w in cards
+        )
+        self._parts.append(f"<div class='cards'>{inner}</div>")
+
+    def section(self, title: str, *blocks: str) -> None:
+        """A titled box of blocks made by the functions below."""
+        self._parts.append(f"<section><h2>{html.escape(title)}</h2>{''.join(blocks)}</section>")
+
+    def write(self, path: Path) -> None:
+        """Write through a temporary name."""
+        text = (
+            "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+            "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+            f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head>"
+            f"<body><main>{''.join(self._parts)}</main></body></html>\n"
+        )
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def paragraph(text: str) -> str:
+    """Plain text."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def picture(figure: Figure, alt: str, dpi: int = 130) -> str:
+    """A figure as an embedded PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f"<img alt='{html.escape(alt, quote=True)}' src='data:image/png;base64,{data}'>"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; columns after the first are numbers."""
+    kind = ["", *[" class='number'"] * (len(header) - 1)]
+    head = "".join(f"<th{k}>{html.escape(cell)}</th>" for k, cell in zip(kind, header))
+    body = "".join(
+        "<tr>" + "".join(f"<td{k}>{html.escape(cell)}</td>" for k, cell in zip(kind, row)) + "</tr>" for row in rows
+    )
+    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def folded(summary: str, text: str) -> str:
+    """Preformatted text behind a line to click on."""
+    return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"

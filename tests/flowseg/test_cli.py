@@ -1,0 +1,127 @@
+"""The command line from end to end: train, resume, evaluate, predict, and one-line errors with status 2."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import folder_section, tiny_config
+from PIL import Image
+
+from flowseg import cli
+from flowseg.config import save_config
+
+
+def run(monkeypatch, capsys, *arguments):
+    """Status, standard output and standard error of ``flowseg ARGUMENTS``."""
+    monkeypatch.setattr(sys, "argv", ["flowseg", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+        raise SystemExit(0)
+    captured = capsys.readouterr()
+    return left.value.code or 0, captured.out, captured.err
+
+
+@pytest.fixture
+def trained(tmp_path, folder_data, monkeypatch, capsys):
+    config = tiny_config(data=folder_section(folder_data), train={"steps": 3})
+    save_config(config, tmp_path / "c.yaml")
+    status, _, err = run(monkeypatch, capsys, "train", "--config", tmp_path / "c.yaml", "--out", tmp_path / "run")
+    assert status == 0, err
+    return tmp_path / "run"
+
+
+def test_train_resume_evaluate(trained, tmp_path, monkeypatch, capsys):
+    status, _, err = run(monkeypatch, capsys, "train", "--out", trained, "--resume", "--steps", 5)
+    assert status == 0 and "step 5" in err
+    status, out, _ = run(
+        monkeypatch,
+        capsys,
+        "evaluate",
+        "--run",
+        trained,
+        "--json",
+        tmp_path / "s.json",
+        "--steps",
+        3,
+        "--method",
+        "heun",
+    )
+    assert status == 0 and "mIoU" in out and "pixel accuracy" in out
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores["images"] == 2 and set(scores["iou"]) == {"a", "b", "c"} and scores["sample"]["steps"] == 3
+    for checkpoint in ("best", "5", trained / "best.safetensors"):
+        assert run(monkeypatch, capsys, "evaluate", "--run", trained, "--checkpoint", checkpoint)[0] == 0
+
+
+def test_predict_writes_all_kinds(trained, folder_data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "masks"
+    pattern = folder_data / "images" / "train" / "[ab].jpg"
+    status, _, _ = run(
+        monkeypatch,
+        capsys,
+        "predict",
+        folder_data / "images" / "val",
+        pattern,
+        "--run",
+        trained,
+        "--out",
+        out,
+        "--margin",
+    )
+    assert status == 0
+    assert len(list(out.iterdir())) == 4 * 3
+    mask = Image.open(out / "e.mask.png")
+    assert mask.mode == "P" and mask.size == (40, 24) and np.array(mask).max() < 3
+    assert Image.open(out / "e.overlay.png").mode == "RGB" and Image.open(out / "e.margin.png").mode == "L"
+
+
+def test_predict_goes_on_after_a_bad_file(trained, folder_data, tmp_path, monkeypatch, capsys):
+    inputs = folder_data / "images" / "val"
+    (inputs / "bad.png").write_bytes(b"nothing")
+    status, _, err = run(monkeypatch, capsys, "predict", inputs, "--run", trained, "--out", tmp_path / "m")
+    assert status == 1 and "2 of 3 images" in err and "bad.png" in err
+    assert (tmp_path / "m" / "f.mask.png").is_file() and not (tmp_path / "m" / "bad.mask.png").exists()
+
+
+def test_same_stems_get_their_folder(trained, folder_data, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (20, 20)).save(other / "e.png")
+    inputs = (folder_data / "images" / "val" / "e.jpg", other)
+    assert run(monkeypatch, capsys, "predict", *inputs, "--run", trained, "--out", tmp_path / "m")[0] == 0
+    assert (tmp_path / "m" / "val_e.mask.png").is_file() and (tmp_path / "m" / "other_e.mask.png").is_file()
+    Image.new("RGB", (20, 20)).save(other / "e.jpg")
+    status, _, err = run(monkeypatch, capsys, "predict", other, "--run", trained, "--out", tmp_path / "m")
+    assert status == 2 and "same file" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--out", "x", "--set", "optim.lrr=1"], "did you mean 'optim.lr'"),
+        (["train", "--out", "x", "--model", "huge"], "model.size must be one of nano"),
+        (["train", "--out", "x", "--data", "camvid"], "--root"),
+        (["train", "--out", "x", "--config", "none.yaml"], "none.yaml: cannot be read"),
+        (["evaluate", "--run", "nowhere"], "no config.yaml"),
+        (["predict", "a.jpg", "--run", "nowhere", "--out", "y"], "no config.yaml"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(monkeypatch, capsys, *arguments)
+    assert status == 2 and words in err and len(err.strip().splitlines()) <= 2 and "Traceback" not in err
+
+
+def test_missing_checkpoint_and_input(trained, monkeypatch, capsys):
+    status, _, err = run(monkeypatch, capsys, "evaluate", "--run", trained, "--checkpoint", "99")
+    assert status == 2 and "steps kept: 3" in err
+    status, _, err = run(monkeypatch, capsys, "predict", "no/such/*.png", "--run", trained, "--out", "m")
+    assert status == 2 and "no/such" in err
+
+
+def test_module_entry_prints_the_version():
+    result = subprocess.run([sys.executable, "-m", "flowseg", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("flowseg ")

@@ -1,0 +1,76 @@
+"""Settings: layering, checks, and messages that say what to do."""
+
+import pytest
+import yaml
+
+from flowseg.config import Config, load_config, save_config
+from flowseg.errors import UserError
+
+
+def test_layers_file_flags_pairs(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: {lr: 0.1, warmup: 7}\ntrain: {steps: 5}\n")
+    config = load_config(file, ["optim.lr=3e-4", "loss.eps=null"], {"train.steps": 9, "train.seed": None})
+    assert (config.optim.lr, config.optim.warmup, config.train.steps, config.train.seed) == (3e-4, 7, 9, 0)
+
+
+def test_defaults_are_the_measured_ones():
+    config = Config()
+    assert (config.flow.predicts, config.flow.zero_fraction, config.flow.time_sampler) == ("endpoint", 0.5, "uniform")
+    assert (config.loss.correction_weight, config.loss.temperature, config.loss.eps) == (1.0, 1.0, None)
+    assert config.optim.grad_clip == 1.0 and 2 <= config.sample.steps <= 5
+
+
+def test_saved_settings_read_back(tmp_path):
+    config = load_config(None, ["data.name=folder", "data.classes=[a, b]", "data.palette=[[1,2,3],[4,5,6]]"])
+    save_config(config, tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ("optim.learning_rate=1", ["optim.learning_rate", "did you mean"]),
+        ("optim.warmpu=1", ["did you mean 'optim.warmup'"]),
+        ("train.lr=1", ["did you mean 'optim.lr'"]),
+        ("lsos.eps=1", ["did you mean 'loss'"]),
+        ("optim.lr=-1", ["optim.lr", "greater than 0", "-1"]),
+        ("sample.steps=101", ["sample.steps", "100", "101"]),
+        ("sample.method=rk4", ["sample.method", "euler", "rk4"]),
+        ("codes.channels=2", ["codes.channels", "flow.source=noise"]),
+        ("data.scale_min=3", ["scale_min", "scale_max"]),
+        ("nonsense", ["KEY=VALUE"]),
+    ],
+)
+def test_wrong_settings_name_the_key_and_the_cure(pair, words):
+    with pytest.raises(UserError) as error:
+        load_config(None, [pair])
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="sections"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_noise_needs_the_image_at_the_patch_embedding():
+    with pytest.raises(UserError, match="condition_on_image"):
+        load_config(None, ["flow.source=noise", "model.condition_on_image=false"])
+
+
+def test_shipped_configs_are_valid():
+    from pathlib import Path
+
+    files = list((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert load_config(file).model_dump() and yaml.safe_load(file.read_text())

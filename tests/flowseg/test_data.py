@@ -1,0 +1,172 @@
+"""Embedded scenes, folders, augmentation, and batches that depend on the seed alone."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import folder_section, tiny_config
+from PIL import Image
+
+from flowseg.config import DataConfig
+from flowseg.data import open_data, training_batches
+from flowseg.data.datasets import resolve_labels
+from flowseg.data.digits import DigitScenes, _digits
+from flowseg.data.transforms import augment, model_size, prepare
+from flowseg.errors import UserError
+
+
+def test_scenes_are_repeatable_and_labelled():
+    scenes = DigitScenes("train", 10, 64, 64, seed=3)
+    image, labels = scenes[4]
+    again, labels_again = DigitScenes("train", 99, 64, 64, seed=3)[4]
+    assert np.array_equal(image, again) and np.array_equal(labels, labels_again)
+    assert not np.array_equal(image, DigitScenes("train", 10, 64, 64, seed=4)[4][0])
+    assert image.size == labels.size == (64, 64) and image.mode == "RGB"
+    seen = np.unique(np.concatenate([np.unique(scenes[i][1]) for i in range(10)]))
+    assert seen.max() <= 10 and len(seen) > 6
+
+
+def test_digits_of_the_splits_are_disjoint():
+    train, val = ({digit.tobytes() for digit in _digits(split)[0]} for split in ("train", "val"))
+    assert not train & val and len(val) > 300
+
+
+def test_folder_pairs(folder_data):
+    data = open_data(DataConfig(**folder_section(folder_data)))
+    assert (len(data.train), len(data.val), data.num_classes) == (4, 2, 3)
+    image, labels = data.train[0]
+    assert image.size == labels.size == (40, 24)
+    assert set(np.unique(labels)) <= {0, 1, 2, 255} and 255 in np.unique(labels)
+
+
+def test_ignored_values_become_255(folder_data):
+    path = folder_data / "labels" / "train" / "a.png"
+    Image.fromarray(np.full((24, 40), 11, np.uint8)).save(path)
+    data = open_data(DataConfig(**folder_section(folder_data, ignore=[11])))
+    assert (np.array(data.train[0][1]) == 255).all()
+
+
+def _missing_label(root):
+    (root / "labels" / "train" / "b.png").unlink()
+
+
+def _other_size(root):
+    Image.new("L", (40, 23)).save(root / "labels" / "train" / "b.png")
+
+
+def _unknown_value(root):
+    Image.fromarray(np.full((24, 40), 7, np.uint8)).save(root / "labels" / "train" / "b.png")
+
+
+def _colour_labels(root):
+    Image.new("RGB", (40, 24)).save(root / "labels" / "train" / "b.png")
+
+
+def _broken_image(root):
+    (root / "images" / "train" / "b.jpg").write_bytes(b"not a picture")
+
+
+def _truncated_label(root):
+    path = root / "labels" / "train" / "b.png"
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def _empty(root):
+    for path in (root / "images" / "train").iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_missing_label, ["b.jpg", "no label map", "b.png"]),
+        (_other_size, ["b.png", "40x23", "40x24"]),
+        (_unknown_value, ["b.png", "values 7", "0..2", "data.ignore"]),
+        (_colour_labels, ["b.png", "one channel", "3"]),
+        (_broken_image, ["b.jpg", "cannot be read as an image"]),
+        (_truncated_label, ["b.png", "cannot be read as a label map"]),
+        (_empty, ["no images"]),
+    ],
+)
+def test_spoilt_folders_are_named_at_the_start(folder_data, spoil, words):
+    spoil(folder_data)
+    with pytest.raises(UserError) as error:
+        open_data(DataConfig(**folder_section(folder_data)))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_wrong_places_and_class_lists(folder_data, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        open_data(DataConfig(**folder_section(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match=r"split 'test'.*found train, val"):
+        open_data(DataConfig(**folder_section(folder_data, val_split="test")))
+    with pytest.raises(UserError, match="--root"):
+        open_data(DataConfig(name="camvid"))
+    for section, words in (
+        ({"name": "folder"}, "data.classes is missing"),
+        ({"name": "folder", "classes": ["a", "a"]}, "listed twice"),
+        ({"name": "folder", "classes": ["a", "b"], "ignore": [1]}, "is the class 'b'"),
+        ({"name": "folder", "classes": ["a", "b"], "palette": [(1, 2, 3)]}, "one colour for each of 2"),
+        ({"name": "digits", "root": "x"}, "do not apply to digits"),
+    ):
+        with pytest.raises(UserError, match=words):
+            resolve_labels(DataConfig(**section))
+
+
+def test_camvid_preset():
+    labels = resolve_labels(DataConfig(name="camvid"))
+    assert len(labels.classes) == len(labels.palette) == 11 and labels.ignore == (11,)
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, 2.0), (0.4, 0.9)])
+def test_augmentation_keeps_pixels_and_labels_together(scales):
+    # Every label value has its own grey, so the picture tells which label each pixel must have.
+    labels = np.kron(np.arange(12).reshape(3, 4), np.ones((20, 20))).astype(np.uint8)
+    image = Image.fromarray(np.repeat((labels * 20)[..., None], 3, -1))
+    config = DataConfig(height=24, width=32, scale_min=scales[0], scale_max=scales[1], flip=True)
+    for seed in range(8):
+        pixels, target = augment(image, Image.fromarray(labels), config, np.random.default_rng(seed))
+        assert pixels.shape == (3, 24, 32) and target.shape == (24, 32) and target.dtype == torch.uint8
+        inside = target != 255
+        grey = (pixels[0] + 1) * 127.5
+        close = (grey - 20.0 * target).abs() < 3
+        # Bilinear pixels on a border between two greys are neither.
+        assert close[inside].float().mean() > 0.55 and set(target[inside].tolist()) <= set(range(12))
+        assert inside.all() == (scales[0] >= 1.0)
+
+
+def test_inference_size_keeps_proportions_and_pads_to_patches():
+    config = DataConfig(height=64, width=64)
+    assert model_size((30, 60), config) == (32, 64)
+    pixels, (height, width) = prepare(Image.new("RGB", (100, 37), (255, 0, 0)), config, 8)
+    assert (height, width) == (24, 64) and pixels.shape == (3, 24, 64)
+    pixels, size = prepare(Image.new("RGB", (61, 64), (255, 0, 0)), config, 8)
+    assert size == (64, 61) and pixels.shape == (3, 64, 64) and (pixels[0] == 1).all() and (pixels[1] == -1).all()
+
+
+def test_batches_depend_on_seed_and_place_alone():
+    config = tiny_config(data={"color_jitter": 0.3, "flip": True, "scale_max": 2.0})
+    pairs = open_data(config.data).train
+
+    def take(count, **options):
+        batches = training_batches(pairs, config.data, 4, seed=7, **options)
+        return [next(batches) for _ in range(count)]
+
+    straight, resumed = take(5), take(2, first_batch=3)
+    for (a, b), (c, d) in zip(straight[3:], resumed):
+        assert torch.equal(a, c) and torch.equal(b, d)
+    other = next(training_batches(pairs, config.data, 4, seed=8))
+    assert not torch.equal(straight[0][0], other[0])
+    # Two processes take turns, so together they see what one with their batches in turn would have seen.
+    first, second = take(2, rank=0, world=2), take(2, rank=1, world=2)
+    for ours, theirs in zip((first[0], second[0], first[1], second[1]), straight):
+        assert torch.equal(ours[0], theirs[0])
+
+
+def test_worker_processes_change_nothing():
+    config = tiny_config()
+    pairs = open_data(config.data).train
+    alone = next(training_batches(pairs, config.data, 4, seed=0))
+    config.data.workers = 1
+    helped = next(training_batches(pairs, config.data, 4, seed=0))
+    assert torch.equal(alone[0], helped[0]) and torch.equal(alone[1], helped[1])

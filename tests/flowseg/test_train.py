@@ -1,0 +1,221 @@
+"""Training: learning, fairness between arms, exact resume, signals, files, errors."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY_MODEL, folder_section, tiny_config
+from safetensors.torch import load_file
+
+import flowseg.train as training
+from flowseg.checkpoint import find_weights, list_checkpoints
+from flowseg.config import save_config
+from flowseg.data import open_data
+from flowseg.errors import UserError
+from flowseg.evaluate import evaluate
+from flowseg.segment import Segmenter
+from flowseg.train import learning_rate, train
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_files(run):
+    folder = list_checkpoints(run)[-1]
+    return {
+        name: load_file(folder / name) for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+    }
+
+
+def assert_same(first, second):
+    for name, tensors in first.items():
+        assert tensors.keys() == second[name].keys()
+        for key, value in tensors.items():
+            assert torch.equal(value, second[name][key]), (name, key)
+
+
+def test_writes_metrics_config_checkpoints_and_best(tmp_path):
+    run = tmp_path / "run"
+    result = train(tiny_config(), run)
+    assert result.stopped_by == "steps" and result.state.step == 6
+    lines = metrics(run)
+    assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if line["event"] == "validation"] == [3, 6]
+    assert {"loss", "squared_error", "grad_norm", "lr", "images_per_second"} <= lines[0].keys()
+    assert (run / "config.yaml").is_file() and (run / "best.safetensors").is_file()
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000006"]
+    # No temporary names are left behind.
+    assert not [path for path in run.rglob(".*")]
+
+
+def test_squared_error_is_the_loss_when_there_is_no_correction(tmp_path):
+    train(tiny_config(loss={"correction_weight": 0.0}, train={"steps": 2}), tmp_path / "a")
+    for line in metrics(tmp_path / "a"):
+        if line["event"] == "train":
+            assert line["loss"] == pytest.approx(line["squared_error"], rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, accumulation):
+    shape = {"accumulation": accumulation, "checkpoint_every": 3}
+    augmentation = {"flip": True, "scale_max": 2.0, "color_jitter": 0.2}
+    config = tiny_config(train=shape, data=augmentation, flow={"source": "noise"})
+    train(config, tmp_path / "whole")
+    (tmp_path / "part").mkdir()
+    first = tiny_config(train=shape, data=augmentation, flow={"source": "noise"})
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, scores):
+        if step == 6:
+            raise Stop
+
+    # Leave after the checkpoint at step 3, in the middle of things.
+    with pytest.raises(Stop):
+        train(first, tmp_path / "part", on_validation=stop)
+    assert list_checkpoints(tmp_path / "part")[-1].name == "step-00000003"
+    torch.rand(5)
+    result = train(config, tmp_path / "part", resume=True)
+    assert result.state.step == 6
+    assert_same(final_files(tmp_path / "whole"), final_files(tmp_path / "part"))
+    drop = ("images_per_second", "seconds")
+    plain = [
+        [{k: v for k, v in line.items() if k not in drop} for line in metrics(tmp_path / name)]
+        for name in ("whole", "part")
+    ]
+    assert plain[0] == plain[1]
+
+
+def test_both_arms_see_the_same_batches_and_draws(tmp_path, monkeypatch):
+    seen = {}
+    original = training.flow_interpolate
+
+    def record(source, labels, t, codebook):
+        seen[current].append((source.clone(), labels.clone(), t.clone()))
+        return original(source, labels, t, codebook)
+
+    monkeypatch.setattr(training, "flow_interpolate", record)
+    for current, weight in (("vanilla", 0.0), ("flowseg", 1.0)):
+        seen[current] = []
+        train(tiny_config(loss={"correction_weight": weight}, train={"steps": 3}), tmp_path / current)
+    assert len(seen["vanilla"]) == 3
+    for first, second in zip(seen["vanilla"], seen["flowseg"]):
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
+    weights = [load_file(find_weights(tmp_path / name, "latest", "model")) for name in seen]
+    assert any(not torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"loss": {"correction_weight": 0.0}},
+        {"loss": {"correction_weight": 1.0}},
+        {"loss": {"correction_weight": 1.0}, "flow": {"predicts": "velocity"}},
+        {"codes": {"channels": 8}},
+        {"model": {**TINY_MODEL, "condition_on_image": False}},
+        {"codes": {"channels": 2}, "flow": {"source": "noise"}},
+    ],
+)
+def test_settings_train_and_the_error_falls(tmp_path, sections):
+    config = tiny_config(
+        **{"train": {"steps": 40, "eval_every": 100, "batch_size": 8}, "optim": {"lr": 3e-3, "warmup": 5}, **sections}
+    )
+    result = train(config, tmp_path / "run")
+    errors = [line["squared_error"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
+    assert sum(errors[-8:]) < 0.8 * sum(errors[:8])
+    assert result.scores is not None and all(math.isfinite(error) for error in errors)
+
+
+def test_learns_a_folder_it_can_memorise(tmp_path, folder_data):
+    config = tiny_config(
+        data=folder_section(folder_data, val_split="train"),
+        train={"steps": 120, "eval_every": 1000, "batch_size": 8, "log_every": 20},
+        optim={"lr": 5e-3, "warmup": 10},
+        sample={"steps": 2},
+    )
+    config.data.digits_train = config.data.digits_val = 1
+    result = train(config, tmp_path / "run")
+    assert result.scores.miou > 60, result.scores
+    segmenter = Segmenter.from_run(tmp_path / "run", config)
+    again = evaluate(segmenter, open_data(config.data).val)
+    assert torch.equal(again.confusion, result.scores.confusion)
+
+
+def test_learning_rate_schedule():
+    optim = tiny_config(optim={"lr": 1.0, "warmup": 4, "lr_end": 0.1}).optim
+    assert learning_rate(optim, 0, 0.0) == 0.25 and learning_rate(optim, 3, 0.0) == 1.0
+    assert learning_rate(optim, 10, 0.5) == pytest.approx(0.55) and learning_rate(optim, 10, 1.0) == pytest.approx(0.1)
+    optim.schedule = "constant"
+    assert learning_rate(optim, 10, 1.0) == 1.0
+
+
+def test_time_limit_ends_the_run(tmp_path):
+    result = train(tiny_config(train={"steps": 100000, "max_minutes": 0.02, "eval_every": 100000}), tmp_path / "run")
+    assert result.stopped_by == "time" and 0 < result.state.step < 100000
+    assert metrics(tmp_path / "run")[-1]["event"] == "validation"
+
+
+def test_old_checkpoints_go(tmp_path):
+    train(tiny_config(train={"checkpoint_every": 1, "keep": 2}), tmp_path / "run")
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005", "step-00000006"]
+
+
+def test_errors_at_the_start(tmp_path):
+    config = tiny_config(train={"steps": 1})
+    with pytest.raises(UserError, match="no checkpoint"):
+        train(config, tmp_path / "run", resume=True)
+    train(config, tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run already; add --resume"):
+        train(config, tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        train(config, tmp_path / "file")
+    with pytest.raises(UserError, match=r"data.width must be a multiple of the patch size 8, got 20; try 16"):
+        train(tiny_config(data={"width": 20}), tmp_path / "other")
+    wider = tiny_config(model={**TINY_MODEL, "dim": 48}, train={"steps": 2})
+    with pytest.raises(UserError, match="another model"):
+        train(wider, tmp_path / "run", resume=True)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no longer finite at step"):
+        train(tiny_config(optim={"lr": 1e30, "warmup": 0}, train={"steps": 20}), tmp_path / "run")
+
+
+def test_a_half_written_checkpoint_does_not_count(tmp_path):
+    run = tmp_path / "run"
+    train(tiny_config(train={"steps": 2}), run)
+    (run / "checkpoints" / ".step-00000009.123").mkdir()
+    (run / "checkpoints" / "step-00000008").mkdir()
+    assert list_checkpoints(run)[-1].name == "step-00000002"
+    (run / "checkpoints" / "step-00000002" / "optimizer.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="damaged checkpoint"):
+        train(tiny_config(), run, resume=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave(tmp_path, number):
+    config = tiny_config(train={"steps": 100000, "eval_every": 100000, "checkpoint_every": 100000})
+    save_config(config, tmp_path / "c.yaml")
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "flowseg", "train", "--config", str(tmp_path / "c.yaml"), "--out", str(run)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "--resume" in messages
+    step = int(list_checkpoints(run)[-1].name[-8:])
+    assert step >= 1
+    result = train(tiny_config(train={"steps": step + 1}), run, resume=True)
+    assert result.state.step == step + 1
