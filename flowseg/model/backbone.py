@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from flowseg_kernels import NeuralFieldDecoder
 from torch import Tensor, nn
 
 from flowseg.config import Config
 from flowseg.model.blocks import Block, TimeEmbedding, rotary_table
 from flowseg.model.sizes import ModelSize, resolve_size
+from flowseg_kernels import NeuralFieldDecoder
 
 
 class FlowSegModel(nn.Module):

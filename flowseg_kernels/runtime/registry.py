@@ -78,9 +78,7 @@ def define_op(
         for device in ("CPU", "CUDA"):
             _LIBRARY.impl(name, _autocast_kernel(name, device), f"Autocast{device}")
     if backward is not None:
-        torch.library.register_autograd(
-            f"flowseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY
-        )
+        torch.library.register_autograd(f"flowseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
 def _autocast_kernel(name: str, device: str) -> Callable:

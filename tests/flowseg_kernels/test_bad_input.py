@@ -18,9 +18,17 @@ CASES = [
     ({"prediction": [1.0]}, TypeError, r"prediction: wanted a tensor \(B, C, H, W\); got list"),
     ({"prediction": torch.zeros(2, 3, 9, 13, dtype=torch.int32)}, TypeError, "prediction: wanted dtype .*; got int32"),
     ({"prediction": torch.zeros(3, 9, 13)}, ValueError, r"prediction: wanted shape \(B, C, H, W\); got \(3, 9, 13\)"),
-    ({"source": torch.zeros(2, 3, 9, 12)}, ValueError, r"source: wanted the shape of prediction, .*; got \(2, 3, 9, 12\)"),
+    (
+        {"source": torch.zeros(2, 3, 9, 12)},
+        ValueError,
+        r"source: wanted the shape of prediction, .*; got \(2, 3, 9, 12\)",
+    ),
     ({"labels": torch.zeros(2, 9, 13)}, TypeError, "labels: wanted dtype uint8, int16, int32, int64; got float32"),
-    ({"labels": torch.zeros(2, 9, 14, dtype=torch.long)}, ValueError, r"labels: wanted shape \(2, 9, 13\) to match prediction"),
+    (
+        {"labels": torch.zeros(2, 9, 14, dtype=torch.long)},
+        ValueError,
+        r"labels: wanted shape \(2, 9, 13\) to match prediction",
+    ),
     ({"t": torch.zeros(3)}, ValueError, r"t: wanted shape \(2,\), one time for each image"),
     ({"t": 0.5}, TypeError, r"t: wanted a tensor \(B,\); got float"),
     ({"centroids": torch.zeros(150, 4)}, ValueError, "prediction: wanted 4 channels, as the centroids have"),
@@ -48,7 +56,9 @@ def test_flow_loss_names_the_argument(good, change, error, words):
 
 
 @pytest.mark.parametrize("value", [150, 254, -1, 2**40])
-@pytest.mark.parametrize("name", ["flow_interpolate", "distance_correction", "flow_loss", "decode_confusion", "encode", "bwd"])
+@pytest.mark.parametrize(
+    "name", ["flow_interpolate", "distance_correction", "flow_loss", "decode_confusion", "encode", "bwd"]
+)
 def test_label_out_of_range_is_named_with_its_place(backend, name, value, codes150):
     x, source, labels, t = image_batch(codes150.centroids, 2, 70, 90)
     calls = {
@@ -57,7 +67,9 @@ def test_label_out_of_range_is_named_with_its_place(backend, name, value, codes1
         "flow_loss": lambda y: fk.flow_loss(x, source, y, t, codes150),
         "decode_confusion": lambda y: fk.decode_confusion(x, y, codes150),
         "encode": codes150.encode,
-        "bwd": lambda y: torch.ops.flowseg.flow_interpolate_bwd(x, source, y, t, codes150.centroids, 255, True, backend),
+        "bwd": lambda y: torch.ops.flowseg.flow_interpolate_bwd(
+            x, source, y, t, codes150.centroids, 255, True, backend
+        ),
     }
     labels[1, 60, 80] = labels[1, 61, 2] = value
     argument = "target" if name == "decode_confusion" and backend == "cpu" else "labels|target"
@@ -96,5 +108,8 @@ def test_more_channels_than_kernels_take_fall_back_or_say_so():
     labels = torch.randint(0, 9, (1, 4, 5))
     assert torch.equal(book.decode(book.encode(labels)), labels)
     if "cpu" in fk.available_backends("nearest_centroid"):
-        with fk.use_backend("cpu"), pytest.raises(fk.BackendUnavailable, match="at most 16 code channels, these have 20"):
+        with (
+            fk.use_backend("cpu"),
+            pytest.raises(fk.BackendUnavailable, match="at most 16 code channels, these have 20"),
+        ):
             book.decode(book.encode(labels))

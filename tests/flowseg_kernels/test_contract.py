@@ -182,7 +182,7 @@ def test_zero_size_inputs_give_empty_or_zero(backend, codes150):
     for batch, height in ((0, 4), (2, 0)):
         x = torch.zeros(batch, 3, height, 5, requires_grad=True)
         labels = torch.zeros(batch, height, 5, dtype=torch.uint8)
-        loss, decoded, margin, counts = step(x, torch.zeros_like(x), labels, torch.zeros(batch), codes150)
+        _, decoded, margin, counts = step(x, torch.zeros_like(x), labels, torch.zeros(batch), codes150)
         assert decoded.shape == margin.shape == labels.shape and not counts.any()
         vanilla = fk.flow_loss(x, torch.zeros_like(x), labels, torch.zeros(batch), codes150)
         assert vanilla.item() == 0 and torch.autograd.grad(vanilla, x)[0].shape == x.shape

@@ -1,4 +1,7 @@
-"""Plain PyTorch for the pixel neural field: the specification, and for now what every device runs. The backward is the chain rule written out: docs/ops/neural_field.md."""
+"""Plain PyTorch for the pixel neural field: the specification, and for now what every device runs.
+
+The backward is the chain rule written out: docs/ops/neural_field.md.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,9 @@ def cosine_features(patch_size: int, max_freqs: int, *, dtype: torch.dtype, devi
 class _Field:
     """The stages of the field on pixels (P, p^2, C) of P patches, with what the backward formulas need of each."""
 
-    def __init__(self, x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, p, ratio, eps):
+    def __init__(
+        self, x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, p, ratio, eps
+    ):
         dtype = compute_dtype(x.dtype)
         self.dtype, self.p, self.eps = dtype, p, eps
         self.batch, self.channels, self.height, self.width = x.shape
@@ -95,7 +100,17 @@ def neural_field(
     h = Linear([x, DCT]); L times h += silu(RMSNorm(h) @ W1 / |W1|) @ W2 / |W2|; out = Linear(RMSNorm(h)).
     """
     field = _Field(
-        x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, patch_size, mlp_ratio, eps
+        x,
+        weights,
+        embed_weight,
+        embed_bias,
+        norm_weight,
+        out_norm_weight,
+        out_weight,
+        out_bias,
+        patch_size,
+        mlp_ratio,
+        eps,
     )
     h = field.embedded()
     for block in range(weights.shape[2]):

@@ -44,7 +44,9 @@ def pixnerd_field(x, s_weights, embed_w, embed_b, norms, out_norm, out_w, out_b,
     return torch.stack(images)
 
 
-def field_inputs(channels=3, hidden=16, depth=2, ratio=2, p=4, freqs=4, dtype=torch.float64, batch=2, height=8, width=12):
+def field_inputs(
+    channels=3, hidden=16, depth=2, ratio=2, p=4, freqs=4, dtype=torch.float64, batch=2, height=8, width=12
+):
     def normal(*shape, scale=1.0):
         return (scale * torch.randn(*shape, dtype=torch.float64)).to(dtype).requires_grad_()
 
