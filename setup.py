@@ -186,16 +186,12 @@ class BuildKernels(build_ext):
 class PlatformWheel(bdist_wheel):
     """The library needs no Python ABI: one wheel serves every Python 3 of the platform, and a pure one every platform."""
 
-    def run(self):
-        super().run()
-
     def finalize_options(self):
         super().finalize_options()
         self.root_is_pure = mode() == "none"
 
     def get_tag(self):
-        python, abi, tag = super().get_tag()
-        return ("py3", "none", "any" if self.root_is_pure else tag)
+        return ("py3", "none", "any" if self.root_is_pure else super().get_tag()[2])
 
 
 class KernelDistribution(Distribution):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from flowseg_kernels import Codebook, grid_centroids, kronecker_centroids
-
 from flowseg.config import CodesConfig
+from flowseg_kernels import Codebook, grid_centroids, kronecker_centroids
 
 IGNORE_INDEX = 255
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from flowseg_kernels import decode_confusion
 from PIL import Image
 from torch import Tensor
 
 from flowseg.codes import IGNORE_INDEX
 from flowseg.data.datasets import Pairs
 from flowseg.segment import Segmenter
+from flowseg_kernels import decode_confusion
 
 
 @dataclasses.dataclass

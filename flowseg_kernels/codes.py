@@ -64,7 +64,9 @@ def _searched_alpha(num_classes: int, channels: int) -> Tensor:
     index = torch.arange(1, candidates + 1, dtype=torch.float64)
     # An R-sequence over the cube of alphas: even cover, and the same on every machine.
     alphas = torch.frac(0.5 + index[:, None] * _r_sequence_alpha(channels))
-    alphas = torch.cat((_r_sequence_alpha(channels)[None], torch.tensor(_first_primes(channels)).double().sqrt()[None], alphas))
+    alphas = torch.cat(
+        (_r_sequence_alpha(channels)[None], torch.tensor(_first_primes(channels)).double().sqrt()[None], alphas)
+    )
     n = torch.arange(1, num_classes, dtype=torch.float64)
     score = torch.empty(alphas.shape[0], dtype=torch.float64)
     for at in range(0, alphas.shape[0], 64):
@@ -255,7 +257,9 @@ class Codebook(torch.nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         saved = state_dict.get(prefix + "centroids")
-        if saved is not None and (saved.shape != self.centroids.shape or not torch.equal(saved.cpu(), self.centroids.cpu())):
+        if saved is not None and (
+            saved.shape != self.centroids.shape or not torch.equal(saved.cpu(), self.centroids.cpu())
+        ):
             self._set(saved.to(self.centroids.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 

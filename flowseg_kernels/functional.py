@@ -49,7 +49,9 @@ def _codes(centroids: Tensor | Codebook, like: tuple[str, Tensor], name: str = "
     if mu.shape[0] < 1:
         raise ValueError(f"{name}: wanted at least one centroid; got shape {tuple(mu.shape)}")
     if mu.requires_grad:
-        raise ValueError(f"{name}: wanted fixed codes, no op is differentiable in them; got a tensor that requires grad")
+        raise ValueError(
+            f"{name}: wanted fixed codes, no op is differentiable in them; got a tensor that requires grad"
+        )
     check_device(name, mu, like)
     return mu.to(compute_dtype(like[1].dtype)).contiguous()
 
@@ -229,7 +231,7 @@ def flow_loss(
         The loss in fp32 (fp64 for fp64 predictions): a scalar, or (B, H, W). NaN in a valid pixel makes it NaN.
 
     Differentiable in prediction, once; a second derivative raises NotImplementedError. Bitwise repeatable.
-    Cost: reads prediction, source and labels once and writes the gradient once; beyond it only O(1) is kept for backward.
+    Cost: reads prediction, source and labels once and writes the gradient once; beyond it the prediction and O(1) are kept for backward.
 
     Raises:
         TypeError, ValueError: as flow_interpolate.
@@ -406,7 +408,9 @@ def neural_field(
         )
     features = embed_weight.shape[-1] - channels
     if features < 1 or int(features**0.5 + 0.5) ** 2 != features:
-        raise ValueError(f"embed_weight: wanted shape (Hx, C + F^2) with C = {channels}; got {tuple(embed_weight.shape)}")
+        raise ValueError(
+            f"embed_weight: wanted shape (Hx, C + F^2) with C = {channels}; got {tuple(embed_weight.shape)}"
+        )
     wanted = {
         "embed_weight": (embed_weight, (hidden, channels + features)),
         "embed_bias": (embed_bias, (hidden,)),
@@ -421,5 +425,15 @@ def neural_field(
             raise ValueError(f"{name}: wanted shape {shape}; got {tuple(value.shape)}")
         check_device(name, value, ("x", x))
     return torch.ops.flowseg.neural_field(
-        x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, patch_size, mlp_ratio, eps
+        x,
+        weights,
+        embed_weight,
+        embed_bias,
+        norm_weight,
+        out_norm_weight,
+        out_weight,
+        out_bias,
+        patch_size,
+        mlp_ratio,
+        eps,
     )

@@ -32,7 +32,9 @@ def report() -> str:
             f"{facts.get('compiler', '?')} against torch {facts.get('torch', '?')}, stable ABI {facts.get('torch_target', '?')}"
         )
     variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith("FLOWSEG_")}
-    lines.append("Settings: " + (", ".join(f"{k}={v}" for k, v in variables.items()) or "none (FLOWSEG_* in the environment)"))
+    lines.append(
+        "Settings: " + (", ".join(f"{k}={v}" for k, v in variables.items()) or "none (FLOWSEG_* in the environment)")
+    )
     devices = ["cpu"] + (["cuda"] if torch.version.cuda else [])
     for device in devices:
         lines.append(f"\nOn {device} tensors:")

@@ -88,7 +88,9 @@ def select(op: str, device: str, channels: int, requested: str) -> Implementatio
     for name in BACKENDS:
         if name in implementations and implementations[name].why_not(device, channels) is None:
             return implementations[name]
-    raise BackendUnavailable(f"{op}: no backend can run on device {device!r}")  # pragma: no cover - reference always can
+    raise BackendUnavailable(
+        f"{op}: no backend can run on device {device!r}"
+    )  # pragma: no cover - reference always can
 
 
 def backend_reasons(op: str, device: str, channels: int = 3) -> dict[str, str | None]:

@@ -31,9 +31,7 @@ def check_image(name: str, value, channels: int | None = None, like: tuple[str, 
         raise ValueError(f"{name}: wanted {channels} channels, as the centroids have; got shape {tuple(value.shape)}")
     if like is not None:
         if value.shape != like[1].shape:
-            raise ValueError(
-                f"{name}: wanted the shape of {like[0]}, {tuple(like[1].shape)}; got {tuple(value.shape)}"
-            )
+            raise ValueError(f"{name}: wanted the shape of {like[0]}, {tuple(like[1].shape)}; got {tuple(value.shape)}")
         check_device(name, value, like)
 
 
@@ -43,7 +41,9 @@ def check_labels(name: str, value, like: tuple[str, Tensor]) -> None:
     image = like[1]
     if value.shape[0] != image.shape[0] or value.shape[1:] != image.shape[2:]:
         wanted = (image.shape[0], *image.shape[2:])
-        raise ValueError(f"{name}: wanted shape {wanted} to match {like[0]} {tuple(image.shape)}; got {tuple(value.shape)}")
+        raise ValueError(
+            f"{name}: wanted shape {wanted} to match {like[0]} {tuple(image.shape)}; got {tuple(value.shape)}"
+        )
     check_device(name, value, like)
 
 

@@ -46,7 +46,7 @@ def _load() -> str | None:
     return None
 
 
-_REASON: str | None | bool = False
+_REASON: str | bool | None = False
 
 
 def why_no_cpu_kernels() -> str | None:

@@ -47,6 +47,7 @@ def define_op(
     channels: Callable[..., int],
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    autocast: bool = False,
 ) -> None:
     """Register one op `flowseg::NAME`.
 
@@ -56,6 +57,8 @@ def define_op(
         backends: implementation by backend name, each taking the op's arguments without `backend`.
         channels: the op's arguments -> number of code channels of the call.
         backward, setup_context: the rule for torch.library.register_autograd.
+        autocast: whether floating tensors are cast to autocast's dtype, as for a matrix product. Without it autocast leaves the
+            call alone: the per-pixel ops read any dtype and compute in fp32.
     """
     name = schema[: schema.index("(")]
     handed_on = "str backend)" in schema
@@ -71,10 +74,27 @@ def define_op(
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flowseg::{name}", fake, lib=_LIBRARY)
+    if autocast:
+        for device in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, _autocast_kernel(name, device), f"Autocast{device}")
     if backward is not None:
-        torch.library.register_autograd(
-            f"flowseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY
-        )
+        torch.library.register_autograd(f"flowseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _autocast_kernel(name: str, device: str) -> Callable:
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
+
+    def cast_and_call(*args):
+        dtype = torch.get_autocast_dtype(device.lower())
+        # fp64 is never cast: whoever computes in it asked for it.
+        args = [
+            v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dtype != torch.float64 else v
+            for v in args
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return getattr(torch.ops.flowseg, name).default(*args)
+
+    return cast_and_call
 
 
 def no_second_derivative(name: str) -> dict[str, Callable]:

@@ -35,7 +35,9 @@ def test_searched_codes_are_the_best_sequence_and_repeatable(classes, channels):
     searched = fk.kronecker_centroids(classes, channels, sequence="searched")
     torch.testing.assert_close(searched, fk.kronecker_centroids(classes, channels, sequence="searched"), rtol=0, atol=0)
     for other in ("sqrt_primes", "r_sequence"):
-        assert smallest_distance(searched) >= smallest_distance(fk.kronecker_centroids(classes, channels, sequence=other))
+        assert smallest_distance(searched) >= smallest_distance(
+            fk.kronecker_centroids(classes, channels, sequence=other)
+        )
 
 
 @pytest.mark.parametrize("channels", range(1, 17))

@@ -14,8 +14,8 @@ namespace flowseg {
 
 enum class Transform : int { neg_log = 0, neg_sq = 1, neg_dist = 2, inverse = 3 };
 
-// Centroids summed in one run before it is added to the total: keeps fp32 sums accurate for many classes.
-constexpr int64_t kRun = 256;
+// Centroids summed in one run before it is added to the total: keeps fp32 sums as accurate as pairwise summation.
+constexpr int64_t kRun = 32;
 
 template <int C, class V>
 FLOWSEG_INLINE V squared_norm(const V (&v)[C]) {

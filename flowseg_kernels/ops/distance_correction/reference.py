@@ -59,4 +59,4 @@ def distance_correction(
     if max_norm is not None:
         norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
         grad = grad * (max_norm / norm.clamp_min(max_norm))
-    return torch.where(valid[:, None], grad, 0).to(xhat.dtype)
+    return torch.where(valid[:, None], grad, 0).to(xhat.dtype).contiguous()

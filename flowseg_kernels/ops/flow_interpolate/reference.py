@@ -35,4 +35,4 @@ def flow_interpolate_bwd(
     if not need_t:
         return grad_source, t.new_empty(0)
     slope = torch.where(valid[:, None], encode_labels(classes, centroids.to(dtype)) - source.to(dtype), 0)
-    return grad_source, (g * slope).sum(dim=(1, 2, 3)).to(t.dtype)
+    return grad_source, (g * slope).sum(dim=(1, 2, 3), dtype=torch.float64).to(t.dtype)

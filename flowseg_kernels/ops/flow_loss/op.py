@@ -46,7 +46,9 @@ def _setup_context(ctx, inputs, output):
     _, residual, count = output
     ctx.mark_non_differentiable(residual, count)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(residual, count)
+    # The prediction's values are not needed, but its place in the graph is: without it a second derivative would be
+    # silently zero instead of an error.
+    ctx.save_for_backward(residual, count, inputs[0])
     ctx.reduction, _, ctx.need_grad = inputs[-3:]
     ctx.backend = requested_backend()
 
@@ -56,9 +58,9 @@ def _backward(ctx, grad_loss, grad_residual, grad_count):
         return (None,) * 17
     if not ctx.need_grad:
         raise RuntimeError("flowseg::flow_loss: backward needs the op to have been called with need_grad=True")
-    residual, count = ctx.saved_tensors
+    residual, count, prediction = ctx.saved_tensors
     return (
-        torch.ops.flowseg.flow_loss_bwd(grad_loss, residual, count, ctx.reduction, ctx.backend),
+        torch.ops.flowseg.flow_loss_bwd(grad_loss, residual, count, prediction, ctx.reduction, ctx.backend),
         *(None,) * 16,
     )
 
@@ -75,13 +77,15 @@ define_op(
 )
 
 define_op(
-    "flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, str reduction, str backend) -> Tensor",
+    "flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, Tensor prediction, str reduction, str backend) -> Tensor",
     fake=lambda grad_loss, residual, *args: torch.empty(residual.shape, dtype=residual.dtype, device=residual.device),
     backends={
-        "cpu": lambda grad_loss, residual, count, reduction: _backward_cpu(
+        "cpu": lambda grad_loss, residual, count, prediction, reduction: _backward_cpu(
             grad_loss, residual, count, reference.REDUCTIONS.index(reduction)
         ),
-        "reference": reference.flow_loss_bwd,
+        "reference": lambda grad_loss, residual, count, prediction, reduction: reference.flow_loss_bwd(
+            grad_loss, residual, count, reduction
+        ),
     },
     channels=lambda grad_loss, residual, *args: residual.shape[1],
     **no_second_derivative("flow_loss_bwd"),

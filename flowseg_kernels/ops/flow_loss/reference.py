@@ -78,4 +78,4 @@ def flow_loss_bwd(grad_loss: Tensor, residual: Tensor, count: Tensor, reduction:
         scale = scale / count.clamp_min(1).to(dtype)
     elif reduction == "none":
         scale = scale[:, None]
-    return (residual.to(dtype) * scale).to(residual.dtype)
+    return (residual.to(dtype) * scale).to(residual.dtype).contiguous()

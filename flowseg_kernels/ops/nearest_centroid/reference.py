@@ -24,7 +24,11 @@ def _nearest_of_rows(x: Tensor, mu: Tensor, ignore_index: int) -> tuple[Tensor, 
     distance = nearest[:, 0].sqrt()
     margin = second.sqrt() - distance
     nan = float("nan")
-    return labels.masked_fill(unknown, ignore_index), distance.masked_fill(unknown, nan), margin.masked_fill(unknown, nan)
+    return (
+        labels.masked_fill(unknown, ignore_index),
+        distance.masked_fill(unknown, nan),
+        margin.masked_fill(unknown, nan),
+    )
 
 
 def nearest_centroid(

@@ -33,6 +33,7 @@ define_op(
     channels=lambda x, *args: x.shape[1],
     backward=_backward,
     setup_context=_setup_context,
+    autocast=True,
 )
 
 

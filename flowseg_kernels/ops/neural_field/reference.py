@@ -1,4 +1,7 @@
-"""Plain PyTorch for the pixel neural field: the specification, and for now what every device runs."""
+"""Plain PyTorch for the pixel neural field: the specification, and for now what every device runs.
+
+The backward is the chain rule written out: docs/ops/neural_field.md.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,58 @@ def cosine_features(patch_size: int, max_freqs: int, *, dtype: torch.dtype, devi
     return table.reshape(patch_size**2, max_freqs**2).to(dtype)
 
 
-def _rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + eps) * weight
+class _Field:
+    """The stages of the field on pixels (P, p^2, C) of P patches, with what the backward formulas need of each."""
+
+    def __init__(
+        self, x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, p, ratio, eps
+    ):
+        dtype = compute_dtype(x.dtype)
+        self.dtype, self.p, self.eps = dtype, p, eps
+        self.batch, self.channels, self.height, self.width = x.shape
+        self.pixels = self.to_patches(x.to(dtype))
+        self.embed = embed_weight.to(dtype)
+        max_freqs = math.isqrt(embed_weight.shape[1] - self.channels)
+        self.table = cosine_features(p, max_freqs, dtype=dtype, device=x.device)
+        self.embed_bias = embed_bias.to(dtype)
+        self.hidden = embed_bias.shape[0]
+        self.wide = ratio * self.hidden
+        self.blocks = weights.reshape(self.pixels.shape[0], weights.shape[2], 2 * self.hidden * self.wide)
+        self.gains = norm_weight.to(dtype)
+        self.out_gain, self.out_weight = out_norm_weight.to(dtype), out_weight.to(dtype)
+        self.out_bias = out_bias.to(dtype)
+
+    def to_patches(self, image: Tensor) -> Tensor:
+        p = self.p
+        split = image.reshape(self.batch, self.channels, self.height // p, p, self.width // p, p)
+        return split.permute(0, 2, 4, 3, 5, 1).reshape(-1, p * p, self.channels)
+
+    def to_image(self, pixels: Tensor) -> Tensor:
+        p = self.p
+        split = pixels.reshape(self.batch, self.height // p, self.width // p, p, p, self.channels)
+        return split.permute(0, 5, 1, 3, 2, 4).reshape(self.batch, self.channels, self.height, self.width)
+
+    def generated(self, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """W1, W2 of a block and the reciprocal lengths of their columns, which are applied after the products."""
+        flat = self.blocks[:, block].to(self.dtype)
+        w1 = flat[:, : self.hidden * self.wide].reshape(-1, self.hidden, self.wide)
+        w2 = flat[:, self.hidden * self.wide :].reshape(-1, self.wide, self.hidden)
+        return w1, w2, *(1 / torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(1e-12) for w in (w1, w2))
+
+    def normalise(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """h / rms(h), and 1 / rms(h)."""
+        scale = torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + self.eps)
+        return h * scale, scale
+
+    def embedded(self) -> Tensor:
+        # The cosine features are the same for every patch, so their product with the weights is one constant table.
+        constant = self.table @ self.embed[:, self.channels :].T + self.embed_bias
+        return self.pixels @ self.embed[:, : self.channels].T + constant
+
+    def step(self, h: Tensor, block: int) -> Tensor:
+        w1, w2, scale1, scale2 = self.generated(block)
+        inner = torch.nn.functional.silu(((self.normalise(h)[0] * self.gains[block]) @ w1) * scale1)
+        return h + (inner @ w2) * scale2
 
 
 def neural_field(
@@ -42,35 +95,39 @@ def neural_field(
     mlp_ratio: int,
     eps: float,
 ) -> Tensor:
-    """Velocity (B, C, H, W) in the dtype of x; each stage in fp32 at least. Differentiable by autograd.
+    """Velocity (B, C, H, W) in the dtype of x; every stage in fp32 at least.
 
     h = Linear([x, DCT]); L times h += silu(RMSNorm(h) @ W1 / |W1|) @ W2 / |W2|; out = Linear(RMSNorm(h)).
     """
-    dtype = compute_dtype(x.dtype)
-    batch, channels, height, width = x.shape
-    hidden, p = embed_bias.shape[0], patch_size
-    rows, columns = height // p, width // p
-    pixels = x.to(dtype).reshape(batch, channels, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1)
-    pixels = pixels.reshape(batch * rows * columns, p * p, channels)
-    max_freqs = math.isqrt(embed_weight.shape[1] - channels)
-    table = cosine_features(p, max_freqs, dtype=dtype, device=x.device)
-    # The DCT features are the same for every patch, so their product with the weights is one constant table.
-    embed = embed_weight.to(dtype)
-    h = pixels @ embed[:, :channels].T + (table @ embed[:, channels:].T + embed_bias.to(dtype))
-    wide = mlp_ratio * hidden
-    blocks = weights.reshape(batch * rows * columns, weights.shape[2], 2 * hidden * wide)
-    for block in range(blocks.shape[1]):
-        generated = blocks[:, block].to(dtype)
-        w1 = generated[:, : hidden * wide].reshape(-1, hidden, wide)
-        w2 = generated[:, hidden * wide :].reshape(-1, wide, hidden)
-        # One scale a column: normalising after the product leaves the normalised weights unstored.
-        scale1 = 1 / torch.linalg.vector_norm(w1, dim=1, keepdim=True).clamp_min(1e-12)
-        scale2 = 1 / torch.linalg.vector_norm(w2, dim=1, keepdim=True).clamp_min(1e-12)
-        inner = torch.nn.functional.silu((_rms_norm(h, norm_weight[block].to(dtype), eps) @ w1) * scale1)
-        h = h + (inner @ w2) * scale2
-    out = _rms_norm(h, out_norm_weight.to(dtype), eps) @ out_weight.to(dtype).T + out_bias.to(dtype)
-    out = out.reshape(batch, rows, columns, p, p, channels).permute(0, 5, 1, 3, 2, 4)
-    return out.reshape(batch, channels, height, width).to(x.dtype).contiguous()
+    field = _Field(
+        x,
+        weights,
+        embed_weight,
+        embed_bias,
+        norm_weight,
+        out_norm_weight,
+        out_weight,
+        out_bias,
+        patch_size,
+        mlp_ratio,
+        eps,
+    )
+    h = field.embedded()
+    for block in range(weights.shape[2]):
+        h = field.step(h, block)
+    out = (field.normalise(h)[0] * field.out_gain) @ field.out_weight.T + field.out_bias
+    return field.to_image(out).to(x.dtype).contiguous()
+
+
+def _norm_backward(grad: Tensor, normal: Tensor, scale: Tensor) -> Tensor:
+    """Gradient of h from that of normal = h * scale, scale = rsqrt(mean(h^2) + eps)."""
+    return scale * (grad - normal * (grad * normal).mean(dim=-1, keepdim=True))
+
+
+def _column_norm_backward(grad: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+    """Gradient of w from that of its column-normalised form w * scale."""
+    unit = w * scale
+    return scale * (grad - unit * (grad * unit).sum(dim=1, keepdim=True))
 
 
 def neural_field_bwd(
@@ -90,9 +147,46 @@ def neural_field_bwd(
 ) -> tuple[Tensor, ...]:
     """Gradients of the eight tensors, empty where not needed. Recomputes the forward: nothing but inputs was saved."""
     tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
-    with torch.enable_grad():
-        leaves = [v.detach().requires_grad_(need) for v, need in zip(tensors, needs)]
-        out = neural_field(*leaves, patch_size, mlp_ratio, eps)
-        wanted = [v for v in leaves if v.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, grad) if wanted else ())
-    return tuple(next(found).contiguous() if need else v.new_empty(0) for v, need in zip(tensors, needs))
+    field = _Field(*tensors, patch_size, mlp_ratio, eps)
+    depth = weights.shape[2]
+    states = [field.embedded()]
+    for block in range(depth):
+        states.append(field.step(states[-1], block))
+
+    g = field.to_patches(grad.to(field.dtype))
+    normal, scale = field.normalise(states.pop())
+    grad_out_bias = g.sum(dim=(0, 1))
+    grad_out_weight = torch.einsum("npc,nph->ch", g, normal * field.out_gain)
+    g = g @ field.out_weight
+    grad_out_norm = (g * normal).sum(dim=(0, 1))
+    g = _norm_backward(g * field.out_gain, normal, scale)
+
+    grad_weights = torch.empty_like(field.blocks)
+    grad_norm = torch.empty_like(field.gains)
+    for block in reversed(range(depth)):
+        w1, w2, scale1, scale2 = field.generated(block)
+        normal, scale = field.normalise(states.pop())
+        entered = normal * field.gains[block]
+        z = (entered @ w1) * scale1
+        gate = torch.sigmoid(z)
+        into2 = _column_norm_backward((z * gate).transpose(1, 2) @ g, w2, scale2)
+        inner = ((g * scale2) @ w2.transpose(1, 2)) * (gate * (1 + z * (1 - gate)))
+        into1 = _column_norm_backward(entered.transpose(1, 2) @ inner, w1, scale1)
+        grad_weights[:, block] = torch.cat((into1.flatten(1), into2.flatten(1)), dim=1).to(grad_weights.dtype)
+        back = (inner * scale1) @ w1.transpose(1, 2)
+        grad_norm[block] = (back * normal).sum(dim=(0, 1))
+        g = g + _norm_backward(back * field.gains[block], normal, scale)
+
+    by_position = g.sum(dim=0)
+    grad_embed = torch.cat((torch.einsum("nph,npc->hc", g, field.pixels), by_position.T @ field.table), dim=1)
+    found = (
+        field.to_image(g @ field.embed[:, : field.channels]),
+        grad_weights.reshape(weights.shape),
+        grad_embed,
+        by_position.sum(dim=0),
+        grad_norm,
+        grad_out_norm,
+        grad_out_weight,
+        grad_out_bias,
+    )
+    return tuple(f.to(v.dtype).contiguous() if need else v.new_empty(0) for f, v, need in zip(found, tensors, needs))

@@ -4,7 +4,15 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.ops.distance_correction.reference import TRANSFORMS, potential
 
-from ..samples import FLOAT_DTYPES, LABEL_DTYPES, exact_correction, image_batch, largest_error, layouts, naive_correction
+from ..samples import (
+    FLOAT_DTYPES,
+    LABEL_DTYPES,
+    exact_correction,
+    image_batch,
+    largest_error,
+    layouts,
+    naive_correction,
+)
 
 TAUS = (1.0, 0.5, 2.0)
 
@@ -73,7 +81,9 @@ def test_sums_stay_accurate_for_any_number_of_classes(backend, classes):
         assert not got.any()
 
 
-@pytest.mark.parametrize("scale, eps", [(1e-30, 1e-2), (1e3, 1e-2), (1e6, 1e-2), (1e12, 1.0), (1.0, 1e-14), (1.0, 1e-30)])
+@pytest.mark.parametrize(
+    "scale, eps", [(1e-30, 1e-2), (1e3, 1e-2), (1e6, 1e-2), (1e12, 1.0), (1.0, 1e-14), (1.0, 1e-30)]
+)
 def test_far_points_and_tiny_eps_stay_finite_and_right(backend, scale, eps):
     mu = fk.kronecker_centroids(40, 3)
     x = torch.randn(1, 3, 12, 15) * scale

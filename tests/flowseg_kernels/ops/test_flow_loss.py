@@ -26,9 +26,7 @@ def test_value_and_gradient_equal_plain_autograd_in_fp64(backend, predicts, spac
         predicts=predicts, loss_space=space, correction_weight=weight, schedule=schedule, eps=0.02,
     )  # fmt: skip
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(
-        torch.autograd.grad(got, x)[0], torch.autograd.grad(want, x)[0], rtol=1e-9, atol=1e-12
-    )
+    torch.testing.assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(want, x)[0], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("transform", ["neg_log", "neg_sq", "neg_dist", "inverse"])
@@ -45,7 +43,9 @@ def test_the_correction_is_an_auxiliary_cross_entropy(backend, transform):
     phi = potential(xt + (1 - t)[:, None, None, None] * v, labels, mu, 1.3, 0.05, transform, 255)
     weight = (2 * 0.6 / (1 - t))[:, None, None] / 3  # the squared error is a mean over the three channels
     auxiliary = (vanilla + weight * phi).sum() / (labels != 255).sum()
-    torch.testing.assert_close(torch.autograd.grad(loss, v)[0], torch.autograd.grad(auxiliary, v)[0], rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, v)[0], torch.autograd.grad(auxiliary, v)[0], rtol=1e-8, atol=1e-11
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -102,7 +102,9 @@ def test_any_strides_give_the_same(backend, dtype, reduction, codes150):
     weight = (torch.arange(labels.numel()).reshape(labels.shape) / 100).to(ones.dtype) if reduction == "none" else ones
     want = run(x, source, labels, weight)
     views = [(n, v, source, labels, weight) for n, v in layouts(x)]
-    views += [(n, x, v, labels, weight) for n, v in layouts(source)] + [(n, x, source, v, weight) for n, v in layouts(labels)]
+    views += [(n, x, v, labels, weight) for n, v in layouts(source)] + [
+        (n, x, source, v, weight) for n, v in layouts(labels)
+    ]
     if reduction == "none":
         views += [(n, x, source, labels, v) for n, v in layouts(weight)]
     for name, *view in views:

@@ -1,0 +1,53 @@
+# make demo: install, train, sample and report.   make test: everything that a change must pass.
+# Each target installs what it needs into .venv; PYTHON, VENV and TORCH may be set, e.g. make TORCH=torch==2.12.0 test.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+SOURCES := $(shell find csrc build_backend -name '*.cpp' -o -name '*.h' -o -name '*.py') setup.py pyproject.toml
+
+.PHONY: install demo test lint format bench clean
+
+install: $(VENV)/.installed
+
+# torch first and alone, so that nothing else chooses it: the CPU build where there is no NVIDIA driver and the configured
+# package index has one, else the default build. A torch that is already in the environment is kept.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -c 'import torch' 2>/dev/null \
+	  || { ! command -v nvidia-smi >/dev/null 2>&1 && $(RUN) -m pip install --quiet '$(TORCH)+cpu' 2>/dev/null; } \
+	  || $(RUN) -m pip install --quiet '$(TORCH)'
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(RUN) -m pip install --quiet --editable '.[train,test]'
+	$(RUN) -m flowseg_kernels.info | sed -n 3p
+	touch $@
+
+demo: install
+	$(RUN) -m flowseg demo --out demo_out
+
+test: install lint
+	FLOWSEG_REQUIRE_BACKENDS=reference,cpu $(RUN) -m pytest tests
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Our kernels against their peers, on an otherwise idle machine: about 4 minutes.
+bench: $(VENV)/.bench
+	$(RUN) -m pytest bench --benchmark-json=bench/results/latest.json
+	$(RUN) -m bench.table bench/results/latest.json
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --editable '.[bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info flowseg_kernels/lib/*.so flowseg_kernels/lib/*.json

@@ -1,0 +1,129 @@
+"""Backend choice, loading, `info`, and the direction of imports."""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import flowseg_kernels as fk
+from flowseg_kernels.runtime import extension
+
+from .samples import image_batch
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def python(*arguments, **variables):
+    environment = {**os.environ, **variables}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def test_unknown_and_missing_backends_are_named(codes150):
+    with pytest.raises(ValueError, match="backend: wanted one of cpu, cuda, reference, triton; got 'gpu'"):
+        with fk.use_backend("gpu"):
+            pass
+    x, source, labels, t = image_batch(codes150.centroids)
+    with fk.use_backend("cuda"), pytest.raises(fk.BackendUnavailable, match="flow_loss: backend 'cuda' was asked for"):
+        fk.flow_loss(x, source, labels, t, codes150)
+    with pytest.raises(ValueError, match="op: wanted one of"):
+        fk.available_backends("nothing")
+
+
+def test_blocks_nest_and_end(codes150):
+    from flowseg_kernels.runtime.backend import requested_backend
+
+    with fk.use_backend("reference"):
+        with fk.use_backend("cpu"):
+            assert requested_backend() == "cpu"
+        assert requested_backend() == "reference"
+    assert requested_backend() == ""
+
+
+def test_every_op_has_a_reference():
+    from flowseg_kernels.runtime.backend import OPS
+
+    for op in OPS:
+        assert fk.available_backends(op)[-1] == "reference"
+        assert "reference" in fk.available_backends(op, "cuda")
+
+
+def test_without_the_extension_everything_still_runs():
+    code = (
+        "import torch, flowseg_kernels as fk; book = fk.Codebook(fk.kronecker_centroids(5)); "
+        "labels = torch.randint(0, 5, (1, 4, 4)); assert torch.equal(book.decode(book.encode(labels)), labels); "
+        "print(fk.available_backends('flow_loss'))"
+    )
+    done = python("-c", code, FLOWSEG_DISABLE_EXTENSION="1")
+    assert done.stdout.strip() == "['reference']", done.stderr
+
+
+def test_process_default_backend_is_read_and_checked():
+    code = "import flowseg_kernels.runtime.backend as b; print(b.requested_backend())"
+    assert python("-c", code, FLOWSEG_BACKEND="reference").stdout.strip() == "reference"
+    assert "backend: wanted one of" in python("-c", code, FLOWSEG_BACKEND="gpu").stderr
+
+
+def test_info_names_every_op_and_the_reasons():
+    done = python("-m", "flowseg_kernels.info", FLOWSEG_DISABLE_EXTENSION="1")
+    assert done.returncode == 0, done.stderr
+    for op in ("flow_loss", "nearest_centroid", "neural_field"):
+        assert op in done.stdout
+    assert "not cpu: FLOWSEG_DISABLE_EXTENSION=1 is set" in done.stdout
+    assert torch.__version__ in done.stdout
+
+
+def test_load_failures_are_readable(tmp_path, monkeypatch):
+    monkeypatch.setattr(extension, "CPU_LIBRARY", tmp_path / "libflowseg_cpu.so")
+    assert "were not compiled" in extension._load()
+    extension.CPU_LIBRARY.write_bytes(b"not a library")
+    reason = extension._load()
+    assert "does not load into torch" in reason and "rebuild it with" in reason
+    extension.CPU_LIBRARY.with_suffix(".json").write_text('{"torch_target": "99.0"}')
+    assert "needs torch 99.0 or newer" in extension._load()
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_passes_the_op_tests(isa):
+    """The ops' own tests again in a process of its own, on the code of an older CPU."""
+    if extension.why_no_cpu_kernels():
+        pytest.skip(extension.why_no_cpu_kernels())
+    chosen = ("baseline", "avx2", "avx512")[torch.ops.flowseg_cpu.instruction_set()]
+    level = python("-c", "import flowseg_kernels as f, torch; f.available_backends('flow_loss'); "
+                   "print(torch.ops.flowseg_cpu.instruction_set())", FLOWSEG_CPU_ISA=isa)  # fmt: skip
+    if int(level.stdout) != ("baseline", "avx2", "avx512").index(isa):
+        pytest.skip(f"this CPU runs {chosen} code at most")
+    if isa == chosen:
+        return  # this process has just run them
+    done = python(
+        "-m", "pytest", "tests/flowseg_kernels/ops", "-q", "-x", "-p", "no:cacheprovider",
+        "-k", "cpu and not ten_million and not fp32_error and not 1000 and not 3000 and not many_classes",
+        FLOWSEG_CPU_ISA=isa,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_imports_point_one_way():
+    """flowseg takes public names of flowseg_kernels only; inside it: functional -> ops -> runtime, never back."""
+    order = {"runtime": 0, "ops": 1, "decode_grid": 1, "functional": 2, "codes": 2, "nn": 3, "info": 3, "__init__": 4}
+    for file in sorted((ROOT / "flowseg_kernels").rglob("*.py")):
+        place = file.relative_to(ROOT / "flowseg_kernels").with_suffix("").parts
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = place[: len(place) - node.level]
+                target = (*base, *(node.module or "").split(".")) if node.module else base
+                names = [target[0]] if target and target[0] else [a.name for a in node.names]
+                for name in names:
+                    if name in order and place[0] in order and node.level and place[0] != name:
+                        assert order[name] <= order[place[0]], f"{file}: imports {name}"
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").split(".")[0] == "flowseg", f"{file}: imports flowseg"
+    public = set(fk.__all__)
+    for file in sorted((ROOT / "flowseg").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flowseg_kernels"):
+                assert node.module == "flowseg_kernels", f"{file}: imports {node.module}"
+                assert {a.name for a in node.names} <= public, f"{file}: imports names that are not public"
