@@ -9,7 +9,7 @@ from typing import Protocol
 from PIL import Image
 
 from flowseg.config import DataConfig
-from flowseg.data.digits import DigitScenes
+from flowseg.data.digits import CELL, DigitScenes
 from flowseg.data.folder import FolderPairs
 from flowseg.data.presets import CAMVID, DIGITS, Labels, spread_palette
 from flowseg.errors import UserError
@@ -82,6 +82,10 @@ def open_data(config: DataConfig, splits: Sequence[str] = ("train", "val"), *, s
     opened: dict[str, Pairs] = {}
     for split in splits:
         if config.name == "digits":
+            if min(config.height, config.width) < CELL:
+                raise UserError(
+                    f"data.height and data.width must be at least {CELL} for digits, got {config.height}x{config.width}"
+                )
             count = config.digits_train if split == "train" else config.digits_val
             opened[split] = DigitScenes(split, count, config.height, config.width, seed)
         else:

@@ -49,7 +49,8 @@ class DigitScenes:
                 if rng.uniform() < EMPTY:
                     continue
                 which = rng.integers(len(self._digits))
-                mask = _draw(rng, self._digits[which], int(rng.integers(CELL - 2, CELL + 3)))
+                side = min(int(rng.integers(CELL - 2, CELL + 3)), self.height, self.width)
+                mask = _draw(rng, self._digits[which], side)
                 place = _jittered(rng, top, left, mask.shape[0], labels.shape)
                 region = canvas[place]
                 region[:] = region * (1 - mask[..., None]) + _bright(rng) * mask[..., None]

@@ -1,32 +1,11 @@
-"""Small data and settings shared by the tests of the stack."""
-
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Fixtures of the tests of the stack."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from flowseg.config import Config, config_from_tree
-
 torch.set_num_threads(1)
-
-TINY_MODEL = {"size": "nano", "dim": 32, "heads": 2, "depth": 2, "field_hidden": 8, "stem_width": 0}
-
-
-def tiny_config(**sections) -> Config:
-    """A network of a few thousand parameters on 16x16 scenes, in float32."""
-    tree = {
-        "model": dict(TINY_MODEL),
-        "data": {"height": 16, "width": 16, "digits_train": 12, "digits_val": 6},
-        "train": {"batch_size": 4, "steps": 6, "log_every": 1, "eval_every": 3, "mixed_precision": "no"},
-        "optim": {"warmup": 2},
-    }
-    for section, values in sections.items():
-        tree.setdefault(section, {}).update(values)
-    return config_from_tree(tree)
 
 
 @pytest.fixture
@@ -44,8 +23,3 @@ def folder_data(tmp_path):
             Image.fromarray(pixels).save(root / "images" / split / f"{name}.jpg", quality=95)
             Image.fromarray(labels).save(root / "labels" / split / f"{name}.png")
     return root
-
-
-def folder_section(root, **extra) -> dict:
-    """The data section for :func:`folder_data`."""
-    return {"name": "folder", "root": str(root), "classes": ["a", "b", "c"], "height": 16, "width": 24, **extra}

@@ -6,11 +6,12 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import folder_section, tiny_config
 from PIL import Image
 
 from flowseg import cli
 from flowseg.config import save_config
+
+from .tiny import folder_section, tiny_config
 
 
 def run(monkeypatch, capsys, *arguments):

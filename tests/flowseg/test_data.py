@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import folder_section, tiny_config
 from PIL import Image
 
 from flowseg.config import DataConfig
@@ -12,6 +11,8 @@ from flowseg.data.datasets import resolve_labels
 from flowseg.data.digits import DigitScenes, _digits
 from flowseg.data.transforms import augment, model_size, prepare
 from flowseg.errors import UserError
+
+from .tiny import folder_section, tiny_config
 
 
 def test_scenes_are_repeatable_and_labelled():

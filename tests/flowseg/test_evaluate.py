@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
 from PIL import Image
 from torch import nn
 
@@ -11,6 +10,8 @@ from flowseg.codes import build_codebook
 from flowseg.data.transforms import to_tensor
 from flowseg.evaluate import chosen_indices, evaluate, scores_from_confusion
 from flowseg.segment import Segmenter
+
+from .tiny import tiny_config
 
 
 def test_scores_by_hand():

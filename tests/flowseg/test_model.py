@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import TINY_MODEL, tiny_config
 
 from flowseg.config import ModelConfig
 from flowseg.errors import UserError
 from flowseg.model import FlowSegModel, build_model
 from flowseg.model.blocks import rotary_table, rotate
 from flowseg.model.sizes import resolve_size
+
+from .tiny import TINY_MODEL, tiny_config
 
 
 @pytest.mark.parametrize(("size", "millions"), [("L/16", 452), ("XL/16", 701)])

@@ -10,7 +10,6 @@ import time
 
 import pytest
 import torch
-from conftest import TINY_MODEL, folder_section, tiny_config
 from safetensors.torch import load_file
 
 import flowseg.train as training
@@ -21,6 +20,8 @@ from flowseg.errors import UserError
 from flowseg.evaluate import evaluate
 from flowseg.segment import Segmenter
 from flowseg.train import learning_rate, train
+
+from .tiny import TINY_MODEL, folder_section, tiny_config
 
 
 def metrics(run):

@@ -1,0 +1,25 @@
+"""Small settings shared by the tests of the stack."""
+
+from __future__ import annotations
+
+from flowseg.config import Config, config_from_tree
+
+TINY_MODEL = {"size": "nano", "dim": 32, "heads": 2, "depth": 2, "field_hidden": 8, "stem_width": 0}
+
+
+def tiny_config(**sections) -> Config:
+    """A network of a few thousand parameters on 16x16 scenes, in float32."""
+    tree = {
+        "model": dict(TINY_MODEL),
+        "data": {"height": 16, "width": 16, "digits_train": 12, "digits_val": 6},
+        "train": {"batch_size": 4, "steps": 6, "log_every": 1, "eval_every": 3, "mixed_precision": "no"},
+        "optim": {"warmup": 2},
+    }
+    for section, values in sections.items():
+        tree.setdefault(section, {}).update(values)
+    return config_from_tree(tree)
+
+
+def folder_section(root, **extra) -> dict:
+    """The data section for :func:`folder_data`."""
+    return {"name": "folder", "root": str(root), "classes": ["a", "b", "c"], "height": 16, "width": 24, **extra}
