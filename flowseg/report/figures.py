@@ -113,11 +113,19 @@ def vector_field_figure(num_classes: int = 11, correction_weight: float = 1.0, t
     for axis, field, norm, title in zip(
         axes, (plain, reshaped), norms, ("plain squared error", "with the distance-aware correction")
     ):
-        mesh = axis.pcolormesh(axis_values, axis_values, norm, norm=scale, cmap="YlGnBu", shading="auto", alpha=0.85)
+        mesh = axis.pcolormesh(
+            axis_values.numpy(),
+            axis_values.numpy(),
+            norm.numpy(),
+            norm=scale,
+            cmap="YlGnBu",
+            shading="auto",
+            alpha=0.85,
+        )
         unit = field[:, shown, shown] / field[:, shown, shown].norm(dim=0).clamp_min(1e-9)
-        axis.quiver(xs, ys, unit[0], unit[1], color="#222222", scale=28, width=0.004, pivot="mid")
-        axis.scatter(*codes.T, s=22, color="white", edgecolor="#b00020", linewidth=1.4, zorder=3)
-        axis.scatter(*codes[target], s=120, marker="*", color="#ffb000", edgecolor="#7a4f00", zorder=4)
+        axis.quiver(xs.numpy(), ys.numpy(), *unit.numpy(), color="#222222", scale=28, width=0.004, pivot="mid")
+        axis.scatter(*codes.T.numpy(), s=22, color="white", edgecolor="#b00020", linewidth=1.4, zorder=3)
+        axis.scatter(*codes[target].numpy(), s=120, marker="*", color="#ffb000", edgecolor="#7a4f00", zorder=4)
         axis.set(title=title, xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
     figure.colorbar(mesh, ax=axes[:2], label="gradient norm", shrink=0.9)
 
@@ -130,10 +138,11 @@ def vector_field_figure(num_classes: int = 11, correction_weight: float = 1.0, t
     line = codes[target][:, None] + away[:, None] * along
     pull = distance_correction(line[None, :, None], torch.full((1, 1, 400), target), codebook)[0, :, 0]
     offset = line - codes[target][:, None]
-    axes[2].plot(along * spacing, 2 * offset.norm(dim=0), color=COLORS["vanilla"], linewidth=2, label="plain")
+    reach = (along * spacing).numpy()
+    axes[2].plot(reach, 2 * offset.norm(dim=0).numpy(), color=COLORS["vanilla"], linewidth=2, label="plain")
     axes[2].plot(
-        along * spacing,
-        2 * (offset + correction_weight * pull).norm(dim=0),
+        reach,
+        2 * (offset + correction_weight * pull).norm(dim=0).numpy(),
         color=COLORS["FlowSeg"],
         linewidth=2,
         label="with correction",
