@@ -65,7 +65,9 @@ def measure(benchmark):
         run(next(inputs))
         rounds = rounds or max(3, min(41, int(2.0 / max(time.perf_counter() - begin, 1e-6))))
         benchmark.group = f"{op} {workload.name}" + (f" spread {workload.spread:g}" if spread else "")
-        benchmark.extra_info.update(op=op, workload=workload.name, spread=workload.spread, entry=entry, pixels=SIZE * SIZE)
+        benchmark.extra_info.update(
+            op=op, workload=workload.name, spread=workload.spread, entry=entry, pixels=SIZE * SIZE
+        )
         benchmark.pedantic(run, setup=lambda: ((next(inputs),), {}), rounds=rounds, warmup_rounds=1)
 
     return call
@@ -76,7 +78,9 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     model = next((line.split(":")[1].strip() for line in facts.splitlines() if line.startswith("model name")), "")
     info = {"model": model or platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     machine_info.clear()
-    machine_info.update(info, flowseg_kernels=fk.__version__, python=platform.python_version(), system=platform.system())
+    machine_info.update(
+        info, flowseg_kernels=fk.__version__, python=platform.python_version(), system=platform.system()
+    )
     if fk.available_backends("flow_loss")[0] == "cpu":
         machine_info["instruction_set"] = ("baseline", "avx2", "avx512")[torch.ops.flowseg_cpu.instruction_set()]
 

@@ -47,7 +47,9 @@ def test_distance_correction(workloads, measure, workload, entry):
     rows = slice(0, 32)
     x = inputs["bf16" if entry == "ours bf16" else "x"]
     want = plain.correction(x[:, :, rows].double(), inputs["long"][:, rows], mu.double(), eps)
-    torch.testing.assert_close(run(inputs)[:, :, rows].double(), want, rtol=1e-2, atol=0.1 if entry == "ours bf16" else 2e-4)
+    torch.testing.assert_close(
+        run(inputs)[:, :, rows].double(), want, rtol=1e-2, atol=0.1 if entry == "ours bf16" else 2e-4
+    )
     measure(run, work, "distance_correction", entry)
 
 

@@ -51,7 +51,8 @@ def pillow_search(mu):
 @pytest.mark.parametrize("spread", [0.05, 0.1, 0.3])
 @pytest.mark.parametrize("workload", ["ade512", "many"])
 @pytest.mark.parametrize(
-    "entry", ["ours", "ours without grid", "faiss IndexFlatL2", "scipy cKDTree", "KeOps", "cdist+argmin", "Pillow quantize"]
+    "entry",
+    ["ours", "ours without grid", "faiss IndexFlatL2", "scipy cKDTree", "KeOps", "cdist+argmin", "Pillow quantize"],
 )
 def test_nearest_centroid(workloads, measure, benchmark, workload, entry, spread):
     if entry == "Pillow quantize" and workload == "many":
