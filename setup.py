@@ -4,6 +4,7 @@ FLOWSEG_BUILD=auto (default): compile what this machine can and say in one line 
 error. none: pure Python. No network, no GPU, and torch is imported only while extensions are built.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -33,8 +34,12 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def say(text: str) -> None:
-    # pip shows a build's standard error only with -v; the terminal is tried too, so that a plain install tells what it left out.
-    print(f"flowseg-kernels: {text}", file=sys.stderr)
+    line = f"flowseg-kernels: {text}"
+    print(line, file=sys.stderr)
+    # pip shows a build's output only with -v; on a terminal a plain install should still tell what it left out.
+    if not sys.stderr.isatty():
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            print(line, file=terminal)
 
 
 class Unbuildable(Exception):
@@ -104,7 +109,8 @@ def ninja_file(compiler: str, torch_folder: Path, target: Path) -> str:
         "rule link",
         # No rpath and no Python: torch is already in the process when the library is loaded.
         f"  command = {compiler} -shared {os.environ.get('FLOWSEG_LDFLAGS', '')} $in -o $out "
-        f"-L{torch_folder}/lib -ltorch -ltorch_cpu -lc10",
+        # libgcc first: its half-precision conversions are linked in, as older systems lack them in their shared one.
+        f"-L{torch_folder}/lib -ltorch -ltorch_cpu -lc10 -lgcc",
     ]
     objects = []
     for name in (*OPS, "dispatch"):

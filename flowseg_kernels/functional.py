@@ -231,7 +231,7 @@ def flow_loss(
         The loss in fp32 (fp64 for fp64 predictions): a scalar, or (B, H, W). NaN in a valid pixel makes it NaN.
 
     Differentiable in prediction, once; a second derivative raises NotImplementedError. Bitwise repeatable.
-    Cost: reads prediction, source and labels once and writes the gradient once; beyond it the prediction and O(1) are kept for backward.
+    Cost: reads prediction, source and labels once and writes the gradient once; backward keeps that and the prediction.
 
     Raises:
         TypeError, ValueError: as flow_interpolate.
