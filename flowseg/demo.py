@@ -51,7 +51,7 @@ def demo_config(*, quick: bool, steps: int, seed: int) -> Config:
     """Settings of both arms before the correction weight is set."""
     tree = {
         # One digit is about a patch wide, which a linear embedding of whole patches learns in a few hundred steps.
-        "model": {"size": "nano", "patch_size": 16, "stem_width": 0},
+        "model": {"size": "nano", "stem_width": 0},
         "data": {
             "name": "digits",
             "height": 64,

@@ -36,7 +36,7 @@ class ModelSize:
 
 # L/16 and XL/16 are PixNerd's (arXiv 2507.23268); S and B follow the usual ViT widths; nano is ours, for a CPU.
 SIZES = {
-    "nano": ModelSize(patch_size=8, dim=128, heads=4, depth=6, field_depth=1, field_hidden=32),
+    "nano": ModelSize(patch_size=16, dim=128, heads=4, depth=6, field_depth=1, field_hidden=32, stem_width=32),
     "S/16": ModelSize(patch_size=16, dim=384, heads=6, depth=12, field_depth=2),
     "B/16": ModelSize(patch_size=16, dim=768, heads=12, depth=12, field_depth=2),
     "L/16": ModelSize(patch_size=16, dim=1024, heads=16, depth=22, field_depth=2),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flowseg.config import Config, config_from_tree
 
-TINY_MODEL = {"size": "nano", "dim": 32, "heads": 2, "depth": 2, "field_hidden": 8, "stem_width": 0}
+TINY_MODEL = {"size": "nano", "patch_size": 8, "dim": 32, "heads": 2, "depth": 2, "field_hidden": 8, "stem_width": 0}
 
 
 def tiny_config(**sections) -> Config:
