@@ -1,6 +1,20 @@
-"""``python -m flowseg`` is the ``flowseg`` command."""
+"""The command ``flowseg``, also as ``python -m flowseg``."""
 
-from flowseg.cli import main
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say in one line that its dependencies are not installed."""
+    try:
+        from flowseg.cli import main as run
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in ("flowseg", "flowseg_kernels"):
+            raise
+        sys.exit(f"error: flowseg needs {error.name}; install it with: pip install 'flowseg-kernels[train]'")
+    run()
+
 
 if __name__ == "__main__":
     main()
