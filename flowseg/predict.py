@@ -60,8 +60,8 @@ def predict(
     """Segment each image at its own size and write PNG files beside each other in ``out``.
 
     ``NAME.mask.png``: class indices with the palette. ``NAME.overlay.png``: the image under the colours.
-    ``NAME.margin.png``: 8-bit grey, the gap between the two nearest codes as a share of the largest such gap there is
-    at a code; dark pixels are uncertain. A file that cannot be read or written is noted and the rest goes on.
+    ``NAME.margin.png``: 8-bit grey, how much farther the second nearest code is than the nearest, as a share of the
+    smallest distance between two codes; dark pixels are uncertain. A file that cannot be read or written is noted and the rest goes on.
 
     Raises:
         UserError: two inputs that would write the same file.
@@ -107,7 +107,8 @@ def _picture(
         return picture
     if kind == "overlay":
         return Image.blend(image, Image.fromarray(colorize(labels, palette)), opacity)
-    return Image.fromarray((255 * np.clip(margin / spacing**2, 0, 1)).round().astype(np.uint8))
+    share = margin / spacing if np.isfinite(spacing) else np.ones_like(margin)
+    return Image.fromarray((255 * np.clip(share, 0, 1)).round().astype(np.uint8))
 
 
 def _output_names(images: Sequence[Path]) -> list[str]:
