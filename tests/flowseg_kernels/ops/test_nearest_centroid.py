@@ -52,6 +52,16 @@ def test_ten_million_random_points(codes):
         assert_exact(points, fk.Codebook(mu), mu)
 
 
+@pytest.mark.parametrize("offset, span", [(1000.0, 1.0), (-30.0, 1e-2), (0.0, 1e-5), (0.0, 1e6), (5.0, 255.0)])
+def test_codes_of_any_place_and_size(backend, offset, span):
+    mu = offset + span * fk.kronecker_centroids(60, 3)
+    book = fk.Codebook(torch.cat((mu, mu[:5])))  # with duplicates: the first of equals wins
+    points = mu[torch.randint(0, 60, (20_000,))] + span * torch.tensor([0.05, 0.4, 3.0])[
+        torch.randint(0, 3, (20_000, 1))
+    ] * torch.randn(20_000, 3)
+    assert_exact(points, book, book.centroids)
+
+
 @pytest.mark.parametrize("classes", [1, 2, 3, 11, 150, 1000])
 def test_cell_borders_corners_and_centroids(backend, classes):
     mu = fk.kronecker_centroids(classes, 3)
