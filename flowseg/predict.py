@@ -61,7 +61,8 @@ def predict(
 
     ``NAME.mask.png``: class indices with the palette. ``NAME.overlay.png``: the image under the colours.
     ``NAME.margin.png``: 8-bit grey, how much farther the second nearest code is than the nearest, as a share of the
-    smallest distance between two codes; dark pixels are uncertain. A file that cannot be read or written is noted and the rest goes on.
+    smallest distance between two codes; dark pixels are uncertain. A file that cannot be
+    read or written is noted and the rest goes on.
 
     Raises:
         UserError: two inputs that would write the same file.
