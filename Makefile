@@ -23,7 +23,7 @@ $(VENV)/.torch:
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(RUN) -m pip install --quiet --editable '.[train,test]'
-	$(RUN) -m flowseg_kernels.info | sed -n 3p
+	$(RUN) -m flowseg_kernels.info
 	touch $@
 
 demo: install

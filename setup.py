@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,10 @@ def find_torch() -> tuple[str, Path]:
     """Version and folder of torch. The import also proves that it can be loaded."""
     if not importlib.util.find_spec("torch"):
         raise Unbuildable("torch is not installed in this environment (install torch first, then reinstall this)")
-    import torch
+    try:
+        import torch
+    except Exception as error:  # a broken torch must not break an installation that can do without kernels
+        raise Unbuildable(f"torch does not import here ({type(error).__name__}: {error})") from None
 
     version = torch.__version__
     if tuple(int(p) for p in version.split("+")[0].split(".")[:2]) < tuple(int(p) for p in TORCH_TARGET.split(".")):
@@ -92,9 +96,19 @@ def output(*command: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def quoted(text: object) -> str:
+    """For the command of a ninja rule: one shell word."""
+    return shlex.quote(str(text)).replace("$", "$$")
+
+
+def escaped(path: object) -> str:
+    """For a path in a ninja build line."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 def ninja_file(compiler: str, torch_folder: Path, target: Path) -> str:
     minor = int(TORCH_TARGET.split(".")[1])
-    includes = f"-I{ROOT}/csrc/include -isystem {torch_folder}/include"
+    includes = f"-I{quoted(ROOT / 'csrc' / 'include')} -isystem {quoted(torch_folder / 'include')}"
     flags = (
         "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi "
         # GCC 12 warns about its own AVX-512 headers.
@@ -110,16 +124,16 @@ def ninja_file(compiler: str, torch_folder: Path, target: Path) -> str:
         # No rpath and no Python: torch is already in the process when the library is loaded.
         f"  command = {compiler} -shared {os.environ.get('FLOWSEG_LDFLAGS', '')} $in -o $out "
         # libgcc first: its half-precision conversions are linked in, as older systems lack them in their shared one.
-        f"-L{torch_folder}/lib -ltorch -ltorch_cpu -lc10 -lgcc",
+        f"-L{quoted(torch_folder / 'lib')} -ltorch -ltorch_cpu -lc10 -lgcc",
     ]
     objects = []
     for name in (*OPS, "dispatch"):
         objects.append(f"{name}.o")
-        lines.append(f"build {name}.o: compile {ROOT}/csrc/cpu/{name}.cpp")
+        lines.append(f"build {name}.o: compile {escaped(ROOT / 'csrc' / 'cpu' / name)}.cpp")
     for isa, isa_flags in ISA_FLAGS.items() if X86 else (("baseline", ""),):
         objects.append(f"kernels_{isa}.o")
-        lines += [f"build kernels_{isa}.o: compile {ROOT}/csrc/cpu/chunk/kernels.cpp", f"  isa = {isa_flags}"]
-    lines.append(f"build {target}: link {' '.join(objects)}")
+        lines += [f"build kernels_{isa}.o: compile {escaped(ROOT)}/csrc/cpu/chunk/kernels.cpp", f"  isa = {isa_flags}"]
+    lines.append(f"build {escaped(target)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
@@ -130,7 +144,7 @@ def jobs() -> int:
     except (ValueError, OSError):
         free = 4
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, int(free), int(os.environ.get("MAX_JOBS", cores))))
+    return max(1, min(cores, int(free), int(os.environ.get("MAX_JOBS") or cores)))
 
 
 def build_cpu(folder: Path, work: Path) -> None:
@@ -146,7 +160,12 @@ def build_cpu(folder: Path, work: Path) -> None:
     (work / "build.ninja").write_text(ninja_file(compiler, torch_folder, target))
     done = subprocess.run([ninja, "-C", str(work), f"-j{jobs()}"], capture_output=True, text=True)
     if done.returncode:
-        raise Unbuildable("the C++ kernels did not compile:\n" + (done.stdout + done.stderr)[-6000:])
+        log = work / "build.log"
+        log.write_text(done.stdout + done.stderr)
+        errors = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()] or [
+            "no message"
+        ]
+        raise Unbuildable(f"they did not compile: {errors[0]} (all of it: {log})")
     facts = {
         "torch": version,
         "torch_target": TORCH_TARGET,
@@ -165,6 +184,9 @@ class BuildKernels(build_ext):
         in_place = self.inplace or getattr(self, "editable_mode", False)
         folder = (ROOT if in_place else Path(self.build_lib)) / "flowseg_kernels" / "lib"
         self.built = []
+        for stale in (folder / LIBRARY, (folder / LIBRARY).with_suffix(".json")):
+            # Kernels of an earlier build must not pass for this one's.
+            stale.unlink(missing_ok=True)
         if wanted == "cuda":
             raise SystemExit("FLOWSEG_BUILD=cuda: this version has no CUDA kernels; use auto, cpu or none")
         if wanted == "none":
@@ -186,18 +208,16 @@ class BuildKernels(build_ext):
         return {}
 
     def get_source_files(self):
-        return []
+        return [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.*"))]
 
 
 class PlatformWheel(bdist_wheel):
-    """The library needs no Python ABI: one wheel serves every Python 3 of the platform, and a pure one every platform."""
-
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = mode() == "none"
+    """The library needs no Python ABI: one wheel serves every Python 3 of the platform, and one without it every platform."""
 
     def get_tag(self):
-        return ("py3", "none", "any" if self.root_is_pure else super().get_tag()[2])
+        # Asked after the build, so it can follow what was compiled and not what was wanted.
+        compiled = getattr(self.distribution.get_command_obj("build_ext"), "built", [])
+        return ("py3", "none", super().get_tag()[2] if compiled else "any")
 
 
 class KernelDistribution(Distribution):

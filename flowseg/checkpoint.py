@@ -53,9 +53,11 @@ def save_checkpoint(
     for file in temporary.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+    replaced = folder / f".{final.name}.{os.getpid()}.old"
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)
     temporary.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final

@@ -59,7 +59,7 @@ class FlowConfig(Section):
     zero_fraction: Fraction = 0.5
     """Share of the draws that are exactly t = 0, where ``x_t`` holds nothing of the answer."""
     t_min: Annotated[float, Field(gt=0.0, le=0.01)] = 1e-3
-    """Smallest ``1 - t`` by which an end-point prediction is divided to get a velocity."""
+    """Smallest ``1 - t`` by which the ODE solver divides an end-point prediction to get a velocity."""
 
 
 class LossConfig(Section):

@@ -26,6 +26,7 @@ class Scores:
         iou: by class; ``None`` for a class that occurs in neither.
         images: number of images.
         confusion: ``(K, K)`` int64, ``[truth, prediction]``.
+        undecided: labelled pixels whose prediction was not a number; they count as wrong.
     """
 
     miou: float
@@ -33,6 +34,7 @@ class Scores:
     iou: list[float | None]
     images: int
     confusion: Tensor
+    undecided: int = 0
 
     def summary(self, classes: tuple[str, ...]) -> dict:
         """JSON-ready numbers."""
@@ -40,25 +42,31 @@ class Scores:
             "miou": self.miou,
             "pixel_accuracy": self.pixel_accuracy,
             "images": self.images,
+            "undecided_pixels": self.undecided,
             "iou": dict(zip(classes, self.iou)),
             "confusion": self.confusion.tolist(),
         }
 
 
-def scores_from_confusion(confusion: Tensor, images: int = 0) -> Scores:
-    """``IoU_k = n_kk / (row_k + column_k - n_kk)``; classes with an empty union are left out of the mean."""
+def scores_from_confusion(confusion: Tensor, images: int = 0, undecided: Tensor | None = None) -> Scores:
+    """``IoU_k = n_kk / (row_k + column_k - n_kk)``; classes with an empty union are left out of the mean.
+
+    ``undecided`` ``(K,)`` counts pixels of each true class that decode to no class (NaN): misses, part of the union.
+    """
     counts = confusion.to(torch.float64).cpu()
+    missed = torch.zeros(len(counts), dtype=torch.float64) if undecided is None else undecided.to(torch.float64).cpu()
     hit = counts.diagonal()
-    union = counts.sum(0) + counts.sum(1) - hit
+    union = counts.sum(0) + counts.sum(1) - hit + missed
     iou = [100 * float(h / u) if u > 0 else None for h, u in zip(hit, union)]
     present = [value for value in iou if value is not None]
-    total = float(counts.sum())
+    total = float(counts.sum() + missed.sum())
     return Scores(
         miou=sum(present) / len(present) if present else 0.0,
         pixel_accuracy=100 * float(hit.sum()) / total if total else 0.0,
         iou=iou,
         images=images,
         confusion=confusion.cpu(),
+        undecided=int(missed.sum()),
     )
 
 
@@ -79,15 +87,18 @@ def evaluate(
     """
     classes = segmenter.codebook.num_classes
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    labelled = torch.zeros(classes, dtype=torch.int64)
     count = 0
     for images, targets in _batches(pairs, limit, segmenter.config.sample.batch_size):
         field = segmenter.native_field(images)
         target = torch.from_numpy(np.stack([np.array(t, np.uint8) for t in targets])).to(field.device)
         confusion += decode_confusion(field, target, segmenter.codebook, ignore_index=IGNORE_INDEX).cpu()
+        labelled += torch.bincount(target.flatten().long().cpu(), minlength=IGNORE_INDEX + 1)[:classes]
         count += len(images)
         if on_batch:
             on_batch(len(images))
-    return scores_from_confusion(confusion, count)
+    # A pixel that is not a number is in no column of the matrix; a diverged network must not gain by it.
+    return scores_from_confusion(confusion, count, labelled - confusion.sum(1))
 
 
 def chosen_indices(size: int, limit: int | None) -> list[int]:

@@ -237,7 +237,16 @@ def train(
                 on_validation(state.step, scores)
         window_start += time.monotonic() - begin
 
+    def check_finite(*values: Tensor) -> None:
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            raise UserError(
+                f"the loss is no longer finite at step {state.step}; lower optim.lr or raise loss.eps, then "
+                f"--resume from the last checkpoint"
+            )
+
     def save() -> None:
+        # The newest checkpoint is what a run goes on from: it must not hold weights that are not numbers.
+        check_finite(*bare_model.parameters())
         if accelerator.is_main_process:
             state.seconds = time.monotonic() - started
             save_checkpoint(out, bare_model, ema.tensors, optimizer.optimizer, state, config.train.keep)
@@ -275,12 +284,8 @@ def train(
             state.step += 1
             at_end = state.step == config.train.steps
             if state.step % config.train.log_every == 0 or at_end:
+                check_finite(total, norm)
                 loss = float(total)
-                if not math.isfinite(loss) or not math.isfinite(float(norm)):
-                    raise UserError(
-                        f"the loss is no longer finite at step {state.step}; lower optim.lr or raise loss.eps, then "
-                        f"--resume from the last checkpoint"
-                    )
                 speed = window_images / max(time.monotonic() - window_start, 1e-9)
                 window_start, window_images = time.monotonic(), 0
                 log(
@@ -340,10 +345,18 @@ def _check_sizes(config: Config, patch: int) -> None:
 def _truncate_metrics(path: Path, step: int) -> None:
     """Drop what was logged after the checkpoint: those steps are done again."""
     if path.is_file():
-        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    """Step of a metrics line; infinite for one that a killed process left unfinished."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 @contextlib.contextmanager

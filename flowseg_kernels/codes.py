@@ -106,15 +106,18 @@ def kronecker_centroids(
         ValueError: for a count or a sequence outside those.
     """
     _check_counts(num_classes, channels)
-    if sequence == "sqrt_primes":
-        alpha = torch.tensor(_first_primes(channels), dtype=torch.float64).sqrt()
-    elif sequence == "r_sequence":
-        alpha = _r_sequence_alpha(channels)
-    elif sequence == "searched":
-        alpha = _searched_alpha(num_classes, channels) if num_classes > 2 else _r_sequence_alpha(channels)
-    else:
-        raise ValueError(f"sequence: wanted 'sqrt_primes', 'r_sequence' or 'searched'; got {sequence!r}")
-    return _kronecker(alpha, num_classes).to(dtype=dtype or torch.float32, device=device)
+    # Worked out on the CPU in fp64 on every machine, whatever default device is set.
+    with torch.device("cpu"):
+        if sequence == "sqrt_primes":
+            alpha = torch.tensor(_first_primes(channels), dtype=torch.float64).sqrt()
+        elif sequence == "r_sequence":
+            alpha = _r_sequence_alpha(channels)
+        elif sequence == "searched":
+            alpha = _searched_alpha(num_classes, channels) if num_classes > 2 else _r_sequence_alpha(channels)
+        else:
+            raise ValueError(f"sequence: wanted 'sqrt_primes', 'r_sequence' or 'searched'; got {sequence!r}")
+        codes = _kronecker(alpha, num_classes)
+    return codes.to(dtype=dtype or torch.float32, device=device)
 
 
 def grid_centroids(
@@ -138,7 +141,7 @@ def grid_centroids(
     points = side**channels
     place = [k * points // num_classes for k in range(num_classes)]
     digits = [[p // side**c % side for c in range(channels)] for p in place]
-    grid = torch.tensor(digits, dtype=torch.float64)
+    grid = torch.tensor(digits, dtype=torch.float64, device="cpu")
     grid = grid * (2 / (side - 1)) - 1 if side > 1 else torch.zeros_like(grid)
     return grid.to(dtype=dtype or torch.float32, device=device)
 
@@ -160,9 +163,11 @@ def smallest_distance(centroids: Tensor) -> float:
 def _rows_with_close_neighbours(mu: Tensor) -> Tensor:
     """Few rows of which one has the smallest distance to another row: decoding a code leaves its distance to the next as margin."""
     from .functional import nearest_centroid
+    from .runtime.backend import automatic_backend
 
     single = mu.float()
-    margin = nearest_centroid(single.T.reshape(1, -1, 1, mu.shape[0]), single, return_margin=True)[1].flatten()
+    with automatic_backend():
+        margin = nearest_centroid(single.T.reshape(1, -1, 1, mu.shape[0]), single, return_margin=True)[1].flatten()
     # fp32 rounding may reorder distances that are this close.
     close = (margin <= margin.min() * (1 + 1e-5) + 1e-7).nonzero()[:, 0]
     # A regular grid has its smallest distance everywhere; any of those rows gives it.
@@ -199,23 +204,22 @@ class Codebook(torch.nn.Module):
             raise TypeError(f"centroids: wanted a (K, C) tensor; got {type(centroids).__name__}")
         if not isinstance(ignore_index, int):
             raise TypeError(f"ignore_index: wanted an int; got {type(ignore_index).__name__}")
-        self.ignore_index = ignore_index
         self.register_buffer("centroids", None)
+        # A tensor beside the number, so that a state_dict holds tensors only.
+        self.register_buffer("ignored", torch.tensor(ignore_index, device="cpu"))
         for name in ("_cells", "_records", "_groups"):
             self.register_buffer(name, None, persistent=False)
-        self._set(centroids)
-        if 0 <= ignore_index < self.num_classes:
-            warnings.warn(
-                f"Codebook: ignore_index {ignore_index} is also one of its {self.num_classes} classes, which will be ignored; "
-                "pass another ignore_index, such as -1, if that is not wanted",
-                stacklevel=2,
-            )
+        # A device context of the caller's (even meta) must not reach the numbers that the codes are worked out from.
+        with torch.device("cpu"):
+            self._set(centroids, ignore_index)
 
-    def _set(self, centroids: Tensor) -> None:
+    def _set(self, centroids: Tensor, ignore_index: int) -> None:
         if centroids.ndim != 2 or not 1 <= centroids.shape[0] <= 65536 or centroids.shape[1] < 1:
             raise ValueError(f"centroids: wanted shape (K, C) with 1 <= K <= 65536; got {tuple(centroids.shape)}")
         if not centroids.is_floating_point():
             raise TypeError(f"centroids: wanted a floating dtype; got {centroids.dtype}")
+        if centroids.is_meta:
+            raise ValueError("centroids: wanted values; got a meta tensor, which has none")
         if not bool(torch.isfinite(centroids).all()):
             raise ValueError("centroids: wanted finite values; got NaN or infinity")
         dtype = torch.float64 if centroids.dtype == torch.float64 else torch.float32
@@ -227,8 +231,15 @@ class Codebook(torch.nn.Module):
         self.default_eps = 0.2 * spacing**2 if spacing > 0 else 1e-6
         self.grid_low = self.grid_scale = 0.0
         self._cells = self._records = self._groups = None
-        if self.channels == 3:
-            grid = build_decode_grid(self.centroids.float())
+        self.ignore_index = ignore_index
+        if 0 <= ignore_index < self.num_classes:
+            warnings.warn(
+                f"Codebook: ignore_index {ignore_index} is also one of its {self.num_classes} classes, which will be ignored; "
+                "pass another ignore_index, such as -1, if that is not wanted",
+                stacklevel=3,
+            )
+        grid = build_decode_grid(self.centroids.float()) if self.channels == 3 else None
+        if grid is not None:
             self.grid_low, self.grid_scale = grid.low, grid.scale
             device = self.centroids.device
             self._cells, self._records, self._groups = (v.to(device) for v in (grid.cells, grid.records, grid.groups))
@@ -249,18 +260,15 @@ class Codebook(torch.nn.Module):
             self._records = kept[1].to(device)
         return self
 
-    def get_extra_state(self) -> dict:
-        return {"ignore_index": self.ignore_index}
-
-    def set_extra_state(self, state: dict) -> None:
-        self.ignore_index = int(state["ignore_index"])
-
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        saved = state_dict.get(prefix + "centroids")
-        if saved is not None and (
-            saved.shape != self.centroids.shape or not torch.equal(saved.cpu(), self.centroids.cpu())
-        ):
-            self._set(saved.to(self.centroids.device))
+        saved, ignored = state_dict.get(prefix + "centroids"), state_dict.get(prefix + "ignored")
+        if saved is not None and not saved.is_meta:
+            own = self.centroids
+            ignore_index = self.ignore_index if ignored is None else int(ignored)
+            if own.is_meta or saved.shape != own.shape or not torch.equal(saved.cpu(), own.cpu()):
+                with torch.device("cpu"):
+                    self._set(saved if own.is_meta else saved.to(own.device), ignore_index)
+            self.ignore_index = ignore_index
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def encode(self, labels: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ LANES = 8
 _LEVELS = 6
 _SIZE = 2**_LEVELS  # cells an axis
 _PAIRS_AT_ONCE = 1 << 16
+_MOST_PAIRS = 1 << 23  # 65,536 well spread codes need 4 million
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +59,17 @@ def _nearest_and_rivals(cell: Tensor, candidate: Tensor, mu: Tensor, low: float,
     return d - nearest[cell] <= reach + slack
 
 
-def build_decode_grid(centroids: Tensor) -> DecodeGrid:
-    """Build the decode grid of (K, 3) centroids on the CPU, refining 1, 2, 4, ..., 64 cells an axis."""
-    mu = centroids.detach().to("cpu", torch.float64)
+def build_decode_grid(centroids: Tensor) -> DecodeGrid | None:
+    """Build the decode grid of (K, 3) centroids on the CPU, refining 1, 2, 4, ..., 64 cells an axis.
+
+    None when the codes lie so close together for their extent that the lists would not be short.
+    """
+    given = centroids.detach().to("cpu", torch.float64)
+    # Of equal codes only the first can win.
+    mu, which = given.unique(dim=0, return_inverse=True)
+    first = torch.full((mu.shape[0],), given.shape[0]).scatter_reduce_(0, which, torch.arange(given.shape[0]), "amin")
+    order = first.argsort()
+    mu, first = mu[order], first[order]
     span = float((mu.max() - mu.min()).clamp_min(1e-3))
     # Rounded to fp32 now, as the kernels use them: x - low is then a correctly rounded difference of two fp32 numbers, and the
     # index as exact for codes around 1000 as around 0.
@@ -87,7 +96,9 @@ def build_decode_grid(centroids: Tensor) -> DecodeGrid:
         # Together again by cell, so that the next level sees a cell's candidates in one chunk.
         order = torch.argsort(cell * mu.shape[0] + candidate)
         cell, candidate = cell[order], candidate[order]
-    return _pack(cell, candidate, mu.float(), low, scale)
+        if cell.shape[0] > _MOST_PAIRS:
+            return None
+    return _pack(cell, first[candidate], given.float(), low, scale)
 
 
 def _fp32(value: float) -> float:

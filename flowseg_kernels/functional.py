@@ -22,7 +22,9 @@ from .runtime.checks import (
     check_choice,
     check_device,
     check_image,
+    check_index,
     check_labels,
+    check_no_transform,
     check_positive,
     check_tensor,
     check_time,
@@ -58,8 +60,16 @@ def _codes(centroids: Tensor | Codebook, like: tuple[str, Tensor], name: str = "
 
 def _ignored(ignore_index: int | None, centroids: Tensor | Codebook) -> int:
     if ignore_index is not None:
+        check_index("ignore_index", ignore_index)
         return ignore_index
-    return centroids.ignore_index if isinstance(centroids, Codebook) else _IGNORE_INDEX
+    if isinstance(centroids, Codebook):
+        return centroids.ignore_index
+    if centroids.shape[0] > _IGNORE_INDEX:
+        raise ValueError(
+            f"ignore_index: wanted a number, as the default {_IGNORE_INDEX} is one of these {centroids.shape[0]} classes; got "
+            "None. Give one such as -1, or a Codebook, which holds its own"
+        )
+    return _IGNORE_INDEX
 
 
 def _eps(eps: float | None, centroids: Tensor | Codebook) -> float:
@@ -130,6 +140,7 @@ def flow_interpolate(
     check_time("t", t, ("source", source))
     mu = _codes(centroids, ("source", source))
     check_image("source", source, channels=mu.shape[1])
+    check_no_transform("flow_interpolate", source, t)
     return torch.ops.flowseg.flow_interpolate(source, labels, t, mu, _ignored(ignore_index, centroids))
 
 
@@ -172,6 +183,7 @@ def distance_correction(
     mu = _codes(centroids, ("xhat", xhat))
     check_image("xhat", xhat, channels=mu.shape[1])
     _check_correction(temperature, transform, max_norm)
+    check_no_transform("distance_correction", xhat)
     return torch.ops.flowseg.distance_correction(
         xhat.detach(),
         labels,
@@ -251,6 +263,7 @@ def flow_loss(
     check_positive("correction_weight", correction_weight, zero=True)
     check_positive("t_min", t_min)
     _check_correction(temperature, transform, max_norm)
+    check_no_transform("flow_loss", prediction, source, t)
     loss, _, _ = torch.ops.flowseg.flow_loss(
         prediction,
         source.detach(),
@@ -313,7 +326,7 @@ def nearest_centroid(
     check_image("x", x)
     mu = _codes(codebook, ("x", x), "codebook")
     check_image("x", x, channels=mu.shape[1])
-    ignored = _ignored(None, codebook)
+    ignored = codebook.ignore_index if isinstance(codebook, Codebook) else _IGNORE_INDEX
     _check_output_dtype(out_dtype, mu.shape[0], ignored)
     found = torch.ops.flowseg.nearest_centroid(
         x.detach(),
@@ -341,7 +354,7 @@ def decode_confusion(
         ignore_index: target label of pixels that do not count; default the codebook's, 255 for bare centroids.
 
     Returns:
-        (K, K) int64. Add those of several batches; the sum over all entries is the number of valid pixels, less pixels
+        (K, K) int64, 8 K^2 bytes. Add those of several batches; the sum over all entries is the number of valid pixels, less pixels
         with NaN, which decode to no class.
 
     Raises:
@@ -394,13 +407,19 @@ def neural_field(
         TypeError, ValueError: naming the argument.
     """
     check_image("x", x)
+    check_tensor("weights", weights, FLOAT_DTYPES, "(B, N, L, 2 r Hx^2)", 4)
+    check_device("weights", weights, ("x", x))
+    check_tensor("embed_weight", embed_weight, FLOAT_DTYPES, "(Hx, C + F^2)", 2)
+    check_tensor("embed_bias", embed_bias, FLOAT_DTYPES, "(Hx,)", 1)
+    for name, value in (("patch_size", patch_size), ("mlp_ratio", mlp_ratio)):
+        check_index(name, value)
+        check_positive(name, value)
     batch, channels, height, width = x.shape
     if height % patch_size or width % patch_size:
         raise ValueError(f"x: wanted height and width divisible by patch_size {patch_size}; got {tuple(x.shape)}")
     hidden = embed_bias.shape[-1]
     patches = (height // patch_size) * (width // patch_size)
     size = 2 * mlp_ratio * hidden * hidden
-    check_tensor("weights", weights, FLOAT_DTYPES, "(B, N, L, 2 r Hx^2)", 4)
     if weights.shape[:2] != (batch, patches) or weights.shape[3] != size:
         raise ValueError(
             f"weights: wanted shape ({batch}, {patches}, L, {size}) for {patches} patches of {patch_size} x {patch_size} and "
@@ -424,6 +443,7 @@ def neural_field(
         if value.shape != shape:
             raise ValueError(f"{name}: wanted shape {shape}; got {tuple(value.shape)}")
         check_device(name, value, ("x", x))
+    check_no_transform("neural_field", x, weights, *(value for value, _ in wanted.values()))
     return torch.ops.flowseg.neural_field(
         x,
         weights,

@@ -83,6 +83,25 @@ def test_without_a_compiler_the_wheel_is_pure_and_runs(sources, tmp_path):
     assert backends == "['reference']" and "were not compiled" in reason
 
 
+def test_kernels_of_an_earlier_build_are_not_packed(sources, tmp_path):
+    folder = tmp_path / "a folder with spaces"
+    shutil.copytree(sources, folder)
+    library = folder / "flowseg_kernels" / "lib" / "libflowseg_cpu.so"
+    library.write_bytes(b"stale")
+    for variables in ({"FLOWSEG_BUILD": "none"}, no_compiler(tmp_path)):
+        out = tmp_path / f"out{len(variables)}"
+        _, wheel = build(folder, out, **variables)
+        assert wheel.name.endswith("-py3-none-any.whl")
+        assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
+
+
+def test_a_torch_that_does_not_import_leaves_the_kernels_out(sources, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart is missing')")
+    done, wheel = build(sources, tmp_path / "out", PYTHONPATH=str(tmp_path))
+    assert wheel is not None, done.stdout[-2000:]
+    assert "left out: torch does not import here (ImportError: libcudart is missing)" in done.stdout + done.stderr
+
+
 def test_asking_for_kernels_without_a_compiler_is_an_error(sources, tmp_path):
     done, wheel = build(sources, tmp_path / "out", FLOWSEG_BUILD="cpu", **no_compiler(tmp_path))
     assert done.returncode and wheel is None
@@ -106,8 +125,20 @@ def test_nothing_compiled_on_request_gives_a_wheel_for_every_platform(sources, t
 
 
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
-def test_with_a_compiler_the_wheel_runs_the_kernels_and_needs_no_python_abi(sources, tmp_path):
-    done, wheel = build(sources, tmp_path / "out", FLOWSEG_BUILD="cpu")
+def test_sdist_to_wheel_in_a_path_with_spaces_runs_the_kernels_and_needs_no_python_abi(sources, tmp_path):
+    folder = tmp_path / "a folder"
+    shutil.copytree(sources, folder)
+    made = subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path / "sdist")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    (archive,) = (tmp_path / "sdist").glob("*.tar.gz")
+    assert made.returncode == 0
+    shutil.unpack_archive(archive, tmp_path / "from sdist")
+    (unpacked,) = (tmp_path / "from sdist").iterdir()
+    done, wheel = build(unpacked, tmp_path / "out", FLOWSEG_BUILD="cpu")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "-py3-none-linux" in wheel.name
     site = tmp_path / "site"

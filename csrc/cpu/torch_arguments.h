@@ -141,7 +141,10 @@ inline std::vector<double> times_of(const Tensor& t, int64_t batch) {
   // Any dtype and stride: B numbers are not worth a kernel of their own.
   const Tensor wide = torch::stable::to(t, ScalarType::Double);
   const double* from = static_cast<const double*>(wide.data_ptr());
-  for (int64_t b = 0; b < batch; ++b) times[b] = from[b * wide.stride(0)];
+  for (int64_t b = 0; b < batch; ++b) {
+    times[b] = from[b * wide.stride(0)];
+    FLOWSEG_CHECK(times[b] >= 0 && times[b] <= 1, "t: wanted times in [0, 1]; got ", times[b], " for image ", b);
+  }
   return times;
 }
 

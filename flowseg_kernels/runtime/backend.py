@@ -72,6 +72,16 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+@contextlib.contextmanager
+def automatic_backend() -> Iterator[None]:
+    """Choose for each op inside the block, whatever was asked for outside: for ops that serve the library itself."""
+    token = _requested.set("")
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
 def select(op: str, device: str, channels: int, requested: str) -> Implementation:
     """The implementation of `op` for tensors on `device` with `channels` code channels."""
     implementations = OPS[op]

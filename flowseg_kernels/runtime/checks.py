@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["check_choice", "check_image", "check_label_values", "check_labels", "check_positive", "check_time"]
+__all__ = [
+    "check_choice",
+    "check_image",
+    "check_index",
+    "check_label_values",
+    "check_labels",
+    "check_no_transform",
+    "check_positive",
+    "check_time",
+    "check_time_values",
+]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -67,9 +78,43 @@ def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: wanted one of {', '.join(repr(c) for c in choices)}; got {value!r}")
 
 
+def check_no_transform(op: str, *tensors: Tensor) -> None:
+    """Forward-mode derivatives and torch.func transforms would pass through an op unseen, as zeros: they are errors.
+
+    Raises:
+        NotImplementedError: naming the op.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for value in tensors:
+        transformed = torch._C._functorch.is_functorch_wrapped_tensor(value)
+        if not transformed and forward_ad._current_level >= 0:
+            transformed = forward_ad.unpack_dual(value).tangent is not None
+        if transformed:
+            raise NotImplementedError(
+                f"{op}: forward-mode derivatives and torch.func transforms (jvp, grad, vmap) are not supported; use reverse "
+                f"mode (torch.autograd), or the plain formula in flowseg_kernels.ops.{op}.reference"
+            )
+
+
+def check_index(name: str, value) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: wanted an int; got {type(value).__name__}")
+
+
 def check_positive(name: str, value: float, *, zero: bool = False) -> None:
     if not (value >= 0 if zero else value > 0) or value == float("inf"):
         raise ValueError(f"{name}: wanted a finite number {'of at least' if zero else 'above'} 0; got {value}")
+
+
+def check_time_values(t: Tensor) -> None:
+    """On the CPU a time outside [0, 1] is an error; elsewhere a look would wait for the device."""
+    if t.device.type != "cpu" or t.numel() == 0:
+        return
+    bad = ~((t >= 0) & (t <= 1))
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"t: wanted times in [0, 1]; got {float(t[first]):g} for image {first}")
 
 
 def check_label_values(name: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:

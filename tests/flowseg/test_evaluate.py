@@ -111,3 +111,22 @@ def test_labels_agree_with_evaluation_and_margin_is_a_gap():
 def test_limit_spreads_over_the_split():
     assert chosen_indices(10, 3) == [0, 4, 9] and chosen_indices(3, 10) == [0, 1, 2] and chosen_indices(9, 1) == [0]
     assert evaluate(make_segmenter(), make_pairs([(32, 32)] * 6), limit=2).images == 2
+
+
+def test_pixels_that_are_not_numbers_count_as_wrong():
+    pairs = make_pairs([(32, 32)] * 2)
+    segmenter = make_segmenter()
+    before = evaluate(segmenter, pairs)
+    sound = segmenter.native_field
+
+    def broken(images):
+        field = sound(images)
+        field[..., :16] = torch.nan
+        return field
+
+    segmenter.native_field = broken
+    after = evaluate(segmenter, pairs)
+    labelled = sum(int((np.array(t) != 255).sum()) for _, t in pairs)
+    assert after.undecided > 0 and int(after.confusion.sum()) + after.undecided == labelled
+    assert after.pixel_accuracy < before.pixel_accuracy and after.miou < before.miou
+    assert after.summary(tuple("abcdefghijk"))["undecided_pixels"] == after.undecided

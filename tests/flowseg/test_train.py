@@ -164,6 +164,30 @@ def test_time_limit_ends_the_run(tmp_path):
     assert metrics(tmp_path / "run")[-1]["event"] == "validation"
 
 
+def test_resume_copes_with_a_metrics_line_cut_short(tmp_path):
+    run = tmp_path / "run"
+    train(tiny_config(), run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "st')
+    train(tiny_config(train={"steps": 8}), run, resume=True)
+    assert [line["step"] for line in metrics(run) if line["event"] == "train"] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_weights_that_are_not_numbers_are_not_saved(tmp_path, monkeypatch):
+    def poison(norm_of, limit):
+        for value in norm_of:
+            value.data.fill_(float("nan"))
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(
+        training.Accelerator, "clip_grad_norm_", lambda self, values, limit: poison(list(values), limit)
+    )
+    config = tiny_config(train={"steps": 2, "log_every": 100, "checkpoint_every": 1})
+    with pytest.raises(UserError, match="no longer finite"):
+        train(config, tmp_path / "run")
+    assert not list_checkpoints(tmp_path / "run")
+
+
 def test_old_checkpoints_go(tmp_path):
     train(tiny_config(train={"checkpoint_every": 1, "keep": 2}), tmp_path / "run")
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005", "step-00000006"]

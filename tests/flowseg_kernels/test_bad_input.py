@@ -78,6 +78,30 @@ def test_label_out_of_range_is_named_with_its_place(backend, name, value, codes1
         calls[name](labels)
 
 
+@pytest.mark.parametrize("time", [-0.1, 1.5, float("nan")])
+def test_times_outside_the_path_are_named(backend, time, codes150):
+    x, source, labels, t = image_batch(codes150.centroids)
+    t[1] = time
+    for call in (
+        lambda: fk.flow_interpolate(source, labels, t, codes150),
+        lambda: fk.flow_loss(x, source, labels, t, codes150),
+    ):
+        with pytest.raises(ValueError, match=r"t: wanted times in \[0, 1\]; got .* for image 1"):
+            call()
+
+
+def test_bare_centroids_do_not_lose_class_255_unsaid(backend):
+    mu = fk.kronecker_centroids(300, 3)
+    x, labels = torch.randn(1, 3, 2, 2), torch.full((1, 2, 2), 255)
+    with pytest.raises(
+        ValueError, match="ignore_index: wanted a number, as the default 255 is one of these 300 classes"
+    ):
+        fk.distance_correction(x, labels, mu, eps=0.1)
+    assert fk.distance_correction(x, labels, mu, eps=0.1, ignore_index=-1).abs().min() > 0
+    with pytest.raises(TypeError, match="ignore_index: wanted an int; got float"):
+        fk.distance_correction(x, labels, mu, eps=0.1, ignore_index=255.0)
+
+
 def test_ignore_index_may_be_any_integer_and_any_class(backend):
     book = fk.Codebook(fk.kronecker_centroids(5, 3), ignore_index=-1)
     x = torch.randn(1, 3, 1, 2)

@@ -88,6 +88,38 @@ def test_codebook_survives_casts_moves_copies_and_saving(codes150):
     assert not hasattr(book.to("meta").centroids, "nothing") and book.centroids.device.type == "meta"
 
 
+def test_state_dict_holds_tensors_only_and_loads_into_meta(codes150):
+    from safetensors.torch import load, save
+
+    state = load(save(fk.FlowLoss(codes150).state_dict()))
+    with torch.device("meta"):
+        module = fk.FlowLoss(fk.Codebook(fk.kronecker_centroids(7, 2), ignore_index=-1))
+    for empty in (module, copy.deepcopy(module).to("meta")):
+        empty.load_state_dict(state, assign=True)
+        book = empty.codebook
+        assert (book.num_classes, book.ignore_index, book.centroids.device.type) == (150, 255, "cpu")
+        assert torch.equal(
+            book.decode(book.encode(torch.arange(150).view(1, 10, 15))), torch.arange(150).view(1, 10, 15)
+        )
+    with pytest.raises(ValueError, match="centroids: wanted values; got a meta tensor"):
+        fk.Codebook(torch.zeros(3, 3, device="meta"))
+
+
+def test_codes_that_coincide_or_cluster_are_cheap_and_right(backend):
+    same = fk.Codebook(torch.zeros(150, 3))
+    assert same.min_distance == 0 and same.default_eps > 0 and not same.decode(torch.randn(1, 3, 4, 4)).any()
+    cluster = torch.cat((1e-6 * torch.randn(149, 3), torch.ones(1, 3)))
+    book = fk.Codebook(cluster)
+    labels = torch.arange(150).view(1, 10, 15)
+    assert torch.equal(book.decode(book.encode(labels)), labels)
+    assert all(v is None or v.numel() < 1 << 24 for v in book.grid[:3])
+
+
+def test_a_codebook_can_be_made_whatever_backend_is_asked_for():
+    with fk.use_backend("cuda"):
+        assert fk.Codebook(fk.kronecker_centroids(3000, 3), ignore_index=-1).min_distance > 0
+
+
 def test_default_eps_is_a_fifth_of_the_squared_spacing(codes150):
     assert codes150.default_eps == pytest.approx(0.2 * codes150.min_distance**2)
     assert fk.Codebook(torch.zeros(1, 3)).min_distance == math.inf

@@ -1,7 +1,7 @@
 // The distance-aware correction of one pixel (or one vector of pixels): closed forms shared by every compiled backend.
 //
 // V is float, double or a vector of them, I the integers of the same lanes. What depends on the machine (reciprocal, logarithm,
-// exponential, square_root, choose) is found by overload. Formulas: arXiv 2603.19218; derivation in docs/ops/correction.md.
+// exponential, square_root, choose) is found by overload. Formulas: arXiv 2603.19218; derivation in docs/ops/distance_correction.md.
 //
 // Sums leave the pixel's own class out and it is added last: next to its centroid 1 - p_y would otherwise cancel.
 #pragma once

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...runtime.checks import check_time_values
 from ..common import compute_dtype, encode_labels, valid_mask
 
 __all__ = ["flow_interpolate", "flow_interpolate_bwd"]
@@ -14,6 +15,7 @@ def flow_interpolate(source: Tensor, labels: Tensor, t: Tensor, centroids: Tenso
     """x_t = (1 - t) x0 + t mu_y; an ignored pixel has no end point and stays at x0. Same dtype as source."""
     dtype = compute_dtype(source.dtype)
     valid, classes = valid_mask(labels, centroids.shape[0], ignore_index)
+    check_time_values(t)
     time = t.to(dtype)[:, None, None, None]
     x0 = source.to(dtype)
     moved = (1 - time) * x0 + time * encode_labels(classes, centroids.to(dtype))

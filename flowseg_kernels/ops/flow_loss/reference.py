@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...runtime.checks import check_time_values
 from ..common import compute_dtype, encode_labels, valid_mask
 from ..distance_correction.reference import distance_correction
 
@@ -50,6 +51,7 @@ def flow_loss(
     mu = centroids.to(dtype)
     out, x0, time = prediction.to(dtype), source.to(dtype), t.to(dtype)[:, None, None, None]
     valid, classes = valid_mask(labels, mu.shape[0], ignore_index)
+    check_time_values(t)
     x1 = encode_labels(classes, mu)
     xhat = (1 - time) * (x0 + out) + time * x1 if predicts == "velocity" else out
     scale = error_scale(time, predicts, loss_space, t_min)

@@ -47,17 +47,20 @@ def nearest_centroid(
     """Labels (B, H, W), distances and margins (B, H, W) or empty. Searches every centroid; the grid is not needed."""
     dtype = compute_dtype(x.dtype)
     mu = centroids.to(dtype)
-    rows = max(1, _DISTANCES_AT_ONCE // max(1, mu.shape[0] * x.shape[3]))
+    columns = max(1, min(x.shape[3], _DISTANCES_AT_ONCE // mu.shape[0]))
+    rows = max(1, _DISTANCES_AT_ONCE // (mu.shape[0] * columns))
     shape = (x.shape[0], x.shape[2], x.shape[3])
     labels = torch.empty(shape, dtype=out_dtype, device=x.device)
     distance = torch.empty(shape if return_distance else (0,), dtype=dtype, device=x.device)
     margin = torch.empty(shape if return_margin else (0,), dtype=dtype, device=x.device)
     for b in range(shape[0]):
         for r in range(0, shape[1], rows):
-            found = _nearest_of_rows(x[b : b + 1, :, r : r + rows].to(dtype), mu, ignore_index)
-            labels[b, r : r + rows] = found[0][0]
-            if return_distance:
-                distance[b, r : r + rows] = found[1][0]
-            if return_margin:
-                margin[b, r : r + rows] = found[2][0]
+            for c in range(0, shape[2], columns):
+                part = (b, slice(r, r + rows), slice(c, c + columns))
+                found = _nearest_of_rows(x[b : b + 1, :, part[1], part[2]].to(dtype), mu, ignore_index)
+                labels[part] = found[0][0]
+                if return_distance:
+                    distance[part] = found[1][0]
+                if return_margin:
+                    margin[part] = found[2][0]
     return labels, distance, margin
