@@ -73,8 +73,8 @@ def build_decode_grid(centroids: Tensor) -> DecodeGrid | None:
     span = float((mu.max() - mu.min()).clamp_min(1e-3))
     # Rounded to fp32 now, as the kernels use them: x - low is then a correctly rounded difference of two fp32 numbers, and the
     # index as exact for codes around 1000 as around 0.
-    low = _fp32(float(mu.min()) - 0.14 * span)
-    scale = _fp32(_SIZE / (float(mu.max()) + 0.14 * span - low))
+    low = _fp32(float(mu.min()) - 0.35 * span)
+    scale = _fp32(_SIZE / (float(mu.max()) + 0.35 * span - low))
     cell, candidate = torch.zeros(mu.shape[0], dtype=torch.int64), torch.arange(mu.shape[0])
     offsets = torch.tensor([(i, j, k) for k in (0, 1) for j in (0, 1) for i in (0, 1)])
     for level in range(1, _LEVELS + 1):
