@@ -68,7 +68,7 @@ def measure(benchmark):
         benchmark.extra_info.update(
             op=op, workload=workload.name, spread=workload.spread, entry=entry, pixels=SIZE * SIZE
         )
-        benchmark.pedantic(run, setup=lambda: ((next(inputs),), {}), rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(run, setup=lambda: ((next(inputs),), {}), rounds=rounds, warmup_rounds=3)
 
     return call
 
