@@ -1,10 +1,13 @@
 """Settings: layering, checks, and messages that say what to do."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from flowseg.config import Config, load_config, save_config
 from flowseg.errors import UserError
+from flowseg.model.sizes import resolve_size
 
 
 def test_layers_file_flags_pairs(tmp_path):
@@ -74,3 +77,9 @@ def test_shipped_configs_are_valid():
     assert files
     for file in files:
         assert load_config(file).model_dump() and yaml.safe_load(file.read_text())
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_settings_are_valid_and_build_a_model(file):
+    config = load_config(file)
+    assert resolve_size(config.model).patch_size and config.data.height % resolve_size(config.model).patch_size == 0
