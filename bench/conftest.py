@@ -20,8 +20,9 @@ class Workload:
     """Rotating inputs of one workload: x near its codes, source, labels, times."""
 
     def __init__(self, name: str, spread: float):
-        self.name, self.spread = name, spread
         classes, factor = WORKLOADS[name]
+        # What is reported is the standard deviation that the points really have.
+        self.name, self.spread = name, spread * factor
         generator = torch.Generator().manual_seed(0)
         self.codebook = fk.Codebook(fk.kronecker_centroids(classes, 3), ignore_index=-1)
         self.sets = []
@@ -30,7 +31,7 @@ class Workload:
             noise = torch.randn(1, 3, SIZE, SIZE, generator=generator)
             self.sets.append(
                 {
-                    "x": self.codebook.encode(classes_of) + spread * factor * noise,
+                    "x": self.codebook.encode(classes_of) + self.spread * noise,
                     "source": torch.rand(1, 3, SIZE, SIZE, generator=generator) * 2 - 1,
                     "labels": classes_of.to(torch.uint8) if classes <= 256 else classes_of.to(torch.int16),
                     "t": torch.rand(1, generator=generator),

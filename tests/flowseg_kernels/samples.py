@@ -86,4 +86,4 @@ def naive_loss(prediction, source, labels, t, mu, *, predicts, space, weight, sc
 
 
 def largest_error(got, want):
-    return float((got.double() - want.double()).abs().max())
+    return float((got.detach().double() - want.detach().double()).abs().max())
