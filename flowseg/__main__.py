@@ -12,7 +12,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0] in ("flowseg", "flowseg_kernels"):
             raise
-        sys.exit(f"error: flowseg needs {error.name}; install it with: pip install 'flowseg-kernels[train]'")
+        sys.exit(
+            f"error: flowseg needs {error.name}; install it with: pip install '.[train]' in a clone of the project"
+        )
     run()
 
 

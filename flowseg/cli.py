@@ -115,6 +115,12 @@ def train(
     settings = load_config(config, sets, flags)
     console = Console(stderr=True)
     console.print(f"flowseg {__version__}  {settings.data.name}  {settings.model.size}  -> {out}", highlight=False)
+    if settings.train.steps < 2 * settings.optim.warmup:
+        console.print(
+            f"note: {settings.train.steps} steps are short for a warm-up of {settings.optim.warmup}; "
+            "lower it with --set optim.warmup=N",
+            highlight=False,
+        )
     result = run_training(settings, out, resume=resume, console=console)
     if isinstance(result.stopped_by, int):
         console.print(f"stopped by signal at step {result.state.step}; go on with: flowseg train --out {out} --resume")

@@ -43,8 +43,10 @@ def report() -> str:
                 continue
             reasons = backend.backend_reasons(op, device)
             chosen = next(name for name, why in reasons.items() if why is None)
-            others = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if why)
-            lines.append(f"  {op:20} {chosen:10} {others}")
+            missing = [name for name, why in reasons.items() if why == backend.NO_KERNEL]
+            others = [f"{name}: {why}" for name, why in reasons.items() if why and name not in missing]
+            others += [f"no {' or '.join(missing)} kernel in this version"] if missing else []
+            lines.append(f"  {op:20} {chosen:10} {'; '.join(others)}")
     return "\n".join(lines)
 
 

@@ -28,4 +28,4 @@ def test_links_lead_somewhere(page):
 def test_the_command_says_what_to_install_when_an_extra_is_missing():
     code = "import sys; sys.modules['typer'] = None; import flowseg.__main__ as m; m.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "pip install 'flowseg-kernels[train]'" in done.stderr
+    assert done.returncode == 1 and "pip install '.[train]'" in done.stderr

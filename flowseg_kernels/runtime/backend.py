@@ -14,6 +14,9 @@ __all__ = ["BACKENDS", "BackendUnavailable", "Implementation", "available_backen
 #: Every backend name, in the order of the automatic choice.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
+#: The reason given for a backend that an op has no implementation for.
+NO_KERNEL = "no such kernel in this version"
+
 # Ops by name; each holds its implementations by backend name. Filled by runtime.registry.
 OPS: dict[str, dict[str, Implementation]] = {}
 
@@ -107,10 +110,7 @@ def backend_reasons(op: str, device: str, channels: int = 3) -> dict[str, str | 
     """For each backend None if it can run `op` on `device`, else the reason; in the order of the automatic choice."""
     if op not in OPS:
         raise ValueError(f"op: wanted one of {', '.join(sorted(OPS))}; got {op!r}")
-    return {
-        name: OPS[op][name].why_not(device, channels) if name in OPS[op] else "no such kernel in this version"
-        for name in BACKENDS
-    }
+    return {name: OPS[op][name].why_not(device, channels) if name in OPS[op] else NO_KERNEL for name in BACKENDS}
 
 
 def available_backends(op: str, device: str = "cpu") -> list[str]:
