@@ -31,16 +31,21 @@ def layouts(x):
     yield "reversed_dims", x.permute(*last[::-1]).contiguous().permute(*last[::-1])
 
 
-def naive_correction(x, labels, mu, eps, tau=1.0, transform="neg_log", ignore=255):
-    """The gradient of the cross-entropy on distances, as one would write it in plain PyTorch, all in the dtype of x."""
-    diff = x[:, None] - mu.to(x.dtype)[None, :, :, None, None]
-    d = diff.square().sum(2)
-    logits, slope = {
+def logits_and_slope(d, eps, transform):
+    """T(d) and T'(d) of method section 3."""
+    return {
         "neg_log": lambda: (-(d + eps).log(), -1 / (d + eps)),
         "neg_sq": lambda: (-d, -torch.ones_like(d)),
         "neg_dist": lambda: (-(d + eps).sqrt(), -0.5 / (d + eps).sqrt()),
         "inverse": lambda: (1 / (d + eps), -1 / (d + eps) ** 2),
     }[transform]()
+
+
+def naive_correction(x, labels, mu, eps, tau=1.0, transform="neg_log", ignore=255):
+    """The gradient of the cross-entropy on distances, as one would write it in plain PyTorch, all in the dtype of x."""
+    diff = x[:, None] - mu.to(x.dtype)[None, :, :, None, None]
+    d = diff.square().sum(2)
+    logits, slope = logits_and_slope(d, eps, transform)
     p = torch.softmax(logits / tau, 1)
     valid = labels != ignore
     hot = torch.nn.functional.one_hot(torch.where(valid, labels, 0).long(), mu.shape[0]).movedim(-1, 1).to(x.dtype)
@@ -53,12 +58,7 @@ def exact_correction(x, labels, mu, eps, tau=1.0, transform="neg_log", ignore=25
     x, mu = x.double(), mu.double()
     diff = x[:, None] - mu[None, :, :, None, None]
     d = diff.square().sum(2)
-    logits, slope = {
-        "neg_log": lambda: (-(d + eps).log(), -1 / (d + eps)),
-        "neg_sq": lambda: (-d, -torch.ones_like(d)),
-        "neg_dist": lambda: (-(d + eps).sqrt(), -0.5 / (d + eps).sqrt()),
-        "inverse": lambda: (1 / (d + eps), -1 / (d + eps) ** 2),
-    }[transform]()
+    logits, slope = logits_and_slope(d, eps, transform)
     valid = labels != ignore
     hot = torch.nn.functional.one_hot(torch.where(valid, labels, 0).long(), mu.shape[0]).movedim(-1, 1).bool()
     rivals = torch.softmax(logits / tau, 1).masked_fill(hot, 0)
