@@ -40,7 +40,7 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Our kernels against their peers, on an otherwise idle machine: about 4 minutes.
+# Our kernels against their peers, on an otherwise idle machine: about 3 minutes.
 bench: $(VENV)/.bench
 	$(RUN) -m pytest bench --benchmark-json=bench/results/latest.json
 	$(RUN) -m bench.table bench/results/latest.json

@@ -7,13 +7,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "FLOAT_DTYPES",
+    "LABEL_DTYPES",
     "check_choice",
+    "check_device",
     "check_image",
     "check_index",
     "check_label_values",
     "check_labels",
     "check_no_transform",
     "check_positive",
+    "check_tensor",
     "check_time",
     "check_time_values",
 ]

@@ -30,7 +30,6 @@ def decode_confusion(
     )
     valid, classes = valid_mask(target, k, ignore_index)
     # Pixels that do not count go to a last bin that is cut off: no data-dependent shape, no wait for a device.
-    pairs = torch.where(valid & (labels >= 0), classes * k + labels, k * k)
-    return torch.zeros(k * k + 1, dtype=torch.int64, device=x.device).scatter_add_(
-        0, pairs.flatten(), torch.ones_like(pairs.flatten())
-    )[:-1].view(k, k)  # fmt: skip
+    pairs = torch.where(valid & (labels >= 0), classes * k + labels, k * k).flatten()
+    counts = torch.zeros(k * k + 1, dtype=torch.int64, device=x.device).scatter_add_(0, pairs, torch.ones_like(pairs))
+    return counts[:-1].view(k, k).clone()  # an op's output must not be a view of a larger tensor
