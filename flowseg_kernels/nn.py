@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from . import functional
 from .codes import Codebook
+from .ops.neural_field.reference import FORMS, NORMALISE
+from .runtime.checks import check_choice
 
 __all__ = ["CentroidDecoder", "FlowLoss", "NeuralFieldDecoder"]
 
@@ -48,10 +50,11 @@ class CentroidDecoder(nn.Module):
 class _FieldBlock(nn.Module):
     """One block's parameters under PixNerd's names: the generator of its weights and the gain of its norm."""
 
-    def __init__(self, dim: int, hidden: int, mlp_ratio: int):
+    def __init__(self, dim: int, hidden: int, mlp_ratio: int, norm: bool):
         super().__init__()
         self.param_generator1 = nn.Linear(dim, 2 * mlp_ratio * hidden * hidden)
-        self.norm = nn.RMSNorm(hidden, eps=1e-6)
+        if norm:
+            self.norm = nn.RMSNorm(hidden, eps=1e-6)
 
 
 class _FieldEmbedder(nn.Module):
@@ -61,9 +64,10 @@ class _FieldEmbedder(nn.Module):
 
 
 class _FieldOutput(nn.Module):
-    def __init__(self, hidden: int, channels: int):
+    def __init__(self, hidden: int, channels: int, norm: bool):
         super().__init__()
-        self.norm = nn.RMSNorm(hidden, eps=1e-6)
+        if norm:
+            self.norm = nn.RMSNorm(hidden, eps=1e-6)
         self.linear = nn.Linear(hidden, channels)
 
 
@@ -78,6 +82,8 @@ class NeuralFieldDecoder(nn.Module):
         mlp_ratio: r.
         patch_size: p.
         max_freqs: F; the cosine features are F^2.
+        normalise: "both" or "first", the generated weights with columns of unit length.
+        form: "residual" or "plain"; the plain form has no norms. As in functional.neural_field.
 
     Parameter names are PixNerd's (x_embedder.embedder.0, blocks.I.param_generator1, blocks.I.norm, final_layer.norm,
     final_layer.linear), so `load_pixnerd` takes its state dict. The last layer starts at zero: so does the output.
@@ -92,12 +98,18 @@ class NeuralFieldDecoder(nn.Module):
         mlp_ratio: int = 2,
         patch_size: int = 16,
         max_freqs: int = 8,
+        *,
+        normalise: str = "both",
+        form: str = "residual",
     ):
         super().__init__()
-        self.patch_size, self.mlp_ratio = patch_size, mlp_ratio
+        check_choice("normalise", normalise, NORMALISE)
+        check_choice("form", form, FORMS)
+        self.patch_size, self.mlp_ratio, self.normalise, self.form = patch_size, mlp_ratio, normalise, form
+        norm = form == "residual"
         self.x_embedder = _FieldEmbedder(channels + max_freqs**2, hidden)
-        self.blocks = nn.ModuleList(_FieldBlock(dim, hidden, mlp_ratio) for _ in range(depth))
-        self.final_layer = _FieldOutput(hidden, channels)
+        self.blocks = nn.ModuleList(_FieldBlock(dim, hidden, mlp_ratio, norm) for _ in range(depth))
+        self.final_layer = _FieldOutput(hidden, channels, norm)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
 
@@ -108,17 +120,20 @@ class NeuralFieldDecoder(nn.Module):
         """
         weights = torch.stack([block.param_generator1(s) for block in self.blocks], dim=2)
         embed = self.x_embedder.embedder[0]
+        residual = self.form == "residual"
         return functional.neural_field(
             x,
             weights,
             embed.weight,
             embed.bias,
-            torch.stack([block.norm.weight for block in self.blocks]),
-            self.final_layer.norm.weight,
+            torch.stack([block.norm.weight for block in self.blocks]) if residual else None,
+            self.final_layer.norm.weight if residual else None,
             self.final_layer.linear.weight,
             self.final_layer.linear.bias,
             patch_size=self.patch_size,
             mlp_ratio=self.mlp_ratio,
+            normalise=self.normalise,
+            form=self.form,
         )
 
     def load_pixnerd(self, state_dict: dict[str, Tensor], *, first_block: int) -> None:

@@ -75,8 +75,18 @@ def test_opcheck_of_backward_ops(backend, name, layout, codes150):
 def test_opcheck_of_the_field(name):
     field = [v.detach() for v in field_inputs(dtype=torch.float32)]
     arguments = {
-        "neural_field": (*field, 4, 2, 1e-6),
-        "neural_field_bwd": (torch.randn_like(field[0]), *field, 4, 2, 1e-6, [True, False] * 4, ""),
+        "neural_field": (*field, 4, 2, 1e-6, "both", "residual"),
+        "neural_field_bwd": (
+            torch.randn_like(field[0]),
+            *field,
+            4,
+            2,
+            1e-6,
+            "first",
+            "residual",
+            [True, False] * 4,
+            "",
+        ),
     }[name]
     torch.library.opcheck(getattr(torch.ops.flowseg, name).default, arguments)
 

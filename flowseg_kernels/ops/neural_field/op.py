@@ -10,7 +10,8 @@ from . import reference
 
 _TENSORS = (
     "Tensor x, Tensor weights, Tensor embed_weight, Tensor embed_bias, Tensor norm_weight, Tensor out_norm_weight, "
-    "Tensor out_weight, Tensor out_bias, int patch_size, int mlp_ratio, float eps"
+    "Tensor out_weight, Tensor out_bias, int patch_size, int mlp_ratio, float eps, "
+    "str normalise, str form"
 )
 
 
@@ -23,7 +24,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     needs = list(ctx.needs_input_grad[:8])
     grads = torch.ops.flowseg.neural_field_bwd(grad, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
-    return (*(g if need else None for g, need in zip(grads, needs)), None, None, None)
+    return (*(g if need else None for g, need in zip(grads, needs)), *(None for _ in ctx.options))
 
 
 define_op(
@@ -38,7 +39,7 @@ define_op(
 
 
 def _fake_backward(grad, *args):
-    tensors, needs = args[:8], args[11]
+    tensors, needs = args[:8], args[-2]
     return tuple(
         torch.empty(v.shape if need else (0,), dtype=v.dtype, device=v.device) for v, need in zip(tensors, needs)
     )

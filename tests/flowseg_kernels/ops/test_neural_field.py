@@ -7,9 +7,12 @@ import flowseg_kernels as fk
 
 from ..samples import largest_error
 
+VARIANTS = [("both", "residual"), ("first", "residual"), ("both", "plain"), ("first", "plain")]
 
-def pixnerd_field(x, s_weights, embed_w, embed_b, norms, out_norm, out_w, out_b, p, r, eps=1e-6):
+
+def pixnerd_field(x, s_weights, embed_w, embed_b, norms, out_norm, out_w, out_b, p, r, variant=VARIANTS[0], eps=1e-6):
     """PixNerd's decoder written from its formulas (method section 5), patch by patch and pixel by pixel of a patch."""
+    normalise, form = variant
     batch, channels, height, width = x.shape
     hidden = embed_b.shape[0]
     freqs_count = math.isqrt(embed_w.shape[1] - channels)
@@ -36,16 +39,33 @@ def pixnerd_field(x, s_weights, embed_w, embed_b, norms, out_norm, out_w, out_b,
                 for block in range(s_weights.shape[2]):
                     first, second = s_weights[b, i * (width // p) + j, block].chunk(2)
                     w1 = torch.nn.functional.normalize(first.view(hidden, r * hidden), dim=-2)
-                    w2 = torch.nn.functional.normalize(second.view(r * hidden, hidden), dim=-2)
-                    h = h + torch.nn.functional.silu(rms(h, norms[block]) @ w1) @ w2
-                line.append((rms(h, out_norm) @ out_w.T + out_b).T.reshape(channels, p, p))
+                    w2 = second.view(r * hidden, hidden)
+                    if normalise == "both":
+                        w2 = torch.nn.functional.normalize(w2, dim=-2)
+                    if form == "residual":
+                        h = h + torch.nn.functional.silu(rms(h, norms[block]) @ w1) @ w2
+                    else:
+                        h = torch.nn.functional.silu(h @ w1) @ w2
+                if form == "residual":
+                    h = rms(h, out_norm)
+                line.append((h @ out_w.T + out_b).T.reshape(channels, p, p))
             lines.append(torch.cat(line, 2))
         images.append(torch.cat(lines, 1))
     return torch.stack(images)
 
 
 def field_inputs(
-    channels=3, hidden=16, depth=2, ratio=2, p=4, freqs=4, dtype=torch.float64, batch=2, height=8, width=12
+    channels=3,
+    hidden=16,
+    depth=2,
+    ratio=2,
+    p=4,
+    freqs=4,
+    dtype=torch.float64,
+    batch=2,
+    height=8,
+    width=12,
+    form="residual",
 ):
     def normal(*shape, scale=1.0):
         return (scale * torch.randn(*shape, dtype=torch.float64)).to(dtype).requires_grad_()
@@ -56,21 +76,22 @@ def field_inputs(
         normal(batch, patches, depth, 2 * ratio * hidden * hidden),
         normal(hidden, channels + freqs**2, scale=0.3),
         normal(hidden, scale=0.3),
-        normal(depth, hidden),
-        normal(hidden),
+        *((normal(depth, hidden), normal(hidden)) if form == "residual" else (None, None)),
         normal(channels, hidden, scale=0.3),
         normal(channels, scale=0.3),
     )
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("channels, hidden, depth, ratio, p", [(3, 16, 2, 2, 4), (1, 8, 1, 1, 2), (8, 16, 3, 4, 4)])
-def test_equals_pixnerd_in_values_and_every_gradient(channels, hidden, depth, ratio, p):
-    inputs = field_inputs(channels, hidden, depth, ratio, p)
-    want = pixnerd_field(*inputs, p, ratio)
-    got = fk.neural_field(*inputs, patch_size=p, mlp_ratio=ratio)
+def test_equals_pixnerd_in_values_and_every_gradient(channels, hidden, depth, ratio, p, variant):
+    inputs = field_inputs(channels, hidden, depth, ratio, p, form=variant[1])
+    want = pixnerd_field(*inputs, p, ratio, variant)
+    got = fk.neural_field(*inputs, patch_size=p, mlp_ratio=ratio, normalise=variant[0], form=variant[1])
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     weight = torch.randn_like(want)
-    for a, b in zip(torch.autograd.grad(got, inputs, weight), torch.autograd.grad(want, inputs, weight)):
+    leaves = [v for v in inputs if v is not None]
+    for a, b in zip(torch.autograd.grad(got, leaves, weight), torch.autograd.grad(want, leaves, weight)):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
