@@ -26,12 +26,14 @@ ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "2.10"
 LIBRARY = "libflowseg_cpu.so"
 
-OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
+OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion", "neural_field")
 ISA_FLAGS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c -mbmi -mbmi2",
     "avx512": "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx2 -mfma -mf16c -mbmi -mbmi2",
 }
+#: Folders whose kernels.cpp is compiled once for each instruction set, with those that only they have.
+KERNELS = {"chunk": {}, "field": {"avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"}}
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -133,9 +135,11 @@ def ninja_file(compiler: str, torch_folder: Path, target: Path) -> str:
     for name in (*OPS, "dispatch"):
         objects.append(f"{name}.o")
         lines.append(f"build {name}.o: compile {escaped(ROOT / 'csrc' / 'cpu' / name)}.cpp")
-    for isa, isa_flags in ISA_FLAGS.items() if X86 else (("baseline", ""),):
-        objects.append(f"kernels_{isa}.o")
-        lines += [f"build kernels_{isa}.o: compile {escaped(ROOT)}/csrc/cpu/chunk/kernels.cpp", f"  isa = {isa_flags}"]
+    for folder, own in KERNELS.items():
+        for isa, isa_flags in {**ISA_FLAGS, **own}.items() if X86 else (("baseline", ""),):
+            objects.append(f"{folder}_{isa}.o")
+            source = escaped(ROOT / "csrc" / "cpu" / folder / "kernels.cpp")
+            lines += [f"build {folder}_{isa}.o: compile {source}", f"  isa = {isa_flags}"]
     lines.append(f"build {escaped(target)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
