@@ -17,6 +17,7 @@ from .ops.common import encode_labels as _encode_valid
 from .ops.distance_correction.reference import TRANSFORMS
 from .ops.flow_loss.reference import KINDS, REDUCTIONS, SCHEDULES
 from .ops.neural_field.reference import FORMS, NORMALISE
+from .ops.neural_field.reference import neural_field as _plain_neural_field
 from .runtime.checks import (
     FLOAT_DTYPES,
     LABEL_DTYPES,
@@ -29,6 +30,7 @@ from .runtime.checks import (
     check_positive,
     check_tensor,
     check_time,
+    under_transform,
 )
 
 __all__ = [
@@ -408,7 +410,8 @@ def neural_field(
     Returns:
         (B, C, H, W) in the dtype of x, contiguous.
 
-    Differentiable in all eight tensors, once; backward recomputes the forward and keeps nothing but the inputs.
+    Differentiable in all eight tensors; backward recomputes the forward and keeps nothing but the inputs. Second derivatives,
+    forward mode and torch.func transforms run the plain PyTorch formula, at its cost in time and memory.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -459,19 +462,6 @@ def neural_field(
         if value.shape != shape:
             raise ValueError(f"{name}: wanted shape {shape}; got {tuple(value.shape)}")
         check_device(name, value, ("x", x))
-    check_no_transform("neural_field", x, weights, *(value for value, _ in wanted.values()))
-    return torch.ops.flowseg.neural_field(
-        x,
-        weights,
-        embed_weight,
-        embed_bias,
-        norm_weight,
-        out_norm_weight,
-        out_weight,
-        out_bias,
-        patch_size,
-        mlp_ratio,
-        eps,
-        normalise,
-        form,
-    )
+    tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
+    run = _plain_neural_field if under_transform(*tensors) else torch.ops.flowseg.neural_field
+    return run(*tensors, patch_size, mlp_ratio, eps, normalise, form)

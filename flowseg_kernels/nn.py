@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .chunked_field import chunked_field, generate
 from .codes import Codebook
 from .ops.neural_field.reference import FORMS, NORMALISE
-from .runtime.checks import check_choice
+from .runtime.checks import check_choice, check_index, check_positive
 
 __all__ = ["CentroidDecoder", "FlowLoss", "NeuralFieldDecoder"]
 
@@ -84,6 +85,8 @@ class NeuralFieldDecoder(nn.Module):
         max_freqs: F; the cosine features are F^2.
         normalise: "both" or "first", the generated weights with columns of unit length.
         form: "residual" or "plain"; the plain form has no norms. As in functional.neural_field.
+        patch_chunk: generate the weights of at most about so many patches at a time (whole rows of patches, at least one) and
+            again in backward: memory for generated weights is that of one chunk. None (default): of all patches at once.
 
     Parameter names are PixNerd's (x_embedder.embedder.0, blocks.I.param_generator1, blocks.I.norm, final_layer.norm,
     final_layer.linear), so `load_pixnerd` takes its state dict. The last layer starts at zero: so does the output.
@@ -101,10 +104,15 @@ class NeuralFieldDecoder(nn.Module):
         *,
         normalise: str = "both",
         form: str = "residual",
+        patch_chunk: int | None = None,
     ):
         super().__init__()
         check_choice("normalise", normalise, NORMALISE)
         check_choice("form", form, FORMS)
+        if patch_chunk is not None:
+            check_index("patch_chunk", patch_chunk)
+            check_positive("patch_chunk", patch_chunk)
+        self.patch_chunk = patch_chunk
         self.patch_size, self.mlp_ratio, self.normalise, self.form = patch_size, mlp_ratio, normalise, form
         norm = form == "residual"
         self.x_embedder = _FieldEmbedder(channels + max_freqs**2, hidden)
@@ -113,28 +121,38 @@ class NeuralFieldDecoder(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
 
-    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+    def forward(self, x: Tensor, s: Tensor, *, patch_size: int | None = None) -> Tensor:
         """Pixels (B, C, H, W) from x (B, C, H, W) and patch features s (B, N, D), patches in row-major order.
 
-        Differentiable in x, s and the parameters, once.
+        Args:
+            patch_size: pixels along the side of a patch in x, when it differs from training. A field is a function of the
+                position in its patch, from 0 at the first pixel to 1 at the last: at 2 p - 1 every second pixel is where a
+                pixel was at p. N stays H W / patch_size^2.
+
+        Differentiable in x, s and the parameters; twice, and in forward mode, at the cost of the plain formula and only without
+        patch_chunk.
         """
-        weights = torch.stack([block.param_generator1(s) for block in self.blocks], dim=2)
-        embed = self.x_embedder.embedder[0]
         residual = self.form == "residual"
-        return functional.neural_field(
-            x,
-            weights,
+        embed, last = self.x_embedder.embedder[0], self.final_layer
+        shared = (
             embed.weight,
             embed.bias,
             torch.stack([block.norm.weight for block in self.blocks]) if residual else None,
-            self.final_layer.norm.weight if residual else None,
-            self.final_layer.linear.weight,
-            self.final_layer.linear.bias,
-            patch_size=self.patch_size,
-            mlp_ratio=self.mlp_ratio,
-            normalise=self.normalise,
-            form=self.form,
+            last.norm.weight if residual else None,
+            last.linear.weight,
+            last.linear.bias,
         )
+        generators = [(block.param_generator1.weight, block.param_generator1.bias) for block in self.blocks]
+        options = {
+            "patch_size": self.patch_size if patch_size is None else patch_size,
+            "mlp_ratio": self.mlp_ratio,
+            "eps": 1e-6,
+            "normalise": self.normalise,
+            "form": self.form,
+        }
+        if self.patch_chunk is None:
+            return functional.neural_field(x, generate(s, generators), *shared, **options)
+        return chunked_field(self.patch_chunk, x, s, shared, generators, options)
 
     def load_pixnerd(self, state_dict: dict[str, Tensor], *, first_block: int) -> None:
         """Load x_embedder, the field blocks and final_layer from a PixNerd state dict, in which every block is `blocks.I`.

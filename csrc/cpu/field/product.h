@@ -45,7 +45,9 @@ struct Pair {
   static FLOWSEG_INLINE F multiply_add(F sum, const Unit* scalar, const Unit* vector) {
     int32_t pair;
     std::memcpy(&pair, scalar, 4);
-    return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)_mm512_loadu_si512(vector));
+    // Around the intrinsic GCC 12 copies every sum twice a step.
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(pair)), "v"(_mm512_loadu_si512(vector)));
+    return sum;
   }
   // Lane i: the rounded (even[i], odd[i]).
   static FLOWSEG_INLINE void store_features(Unit* to, F even, F odd) {

@@ -7,7 +7,7 @@ import math
 import torch
 
 from ...runtime.backend import requested_backend
-from ...runtime.registry import cpu_kernel, define_op, no_second_derivative
+from ...runtime.registry import cpu_kernel, define_op
 from . import reference
 
 _TENSORS = (
@@ -92,6 +92,27 @@ define_op(
 )
 
 
+def _keep_inputs(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options, ctx.needs = inputs[9:-2], inputs[-2]
+
+
+def _second_backward(ctx, *grads):
+    """By autograd through the plain formula: second derivatives are rare, and this one is exact without a kernel of its own."""
+    tensors = ctx.saved_tensors
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        outs = reference.neural_field_bwd(*tensors, *ctx.options, ctx.needs)
+    pairs = [(out, g) for out, g in zip(outs, grads) if out.requires_grad]
+    wanted = [v for v in tensors if v.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [out for out, _ in pairs], wanted, [g for _, g in pairs], create_graph=again, allow_unused=True
+        )
+    )
+    return (*(next(found) if v.requires_grad else None for v in tensors), *(None for _ in ctx.options), None, None)
+
+
 def _fake_backward(grad, *args):
     tensors, needs = args[:8], args[-2]
     return tuple(
@@ -104,5 +125,6 @@ define_op(
     fake=_fake_backward,
     backends={"cpu": _run_cpu_backward, "reference": reference.neural_field_bwd},
     channels=lambda grad, x, *args: x.shape[1],
-    **no_second_derivative("neural_field_bwd"),
+    backward=_second_backward,
+    setup_context=_keep_inputs,
 )
