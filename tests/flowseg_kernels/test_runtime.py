@@ -100,7 +100,8 @@ def test_every_instruction_set_passes_the_op_tests(isa):
     tests = "tests/flowseg_kernels/ops" + ("/test_neural_field.py" if isa == chosen else "")
     done = python(
         "-m", "pytest", tests, "-q", "-x", "-p", "no:cacheprovider",
-        "-k", "cpu and not ten_million and not fp32_error and not 1000 and not 3000 and not many_classes and not compile and not second",
+        "-k", "cpu and not ten_million and not fp32_error and not 1000 and not 3000 and not many_classes "
+        "and not compile and not second",
         FLOWSEG_CPU_ISA=isa,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
