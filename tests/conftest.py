@@ -64,8 +64,8 @@ def _seed():
 
 
 @functools.cache
-def _codes150(device):
-    return fk.Codebook(fk.kronecker_centroids(150, 3, device=device))
+def _codes(classes, device):
+    return fk.Codebook(fk.kronecker_centroids(classes, 3, device=device))
 
 
 @pytest.fixture
@@ -73,7 +73,15 @@ def codes150(request):
     """The codebook of 150 classes, on the device of the test's backend."""
     if "backend" in request.fixturenames:
         request.getfixturevalue("backend")
-    return _codes150(torch.get_default_device())
+    return _codes(150, torch.get_default_device())
+
+
+@pytest.fixture
+def codes19(request):
+    """A smaller one, for what has nothing to do with the number of classes."""
+    if "backend" in request.fixturenames:
+        request.getfixturevalue("backend")
+    return _codes(19, torch.get_default_device())
 
 
 def pytest_collection_modifyitems(items):
