@@ -1,0 +1,201 @@
+"""Launches of the neural field's Triton kernels: settings from sizes alone, bounded scratch, second stage of the shared sums."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...runtime.registry import COMPILED_CHANNELS
+from ...runtime.triton_forms import INTERPRETED, compile_options, on_device_of
+from . import reference
+from .triton_backward import rows_kernel, weights_kernel
+from .triton_forward import features_kernel, forward_kernel
+
+__all__ = ["Settings", "launch_settings", "neural_field", "neural_field_bwd", "patches_at_once"]
+
+_OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+#: A dimension of a matrix product has at least this many elements.
+_SMALLEST = 16
+#: The kernels hold rows of up to this many hidden units on chip.
+_LARGEST_HIDDEN = 128
+#: Programs of rows_kernel that run at once on the largest GPUs: fewer would leave some of it idle.
+_PROGRAMS_AT_ONCE = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """One kernel's launch: pixels of a patch and columns of the wide axis in a step, warps, pipeline stages."""
+
+    rows: int
+    slice: int
+    num_warps: int
+    num_stages: int
+    registers: int | None = None
+
+
+def launch_settings(kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype) -> Settings:
+    """Settings of "forward", "rows" or "weights" for Hx, r Hx, p^2 and the dtype of the products."""
+    rows = min(64, max(_SMALLEST, triton.next_power_of_2(pixels)))
+    return Settings(rows, min(64, max(_SMALLEST, triton.next_power_of_2(wide))), 4, 2)
+
+
+def patches_at_once(patches: int, tiles: int) -> int:
+    """Patches that one round of the backward takes: what fills a GPU, or a sixteenth of all if that is more."""
+    return min(patches, max(-(-_PROGRAMS_AT_ONCE // tiles), -(-patches // 16)))
+
+
+def constants(
+    kernel: str, hidden: int, wide: int, p: int, channels: int, operand: torch.dtype, both: bool, residual: bool, precision: str
+) -> dict:
+    """The constexpr arguments of a kernel; what the products round to is `operand`."""
+    chosen = launch_settings(kernel, hidden, wide, p * p, operand)
+    found = {
+        "H": hidden,
+        "HP": max(_SMALLEST, triton.next_power_of_2(hidden)),
+        "WIDE": wide,
+        "SLICE": chosen.slice,
+        "P": p,
+        "ROWS": chosen.rows,
+        "BOTH": both,
+        "RESIDUAL": residual,
+        "OPERAND": _OPERANDS[operand],
+        "PRECISION": precision,
+        "UPCAST": INTERPRETED and operand != torch.float32,
+        "TANH": operand == torch.bfloat16 and not INTERPRETED and torch.version.hip is None,
+    }
+    if kernel == "weights":
+        return found | {"TILES": -(-p * p // launch_settings("rows", hidden, wide, p * p, operand).rows)}
+    return found | {"C": channels, "CP": max(_SMALLEST, triton.next_power_of_2(channels))}
+
+
+class _Call:
+    """One call: its sizes, and its tensors as the kernels want them."""
+
+    def __init__(
+        self, x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, p, ratio, eps,
+        normalise, form,
+    ):  # fmt: skip
+        self.x, self.weights, self.embed = x, weights.contiguous(), embed_weight.contiguous()
+        self.gains, self.out_gain = norm_weight.contiguous(), out_norm_weight.contiguous()
+        self.out_weight, self.out_bias = out_weight.contiguous(), out_bias.contiguous()
+        self.p, self.eps = p, eps
+        self.columns = x.shape[3] // p
+        self.per_image = self.columns * (x.shape[2] // p)
+        self.patches = x.shape[0] * self.per_image
+        self.depth = weights.shape[2]
+        self.hidden = embed_bias.shape[0]
+        self.wide = ratio * self.hidden
+        tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
+        self.operand = functools.reduce(torch.promote_types, (v.dtype for v in tensors))
+        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+        self.residual = form == "residual"
+        self.options = (normalise == "both", self.residual, precision)
+
+    def runs(self) -> bool:
+        """Whether these kernels take the call."""
+        return (
+            self.operand in _OPERANDS and self.hidden <= _LARGEST_HIDDEN and self.x.shape[1] <= COMPILED_CHANNELS
+        )
+
+    def launch(self, kernel: str) -> dict:
+        """Keyword arguments of a launch: constants and compiler options."""
+        chosen = launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand)
+        found = constants(
+            kernel, self.hidden, self.wide, self.p, self.x.shape[1], self.operand, *self.options
+        )
+        return found | compile_options(chosen.num_warps, chosen.registers, chosen.num_stages)
+
+    def tiles(self, kernel: str) -> int:
+        """Programs that share a patch."""
+        return -(-(self.p**2) // launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand).rows)
+
+    def features(self) -> Tensor:
+        """reference.cosine_features in one launch."""
+        freqs = math.isqrt(self.embed.shape[1] - self.x.shape[1])
+        found = self.x.new_empty(self.p**2, freqs**2, dtype=torch.float32)
+        block = 1024
+        features_kernel[(-(-found.numel() // block),)](found, self.p, freqs, found.numel(), block, **compile_options(4))
+        return found
+
+    def table(self, bias: Tensor, features: Tensor) -> Tensor:
+        """(p^2, Hx): what the embedding adds at each pixel of every patch."""
+        return torch.addmm(bias.float(), features, self.embed[:, self.x.shape[1] :].float().T)
+
+
+def neural_field(x: Tensor, weights: Tensor, embed_weight: Tensor, embed_bias: Tensor, *rest) -> Tensor:
+    """As reference.neural_field, which also takes what these kernels do not: fp64, and Hx above 128."""
+    call = _Call(x, weights, embed_weight, embed_bias, *rest)
+    if not call.runs():
+        return reference.neural_field(x, weights, embed_weight, embed_bias, *rest)
+    out = x.new_empty(x.shape)
+    if out.numel() == 0:
+        return out
+    with on_device_of(x):
+        table = call.table(embed_bias, call.features())
+        forward_kernel[(call.patches * call.tiles("forward"),)](
+            x, call.weights, call.embed, table, call.gains, call.out_gain, call.out_weight, call.out_bias, out,
+            call.columns, call.per_image, call.depth, call.embed.shape[1], *x.stride(), call.eps, **call.launch("forward"),
+        )  # fmt: skip
+    return out
+
+
+def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
+    """As reference.neural_field_bwd: gradients of the eight tensors, empty where not needed."""
+    *inputs, needs = arguments
+    call = _Call(*inputs)
+    if not call.runs():
+        return reference.neural_field_bwd(grad, *arguments)
+    x, embed_bias = call.x, inputs[3]
+    channels, hidden, depth, tiles = x.shape[1], call.hidden, call.depth, call.tiles("rows")
+    count = patches_at_once(call.patches, tiles)
+    scratch = functools.partial(torch.empty, device=x.device)
+    states = scratch(count, depth, call.p**2, hidden, dtype=call.operand)
+    grads = scratch(count, depth + 1, call.p**2, hidden, dtype=call.operand)
+    scales = scratch(count * tiles, depth, call.wide + hidden, dtype=torch.float32)
+    sizes = (depth * hidden, hidden, channels * hidden, hidden * channels, channels)
+    partials = scratch(count * tiles, sum(sizes), dtype=torch.float32)
+    sums = x.new_zeros(sum(sizes), dtype=torch.float32)
+    by_position = x.new_zeros(call.p**2, hidden, dtype=torch.float32)
+    grad_x, grad_weights = x.new_empty(x.shape), torch.empty_like(call.weights)
+    with on_device_of(x):
+        features = call.features()
+        table = call.table(embed_bias, features)
+        for first in range(0, call.patches, max(count, 1)):
+            now = min(count, call.patches - first)
+            rows_kernel[(now * tiles,)](
+                x, grad, call.weights, call.embed, table, call.gains, call.out_gain, call.out_weight, grad_x, states, grads,
+                scales, partials, first, call.columns, call.per_image, depth, call.embed.shape[1], *x.stride(), *grad.stride(),
+                call.eps, **call.launch("rows"),
+            )  # fmt: skip
+            if needs[1] and depth:
+                weights_kernel[(now * depth,)](
+                    call.weights, call.gains, states, grads, scales, grad_weights, first, depth, call.eps,
+                    **call.launch("weights"),
+                )  # fmt: skip
+            # Sums over patches in a fixed order: the programs of a round, then the rounds.
+            sums += partials[: now * tiles].sum(0)
+            by_position += grads[:now, depth].sum(0, dtype=torch.float32)
+    grad_gains, grad_out_gain, grad_out_weight, by_pixel, grad_out_bias = sums.split(sizes)
+    grad_embed = torch.cat((by_pixel.view(hidden, channels), by_position.T @ features), dim=1)
+    if not call.residual:
+        grad_gains, grad_out_gain = call.gains, call.out_gain
+    found = (
+        grad_x,
+        grad_weights,
+        grad_embed,
+        by_position.sum(0),
+        grad_gains,
+        grad_out_gain,
+        grad_out_weight,
+        grad_out_bias,
+    )
+    return tuple(
+        f.to(v.dtype).reshape(v.shape).contiguous() if need else v.new_empty(0)
+        for f, v, need in zip(found, inputs, needs)
+    )
