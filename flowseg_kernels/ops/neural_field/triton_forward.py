@@ -56,10 +56,10 @@ def load_vector(base, index, SIZE: tl.constexpr, MASKED: tl.constexpr):
 @triton.jit
 def image_places(patch, row, channel, columns, per_image, sb, sc, sh, sw, P: tl.constexpr, C: tl.constexpr):
     """Offsets (rows, channels) of pixels of a patch in an image tensor of any strides, and which of them exist."""
-    cell = patch % per_image
+    cell = tl.cast(patch % per_image, tl.int32)
     down = (cell // columns) * P + row // P
     right = (cell % columns) * P + row % P
-    pixel = (patch // per_image).to(tl.int64) * sb + down.to(tl.int64) * sh + right.to(tl.int64) * sw
+    pixel = tl.cast(patch // per_image, tl.int64) * sb + down.to(tl.int64) * sh + right.to(tl.int64) * sw
     at = pixel[:, None] + channel.to(tl.int64)[None, :] * sc
     return at, (row < P * P)[:, None] & (channel < C)[None, :]
 
@@ -110,12 +110,12 @@ def entering(h, gain, eps, H: tl.constexpr, RESIDUAL: tl.constexpr):
 
 @triton.jit
 def block_step(
-    h, gain, block, scales, column, eps,
+    h, gain, block, lengths, column, eps,
     H: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, SHAVED: tl.constexpr, BOTH: tl.constexpr,
-    RESIDUAL: tl.constexpr, KEEP_SCALES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    RESIDUAL: tl.constexpr, KEEP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     UPCAST: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
-    """h after one block, whose weights begin at `block`; with KEEP_SCALES the reciprocal column lengths go to `scales`."""
+    """h after one block, whose weights begin at `block`; with KEEP the reciprocal column lengths go to `lengths`."""
     entered = entering(h, gain, eps, H, RESIDUAL).to(OPERAND)
     out = tl.zeros_like(h)
     square2 = tl.zeros((h.shape[1],), tl.float32)
@@ -130,31 +130,35 @@ def block_step(
         if BOTH:
             exact = w2.to(tl.float32)
             square2 += tl.sum(exact * exact, 0)
-        if KEEP_SCALES:
-            tl.store(scales + wide, scale1, mask=wide < WIDE)
+        if KEEP:
+            # Every tile of the patch writes the same numbers.
+            tl.store(lengths + wide, scale1, mask=wide < WIDE)
     if BOTH:
         scale2 = reciprocal_length(square2)
         out = out * scale2[None, :]
-        if KEEP_SCALES:
-            tl.store(scales + WIDE + column, scale2, mask=column < H)
+        if KEEP:
+            tl.store(lengths + WIDE + column, scale2, mask=column < H)
     if RESIDUAL:
         out += h
     return out
 
 
-@triton.jit(do_not_specialize=["columns", "per_image", "depth", "features", "sb", "sc", "sh", "sw"])
+@triton.jit(do_not_specialize=["first", "columns", "per_image", "depth", "features", "sb", "sc", "sh", "sw"])
 def forward_kernel(
-    x, weights, embed, table, gains, out_gain, out_weight, out_bias, out, columns, per_image, depth, features,
-    sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64, eps,
+    x, weights, embed, table, gains, out_gain, out_weight, out_bias, out, states, scales,
+    first, columns, per_image, depth, features, sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64, eps,
     H: tl.constexpr, HP: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
-    C: tl.constexpr, CP: tl.constexpr, BOTH: tl.constexpr, RESIDUAL: tl.constexpr, OPERAND: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, BOTH: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
+    """Velocity of patches from `first`; with KEEP instead what the backward starts from: the states (n, L + 1, p^2, Hx) before each
+    block and after the last, and the reciprocal column lengths (n, L, r Hx + Hx) of W1 and W2."""
     TILES: tl.constexpr = (P * P + ROWS - 1) // ROWS
     SHAVED: tl.constexpr = HP != H or WIDE % SLICE != 0
     PARTIAL: tl.constexpr = HP != H or P * P % ROWS != 0
     # The tiles of a patch are neighbours in the grid: the second finds the weights in the L2 cache.
-    patch = tl.program_id(0) // TILES
+    local = (tl.program_id(0) // TILES).to(tl.int64)
+    patch = first + local
     row = (tl.program_id(0) % TILES) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, HP)
     channel = tl.arange(0, CP)
@@ -162,22 +166,24 @@ def forward_kernel(
     pixels = tl.load(x + at, mask=exists, other=0.0).to(OPERAND)
     h = embedded(pixels, embed, table, row, column, channel, features, H, P, C, PARTIAL, OPERAND, PRECISION, UPCAST)
     for level in range(depth):
-        block = weights + (patch.to(tl.int64) * depth + level) * (2 * WIDE * H)
+        if KEEP:
+            store_tile(states + (local * (depth + 1) + level) * (P * P * H), row, column, h, P * P, H, PARTIAL)
+        block = weights + (patch * depth + level) * (2 * WIDE * H)
         gain = load_vector(gains + level * H, column, H, HP != H) if RESIDUAL else 1.0
+        lengths = scales + (local * depth + level) * (WIDE + H) if KEEP else None
         h = block_step(
-            h, gain, block, None, column, eps, H, WIDE, SLICE, SHAVED, BOTH, RESIDUAL, False, OPERAND, PRECISION, UPCAST, TANH
+            h, gain, block, lengths, column, eps,
+            H, WIDE, SLICE, SHAVED, BOTH, RESIDUAL, KEEP, OPERAND, PRECISION, UPCAST, TANH,
         )  # fmt: skip
-    gain = load_vector(out_gain, column, H, HP != H) if RESIDUAL else 1.0
-    last = entering(h, gain, eps, H, RESIDUAL).to(OPERAND)
-    leaving = tl.load(
-        out_weight + channel[None, :] * H + column[:, None],
-        mask=(channel < C)[None, :] & (column < H)[:, None],
-        other=0.0,
-    )
-    velocity = product(last, leaving.to(OPERAND), PRECISION, UPCAST)
-    velocity += load_vector(out_bias, channel, C, True)[None, :]
-    at, exists = dense_places(patch, row, channel, columns, per_image, P, C)
-    tl.store(out + at, velocity.to(out.dtype.element_ty), mask=exists)
+    if KEEP:
+        store_tile(states + (local * (depth + 1) + depth) * (P * P * H), row, column, h, P * P, H, PARTIAL)
+    else:
+        gain = load_vector(out_gain, column, H, HP != H) if RESIDUAL else 1.0
+        last = entering(h, gain, eps, H, RESIDUAL).to(OPERAND)
+        leaving = tl.trans(load_tile(out_weight, channel, column, C, H, True).to(OPERAND))
+        velocity = product(last, leaving, PRECISION, UPCAST) + load_vector(out_bias, channel, C, True)[None, :]
+        at, exists = dense_places(patch, row, channel, columns, per_image, P, C)
+        tl.store(out + at, velocity.to(out.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["p", "freqs", "count"])

@@ -40,7 +40,7 @@ class Settings:
 
 
 def launch_settings(kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype) -> Settings:
-    """Settings of "forward", "rows" or "weights" for Hx, r Hx, p^2 and the dtype of the products."""
+    """Settings of "forward", "states", "rows" or "weights" for Hx, r Hx, p^2 and the dtype of the products."""
     rows = min(64, max(_SMALLEST, triton.next_power_of_2(pixels)))
     return Settings(rows, min(64, max(_SMALLEST, triton.next_power_of_2(wide))), 4, 2)
 
@@ -70,7 +70,9 @@ def constants(
         "TANH": operand == torch.bfloat16 and not INTERPRETED and torch.version.hip is None,
     }
     if kernel == "weights":
-        return found | {"TILES": -(-p * p // launch_settings("rows", hidden, wide, p * p, operand).rows)}
+        return found
+    if kernel != "rows":
+        found["KEEP"] = kernel == "states"
     return found | {"C": channels, "CP": max(_SMALLEST, triton.next_power_of_2(channels))}
 
 
@@ -115,6 +117,14 @@ class _Call:
         """Programs that share a patch."""
         return -(-(self.p**2) // launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand).rows)
 
+    def forward(self, kernel: str, patches: int, table, out, states, scales, first: int) -> None:
+        """Run forward_kernel as "forward" or "states" on some patches; the other's outputs may be None."""
+        forward_kernel[(patches * self.tiles(kernel),)](
+            self.x, self.weights, self.embed, table, self.gains, self.out_gain, self.out_weight, self.out_bias, out, states,
+            scales, first, self.columns, self.per_image, self.depth, self.embed.shape[1], *self.x.stride(), self.eps,
+            **self.launch(kernel),
+        )  # fmt: skip
+
     def features(self) -> Tensor:
         """reference.cosine_features in one launch."""
         freqs = math.isqrt(self.embed.shape[1] - self.x.shape[1])
@@ -138,10 +148,7 @@ def neural_field(x: Tensor, weights: Tensor, embed_weight: Tensor, embed_bias: T
         return out
     with on_device_of(x):
         table = call.table(embed_bias, call.features())
-        forward_kernel[(call.patches * call.tiles("forward"),)](
-            x, call.weights, call.embed, table, call.gains, call.out_gain, call.out_weight, call.out_bias, out,
-            call.columns, call.per_image, call.depth, call.embed.shape[1], *x.stride(), call.eps, **call.launch("forward"),
-        )  # fmt: skip
+        call.forward("forward", call.patches, table, out, None, None, 0)
     return out
 
 
@@ -151,49 +158,53 @@ def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
     call = _Call(*inputs)
     if not call.runs():
         return reference.neural_field_bwd(grad, *arguments)
-    x, embed_bias = call.x, inputs[3]
-    channels, hidden, depth, tiles = x.shape[1], call.hidden, call.depth, call.tiles("rows")
+    x, channels, hidden, depth = call.x, call.x.shape[1], call.hidden, call.depth
+    tiles = call.tiles("rows")
     count = patches_at_once(call.patches, tiles)
     scratch = functools.partial(torch.empty, device=x.device)
-    states = scratch(count, depth, call.p**2, hidden, dtype=call.operand)
-    grads = scratch(count, depth + 1, call.p**2, hidden, dtype=call.operand)
-    scales = scratch(count * tiles, depth, call.wide + hidden, dtype=torch.float32)
-    sizes = (depth * hidden, hidden, channels * hidden, hidden * channels, channels)
+    states = scratch(count, depth + 1, call.p**2, hidden, dtype=call.operand)
+    grads = torch.empty_like(states)
+    scales = scratch(count, depth, call.wide + hidden, dtype=torch.float32)
+    sizes = (hidden, channels * hidden, hidden * channels)
     partials = scratch(count * tiles, sum(sizes), dtype=torch.float32)
+    gains_partials = scratch(count, depth * hidden, dtype=torch.float32)
     sums = x.new_zeros(sum(sizes), dtype=torch.float32)
+    grad_gains = x.new_zeros(depth * hidden, dtype=torch.float32)
     by_position = x.new_zeros(call.p**2, hidden, dtype=torch.float32)
     grad_x, grad_weights = x.new_empty(x.shape), torch.empty_like(call.weights)
     with on_device_of(x):
         features = call.features()
-        table = call.table(embed_bias, features)
+        table = call.table(inputs[3], features)
         for first in range(0, call.patches, max(count, 1)):
             now = min(count, call.patches - first)
+            call.forward("states", now, table, None, states, scales, first)
             rows_kernel[(now * tiles,)](
-                x, grad, call.weights, call.embed, table, call.gains, call.out_gain, call.out_weight, grad_x, states, grads,
-                scales, partials, first, call.columns, call.per_image, depth, call.embed.shape[1], *x.stride(), *grad.stride(),
+                x, grad, call.weights, call.embed, call.gains, call.out_gain, call.out_weight, states, scales, grad_x, grads,
+                partials, first, call.columns, call.per_image, depth, call.embed.shape[1], *x.stride(), *grad.stride(),
                 call.eps, **call.launch("rows"),
             )  # fmt: skip
-            if needs[1] and depth:
-                weights_kernel[(now * depth,)](
-                    call.weights, call.gains, states, grads, scales, grad_weights, first, depth, call.eps,
-                    **call.launch("weights"),
-                )  # fmt: skip
             # Sums over patches in a fixed order: the programs of a round, then the rounds.
             sums += partials[: now * tiles].sum(0)
             by_position += grads[:now, depth].sum(0, dtype=torch.float32)
-    grad_gains, grad_out_gain, grad_out_weight, by_pixel, grad_out_bias = sums.split(sizes)
-    grad_embed = torch.cat((by_pixel.view(hidden, channels), by_position.T @ features), dim=1)
+            if depth and (needs[1] or needs[4]):
+                weights_kernel[(now * depth,)](
+                    call.weights, call.gains, states, grads, scales, grad_weights, gains_partials, first, depth, call.eps,
+                    **call.launch("weights"),
+                )  # fmt: skip
+                if call.residual:
+                    grad_gains += gains_partials[:now].sum(0)
+    grad_out_gain, grad_out_weight, by_pixel = sums.split(sizes)
     if not call.residual:
         grad_gains, grad_out_gain = call.gains, call.out_gain
     found = (
         grad_x,
         grad_weights,
-        grad_embed,
+        torch.cat((by_pixel.view(hidden, channels), by_position.T @ features), dim=1),
         by_position.sum(0),
         grad_gains,
         grad_out_gain,
         grad_out_weight,
-        grad_out_bias,
+        grad.sum((0, 2, 3), dtype=torch.float32),
     )
     return tuple(
         f.to(v.dtype).reshape(v.shape).contiguous() if need else v.new_empty(0)
