@@ -7,7 +7,7 @@ import math
 import torch
 
 from ...runtime.backend import requested_backend
-from ...runtime.registry import cpu_kernel, define_op
+from ...runtime.registry import cpu_kernel, define_op, triton_kernel
 from . import reference
 
 _TENSORS = (
@@ -84,7 +84,11 @@ def _backward(ctx, grad):
 define_op(
     f"neural_field({_TENSORS}) -> Tensor",
     fake=lambda x, *args: torch.empty(x.shape, dtype=x.dtype, device=x.device),
-    backends={"cpu": _run_cpu, "reference": reference.neural_field},
+    backends={
+        "cpu": _run_cpu,
+        "triton": triton_kernel(__package__, "neural_field"),
+        "reference": reference.neural_field,
+    },
     channels=lambda x, *args: x.shape[1],
     backward=_backward,
     setup_context=_setup_context,
@@ -123,7 +127,11 @@ def _fake_backward(grad, *args):
 define_op(
     f"neural_field_bwd(Tensor grad, {_TENSORS}, bool[] needs, str backend) -> ({', '.join(['Tensor'] * 8)})",
     fake=_fake_backward,
-    backends={"cpu": _run_cpu_backward, "reference": reference.neural_field_bwd},
+    backends={
+        "cpu": _run_cpu_backward,
+        "triton": triton_kernel(__package__, "neural_field_bwd"),
+        "reference": reference.neural_field_bwd,
+    },
     channels=lambda grad, x, *args: x.shape[1],
     backward=_second_backward,
     setup_context=_keep_inputs,

@@ -1,7 +1,7 @@
-"""Triton backward of the neural field, after the forward kernel has written the states between the blocks once more.
+"""Triton backward of the neural field, for which the forward kernel has written the states between the blocks.
 
-`rows_kernel` takes some pixels of a patch back through all blocks with the gradient in registers; `weights_kernel` takes one block of one
-patch and sums over its pixels. No program adds to memory another one adds to.
+`rows_kernel` takes some pixels of a patch back through all blocks with the gradient in registers; `weights_kernel` takes one
+block of one patch and sums over its pixels. No program adds to memory another one adds to.
 
 Two sums over pixels are read off other results: with N = n(h)^T dz for a block's normalised states, dW1n = g N (g by rows) and
 dg = rowsum(N W1n); likewise the output layer's gain.
@@ -58,7 +58,11 @@ def unit_second(
     return unit
 
 
-@triton.jit(do_not_specialize=["first", "columns", "per_image", "depth", "features", "sb", "sc", "sh", "sw", "gb", "gc", "gh", "gw"])  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "first", "columns", "per_image", "depth", "features", "sb", "sc", "sh", "sw", "gb", "gc", "gh", "gw"
+    ]
+)  # fmt: skip
 def rows_kernel(
     x, grad, weights, embed, gains, out_gain, out_weight, states, scales, grad_x, grads, partials,
     first, columns, per_image, depth, features,
@@ -74,12 +78,13 @@ def rows_kernel(
     TILES: tl.constexpr = (P * P + ROWS - 1) // ROWS
     SHAVED: tl.constexpr = HP != H or WIDE % SLICE != 0
     PARTIAL: tl.constexpr = HP != H or P * P % ROWS != 0
+    # Where `grads` holds all of g, the registers need not hold it too through a block's products.
+    PARK: tl.constexpr = grads.dtype.element_ty == tl.float32
     local = (tl.program_id(0) // TILES).to(tl.int64)
     patch = first + local
     row = (tl.program_id(0) % TILES) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, HP)
     channel = tl.arange(0, CP)
-    by_channel = (channel < C)[None, :] & (column < H)[:, None]
     states += local * (depth + 1) * (P * P * H)
     grads += local * (depth + 1) * (P * P * H)
     partials += tl.program_id(0).to(tl.int64) * ((1 + 2 * C) * H)
@@ -91,15 +96,15 @@ def rows_kernel(
         scale = root_mean_square(h, eps, H)
         h = h * scale[:, None]
     # Rows beyond the patch have a zero gradient, so they add nothing here, whatever their states hold.
-    by_out = product(tl.trans(h.to(OPERAND)), g_out, PRECISION, UPCAST)
+    by_out = product(tl.trans(g_out), h.to(OPERAND), PRECISION, UPCAST)
     leaving = load_tile(out_weight, channel, column, C, H, True)
     g = product(g_out, leaving.to(OPERAND), PRECISION, UPCAST)
     if RESIDUAL:
-        gain = load_vector(out_gain, column, H, HP != H)
-        tl.store(partials + column, tl.sum(by_out * tl.trans(leaving).to(tl.float32), 1), mask=column < H)
-        by_out *= gain[:, None]
-        g = norm_backward(g * gain[None, :], h, scale, H)
-    tl.store(partials + H + channel[None, :] * H + column[:, None], by_out, mask=by_channel)
+        last_gain = load_vector(out_gain, column, H, HP != H)[None, :]
+        tl.store(partials + column, tl.sum(by_out * leaving.to(tl.float32), 0), mask=column < H)
+        by_out *= last_gain
+        g = norm_backward(g * last_gain, h, scale, H)
+    store_tile(partials + H, channel, column, by_out, C, H, True)
 
     for back in range(depth):
         level = depth - 1 - back
@@ -127,6 +132,8 @@ def rows_kernel(
             h = load_tile(states + level * (P * P * H), row, column, P * P, H, PARTIAL).to(tl.float32)
             scale = root_mean_square(h, eps, H)
             gain = load_vector(gains + level * H, column, H, HP != H)
+            if PARK:
+                g = load_tile(grads + level * (P * P * H), row, column, P * P, H, PARTIAL)
             g += norm_backward(into * gain[None, :], h * scale[:, None], scale, H)
         else:
             g = into
@@ -136,7 +143,7 @@ def rows_kernel(
     at, exists = image_places(patch, row, channel, columns, per_image, sb, sc, sh, sw, P, C)
     pixels = tl.load(x + at, mask=exists, other=0.0).to(OPERAND)
     by_pixel = product(tl.trans(g_in), pixels, PRECISION, UPCAST)
-    tl.store(partials + (1 + C) * H + column[:, None] * C + channel[None, :], by_pixel, mask=by_channel)
+    store_tile(partials + (1 + C) * H, column, channel, by_pixel, H, C, True)
     from_embed = tl.trans(load_embedding(embed, column, channel, features, H, C).to(OPERAND))
     at, exists = dense_places(patch, row, channel, columns, per_image, P, C)
     tl.store(grad_x + at, product(g_in, from_embed, PRECISION, UPCAST).to(grad_x.dtype.element_ty), mask=exists)
@@ -183,7 +190,7 @@ def weights_kernel(
                 h = h * root_mean_square(h, eps, H)[:, None]
             normal = h.to(OPERAND)
             u, slope = silu_and_slope(product(normal, unit1, PRECISION, UPCAST), TANH)
-            g = load_tile(grads, row, column, P * P, H, PARTIAL)
+            g = load_tile(grads, row, column, P * P, H, PARTIAL).to(OPERAND)
             into2 += product(tl.trans(g), u.to(OPERAND), PRECISION, UPCAST)
             g_wide = (product(g, unit2, PRECISION, UPCAST) * slope).to(OPERAND)
             into1 += product(tl.trans(normal), g_wide, PRECISION, UPCAST)
@@ -211,7 +218,13 @@ def weights_kernel(
             into2 = load_tile(grad_weights + H * WIDE, wide, column, WIDE, H, SHAVED).to(tl.float32)
             unit = unit_second(weights, scales, column, wide, H, WIDE, SHAVED, BOTH)
             store_tile(
-                grad_weights + H * WIDE, wide, column, scale2[None, :] * (into2 - unit * along2[None, :]), WIDE, H, SHAVED
+                grad_weights + H * WIDE,
+                wide,
+                column,
+                scale2[None, :] * (into2 - unit * along2[None, :]),
+                WIDE,
+                H,
+                SHAVED,
             )
     if RESIDUAL:
         tl.store(grad_gains + (local * depth + level) * H + column, along_gain, mask=column < H)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...runtime.registry import COMPILED_CHANNELS
-from ...runtime.triton_forms import INTERPRETED, compile_options, on_device_of
+from ...runtime.triton_forms import INTERPRETED, Variant, compile_options, on_device_of
 from . import reference
 from .triton_backward import rows_kernel, weights_kernel
 from .triton_forward import features_kernel, forward_kernel
 
-__all__ = ["Settings", "launch_settings", "neural_field", "neural_field_bwd", "patches_at_once"]
+__all__ = ["Settings", "form", "launch_settings", "neural_field", "neural_field_bwd", "patches_at_once", "variants"]
 
 _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 #: A dimension of a matrix product has at least this many elements.
@@ -28,21 +29,41 @@ _LARGEST_HIDDEN = 128
 _PROGRAMS_AT_ONCE = 512
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """One kernel's launch: pixels of a patch and columns of the wide axis in a step, warps, pipeline stages."""
 
     rows: int
     slice: int
     num_warps: int
     num_stages: int
-    registers: int | None = None
+
+
+#: By kernel, 16-bit operands or not, Hx above 64 or not. Chosen so that nothing spills on sm_80, 90, 100 and 120, which
+#: tests/flowseg_kernels/static/test_field_forms.py holds; the figures are in docs/notes/performance.md.
+_SETTINGS = {
+    ("forward", True, False): Settings(64, 32, 4, 2),
+    ("forward", True, True): Settings(64, 32, 8, 1),
+    ("forward", False, False): Settings(32, 32, 4, 1),
+    ("forward", False, True): Settings(16, 32, 8, 1),
+    ("rows", True, False): Settings(64, 32, 4, 2),
+    ("rows", True, True): Settings(32, 32, 8, 1),
+    ("rows", False, False): Settings(32, 32, 8, 1),
+    ("rows", False, True): Settings(16, 16, 8, 1),
+    ("weights", True, False): Settings(64, 32, 4, 1),
+    ("weights", True, True): Settings(32, 16, 8, 1),
+    ("weights", False, False): Settings(32, 32, 8, 1),
+    ("weights", False, True): Settings(16, 32, 8, 1),
+}
 
 
 def launch_settings(kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype) -> Settings:
-    """Settings of "forward", "states", "rows" or "weights" for Hx, r Hx, p^2 and the dtype of the products."""
-    rows = min(64, max(_SMALLEST, triton.next_power_of_2(pixels)))
-    return Settings(rows, min(64, max(_SMALLEST, triton.next_power_of_2(wide))), 4, 2)
+    """Settings of "forward", "states" (the forward kernel in the backward), "rows" or "weights" for Hx, r Hx, p^2."""
+    name = "forward" if kernel == "states" else kernel
+    chosen = _SETTINGS[name, operand != torch.float32, hidden > 64]
+    rows = min(chosen.rows, max(_SMALLEST, triton.next_power_of_2(pixels)))
+    # Few pixels are no work for many warps, except where the warps share out the generated weights.
+    warps = chosen.num_warps if kernel == "weights" else max(1, chosen.num_warps * rows // chosen.rows)
+    return Settings(rows, min(chosen.slice, max(_SMALLEST, triton.next_power_of_2(wide))), warps, chosen.num_stages)
 
 
 def patches_at_once(patches: int, tiles: int) -> int:
@@ -51,7 +72,15 @@ def patches_at_once(patches: int, tiles: int) -> int:
 
 
 def constants(
-    kernel: str, hidden: int, wide: int, p: int, channels: int, operand: torch.dtype, both: bool, residual: bool, precision: str
+    kernel: str,
+    hidden: int,
+    wide: int,
+    p: int,
+    channels: int,
+    operand: torch.dtype,
+    both: bool,
+    residual: bool,
+    precision: str,
 ) -> dict:
     """The constexpr arguments of a kernel; what the products round to is `operand`."""
     chosen = launch_settings(kernel, hidden, wide, p * p, operand)
@@ -76,6 +105,51 @@ def constants(
     return found | {"C": channels, "CP": max(_SMALLEST, triton.next_power_of_2(channels))}
 
 
+_KERNELS = {"forward": forward_kernel, "states": forward_kernel, "rows": rows_kernel, "weights": weights_kernel}
+#: Arguments that are fp32 in memory whatever the operands are.
+_FP32 = ("table", "scales", "partials", "grad_gains")
+_INT32 = ("first", "columns", "per_image", "depth", "features")
+_STRIDES = ("sb", "sc", "sh", "sw", "gb", "gc", "gh", "gw")
+_UNUSED = {"forward": ("states", "scales"), "states": ("out",)}
+
+
+def form(
+    kernel: str, dtype: str = "bf16", hidden: int = 64, ratio: int = 2, p: int = 16, channels: int = 3, *, both: bool = True,
+    residual: bool = True, precision: str = "ieee",
+) -> Variant:  # fmt: skip
+    """The compiled form of a kernel that a call with inputs of one dtype ("fp32", "bf16" or "fp16") launches on an NVIDIA GPU."""
+    operand = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    found = constants(kernel, hidden, ratio * hidden, p, channels, operand, both, residual, precision)
+    found |= {"UPCAST": False, "TANH": dtype == "bf16"} | dict.fromkeys(_UNUSED.get(kernel, ()))
+
+    def kind(argument: str) -> str:
+        if argument in found:
+            return "constexpr"
+        if argument in _INT32:
+            return "i32"
+        if argument in _STRIDES:
+            return "i64"
+        if argument == "eps":
+            return "fp32"
+        return "*fp32" if argument in _FP32 or (argument == "grads" and hidden > 64) else f"*{dtype}"
+
+    chosen = launch_settings(kernel, hidden, ratio * hidden, p * p, operand)
+    signature = {argument: kind(argument) for argument in _KERNELS[kernel].arg_names}
+    options = compile_options(chosen.num_warps, stages=chosen.num_stages)
+    name = f"neural_field {kernel} {dtype} Hx={hidden} r={ratio} p={p} C={channels}"
+    return Variant(name + (" tf32" if precision == "tf32" else ""), _KERNELS[kernel], signature, found, options)
+
+
+def variants() -> Iterator[Variant]:
+    for kernel in _KERNELS:
+        yield form(kernel)
+        yield form(kernel, "fp16", 128, 4, 32, 16)
+        yield form(kernel, "bf16", 16, 1, 4, 1, both=False, residual=False)
+        yield form(kernel, "fp32")
+        yield form(kernel, "fp32", precision="tf32")
+        yield form(kernel, "fp32", 128, 1)
+
+
 class _Call:
     """One call: its sizes, and its tensors as the kernels want them."""
 
@@ -96,22 +170,20 @@ class _Call:
         tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
         self.operand = functools.reduce(torch.promote_types, (v.dtype for v in tensors))
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+        # rows_kernel has no room for its gradient in registers when Hx is large: it goes to scratch whole.
+        self.parked = torch.float32 if self.hidden > 64 else self.operand
         self.residual = form == "residual"
         self.options = (normalise == "both", self.residual, precision)
 
     def runs(self) -> bool:
         """Whether these kernels take the call."""
-        return (
-            self.operand in _OPERANDS and self.hidden <= _LARGEST_HIDDEN and self.x.shape[1] <= COMPILED_CHANNELS
-        )
+        return self.operand in _OPERANDS and self.hidden <= _LARGEST_HIDDEN and self.x.shape[1] <= COMPILED_CHANNELS
 
     def launch(self, kernel: str) -> dict:
         """Keyword arguments of a launch: constants and compiler options."""
         chosen = launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand)
-        found = constants(
-            kernel, self.hidden, self.wide, self.p, self.x.shape[1], self.operand, *self.options
-        )
-        return found | compile_options(chosen.num_warps, chosen.registers, chosen.num_stages)
+        found = constants(kernel, self.hidden, self.wide, self.p, self.x.shape[1], self.operand, *self.options)
+        return found | compile_options(chosen.num_warps, stages=chosen.num_stages)
 
     def tiles(self, kernel: str) -> int:
         """Programs that share a patch."""
@@ -163,7 +235,7 @@ def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
     count = patches_at_once(call.patches, tiles)
     scratch = functools.partial(torch.empty, device=x.device)
     states = scratch(count, depth + 1, call.p**2, hidden, dtype=call.operand)
-    grads = torch.empty_like(states)
+    grads = torch.empty_like(states, dtype=call.parked)
     scales = scratch(count, depth, call.wide + hidden, dtype=torch.float32)
     sizes = (hidden, channels * hidden, hidden * channels)
     partials = scratch(count * tiles, sum(sizes), dtype=torch.float32)
