@@ -1,7 +1,8 @@
 """Triton forward of the neural field: a program takes some pixels of one patch through all blocks, on chip.
 
 The generated weights stream over their wide axis in slices, so the registers a program needs do not grow with r Hx. The lengths of
-their columns come from the slices the products read anyway and scale the products; no normalised weight is ever stored.
+their columns scale the products, and no normalised weight is ever stored; a kernel of its own finds the lengths, once a patch, as
+in each tile of a patch anew they would cost as many instructions as all the rest.
 """
 
 import triton
@@ -95,9 +96,33 @@ def root_mean_square(h, eps, H: tl.constexpr):
     return tl.rsqrt(tl.sum(h * h, 1) / H + eps)
 
 
-@triton.jit
-def reciprocal_length(square):
-    return 1 / tl.maximum(tl.sqrt(square), 1e-12)
+@triton.jit(do_not_specialize=["first"])
+def lengths_kernel(
+    weights,
+    scales,
+    first,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    WIDE: tl.constexpr,
+    SLICE: tl.constexpr,
+    BOTH: tl.constexpr,
+):
+    """Reciprocal lengths (n, r Hx + Hx) of the columns of W1 and W2 of one block, the `first` or a later one of all patches."""
+    SHAVED: tl.constexpr = HP != H or WIDE % SLICE != 0
+    local = tl.program_id(0).to(tl.int64)
+    weights += (first + local) * (2 * WIDE * H)
+    scales += local * (WIDE + H)
+    column = tl.arange(0, HP)
+    squares = tl.zeros((SLICE, HP), tl.float32)
+    for start in range(0, WIDE, SLICE):
+        wide = start + tl.arange(0, SLICE)
+        w1 = load_tile(weights, column, wide, H, WIDE, SHAVED).to(tl.float32)
+        tl.store(scales + wide, 1 / tl.maximum(tl.sqrt(tl.sum(w1 * w1, 0)), 1e-12), mask=wide < WIDE)
+        if BOTH:
+            w2 = load_tile(weights + H * WIDE, wide, column, WIDE, H, SHAVED).to(tl.float32)
+            squares += w2 * w2
+    if BOTH:
+        tl.store(scales + WIDE + column, 1 / tl.maximum(tl.sqrt(tl.sum(squares, 0)), 1e-12), mask=column < H)
 
 
 @triton.jit
@@ -112,32 +137,20 @@ def entering(h, gain, eps, H: tl.constexpr, RESIDUAL: tl.constexpr):
 def block_step(
     h, gain, block, lengths, column, eps,
     H: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, SHAVED: tl.constexpr, BOTH: tl.constexpr,
-    RESIDUAL: tl.constexpr, KEEP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, TANH: tl.constexpr,
+    RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
-    """h after one block, whose weights begin at `block`; with KEEP the reciprocal column lengths go to `lengths`."""
+    """h after one block, whose weights begin at `block` and their reciprocal column lengths at `lengths`."""
     entered = entering(h, gain, eps, H, RESIDUAL).to(OPERAND)
     out = tl.zeros_like(h)
-    square2 = tl.zeros((h.shape[1],), tl.float32)
-    for first in range(0, WIDE, SLICE):
-        wide = first + tl.arange(0, SLICE)
+    for start in range(0, WIDE, SLICE):
+        wide = start + tl.arange(0, SLICE)
+        scale1 = load_vector(lengths, wide, WIDE, WIDE % SLICE != 0)
         w1 = load_tile(block, column, wide, H, WIDE, SHAVED).to(OPERAND)
-        exact = w1.to(tl.float32)
-        scale1 = reciprocal_length(tl.sum(exact * exact, 0))
         z = product(entered, w1, PRECISION, UPCAST) * scale1[None, :]
         w2 = load_tile(block + H * WIDE, wide, column, WIDE, H, SHAVED).to(OPERAND)
         out += product((z * sigmoid(z, TANH)).to(OPERAND), w2, PRECISION, UPCAST)
-        if BOTH:
-            exact = w2.to(tl.float32)
-            square2 += tl.sum(exact * exact, 0)
-        if KEEP:
-            # Every tile of the patch writes the same numbers.
-            tl.store(lengths + wide, scale1, mask=wide < WIDE)
     if BOTH:
-        scale2 = reciprocal_length(square2)
-        out = out * scale2[None, :]
-        if KEEP:
-            tl.store(lengths + WIDE + column, scale2, mask=column < H)
+        out = out * load_vector(lengths + WIDE, column, H, SHAVED)[None, :]
     if RESIDUAL:
         out += h
     return out
@@ -151,8 +164,7 @@ def forward_kernel(
     C: tl.constexpr, CP: tl.constexpr, BOTH: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
-    """Velocity of patches from `first`; with KEEP instead what the backward starts from: the states (n, L + 1, p^2, Hx) before each
-    block and after the last, and the reciprocal column lengths (n, L, r Hx + Hx) of W1 and W2."""
+    """Velocity of patches from `first`; with KEEP instead their states (n, L + 1, p^2, Hx) before each block and after the last."""
     TILES: tl.constexpr = (P * P + ROWS - 1) // ROWS
     SHAVED: tl.constexpr = HP != H or WIDE % SLICE != 0
     PARTIAL: tl.constexpr = HP != H or P * P % ROWS != 0
@@ -170,10 +182,10 @@ def forward_kernel(
             store_tile(states + (local * (depth + 1) + level) * (P * P * H), row, column, h, P * P, H, PARTIAL)
         block = weights + (patch * depth + level) * (2 * WIDE * H)
         gain = load_vector(gains + level * H, column, H, HP != H) if RESIDUAL else 1.0
-        lengths = scales + (local * depth + level) * (WIDE + H) if KEEP else None
+        lengths = scales + (local * depth + level) * (WIDE + H)
         h = block_step(
             h, gain, block, lengths, column, eps,
-            H, WIDE, SLICE, SHAVED, BOTH, RESIDUAL, KEEP, OPERAND, PRECISION, UPCAST, TANH,
+            H, WIDE, SLICE, SHAVED, BOTH, RESIDUAL, OPERAND, PRECISION, UPCAST, TANH,
         )  # fmt: skip
     if KEEP:
         store_tile(states + (local * (depth + 1) + depth) * (P * P * H), row, column, h, P * P, H, PARTIAL)

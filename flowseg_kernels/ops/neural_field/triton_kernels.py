@@ -16,7 +16,7 @@ from ...runtime.registry import COMPILED_CHANNELS
 from ...runtime.triton_forms import INTERPRETED, Variant, compile_options, on_device_of
 from . import reference
 from .triton_backward import rows_kernel, weights_kernel
-from .triton_forward import features_kernel, forward_kernel
+from .triton_forward import features_kernel, forward_kernel, lengths_kernel
 
 __all__ = ["Settings", "form", "launch_settings", "neural_field", "neural_field_bwd", "patches_at_once", "variants"]
 
@@ -41,6 +41,10 @@ class Settings(NamedTuple):
 #: By kernel, 16-bit operands or not, Hx above 64 or not. Chosen so that nothing spills on sm_80, 90, 100 and 120, which
 #: tests/flowseg_kernels/static/test_field_forms.py holds; the figures are in docs/notes/performance.md.
 _SETTINGS = {
+    ("lengths", True, False): Settings(16, 64, 4, 2),
+    ("lengths", True, True): Settings(16, 32, 4, 2),
+    ("lengths", False, False): Settings(16, 32, 4, 2),
+    ("lengths", False, True): Settings(16, 32, 8, 2),
     ("forward", True, False): Settings(64, 32, 4, 2),
     ("forward", True, True): Settings(64, 32, 8, 1),
     ("forward", False, False): Settings(32, 32, 4, 1),
@@ -62,7 +66,7 @@ def launch_settings(kernel: str, hidden: int, wide: int, pixels: int, operand: t
     chosen = _SETTINGS[name, operand != torch.float32, hidden > 64]
     rows = min(chosen.rows, max(_SMALLEST, triton.next_power_of_2(pixels)))
     # Few pixels are no work for many warps, except where the warps share out the generated weights.
-    warps = chosen.num_warps if kernel == "weights" else max(1, chosen.num_warps * rows // chosen.rows)
+    warps = chosen.num_warps if kernel in ("lengths", "weights") else max(1, chosen.num_warps * rows // chosen.rows)
     return Settings(rows, min(chosen.slice, max(_SMALLEST, triton.next_power_of_2(wide))), warps, chosen.num_stages)
 
 
@@ -98,6 +102,8 @@ def constants(
         "UPCAST": INTERPRETED and operand != torch.float32,
         "TANH": operand == torch.bfloat16 and not INTERPRETED and torch.version.hip is None,
     }
+    if kernel == "lengths":
+        return {name: found[name] for name in ("H", "HP", "WIDE", "SLICE", "BOTH")}
     if kernel == "weights":
         return found
     if kernel != "rows":
@@ -105,12 +111,18 @@ def constants(
     return found | {"C": channels, "CP": max(_SMALLEST, triton.next_power_of_2(channels))}
 
 
-_KERNELS = {"forward": forward_kernel, "states": forward_kernel, "rows": rows_kernel, "weights": weights_kernel}
+_KERNELS = {
+    "lengths": lengths_kernel,
+    "forward": forward_kernel,
+    "states": forward_kernel,
+    "rows": rows_kernel,
+    "weights": weights_kernel,
+}
 #: Arguments that are fp32 in memory whatever the operands are.
 _FP32 = ("table", "scales", "partials", "grad_gains")
 _INT32 = ("first", "columns", "per_image", "depth", "features")
 _STRIDES = ("sb", "sc", "sh", "sw", "gb", "gc", "gh", "gw")
-_UNUSED = {"forward": ("states", "scales"), "states": ("out",)}
+_UNUSED = {"forward": ("states",), "states": ("out",)}
 
 
 def form(
@@ -120,7 +132,8 @@ def form(
     """The compiled form of a kernel that a call with inputs of one dtype ("fp32", "bf16" or "fp16") launches on an NVIDIA GPU."""
     operand = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     found = constants(kernel, hidden, ratio * hidden, p, channels, operand, both, residual, precision)
-    found |= {"UPCAST": False, "TANH": dtype == "bf16"} | dict.fromkeys(_UNUSED.get(kernel, ()))
+    if "TANH" in found:
+        found |= {"UPCAST": False, "TANH": dtype == "bf16"} | dict.fromkeys(_UNUSED.get(kernel, ()))
 
     def kind(argument: str) -> str:
         if argument in found:
@@ -197,6 +210,11 @@ class _Call:
             **self.launch(kernel),
         )  # fmt: skip
 
+    def lengths(self, scales: Tensor, first: int, patches: int) -> None:
+        """Fill `scales` (patches, L, r Hx + Hx) for patches from `first`."""
+        if blocks := patches * self.depth:
+            lengths_kernel[(blocks,)](self.weights, scales, first * self.depth, **self.launch("lengths"))
+
     def features(self) -> Tensor:
         """reference.cosine_features in one launch."""
         freqs = math.isqrt(self.embed.shape[1] - self.x.shape[1])
@@ -220,7 +238,9 @@ def neural_field(x: Tensor, weights: Tensor, embed_weight: Tensor, embed_bias: T
         return out
     with on_device_of(x):
         table = call.table(embed_bias, call.features())
-        call.forward("forward", call.patches, table, out, None, None, 0)
+        scales = x.new_empty(call.patches, call.depth, call.wide + call.hidden, dtype=torch.float32)
+        call.lengths(scales, 0, call.patches)
+        call.forward("forward", call.patches, table, out, None, scales, 0)
     return out
 
 
@@ -249,6 +269,7 @@ def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
         table = call.table(inputs[3], features)
         for first in range(0, call.patches, max(count, 1)):
             now = min(count, call.patches - first)
+            call.lengths(scales, first, now)
             call.forward("states", now, table, None, states, scales, first)
             rows_kernel[(now * tiles,)](
                 x, grad, call.weights, call.embed, call.gains, call.out_gain, call.out_weight, states, scales, grad_x, grads,
