@@ -10,6 +10,7 @@ dg = rowsum(N W1n); likewise the output layer's gain.
 import triton
 import triton.language as tl
 
+from ..triton_pixels import rounded
 from .triton_forward import (
     dense_places,
     entering,
@@ -96,7 +97,7 @@ def rows_kernel(
         scale = root_mean_square(h, eps, H)
         h = h * scale[:, None]
     # Rows beyond the patch have a zero gradient, so they add nothing here, whatever their states hold.
-    by_out = product(tl.trans(g_out), h.to(OPERAND), PRECISION, UPCAST)
+    by_out = product(tl.trans(g_out), rounded(h, OPERAND), PRECISION, UPCAST)
     leaving = load_tile(out_weight, channel, column, C, H, True)
     g = product(g_out, leaving.to(OPERAND), PRECISION, UPCAST)
     if RESIDUAL:
@@ -111,13 +112,13 @@ def rows_kernel(
         store_tile(grads + level * (P * P * H), row, column, g, P * P, H, PARTIAL)
         h = load_tile(states + level * (P * P * H), row, column, P * P, H, PARTIAL).to(tl.float32)
         gain = load_vector(gains + level * H, column, H, HP != H) if RESIDUAL else 1.0
-        entered = entering(h, gain, eps, H, RESIDUAL).to(OPERAND)
+        entered = rounded(entering(h, gain, eps, H, RESIDUAL), OPERAND)
         block = weights + (patch * depth + level) * (2 * WIDE * H)
         lengths = scales + (local * depth + level) * (WIDE + H)
         if BOTH:
-            g_in = (g * load_vector(lengths + WIDE, column, H, HP != H)[None, :]).to(OPERAND)
+            g_in = rounded(g * load_vector(lengths + WIDE, column, H, HP != H)[None, :], OPERAND)
         else:
-            g_in = g.to(OPERAND)
+            g_in = rounded(g, OPERAND)
         into = tl.zeros_like(g)
         for start in range(0, WIDE, SLICE):
             wide = start + tl.arange(0, SLICE)
@@ -126,7 +127,7 @@ def rows_kernel(
             slope = silu_and_slope(product(entered, w1, PRECISION, UPCAST) * scale1[None, :], TANH)[1] * scale1[None, :]
             w2 = load_tile(block + H * WIDE, wide, column, WIDE, H, SHAVED).to(OPERAND)
             g_wide = product(g_in, tl.trans(w2), PRECISION, UPCAST) * slope
-            into += product(g_wide.to(OPERAND), tl.trans(w1), PRECISION, UPCAST)
+            into += product(rounded(g_wide, OPERAND), tl.trans(w1), PRECISION, UPCAST)
         if RESIDUAL:
             # Read again rather than held in registers through the products.
             h = load_tile(states + level * (P * P * H), row, column, P * P, H, PARTIAL).to(tl.float32)
@@ -139,14 +140,14 @@ def rows_kernel(
             g = into
     store_tile(grads + depth * (P * P * H), row, column, g, P * P, H, PARTIAL)
 
-    g_in = g.to(OPERAND)
+    g_in = rounded(g, OPERAND)
     at, exists = image_places(patch, row, channel, columns, per_image, sb, sc, sh, sw, P, C)
     pixels = tl.load(x + at, mask=exists, other=0.0).to(OPERAND)
     by_pixel = product(tl.trans(g_in), pixels, PRECISION, UPCAST)
     store_tile(partials + (1 + C) * H, column, channel, by_pixel, H, C, True)
     from_embed = tl.trans(load_embedding(embed, column, channel, features, H, C).to(OPERAND))
     at, exists = dense_places(patch, row, channel, columns, per_image, P, C)
-    tl.store(grad_x + at, product(g_in, from_embed, PRECISION, UPCAST).to(grad_x.dtype.element_ty), mask=exists)
+    tl.store(grad_x + at, rounded(product(g_in, from_embed, PRECISION, UPCAST), grad_x.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["first", "depth"])
@@ -178,8 +179,8 @@ def weights_kernel(
         unit1 = unit_first(weights, scales, column, wide, H, WIDE, SLICE, SHAVED)
         if RESIDUAL:
             unit1 *= load_vector(gains + level * H, column, H, HP != H)[:, None]
-        unit1 = unit1.to(OPERAND)
-        unit2 = tl.trans(unit_second(weights, scales, column, wide, H, WIDE, SHAVED, BOTH).to(OPERAND))
+        unit1 = rounded(unit1, OPERAND)
+        unit2 = tl.trans(rounded(unit_second(weights, scales, column, wide, H, WIDE, SHAVED, BOTH), OPERAND))
         into1 = tl.zeros((HP, SLICE), tl.float32)
         # Transposed, as then both sums have Hx rows, enough for the widest matrix instruction.
         into2 = tl.zeros((HP, SLICE), tl.float32)
@@ -188,11 +189,11 @@ def weights_kernel(
             h = load_tile(states, row, column, P * P, H, PARTIAL).to(tl.float32)
             if RESIDUAL:
                 h = h * root_mean_square(h, eps, H)[:, None]
-            normal = h.to(OPERAND)
+            normal = rounded(h, OPERAND)
             u, slope = silu_and_slope(product(normal, unit1, PRECISION, UPCAST), TANH)
-            g = load_tile(grads, row, column, P * P, H, PARTIAL).to(OPERAND)
-            into2 += product(tl.trans(g), u.to(OPERAND), PRECISION, UPCAST)
-            g_wide = (product(g, unit2, PRECISION, UPCAST) * slope).to(OPERAND)
+            g = rounded(load_tile(grads, row, column, P * P, H, PARTIAL), OPERAND)
+            into2 += product(tl.trans(g), rounded(u, OPERAND), PRECISION, UPCAST)
+            g_wide = rounded(product(g, unit2, PRECISION, UPCAST) * slope, OPERAND)
             into1 += product(tl.trans(normal), g_wide, PRECISION, UPCAST)
         unit = unit_first(weights, scales, column, wide, H, WIDE, SLICE, SHAVED)
         if RESIDUAL:

@@ -8,6 +8,8 @@ in each tile of a patch anew they would cost as many instructions as all the res
 import triton
 import triton.language as tl
 
+from ..triton_pixels import rounded
+
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
@@ -40,7 +42,7 @@ def load_tile(base, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MASK
 @triton.jit
 def store_tile(base, row, column, value, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     at = base + row[:, None] * WIDTH + column[None, :]
-    value = value.to(base.dtype.element_ty)
+    value = rounded(value, base.dtype.element_ty)
     if MASKED:
         tl.store(at, value, mask=(row < HEIGHT)[:, None] & (column < WIDTH)[None, :])
     else:
@@ -140,7 +142,7 @@ def block_step(
     RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
     """h after one block, whose weights begin at `block` and their reciprocal column lengths at `lengths`."""
-    entered = entering(h, gain, eps, H, RESIDUAL).to(OPERAND)
+    entered = rounded(entering(h, gain, eps, H, RESIDUAL), OPERAND)
     out = tl.zeros_like(h)
     for start in range(0, WIDE, SLICE):
         wide = start + tl.arange(0, SLICE)
@@ -148,7 +150,7 @@ def block_step(
         w1 = load_tile(block, column, wide, H, WIDE, SHAVED).to(OPERAND)
         z = product(entered, w1, PRECISION, UPCAST) * scale1[None, :]
         w2 = load_tile(block + H * WIDE, wide, column, WIDE, H, SHAVED).to(OPERAND)
-        out += product((z * sigmoid(z, TANH)).to(OPERAND), w2, PRECISION, UPCAST)
+        out += product(rounded(z * sigmoid(z, TANH), OPERAND), w2, PRECISION, UPCAST)
     if BOTH:
         out = out * load_vector(lengths + WIDE, column, H, SHAVED)[None, :]
     if RESIDUAL:
@@ -191,11 +193,11 @@ def forward_kernel(
         store_tile(states + (local * (depth + 1) + depth) * (P * P * H), row, column, h, P * P, H, PARTIAL)
     else:
         gain = load_vector(out_gain, column, H, HP != H) if RESIDUAL else 1.0
-        last = entering(h, gain, eps, H, RESIDUAL).to(OPERAND)
+        last = rounded(entering(h, gain, eps, H, RESIDUAL), OPERAND)
         leaving = tl.trans(load_tile(out_weight, channel, column, C, H, True).to(OPERAND))
         velocity = product(last, leaving, PRECISION, UPCAST) + load_vector(out_bias, channel, C, True)[None, :]
         at, exists = dense_places(patch, row, channel, columns, per_image, P, C)
-        tl.store(out + at, velocity.to(out.dtype.element_ty), mask=exists)
+        tl.store(out + at, rounded(velocity, out.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["p", "freqs", "count"])

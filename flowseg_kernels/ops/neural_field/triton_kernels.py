@@ -71,8 +71,8 @@ def launch_settings(kernel: str, hidden: int, wide: int, pixels: int, operand: t
 
 
 def patches_at_once(patches: int, tiles: int) -> int:
-    """Patches that one round of the backward takes: what fills a GPU, or a sixteenth of all if that is more."""
-    return min(patches, max(-(-_PROGRAMS_AT_ONCE // tiles), -(-patches // 16)))
+    """Patches that one round of the backward takes: what fills a GPU, or an eighth of all if that is more."""
+    return min(patches, max(-(-_PROGRAMS_AT_ONCE // tiles), -(-patches // 8)))
 
 
 def constants(
