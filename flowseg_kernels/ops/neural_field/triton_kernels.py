@@ -41,14 +41,14 @@ class Settings(NamedTuple):
 #: By kernel, 16-bit operands or not, Hx above 64 or not. Chosen so that nothing spills on sm_80, 90, 100 and 120, which
 #: tests/flowseg_kernels/static/test_field_forms.py holds; the figures are in docs/notes/performance.md.
 _SETTINGS = {
-    ("lengths", True, False): Settings(16, 64, 4, 2),
+    ("lengths", True, False): Settings(16, 32, 4, 2),
     ("lengths", True, True): Settings(16, 32, 4, 2),
     ("lengths", False, False): Settings(16, 32, 4, 2),
     ("lengths", False, True): Settings(16, 32, 8, 2),
     ("forward", True, False): Settings(64, 32, 4, 2),
     ("forward", True, True): Settings(64, 32, 8, 1),
-    ("forward", False, False): Settings(32, 32, 4, 1),
-    ("forward", False, True): Settings(16, 32, 8, 1),
+    ("forward", False, False): Settings(32, 32, 4, 2),
+    ("forward", False, True): Settings(16, 16, 8, 1),
     ("rows", True, False): Settings(64, 32, 4, 2),
     ("rows", True, True): Settings(32, 32, 8, 1),
     ("rows", False, False): Settings(32, 32, 8, 1),
