@@ -117,7 +117,10 @@ def backend_reasons(op: str, device: str, channels: int = 3) -> dict[str, str | 
     """For each backend None if it can run `op` on `device`, else the reason; in the order of the automatic choice."""
     if op not in OPS:
         raise ValueError(f"op: wanted one of {', '.join(sorted(OPS))}; got {op!r}")
-    return {name: OPS[op][name].why_not(device, channels) if name in OPS[op] else NO_KERNEL for name in _automatic_order(device)}
+    return {
+        name: OPS[op][name].why_not(device, channels) if name in OPS[op] else NO_KERNEL
+        for name in _automatic_order(device)
+    }
 
 
 def available_backends(op: str, device: str = "cpu") -> list[str]:
