@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 from . import settings
+from .preferences import gpu_preference
 
 __all__ = ["BACKENDS", "BackendUnavailable", "Implementation", "available_backends", "requested_backend", "use_backend"]
 
-#: Every backend name, in the order of the automatic choice.
+#: Every backend name, in the order of the automatic choice where nothing was measured.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 #: The reason given for a backend that an op has no implementation for.
@@ -98,7 +99,7 @@ def select(op: str, device: str, channels: int, requested: str) -> Implementatio
         if reason:
             raise BackendUnavailable(f"{op}: backend {requested!r} was asked for and cannot run: {reason}")
         return implementations[requested]
-    for name in BACKENDS:
+    for name in _order(op, device):
         if name in implementations and implementations[name].why_not(device, channels) is None:
             return implementations[name]
     raise BackendUnavailable(
@@ -106,11 +107,19 @@ def select(op: str, device: str, channels: int, requested: str) -> Implementatio
     )  # pragma: no cover - reference always can
 
 
+def _order(op: str, device: str) -> tuple[str, ...]:
+    """Backend names in the order of the automatic choice."""
+    preferred = gpu_preference(op)[0] if device == "cuda" else ()
+    return (*preferred, *(name for name in BACKENDS if name not in preferred))
+
+
 def backend_reasons(op: str, device: str, channels: int = 3) -> dict[str, str | None]:
     """For each backend None if it can run `op` on `device`, else the reason; in the order of the automatic choice."""
     if op not in OPS:
         raise ValueError(f"op: wanted one of {', '.join(sorted(OPS))}; got {op!r}")
-    return {name: OPS[op][name].why_not(device, channels) if name in OPS[op] else NO_KERNEL for name in BACKENDS}
+    return {
+        name: OPS[op][name].why_not(device, channels) if name in OPS[op] else NO_KERNEL for name in _order(op, device)
+    }
 
 
 def available_backends(op: str, device: str = "cpu") -> list[str]:
