@@ -42,9 +42,7 @@ __device__ __forceinline__ void stage(const Codes& codes, int first, int count, 
     const int k = i / kLength, c = i % kLength;
     tile.rows[k].at[c] = c < codes.channels ? mu[static_cast<int64_t>(k) * codes.channels + c] : T(0);
   }
-#ifndef FLOWSEG_PLANT_RACE  // tests delete the barrier to see that they would notice
-  __syncthreads();
-#endif
+  if (!FLOWSEG_PLANTED(race)) __syncthreads();
 }
 
 // Calls use(first class, number of classes) with each part of the centroids in `tile`, in order. `staged`: they all fit and are

@@ -8,7 +8,7 @@ namespace flowseg::cuda {
 // Calls body.template operator()<T, C>() with the compute type and the smallest compiled number of channels that is enough: padding
 // with zeros changes no distance. FLOWSEG_ONLY_3: tests of the machine code compile the common case alone.
 template <class Body>
-void for_type_and_channels(Real type, int channels, Body body) {
+void for_type_and_channels([[maybe_unused]] Real type, [[maybe_unused]] int channels, Body body) {
 #ifdef FLOWSEG_ONLY_3
   return body.template operator()<float, 3>();
 #else
@@ -23,7 +23,7 @@ void for_type_and_channels(Real type, int channels, Body body) {
 }
 
 template <class Body>
-void for_type(Real type, Body body) {
+void for_type([[maybe_unused]] Real type, Body body) {
 #ifndef FLOWSEG_ONLY_3
   if (type == Real::f64) return body.template operator()<double>();
 #endif

@@ -24,6 +24,7 @@ __device__ __forceinline__ Place place_of(int64_t pixels, unsigned blocks_an_ima
   const unsigned image = blockIdx.x / blocks_an_image;
   const int64_t part = static_cast<int64_t>(blockIdx.x - image * blocks_an_image) * steps + step;
   Place place{image, (part * kThreads + threadIdx.x) * P, 0};
+  if (FLOWSEG_PLANTED(overrun)) pixels += P;
   const int64_t left = pixels - place.first;
   place.count = left >= P ? P : left > 0 ? static_cast<int>(left) : 0;
   return place;

@@ -17,6 +17,11 @@
 #define FLOWSEG_THREADS 128  // a block; the host shim takes fewer
 #endif
 
+// Faults that the sanitizers' test switches on to see that they would be found; compiled out everywhere else.
+#ifndef FLOWSEG_PLANTED
+#define FLOWSEG_PLANTED(fault) false
+#endif
+
 namespace flowseg::cuda {
 
 constexpr int kThreads = FLOWSEG_THREADS;

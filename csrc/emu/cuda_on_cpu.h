@@ -25,6 +25,14 @@
 #endif
 #define FLOWSEG_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(flowseg::emu::block->dynamic_shared.get())
 
+#ifdef FLOWSEG_PLANTS
+namespace flowseg::emu {
+enum class Fault { none, race, overrun };
+inline Fault planted = Fault::none;
+}  // namespace flowseg::emu
+#define FLOWSEG_PLANTED(fault) (flowseg::emu::planted == flowseg::emu::Fault::fault)
+#endif
+
 struct Index {
   unsigned x;
 };
