@@ -84,12 +84,16 @@ struct Nearest {
 // The candidates of a cell: records of eight, four at a time.
 __device__ __forceinline__ int search_list(const Grid& grid, int first, float x, float y, float z) {
   Nearest found;
-  const auto* quads = reinterpret_cast<const Packed<float, 4>*>(grid.records) + static_cast<int64_t>(first) * 8;
-  for (int quad = 0, end = 2 * grid.groups[first]; quad < end; ++quad) {
-    const auto* at = quads + (quad / 2) * 8 + quad % 2;
-    const Packed<float, 4> xs = at[0], ys = at[2], zs = at[4], labels = at[6];
+  const auto offer_four = [&](const Packed<float, 4>* four) {
+    const Packed<float, 4> xs = four[0], ys = four[2], zs = four[4], labels = four[6];
 #pragma unroll
     for (int i = 0; i < 4; ++i) found.offer(x - xs.at[i], y - ys.at[i], z - zs.at[i], labels.at[i]);
+  };
+  const auto* record = reinterpret_cast<const Packed<float, 4>*>(grid.records) + static_cast<int64_t>(first) * 8;
+  for (int left = grid.groups[first]; left > 0; --left, record += 8) {
+    offer_four(record);
+    if (record[1].at[0] == infinity<float>()) break;  // most lists have at most four candidates; the rest is padding
+    offer_four(record + 1);
   }
   return static_cast<int>(found.label);
 }
@@ -110,6 +114,7 @@ __device__ __forceinline__ int search_all(const Codes& codes, float x, float y, 
     found.offer(x - b.at[2], y - b.at[3], z - c.at[0], label + 2);
     found.offer(x - c.at[1], y - c.at[2], z - c.at[3], label + 3);
   }
+#pragma unroll 1
   for (; k < codes.classes; ++k, mu += 3) found.offer(x - mu[0], y - mu[1], z - mu[2], static_cast<float>(k));
   return static_cast<int>(found.label);
 }
