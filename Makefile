@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
-SOURCES := $(shell find csrc build_backend -name '*.cpp' -o -name '*.h' -o -name '*.py') setup.py pyproject.toml
+SOURCES := $(shell find csrc build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') setup.py pyproject.toml
 
 .PHONY: install demo test lint format bench clean
 
@@ -30,7 +30,7 @@ demo: install
 	$(RUN) -m flowseg demo --out demo_out
 
 test: install lint
-	FLOWSEG_REQUIRE_BACKENDS=reference,cpu $(RUN) -m pytest tests
+	FLOWSEG_REQUIRE_BACKENDS=reference,cpu FLOWSEG_REQUIRE_EMULATION=1 $(RUN) -m pytest tests
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "blocks.h"
+#include "flowseg/decode_grid.h"
 
 namespace flowseg::cpu {
 namespace {
@@ -127,17 +128,8 @@ FLOWSEG_INLINE int search_list(const Grid& grid, int first, float x, float y, fl
 void look_up_block(const Grid& grid, const Block<float, 3>& x, Found<float>& found) {
   alignas(64) int32_t cell[kBlock];
   int16_t open[kBlock];
-  const float limit = static_cast<float>(grid.size);
-  const int size = grid.size;
   for (int i = 0; i < kBlock; ++i) {
-    const float a = (x.at[0][i] - grid.low) * grid.scale;
-    const float b = (x.at[1][i] - grid.low) * grid.scale;
-    const float c = (x.at[2][i] - grid.low) * grid.scale;
-    // False for NaN too; the bitwise and keeps the loop free of branches.
-    const bool inside = (a >= 0) & (a < limit) & (b >= 0) & (b < limit) & (c >= 0) & (c < limit);
-    const int at = (static_cast<int>(inside ? c : 0) * size + static_cast<int>(inside ? b : 0)) * size +
-                   static_cast<int>(inside ? a : 0);
-    cell[i] = inside ? at : -1;
+    cell[i] = cell_of(x.at[0][i], x.at[1][i], x.at[2][i], grid.low, grid.scale, grid.size);
   }
   int count = 0;
   for (int i = 0; i < kBlock; ++i) {
