@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = "2.10"
 CPU_LIBRARY, CUDA_LIBRARY = "libflowseg_cpu.so", "libflowseg_cuda.so"
 
-OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
+PIXEL_OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
+CPU_OPS, CUDA_OPS = (*PIXEL_OPS, "neural_field"), PIXEL_OPS
 ISA_FLAGS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c -mbmi -mbmi2",
@@ -37,6 +38,8 @@ ISA_FLAGS = {
 }
 #: GPU architectures that are compiled for unless TORCH_CUDA_ARCH_LIST names others; the newest also as PTX, for those to come.
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+#: Folders whose kernels.cpp is compiled once for each instruction set, with those that only they have.
+KERNELS = {"chunk": {}, "field": {"avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"}}
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
@@ -168,19 +171,21 @@ def cpu_ninja_file(compiler: str, torch_folder: Path, target: Path) -> str:
         f"-L{quoted(torch_folder / 'lib')} -ltorch -ltorch_cpu -lc10 -lgcc",
     ]
     objects = []
-    for name in (*OPS, "dispatch"):
+    for name in (*CPU_OPS, "dispatch"):
         objects.append(f"{name}.o")
         lines.append(f"build {name}.o: compile {escaped(ROOT / 'csrc' / 'cpu' / name)}.cpp")
-    for isa, isa_flags in ISA_FLAGS.items() if X86 else (("baseline", ""),):
-        objects.append(f"kernels_{isa}.o")
-        lines += [f"build kernels_{isa}.o: compile {escaped(ROOT)}/csrc/cpu/chunk/kernels.cpp", f"  isa = {isa_flags}"]
+    for folder, own in KERNELS.items():
+        for isa, isa_flags in {**ISA_FLAGS, **own}.items() if X86 else (("baseline", ""),):
+            objects.append(f"{folder}_{isa}.o")
+            source = escaped(ROOT / "csrc" / "cpu" / folder / "kernels.cpp")
+            lines += [f"build {folder}_{isa}.o: compile {source}", f"  isa = {isa_flags}"]
     lines.append(f"build {escaped(target)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
 def cuda_ninja_file(nvcc: str, torch_folder: Path, target: Path) -> str:
     # Architectures of one file in parallel only where there are more cores than files.
-    threads = max(1, jobs() // len(OPS))
+    threads = max(1, jobs() // len(CUDA_OPS))
     flags = (
         f"-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA --threads={threads} {code_flags(nvcc)} "
         f"{includes_and_target(torch_folder)} {os.environ.get('FLOWSEG_NVCCFLAGS', '')}"
@@ -196,9 +201,9 @@ def cuda_ninja_file(nvcc: str, torch_folder: Path, target: Path) -> str:
         f"  command = {quoted(nvcc)} -shared -cudart=static $in -o $out -L{quoted(torch_folder / 'lib')} "
         "-Xlinker=--no-as-needed -ltorch -ltorch_cpu -lc10",
     ]
-    for name in OPS:
+    for name in CUDA_OPS:
         lines.append(f"build {name}.o: compile {escaped(ROOT / 'csrc' / 'cuda' / name)}.cu")
-    lines.append(f"build {escaped(target)}: link {' '.join(f'{name}.o' for name in OPS)}")
+    lines.append(f"build {escaped(target)}: link {' '.join(f'{name}.o' for name in CUDA_OPS)}")
     return "\n".join(lines) + "\n"
 
 

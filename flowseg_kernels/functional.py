@@ -16,6 +16,8 @@ from .ops.common import compute_dtype, valid_mask
 from .ops.common import encode_labels as _encode_valid
 from .ops.distance_correction.reference import TRANSFORMS
 from .ops.flow_loss.reference import KINDS, REDUCTIONS, SCHEDULES
+from .ops.neural_field.reference import FORMS, NORMALISE
+from .ops.neural_field.reference import neural_field as _plain_neural_field
 from .runtime.checks import (
     FLOAT_DTYPES,
     LABEL_DTYPES,
@@ -28,6 +30,7 @@ from .runtime.checks import (
     check_positive,
     check_tensor,
     check_time,
+    under_transform,
 )
 
 __all__ = [
@@ -373,14 +376,16 @@ def neural_field(
     weights: Tensor,
     embed_weight: Tensor,
     embed_bias: Tensor,
-    norm_weight: Tensor,
-    out_norm_weight: Tensor,
+    norm_weight: Tensor | None,
+    out_norm_weight: Tensor | None,
     out_weight: Tensor,
     out_bias: Tensor,
     *,
     patch_size: int = 16,
     mlp_ratio: int = 2,
     eps: float = 1e-6,
+    normalise: str = "both",
+    form: str = "residual",
 ) -> Tensor:
     """The pixel neural field of PixNerd (arXiv 2507.23268): a small MLP a patch, with generated weights, at its pixels.
 
@@ -392,16 +397,21 @@ def neural_field(
         weights: (B, N, L, 2 r Hx^2) = [W1 (Hx, r Hx) | W2 (r Hx, Hx)] of each block; N = H W / patch_size^2 patches in
             row-major order.
         embed_weight, embed_bias: (Hx, C + F^2), (Hx,): acting on the C channels, then the F^2 cosine features.
-        norm_weight: (L, Hx), gains of the RMSNorm of each block.
-        out_norm_weight, out_weight, out_bias: (Hx,), (C, Hx), (C,).
+        norm_weight: (L, Hx), gains of the RMSNorm of each block; None in the plain form.
+        out_norm_weight: (Hx,), gain of the last RMSNorm; None in the plain form.
+        out_weight, out_bias: (C, Hx), (C,).
         patch_size: p. Default 16.
         mlp_ratio: r. Default 2.
         eps: of the RMSNorms. Default 1e-6.
+        normalise: "both" (default), or "first": W2 is used as it was generated (PixNerd's text model).
+        form: "residual" (default), or "plain": h = silu(h W1n) W2n without residual and RMSNorms, out = out_weight h + out_bias
+            (FlowSeg, arXiv 2603.19218, writes its decoder so).
 
     Returns:
         (B, C, H, W) in the dtype of x, contiguous.
 
-    Differentiable in all eight tensors, once; backward recomputes the forward and keeps nothing but the inputs.
+    Differentiable in all eight tensors; backward recomputes the forward and keeps nothing but the inputs. Second derivatives,
+    forward mode and torch.func transforms run the plain PyTorch formula, at its cost in time and memory.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -414,6 +424,8 @@ def neural_field(
     for name, value in (("patch_size", patch_size), ("mlp_ratio", mlp_ratio)):
         check_index(name, value)
         check_positive(name, value)
+    check_choice("normalise", normalise, NORMALISE)
+    check_choice("form", form, FORMS)
     batch, channels, height, width = x.shape
     if height % patch_size or width % patch_size:
         raise ValueError(f"x: wanted height and width divisible by patch_size {patch_size}; got {tuple(x.shape)}")
@@ -433,27 +445,23 @@ def neural_field(
     wanted = {
         "embed_weight": (embed_weight, (hidden, channels + features)),
         "embed_bias": (embed_bias, (hidden,)),
-        "norm_weight": (norm_weight, (weights.shape[2], hidden)),
-        "out_norm_weight": (out_norm_weight, (hidden,)),
         "out_weight": (out_weight, (channels, hidden)),
         "out_bias": (out_bias, (channels,)),
     }
+    norms = {"norm_weight": (norm_weight, (weights.shape[2], hidden)), "out_norm_weight": (out_norm_weight, (hidden,))}
+    if form == "residual":
+        wanted |= norms
+    else:
+        for name, (value, _) in norms.items():
+            if value is not None:
+                raise ValueError(f"{name}: wanted None, as the plain form has no RMSNorm; got {type(value).__name__}")
+        # The op takes tensors only; it does not look at these two.
+        norm_weight, out_norm_weight = x.new_empty(0), x.new_empty(0)
     for name, (value, shape) in wanted.items():
         check_tensor(name, value, FLOAT_DTYPES, str(shape), len(shape))
         if value.shape != shape:
             raise ValueError(f"{name}: wanted shape {shape}; got {tuple(value.shape)}")
         check_device(name, value, ("x", x))
-    check_no_transform("neural_field", x, weights, *(value for value, _ in wanted.values()))
-    return torch.ops.flowseg.neural_field(
-        x,
-        weights,
-        embed_weight,
-        embed_bias,
-        norm_weight,
-        out_norm_weight,
-        out_weight,
-        out_bias,
-        patch_size,
-        mlp_ratio,
-        eps,
-    )
+    tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
+    run = _plain_neural_field if under_transform(*tensors) else torch.ops.flowseg.neural_field
+    return run(*tensors, patch_size, mlp_ratio, eps, normalise, form)

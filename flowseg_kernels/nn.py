@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .chunked_field import chunked_field, generate
 from .codes import Codebook
+from .ops.neural_field.reference import FORMS, NORMALISE
+from .runtime.checks import check_choice, check_index, check_positive
 
 __all__ = ["CentroidDecoder", "FlowLoss", "NeuralFieldDecoder"]
 
@@ -48,10 +51,11 @@ class CentroidDecoder(nn.Module):
 class _FieldBlock(nn.Module):
     """One block's parameters under PixNerd's names: the generator of its weights and the gain of its norm."""
 
-    def __init__(self, dim: int, hidden: int, mlp_ratio: int):
+    def __init__(self, dim: int, hidden: int, mlp_ratio: int, norm: bool):
         super().__init__()
         self.param_generator1 = nn.Linear(dim, 2 * mlp_ratio * hidden * hidden)
-        self.norm = nn.RMSNorm(hidden, eps=1e-6)
+        if norm:
+            self.norm = nn.RMSNorm(hidden, eps=1e-6)
 
 
 class _FieldEmbedder(nn.Module):
@@ -61,9 +65,10 @@ class _FieldEmbedder(nn.Module):
 
 
 class _FieldOutput(nn.Module):
-    def __init__(self, hidden: int, channels: int):
+    def __init__(self, hidden: int, channels: int, norm: bool):
         super().__init__()
-        self.norm = nn.RMSNorm(hidden, eps=1e-6)
+        if norm:
+            self.norm = nn.RMSNorm(hidden, eps=1e-6)
         self.linear = nn.Linear(hidden, channels)
 
 
@@ -78,6 +83,10 @@ class NeuralFieldDecoder(nn.Module):
         mlp_ratio: r.
         patch_size: p.
         max_freqs: F; the cosine features are F^2.
+        normalise: "both" or "first", the generated weights with columns of unit length.
+        form: "residual" or "plain"; the plain form has no norms. As in functional.neural_field.
+        patch_chunk: generate the weights of at most about so many patches at a time (whole rows of patches, at least one) and
+            again in backward: memory for generated weights is that of one chunk. None (default): of all patches at once.
 
     Parameter names are PixNerd's (x_embedder.embedder.0, blocks.I.param_generator1, blocks.I.norm, final_layer.norm,
     final_layer.linear), so `load_pixnerd` takes its state dict. The last layer starts at zero: so does the output.
@@ -92,34 +101,58 @@ class NeuralFieldDecoder(nn.Module):
         mlp_ratio: int = 2,
         patch_size: int = 16,
         max_freqs: int = 8,
+        *,
+        normalise: str = "both",
+        form: str = "residual",
+        patch_chunk: int | None = None,
     ):
         super().__init__()
-        self.patch_size, self.mlp_ratio = patch_size, mlp_ratio
+        check_choice("normalise", normalise, NORMALISE)
+        check_choice("form", form, FORMS)
+        if patch_chunk is not None:
+            check_index("patch_chunk", patch_chunk)
+            check_positive("patch_chunk", patch_chunk)
+        self.patch_chunk = patch_chunk
+        self.patch_size, self.mlp_ratio, self.normalise, self.form = patch_size, mlp_ratio, normalise, form
+        norm = form == "residual"
         self.x_embedder = _FieldEmbedder(channels + max_freqs**2, hidden)
-        self.blocks = nn.ModuleList(_FieldBlock(dim, hidden, mlp_ratio) for _ in range(depth))
-        self.final_layer = _FieldOutput(hidden, channels)
+        self.blocks = nn.ModuleList(_FieldBlock(dim, hidden, mlp_ratio, norm) for _ in range(depth))
+        self.final_layer = _FieldOutput(hidden, channels, norm)
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
 
-    def forward(self, x: Tensor, s: Tensor) -> Tensor:
+    def forward(self, x: Tensor, s: Tensor, *, patch_size: int | None = None) -> Tensor:
         """Pixels (B, C, H, W) from x (B, C, H, W) and patch features s (B, N, D), patches in row-major order.
 
-        Differentiable in x, s and the parameters, once.
+        Args:
+            patch_size: pixels along the side of a patch in x, when it differs from training. A field is a function of the
+                position in its patch, from 0 at the first pixel to 1 at the last: at 2 p - 1 every second pixel is where a
+                pixel was at p. N stays H W / patch_size^2.
+
+        Differentiable in x, s and the parameters; twice, and in forward mode, at the cost of the plain formula and only without
+        patch_chunk.
         """
-        weights = torch.stack([block.param_generator1(s) for block in self.blocks], dim=2)
-        embed = self.x_embedder.embedder[0]
-        return functional.neural_field(
-            x,
-            weights,
+        residual = self.form == "residual"
+        embed, last = self.x_embedder.embedder[0], self.final_layer
+        shared = (
             embed.weight,
             embed.bias,
-            torch.stack([block.norm.weight for block in self.blocks]),
-            self.final_layer.norm.weight,
-            self.final_layer.linear.weight,
-            self.final_layer.linear.bias,
-            patch_size=self.patch_size,
-            mlp_ratio=self.mlp_ratio,
+            torch.stack([block.norm.weight for block in self.blocks]) if residual else None,
+            last.norm.weight if residual else None,
+            last.linear.weight,
+            last.linear.bias,
         )
+        generators = [(block.param_generator1.weight, block.param_generator1.bias) for block in self.blocks]
+        options = {
+            "patch_size": self.patch_size if patch_size is None else patch_size,
+            "mlp_ratio": self.mlp_ratio,
+            "eps": 1e-6,
+            "normalise": self.normalise,
+            "form": self.form,
+        }
+        if self.patch_chunk is None:
+            return functional.neural_field(x, generate(s, generators), *shared, **options)
+        return chunked_field(self.patch_chunk, x, s, shared, generators, options)
 
     def load_pixnerd(self, state_dict: dict[str, Tensor], *, first_block: int) -> None:
         """Load x_embedder, the field blocks and final_layer from a PixNerd state dict, in which every block is `blocks.I`.

@@ -71,12 +71,14 @@ def test_opcheck_of_backward_ops(backend, name, layout, codes150):
     torch.library.opcheck(getattr(torch.ops.flowseg, name).default, arguments)
 
 
+@pytest.mark.parametrize("form", ["residual", "plain"])
 @pytest.mark.parametrize("name", ["neural_field", "neural_field_bwd"])
-def test_opcheck_of_the_field(name):
-    field = [v.detach() for v in field_inputs(dtype=torch.float32)]
+def test_opcheck_of_the_field(backend, name, form):
+    field = [torch.empty(0) if v is None else v.detach() for v in field_inputs(dtype=torch.float32, form=form)]
+    options = (4, 2, 1e-6, "first", form)
     arguments = {
-        "neural_field": (*field, 4, 2, 1e-6),
-        "neural_field_bwd": (torch.randn_like(field[0]), *field, 4, 2, 1e-6, [True, False] * 4, ""),
+        "neural_field": (*field, *options),
+        "neural_field_bwd": (torch.randn_like(field[0]), *field, *options, [True, False] * 4, backend),
     }[name]
     torch.library.opcheck(getattr(torch.ops.flowseg, name).default, arguments)
 
@@ -109,7 +111,7 @@ def test_compiles_whole_forward_and_backward(backend, fresh_dynamo, mode, codes1
     torch.testing.assert_close(torch.autograd.grad(got[0], x), torch.autograd.grad(want[0], x))
 
 
-def test_compiles_the_neural_field_whole(fresh_dynamo):
+def test_compiles_the_neural_field_whole(backend, fresh_dynamo):
     decoder = fk.NeuralFieldDecoder(10, hidden=8, patch_size=4, max_freqs=2)
     torch.nn.init.normal_(decoder.final_layer.linear.weight)
     x, s = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 10)
@@ -155,23 +157,20 @@ def test_autocast_leaves_the_pixel_ops_alone_and_casts_the_field(backend, codes1
         got = step(x, source, labels, t, codes150)
     for a, b in zip(got, want):
         assert a.dtype == b.dtype and torch.equal(a, b)
-    if backend == "reference":
-        field = [v.detach() for v in field_inputs(dtype=torch.float32)]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = fk.neural_field(*field, patch_size=4)
-        assert out.dtype == torch.bfloat16
-        torch.testing.assert_close(out, fk.neural_field(*(v.bfloat16() for v in field), patch_size=4))
+    field = [v.detach() for v in field_inputs(dtype=torch.float32)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fk.neural_field(*field, patch_size=4)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, fk.neural_field(*(v.bfloat16() for v in field), patch_size=4))
 
 
 def test_second_derivatives_raise_by_name(codes150):
     x, source, labels, t = image_batch(codes150.centroids)
     x.requires_grad_()
     source.requires_grad_()
-    field = field_inputs()
     for name, out, leaf in (
         ("flow_loss_bwd", fk.flow_loss(x, source, labels, t, codes150), x),
         ("flow_interpolate_bwd", fk.flow_interpolate(source, labels, t, codes150).square().sum(), source),
-        ("neural_field_bwd", fk.neural_field(*field, patch_size=4).square().sum(), field[1]),
     ):
         (grad,) = torch.autograd.grad(out, leaf, create_graph=True)
         with pytest.raises(NotImplementedError, match=f"flowseg::{name} has no derivative"):
@@ -185,8 +184,6 @@ def test_forward_mode_and_functorch_raise_by_name(codes150):
         "flow_interpolate": (lambda v: fk.flow_interpolate(v, labels, t, codes150), source),
         "distance_correction": (lambda v: fk.distance_correction(v, labels, codes150), x),
     }
-    field = [v.detach() for v in field_inputs()]
-    calls["neural_field"] = (lambda v: fk.neural_field(v, *field[1:], patch_size=4), field[0])
     for name, (call, value) in calls.items():
         with pytest.raises(NotImplementedError, match=f"{name}: forward-mode derivatives and torch.func"):
             torch.func.jvp(call, (value,), (torch.ones_like(value),))

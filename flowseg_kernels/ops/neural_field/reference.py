@@ -12,7 +12,12 @@ from torch import Tensor
 
 from ..common import compute_dtype
 
-__all__ = ["cosine_features", "neural_field", "neural_field_bwd"]
+__all__ = ["FORMS", "NORMALISE", "cosine_features", "neural_field", "neural_field_bwd"]
+
+#: Which of a block's two generated weights have columns of unit length.
+NORMALISE = ("both", "first")
+#: "residual": h + W2n silu(W1n RMSNorm(h)), PixNerd's; "plain": W2n silu(W1n h), without RMSNorms and their gains.
+FORMS = ("residual", "plain")
 
 
 def cosine_features(patch_size: int, max_freqs: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -32,10 +37,12 @@ class _Field:
     """The stages of the field on pixels (P, p^2, C) of P patches, with what the backward formulas need of each."""
 
     def __init__(
-        self, x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, p, ratio, eps
-    ):
+        self, x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, p, ratio, eps,
+        normalise, form,
+    ):  # fmt: skip
         dtype = compute_dtype(x.dtype)
         self.dtype, self.p, self.eps = dtype, p, eps
+        self.both, self.residual = normalise == "both", form == "residual"
         self.batch, self.channels, self.height, self.width = x.shape
         self.pixels = self.to_patches(x.to(dtype))
         self.embed = embed_weight.to(dtype)
@@ -45,9 +52,10 @@ class _Field:
         self.hidden = embed_bias.shape[0]
         self.wide = ratio * self.hidden
         self.blocks = weights.reshape(self.pixels.shape[0], weights.shape[2], 2 * self.hidden * self.wide)
-        self.gains = norm_weight.to(dtype)
-        self.out_gain, self.out_weight = out_norm_weight.to(dtype), out_weight.to(dtype)
-        self.out_bias = out_bias.to(dtype)
+        # Without norms there are no gains: the stages multiply by one.
+        self.gains = norm_weight.to(dtype) if self.residual else [1] * weights.shape[2]
+        self.out_gain = out_norm_weight.to(dtype) if self.residual else 1
+        self.out_weight, self.out_bias = out_weight.to(dtype), out_bias.to(dtype)
 
     def to_patches(self, image: Tensor) -> Tensor:
         p = self.p
@@ -59,15 +67,17 @@ class _Field:
         split = pixels.reshape(self.batch, self.height // p, self.width // p, p, p, self.channels)
         return split.permute(0, 5, 1, 3, 2, 4).reshape(self.batch, self.channels, self.height, self.width)
 
-    def generated(self, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def generated(self, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """W1, W2 of a block and the reciprocal lengths of their columns, which are applied after the products."""
         flat = self.blocks[:, block].to(self.dtype)
         w1 = flat[:, : self.hidden * self.wide].reshape(-1, self.hidden, self.wide)
         w2 = flat[:, self.hidden * self.wide :].reshape(-1, self.wide, self.hidden)
-        return w1, w2, *(1 / torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(1e-12) for w in (w1, w2))
+        return w1, w2, _reciprocal_lengths(w1), _reciprocal_lengths(w2) if self.both else None
 
-    def normalise(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """h / rms(h), and 1 / rms(h)."""
+    def normalise(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """h / rms(h), and 1 / rms(h); h itself in the plain form."""
+        if not self.residual:
+            return h, None
         scale = torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + self.eps)
         return h * scale, scale
 
@@ -79,7 +89,16 @@ class _Field:
     def step(self, h: Tensor, block: int) -> Tensor:
         w1, w2, scale1, scale2 = self.generated(block)
         inner = torch.nn.functional.silu(((self.normalise(h)[0] * self.gains[block]) @ w1) * scale1)
-        return h + (inner @ w2) * scale2
+        out = _scaled(inner @ w2, scale2)
+        return h + out if self.residual else out
+
+
+def _reciprocal_lengths(w: Tensor) -> Tensor:
+    return 1 / torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def _scaled(v: Tensor, scale: Tensor | None) -> Tensor:
+    return v if scale is None else v * scale
 
 
 def neural_field(
@@ -94,24 +113,16 @@ def neural_field(
     patch_size: int,
     mlp_ratio: int,
     eps: float,
+    normalise: str,
+    form: str,
 ) -> Tensor:
     """Velocity (B, C, H, W) in the dtype of x; every stage in fp32 at least.
 
     h = Linear([x, DCT]); L times h += silu(RMSNorm(h) @ W1 / |W1|) @ W2 / |W2|; out = Linear(RMSNorm(h)).
+    With normalise "first", W2 is used as it is; in the form "plain", h = silu(h @ W1 / |W1|) @ W2 / |W2| and out = Linear(h).
     """
-    field = _Field(
-        x,
-        weights,
-        embed_weight,
-        embed_bias,
-        norm_weight,
-        out_norm_weight,
-        out_weight,
-        out_bias,
-        patch_size,
-        mlp_ratio,
-        eps,
-    )
+    tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
+    field = _Field(*tensors, patch_size, mlp_ratio, eps, normalise, form)
     h = field.embedded()
     for block in range(weights.shape[2]):
         h = field.step(h, block)
@@ -119,13 +130,17 @@ def neural_field(
     return field.to_image(out).to(x.dtype).contiguous()
 
 
-def _norm_backward(grad: Tensor, normal: Tensor, scale: Tensor) -> Tensor:
+def _norm_backward(grad: Tensor, normal: Tensor, scale: Tensor | None) -> Tensor:
     """Gradient of h from that of normal = h * scale, scale = rsqrt(mean(h^2) + eps)."""
+    if scale is None:
+        return grad
     return scale * (grad - normal * (grad * normal).mean(dim=-1, keepdim=True))
 
 
-def _column_norm_backward(grad: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+def _column_norm_backward(grad: Tensor, w: Tensor, scale: Tensor | None) -> Tensor:
     """Gradient of w from that of its column-normalised form w * scale."""
+    if scale is None:
+        return grad
     unit = w * scale
     return scale * (grad - unit * (grad * unit).sum(dim=1, keepdim=True))
 
@@ -143,11 +158,13 @@ def neural_field_bwd(
     patch_size: int,
     mlp_ratio: int,
     eps: float,
+    normalise: str,
+    form: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of the eight tensors, empty where not needed. Recomputes the forward: nothing but inputs was saved."""
     tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
-    field = _Field(*tensors, patch_size, mlp_ratio, eps)
+    field = _Field(*tensors, patch_size, mlp_ratio, eps, normalise, form)
     depth = weights.shape[2]
     states = [field.embedded()]
     for block in range(depth):
@@ -156,13 +173,14 @@ def neural_field_bwd(
     g = field.to_patches(grad.to(field.dtype))
     normal, scale = field.normalise(states.pop())
     grad_out_bias = g.sum(dim=(0, 1))
-    grad_out_weight = torch.einsum("npc,nph->ch", g, normal * field.out_gain)
+    # Patch by patch: one sum over all pixels had twice the error of PyTorch's own gradient in fp32.
+    grad_out_weight = (g.transpose(1, 2) @ (normal * field.out_gain)).sum(dim=0)
     g = g @ field.out_weight
-    grad_out_norm = (g * normal).sum(dim=(0, 1))
+    grad_out_norm = (g * normal).sum(dim=(0, 1)) if field.residual else torch.zeros_like(out_norm_weight)
     g = _norm_backward(g * field.out_gain, normal, scale)
 
     grad_weights = torch.empty_like(field.blocks)
-    grad_norm = torch.empty_like(field.gains)
+    grad_norm = torch.zeros_like(norm_weight, dtype=field.dtype)
     for block in reversed(range(depth)):
         w1, w2, scale1, scale2 = field.generated(block)
         normal, scale = field.normalise(states.pop())
@@ -170,15 +188,18 @@ def neural_field_bwd(
         z = (entered @ w1) * scale1
         gate = torch.sigmoid(z)
         into2 = _column_norm_backward((z * gate).transpose(1, 2) @ g, w2, scale2)
-        inner = ((g * scale2) @ w2.transpose(1, 2)) * (gate * (1 + z * (1 - gate)))
+        inner = (_scaled(g, scale2) @ w2.transpose(1, 2)) * (gate * (1 + z * (1 - gate)))
         into1 = _column_norm_backward(entered.transpose(1, 2) @ inner, w1, scale1)
         grad_weights[:, block] = torch.cat((into1.flatten(1), into2.flatten(1)), dim=1).to(grad_weights.dtype)
         back = (inner * scale1) @ w1.transpose(1, 2)
-        grad_norm[block] = (back * normal).sum(dim=(0, 1))
-        g = g + _norm_backward(back * field.gains[block], normal, scale)
+        if field.residual:
+            grad_norm[block] = (back * normal).sum(dim=(0, 1))
+            g = g + _norm_backward(back * field.gains[block], normal, scale)
+        else:
+            g = back
 
     by_position = g.sum(dim=0)
-    grad_embed = torch.cat((torch.einsum("nph,npc->hc", g, field.pixels), by_position.T @ field.table), dim=1)
+    grad_embed = torch.cat(((g.transpose(1, 2) @ field.pixels).sum(dim=0), by_position.T @ field.table), dim=1)
     found = (
         field.to_image(g @ field.embed[:, : field.channels]),
         grad_weights.reshape(weights.shape),

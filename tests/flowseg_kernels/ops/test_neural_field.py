@@ -5,11 +5,14 @@ import torch
 
 import flowseg_kernels as fk
 
-from ..samples import largest_error
+from ..samples import layouts
+
+VARIANTS = [("both", "residual"), ("first", "residual"), ("both", "plain"), ("first", "plain")]
 
 
-def pixnerd_field(x, s_weights, embed_w, embed_b, norms, out_norm, out_w, out_b, p, r, eps=1e-6):
+def pixnerd_field(x, s_weights, embed_w, embed_b, norms, out_norm, out_w, out_b, p, r, variant=VARIANTS[0], eps=1e-6):
     """PixNerd's decoder written from its formulas (method section 5), patch by patch and pixel by pixel of a patch."""
+    normalise, form = variant
     batch, channels, height, width = x.shape
     hidden = embed_b.shape[0]
     freqs_count = math.isqrt(embed_w.shape[1] - channels)
@@ -36,16 +39,33 @@ def pixnerd_field(x, s_weights, embed_w, embed_b, norms, out_norm, out_w, out_b,
                 for block in range(s_weights.shape[2]):
                     first, second = s_weights[b, i * (width // p) + j, block].chunk(2)
                     w1 = torch.nn.functional.normalize(first.view(hidden, r * hidden), dim=-2)
-                    w2 = torch.nn.functional.normalize(second.view(r * hidden, hidden), dim=-2)
-                    h = h + torch.nn.functional.silu(rms(h, norms[block]) @ w1) @ w2
-                line.append((rms(h, out_norm) @ out_w.T + out_b).T.reshape(channels, p, p))
+                    w2 = second.view(r * hidden, hidden)
+                    if normalise == "both":
+                        w2 = torch.nn.functional.normalize(w2, dim=-2)
+                    if form == "residual":
+                        h = h + torch.nn.functional.silu(rms(h, norms[block]) @ w1) @ w2
+                    else:
+                        h = torch.nn.functional.silu(h @ w1) @ w2
+                if form == "residual":
+                    h = rms(h, out_norm)
+                line.append((h @ out_w.T + out_b).T.reshape(channels, p, p))
             lines.append(torch.cat(line, 2))
         images.append(torch.cat(lines, 1))
     return torch.stack(images)
 
 
 def field_inputs(
-    channels=3, hidden=16, depth=2, ratio=2, p=4, freqs=4, dtype=torch.float64, batch=2, height=8, width=12
+    channels=3,
+    hidden=16,
+    depth=2,
+    ratio=2,
+    p=4,
+    freqs=4,
+    dtype=torch.float64,
+    batch=2,
+    height=8,
+    width=12,
+    form="residual",
 ):
     def normal(*shape, scale=1.0):
         return (scale * torch.randn(*shape, dtype=torch.float64)).to(dtype).requires_grad_()
@@ -53,52 +73,231 @@ def field_inputs(
     patches = (height // p) * (width // p)
     return (
         normal(batch, channels, height, width),
-        normal(batch, patches, depth, 2 * ratio * hidden * hidden),
+        normal(batch, patches, depth, 2 * ratio * hidden * hidden, scale=0.1),
         normal(hidden, channels + freqs**2, scale=0.3),
         normal(hidden, scale=0.3),
-        normal(depth, hidden),
-        normal(hidden),
+        *((normal(depth, hidden), normal(hidden)) if form == "residual" else (None, None)),
         normal(channels, hidden, scale=0.3),
         normal(channels, scale=0.3),
     )
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("channels, hidden, depth, ratio, p", [(3, 16, 2, 2, 4), (1, 8, 1, 1, 2), (8, 16, 3, 4, 4)])
-def test_equals_pixnerd_in_values_and_every_gradient(channels, hidden, depth, ratio, p):
-    inputs = field_inputs(channels, hidden, depth, ratio, p)
-    want = pixnerd_field(*inputs, p, ratio)
-    got = fk.neural_field(*inputs, patch_size=p, mlp_ratio=ratio)
+def test_equals_pixnerd_in_values_and_every_gradient(channels, hidden, depth, ratio, p, variant):
+    inputs = field_inputs(channels, hidden, depth, ratio, p, form=variant[1])
+    want = pixnerd_field(*inputs, p, ratio, variant)
+    got = fk.neural_field(*inputs, patch_size=p, mlp_ratio=ratio, normalise=variant[0], form=variant[1])
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     weight = torch.randn_like(want)
-    for a, b in zip(torch.autograd.grad(got, inputs, weight), torch.autograd.grad(want, inputs, weight)):
+    leaves = [v for v in inputs if v is not None]
+    for a, b in zip(torch.autograd.grad(got, leaves, weight), torch.autograd.grad(want, leaves, weight)):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
-def test_gradcheck_and_only_the_wanted_gradients():
+def test_only_the_wanted_gradients(backend):
+    inputs = field_inputs(dtype=torch.float32)
+    every = torch.autograd.grad(fk.neural_field(*inputs, patch_size=4).square().sum(), inputs)
+    for place, want in enumerate(every):
+        mixed = [v if i == place else v.detach() for i, v in enumerate(inputs)]
+        (grad,) = torch.autograd.grad(fk.neural_field(*mixed, patch_size=4).square().sum(), mixed[place])
+        torch.testing.assert_close(grad, want)
+
+
+def test_gradcheck():
     inputs = field_inputs(2, 4, 1, 1, 2, 2, batch=1, height=2, width=4)
     assert torch.autograd.gradcheck(lambda *v: fk.neural_field(*v, patch_size=2, mlp_ratio=1), inputs)
-    frozen = [v.detach() for v in inputs]
-    frozen[1] = inputs[1]
-    (grad,) = torch.autograd.grad(fk.neural_field(*frozen, patch_size=2, mlp_ratio=1).sum(), inputs[1])
-    want = torch.autograd.grad(fk.neural_field(*inputs, patch_size=2, mlp_ratio=1).sum(), inputs[1])[0]
-    torch.testing.assert_close(grad, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_error_is_at_most_twice_plain_pytorch(dtype):
-    inputs = [v.detach() for v in field_inputs(dtype=dtype)]
-    exact = pixnerd_field(*(v.double() for v in inputs), 4, 2)
-    plain = pixnerd_field(*inputs, 4, 2)
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+def test_second_and_forward_derivatives_are_those_of_the_formula(backend, variant):
+    inputs = field_inputs(1, 4, 1, 1, 2, 2, batch=1, height=2, width=4, form=variant[1])
+    leaves = [v for v in inputs if v is not None]
+
+    def run(*values):
+        given = iter(values)
+        every = [v if v is None else next(given) for v in inputs]
+        return fk.neural_field(*every, patch_size=2, mlp_ratio=1, normalise=variant[0], form=variant[1])
+
+    assert torch.autograd.gradgradcheck(run, leaves)
+    tangents = tuple(torch.randn_like(v) for v in leaves)
+    values = tuple(v.detach() for v in leaves)
+    out, slope = torch.func.jvp(run, values, tangents)
+    torch.testing.assert_close(out, run(*leaves))
+    step = 1e-6
+    ends = [run(*(v + sign * step * t for v, t in zip(values, tangents))) for sign in (1, -1)]
+    torch.testing.assert_close(slope, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-6)
+    grads = torch.func.grad(lambda *v: run(*v).square().sum(), argnums=tuple(range(len(values))))(*values)
+    for a, b in zip(grads, torch.autograd.grad(run(*leaves).square().sum(), leaves)):
+        torch.testing.assert_close(a, b)
+
+
+def values_and_gradients(call, inputs, dtype):
+    """call(*leaves) in a dtype, and its gradient in every leaf for a fixed weighting of the output."""
+    leaves = [v if v is None else v.detach().to(dtype).requires_grad_() for v in inputs]
+    out = call(*leaves)
+    # Not around zero, where the bias' gradient of one number would be all cancellation.
+    weighting = (1.5 + torch.arange(out.numel(), dtype=torch.float64).cos()).view(out.shape).to(dtype)
+    return [out, *torch.autograd.grad(out, [v for v in leaves if v is not None], weighting)]
+
+
+SIZES = {  # channels, hidden, depth, ratio, p, freqs
+    "small": (3, 16, 2, 2, 4, 4),
+    "pixnerd": (3, 64, 2, 2, 16, 8),
+    "wide": (16, 128, 1, 1, 4, 3),
+    "deep": (1, 32, 8, 4, 8, 2),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_errors_are_at_most_twice_plain_pytorch(backend, size, dtype, variant):
+    """Output and every gradient against fp64, in the root mean square of each; of a few numbers four ulp are chance."""
+    channels, hidden, depth, ratio, p, freqs = SIZES[size]
+    made = field_inputs(channels, hidden, depth, ratio, p, freqs, batch=2, height=p, width=3 * p, form=variant[1])
+    inputs = [v if v is None else v.to(dtype) for v in made]
+    options = {"patch_size": p, "mlp_ratio": ratio, "normalise": variant[0], "form": variant[1]}
+
+    def plain(*leaves):
+        return pixnerd_field(*leaves, p, ratio, variant)
+
+    exact = values_and_gradients(plain, inputs, torch.float64)
+    theirs = values_and_gradients(plain, inputs, dtype)
+    ours = values_and_gradients(lambda *leaves: fk.neural_field(*leaves, **options), inputs, dtype)
+    for place, (want, a, b) in enumerate(zip(exact, ours, theirs)):
+        assert a.dtype == dtype
+        chance = 4 * torch.finfo(torch.float32).eps * want.norm()
+        assert (a - want).norm() <= max(2 * (b - want).norm(), chance), place
+
+
+@pytest.mark.parametrize("channels, hidden, ratio, p", [(1, 8, 1, 2), (5, 24, 1, 3), (3, 7, 3, 5), (3, 16, 2, 32)])
+def test_odd_sizes(backend, channels, hidden, ratio, p):
+    """Widths and patches that fill no vector, and patches of many panels."""
+    inputs = field_inputs(channels, hidden, 2, ratio, p, 2, batch=1, height=2 * p, width=p)
+    exact = values_and_gradients(lambda *v: pixnerd_field(*v, p, ratio), inputs, torch.float64)
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
+        got = values_and_gradients(lambda *v: fk.neural_field(*v, patch_size=p, mlp_ratio=ratio), inputs, dtype)
+        for place, (a, want) in enumerate(zip(got, exact)):
+            assert (a - want).norm() <= tolerance * want.norm(), (place, dtype)
+
+
+def test_any_layout_of_pixels_and_weights(backend):
+    inputs = [v.detach() for v in field_inputs(dtype=torch.float32)]
+    want = values_and_gradients(lambda *v: fk.neural_field(*v, patch_size=4), inputs, torch.float32)
+    views = zip(layouts(inputs[0]), layouts(inputs[1]))
+    for (name, x), (_, weights) in views:
+        leaves = [v.detach().requires_grad_() for v in (x, weights, *inputs[2:])]
+        out = fk.neural_field(*leaves, patch_size=4)
+        weighting = (1.5 + torch.arange(out.numel()).double().cos()).view(out.shape).float()
+        strided = weighting.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+        for a, b in zip((out, *torch.autograd.grad(out, leaves, strided)), want):
+            torch.testing.assert_close(a, b, msg=name)
+    # A sum hands backward a gradient without strides of its own.
+    leaves = [v.requires_grad_() for v in inputs]
+    expanded = torch.autograd.grad(fk.neural_field(*leaves, patch_size=4).sum(), leaves)
+    ones = torch.autograd.grad(fk.neural_field(*leaves, patch_size=4), leaves, torch.ones_like(leaves[0]))
+    for a, b in zip(expanded, ones):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_patches_and_no_blocks(backend):
+    for change in ({"batch": 0}, {"height": 0}, {"depth": 0}):
+        leaves = field_inputs(dtype=torch.float32, **change)
+        out = fk.neural_field(*leaves, patch_size=4)
+        assert out.shape == leaves[0].shape
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+        assert all(g.shape == v.shape and torch.isfinite(g).all() for g, v in zip(grads, leaves))
+        if "depth" not in change:
+            assert not any(g.any() for g in grads)
+
+
+def test_results_do_not_depend_on_threads(backend):
+    """150 patches: chunks of three for the shared gradients, the last one short."""
+    inputs = field_inputs(3, 16, 1, 1, 4, 2, torch.float32, batch=2, height=12, width=100)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(
+                values_and_gradients(lambda *v: fk.neural_field(*v, patch_size=4, mlp_ratio=1), inputs, torch.float32)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    if backend == "reference":
+        pytest.skip("PyTorch's own sums may depend on threads")
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+def test_a_bad_patch_stays_in_its_place(backend):
+    inputs = [v.detach() for v in field_inputs(dtype=torch.float32)]
+    want = fk.neural_field(*inputs, patch_size=4)
+    inputs[0][0, 1, 5, 6] = float("nan")
     got = fk.neural_field(*inputs, patch_size=4)
-    assert got.dtype == dtype
-    assert largest_error(got, exact) <= 2 * largest_error(plain, exact)
+    hit = torch.zeros_like(want, dtype=torch.bool)
+    hit[0, :, 5, 6] = True
+    assert got[hit].isnan().all()
+    torch.testing.assert_close(got[~hit], want[~hit])
 
 
-def test_zero_weights_have_finite_gradients():
-    inputs = list(field_inputs())
+def test_zero_weights_have_finite_gradients(backend):
+    inputs = list(field_inputs(dtype=torch.float32))
     inputs[1] = torch.zeros_like(inputs[1]).requires_grad_()
     (grad,) = torch.autograd.grad(fk.neural_field(*inputs, patch_size=4).sum(), inputs[1])
     assert torch.isfinite(grad).all()
+
+
+def decoder_and_inputs(**options):
+    torch.manual_seed(1)
+    decoder = fk.NeuralFieldDecoder(10, hidden=16, depth=2, patch_size=4, max_freqs=3, **options)
+    torch.nn.init.normal_(decoder.final_layer.linear.weight)
+    return decoder, torch.randn(3, 3, 12, 8, requires_grad=True), torch.randn(3, 6, 10, requires_grad=True)
+
+
+@pytest.mark.parametrize("form", ["residual", "plain"])
+@pytest.mark.parametrize("patch_chunk", [1, 4, 7, 100])
+def test_chunks_of_patches_change_nothing(backend, patch_chunk, form):
+    """1: a row of two patches a chunk; 4: two rows; 7: one image of six; 100: all."""
+    found = []
+    for chunk in (None, patch_chunk):
+        decoder, x, s = decoder_and_inputs(patch_chunk=chunk, form=form)
+        out = decoder(x, s)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), [x, s, *decoder.parameters()])))
+    for want, got in zip(*found):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_compile_whole_cast_and_honour_frozen_inputs(backend):
+    torch._dynamo.reset()
+    decoder, x, s = decoder_and_inputs(patch_chunk=4)
+    whole, _, _ = decoder_and_inputs()
+    compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
+    outs = compiled(x, s), whole(x, s)
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+    grads = [torch.autograd.grad(v.sin().sum(), [s, *m.parameters()]) for v, m in zip(outs, (decoder, whole))]
+    for got, want in zip(*grads):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    decoder.requires_grad_(False)
+    (grad,) = torch.autograd.grad(decoder(x.detach(), s).sin().sum(), s)
+    torch.testing.assert_close(grad, grads[1][0], rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outs = decoder(x, s), whole(x, s)
+    assert outs[0].dtype == outs[1].dtype == torch.bfloat16
+    for a, b in zip(*(torch.autograd.grad(v.float().sin().sum(), [x, s]) for v in outs)):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * float(b.abs().max()))
+
+
+def test_a_denser_grid_agrees_where_points_are_shared(backend):
+    """At 2 p - 1 pixels a side, every second pixel sits where a pixel of the trained grid does."""
+    decoder, x, s = decoder_and_inputs()
+    coarse = decoder(x, s)
+    patches = x.view(3, 3, 3, 4, 2, 4)
+    dense = torch.randn(3, 3, 3, 7, 2, 7)
+    dense[:, :, :, ::2, :, ::2] = patches.detach()
+    fine = decoder(dense.reshape(3, 3, 21, 14), s, patch_size=7)
+    torch.testing.assert_close(fine.view(dense.shape)[:, :, :, ::2, :, ::2].reshape(coarse.shape), coarse)
 
 
 def test_decoder_starts_at_zero_and_loads_pixnerd():

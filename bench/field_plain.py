@@ -1,0 +1,51 @@
+"""PixNerd's decoder in its own form: unfold, cosine features, cat, Linear, normalise, bmm, SiLU, bmm, fold."""
+
+import torch
+import torch.nn.functional as F
+
+from flowseg_kernels.ops.neural_field.reference import cosine_features
+
+
+def inputs(
+    patches: int = 256, depth: int = 4, hidden: int = 64, ratio: int = 2, p: int = 16, channels: int = 3, freqs: int = 8,
+    dtype: torch.dtype = torch.float32, seed: int = 0,
+):  # fmt: skip
+    """One image of a row-major square grid of patches, generated weights, and the shared parameters, as leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    side = round(patches**0.5)
+
+    def normal(*shape, scale=1.0, shift=0.0):
+        return (shift + scale * torch.randn(*shape, generator=generator)).to(dtype).requires_grad_()
+
+    return (
+        normal(1, channels, side * p, side * p),
+        normal(1, patches, depth, 2 * ratio * hidden * hidden, scale=0.1),
+        normal(hidden, channels + freqs**2, scale=0.1),
+        normal(hidden, scale=0.1),
+        normal(depth, hidden, scale=0.1, shift=1.0),
+        normal(hidden, scale=0.1, shift=1.0),
+        normal(channels, hidden, scale=0.1),
+        normal(channels, scale=0.1),
+    )
+
+
+def field(x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, dct, p=16, ratio=2):
+    """The same values as neural_field; `dct` is features(...), which PixNerd keeps between calls."""
+    hidden, (batch, patches, depth, _) = embed_bias.shape[0], weights.shape
+    pixels = F.unfold(x, kernel_size=p, stride=p).transpose(1, 2).reshape(batch * patches, x.shape[1], p * p)
+    h = torch.cat((pixels.transpose(1, 2), dct.expand(batch * patches, -1, -1)), dim=-1)
+    h = F.linear(h, embed_weight, embed_bias)
+    for block in range(depth):
+        first, second = weights[:, :, block].reshape(batch * patches, -1).chunk(2, dim=-1)
+        first = F.normalize(first.view(-1, hidden, ratio * hidden), dim=-2)
+        second = F.normalize(second.view(-1, ratio * hidden, hidden), dim=-2)
+        inner = torch.bmm(F.rms_norm(h, (hidden,), norm_weight[block], 1e-6), first)
+        h = h + torch.bmm(F.silu(inner), second)
+    out = F.linear(F.rms_norm(h, (hidden,), out_norm_weight, 1e-6), out_weight, out_bias)
+    out = out.transpose(1, 2).reshape(batch, patches, -1).transpose(1, 2)
+    return F.fold(out, x.shape[2:], kernel_size=p, stride=p)
+
+
+def features(dtype: torch.dtype = torch.float32, p: int = 16, freqs: int = 8):
+    """(1, p^2, F^2) cosine features."""
+    return cosine_features(p, freqs, dtype=dtype, device=torch.device("cpu"))[None]

@@ -1,0 +1,110 @@
+"""`python -m bench.memory`: what PixNerd's decoder keeps for backward and its peak memory, in eager PyTorch and in ours.
+
+One image, forward and backward of the decoder from patch features to pixels. Saved: every tensor kept for backward but parameters,
+counted on meta tensors, so the figures hold for any device. Peak: how far the resident memory of a fresh process rises above
+what it held before the step, on this CPU, gradients of the parameters left out as both need the same.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import torch
+
+import flowseg_kernels as fk
+
+from . import field_plain
+
+#: PixNerd's width D and field blocks L.
+MODELS = {"L": (1024, 2), "XL": (1152, 4)}
+ENTRIES = ("eager", "ours", "ours, 64 patches at a time")
+PATCH = 16
+
+
+def case(entry: str, model: str, side: int, dtype: torch.dtype, device: str):
+    """(decoder, forward, x, s) of one entry."""
+    dim, depth = MODELS[model]
+    chunk = 64 if "64" in entry else None
+    with torch.device(device):
+        decoder = fk.NeuralFieldDecoder(dim, depth=depth, patch_chunk=chunk).to(dtype)
+        x = torch.ones(1, 3, side, side, dtype=dtype)
+        s = torch.ones(1, (side // PATCH) ** 2, dim, dtype=dtype, requires_grad=True)
+        dct = torch.zeros(1, PATCH**2, 64, dtype=dtype)
+    if entry != "eager":
+        return decoder, decoder, x, s
+
+    def eager(x, s):
+        weights = torch.stack([block.param_generator1(s) for block in decoder.blocks], dim=2)
+        embed, last = decoder.x_embedder.embedder[0], decoder.final_layer
+        norms = torch.stack([block.norm.weight for block in decoder.blocks])
+        return field_plain.field(
+            x, weights, embed.weight, embed.bias, norms, last.norm.weight, last.linear.weight, last.linear.bias, dct
+        )
+
+    return decoder, eager, x, s
+
+
+def saved_bytes(entry: str, model: str, side: int, dtype: torch.dtype) -> int:
+    decoder, forward, x, s = case(entry, model, side, dtype, "meta")
+    own = {p.untyped_storage()._cdata for p in decoder.parameters()}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            found[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward(x, s)
+    del out
+    return sum(storage.nbytes() for storage in found.values())
+
+
+def resident() -> dict[str, int]:
+    """Current and highest resident memory of this process, in bytes."""
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status") if line.startswith(("VmRSS", "VmHWM")))
+    return {name: int(value.split()[0]) * 1024 for name, value in lines.items()}
+
+
+def peak_bytes(entry: str, model: str, side: int) -> int:
+    decoder, forward, x, s = case(entry, model, side, torch.float32, "cpu")
+    # Weights of the shared layers matter to neither time nor memory; the generator's gradient would be the same on both sides.
+    decoder.requires_grad_(False)
+    p = PATCH
+    forward(x[:, :, :p, : 2 * p].contiguous(), s[:, :2]).sum().backward()
+    s.grad = None
+    before = resident()["VmRSS"]
+    forward(x, s).sum().backward()
+    return resident()["VmHWM"] - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.case:
+        entry, model, side = given.case
+        print(json.dumps(peak_bytes(entry, model, int(side))))
+        return
+    mib = 2**20
+    print(
+        "| decoder, one image | | saved bf16, MiB | saved fp32, MiB | peak fp32 on this CPU, MiB |\n|---|---|---|---|---|"
+    )
+    for model in MODELS:
+        for side in (256, 512):
+            first = None
+            for entry in ENTRIES:
+                command = [sys.executable, "-m", "bench.memory", "--case", entry, model, str(side)]
+                peak = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                row = [saved_bytes(entry, model, side, t) for t in (torch.bfloat16, torch.float32)] + [peak]
+                first = first or row
+                cells = [
+                    f"{v / mib:,.1f}" + (f" (1/{f / v:.1f})" if entry != "eager" else "") for v, f in zip(row, first)
+                ]
+                print(f"| {model} {side} x {side} | {entry} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

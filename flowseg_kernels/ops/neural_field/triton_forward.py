@@ -1,0 +1,216 @@
+"""Triton forward of the neural field: a program takes some pixels of one patch through all blocks, on chip.
+
+The generated weights stream over their wide axis in slices, so the registers a program needs do not grow with r Hx. The lengths of
+their columns scale the products, and no normalised weight is ever stored; a kernel of its own finds the lengths, once a patch, as
+in each tile of a patch anew they would cost as many instructions as all the rest.
+"""
+
+import triton
+import triton.language as tl
+
+from ..triton_pixels import rounded
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    # The interpreter multiplies 16-bit matrices wrongly (bf16) or with 16-bit sums (fp16); fp32 copies of them are exact.
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def sigmoid(z, TANH: tl.constexpr):
+    # One instruction of the special-function unit instead of two, which bound the whole chain at 16 bit. Its relative error, 2^-11,
+    # is under what rounding to bf16 does next.
+    if TANH:
+        half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * z], tl.float32, True, 1)
+        return 0.5 * half + 0.5
+    return 1 / (1 + tl.exp(-z))
+
+
+@triton.jit
+def load_tile(base, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """Rows and columns of a contiguous (HEIGHT, WIDTH) matrix, zero outside it."""
+    at = base + row[:, None] * WIDTH + column[None, :]
+    if MASKED:
+        return tl.load(at, mask=(row < HEIGHT)[:, None] & (column < WIDTH)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def store_tile(base, row, column, value, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    at = base + row[:, None] * WIDTH + column[None, :]
+    value = rounded(value, base.dtype.element_ty)
+    if MASKED:
+        tl.store(at, value, mask=(row < HEIGHT)[:, None] & (column < WIDTH)[None, :])
+    else:
+        tl.store(at, value)
+
+
+@triton.jit
+def load_vector(base, index, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(base + index, mask=index < SIZE, other=0.0).to(tl.float32)
+    return tl.load(base + index).to(tl.float32)
+
+
+@triton.jit
+def image_places(patch, row, channel, columns, per_image, sb, sc, sh, sw, P: tl.constexpr, C: tl.constexpr):
+    """Offsets (rows, channels) of pixels of a patch in an image tensor of any strides, and which of them exist."""
+    cell = tl.cast(patch % per_image, tl.int32)
+    down = (cell // columns) * P + row // P
+    right = (cell % columns) * P + row % P
+    pixel = tl.cast(patch // per_image, tl.int64) * sb + down.to(tl.int64) * sh + right.to(tl.int64) * sw
+    at = pixel[:, None] + channel.to(tl.int64)[None, :] * sc
+    return at, (row < P * P)[:, None] & (channel < C)[None, :]
+
+
+@triton.jit
+def dense_places(patch, row, channel, columns, per_image, P: tl.constexpr, C: tl.constexpr):
+    """The same in a contiguous image."""
+    width = columns * P
+    plane = tl.cast(per_image, tl.int64) * (P * P)
+    return image_places(patch, row, channel, columns, per_image, plane * C, plane, width, 1, P, C)
+
+
+@triton.jit
+def load_embedding(embed, column, channel, features, H: tl.constexpr, C: tl.constexpr):
+    """(CP, HP): the embedding's weights on the C channels of a pixel, transposed."""
+    at = embed + column[None, :] * features + channel[:, None]
+    return tl.load(at, mask=(channel < C)[:, None] & (column < H)[None, :], other=0.0)
+
+
+@triton.jit
+def embedded(
+    pixels, embed, table, row, column, channel, features,
+    H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, PARTIAL: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    into = load_embedding(embed, column, channel, features, H, C).to(OPERAND)
+    return product(pixels, into, PRECISION, UPCAST) + load_tile(table, row, column, P * P, H, PARTIAL)
+
+
+@triton.jit
+def root_mean_square(h, eps, H: tl.constexpr):
+    """1 / rms of each row."""
+    return tl.rsqrt(tl.sum(h * h, 1) / H + eps)
+
+
+@triton.jit(do_not_specialize=["first"])
+def lengths_kernel(
+    weights,
+    scales,
+    first,
+    H: tl.constexpr,
+    HP: tl.constexpr,
+    WIDE: tl.constexpr,
+    SLICE: tl.constexpr,
+    BOTH: tl.constexpr,
+):
+    """Reciprocal lengths (n, r Hx + Hx) of the columns of W1 and W2 of one block, the `first` or a later one of all patches."""
+    SHAVED: tl.constexpr = HP != H or WIDE % SLICE != 0
+    local = tl.program_id(0).to(tl.int64)
+    weights += (first + local) * (2 * WIDE * H)
+    scales += local * (WIDE + H)
+    column = tl.arange(0, HP)
+    squares = tl.zeros((SLICE, HP), tl.float32)
+    for start in range(0, WIDE, SLICE):
+        wide = start + tl.arange(0, SLICE)
+        w1 = load_tile(weights, column, wide, H, WIDE, SHAVED).to(tl.float32)
+        tl.store(scales + wide, 1 / tl.maximum(tl.sqrt(tl.sum(w1 * w1, 0)), 1e-12), mask=wide < WIDE)
+        if BOTH:
+            w2 = load_tile(weights + H * WIDE, wide, column, WIDE, H, SHAVED).to(tl.float32)
+            squares += w2 * w2
+    if BOTH:
+        tl.store(scales + WIDE + column, 1 / tl.maximum(tl.sqrt(tl.sum(squares, 0)), 1e-12), mask=column < H)
+
+
+@triton.jit
+def entering(h, gain, eps, H: tl.constexpr, RESIDUAL: tl.constexpr):
+    """What a block multiplies with W1."""
+    if RESIDUAL:
+        h = h * root_mean_square(h, eps, H)[:, None] * gain[None, :]
+    return h
+
+
+@triton.jit
+def block_step(
+    h, gain, block, lengths, column, eps,
+    H: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, SHAVED: tl.constexpr, BOTH: tl.constexpr,
+    RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr,
+):  # fmt: skip
+    """h after one block, whose weights begin at `block` and their reciprocal column lengths at `lengths`."""
+    entered = rounded(entering(h, gain, eps, H, RESIDUAL), OPERAND)
+    out = tl.zeros_like(h)
+    for start in range(0, WIDE, SLICE):
+        wide = start + tl.arange(0, SLICE)
+        scale1 = load_vector(lengths, wide, WIDE, WIDE % SLICE != 0)
+        w1 = load_tile(block, column, wide, H, WIDE, SHAVED).to(OPERAND)
+        z = product(entered, w1, PRECISION, UPCAST) * scale1[None, :]
+        w2 = load_tile(block + H * WIDE, wide, column, WIDE, H, SHAVED).to(OPERAND)
+        out += product(rounded(z * sigmoid(z, TANH), OPERAND), w2, PRECISION, UPCAST)
+    if BOTH:
+        out = out * load_vector(lengths + WIDE, column, H, SHAVED)[None, :]
+    if RESIDUAL:
+        out += h
+    return out
+
+
+@triton.jit(do_not_specialize=["first", "columns", "per_image", "depth", "features", "sb", "sc", "sh", "sw"])
+def forward_kernel(
+    x, weights, embed, table, gains, out_gain, out_weight, out_bias, out, states, scales,
+    first, columns, per_image, depth, features, sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64, eps,
+    H: tl.constexpr, HP: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, BOTH: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr,
+):  # fmt: skip
+    """Velocity of patches from `first`; with KEEP instead their states (n, L + 1, p^2, Hx) before each block and after the last."""
+    TILES: tl.constexpr = (P * P + ROWS - 1) // ROWS
+    SHAVED: tl.constexpr = HP != H or WIDE % SLICE != 0
+    PARTIAL: tl.constexpr = HP != H or P * P % ROWS != 0
+    # The tiles of a patch are neighbours in the grid: the second finds the weights in the L2 cache.
+    local = (tl.program_id(0) // TILES).to(tl.int64)
+    patch = first + local
+    row = (tl.program_id(0) % TILES) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, HP)
+    channel = tl.arange(0, CP)
+    at, exists = image_places(patch, row, channel, columns, per_image, sb, sc, sh, sw, P, C)
+    pixels = tl.load(x + at, mask=exists, other=0.0).to(OPERAND)
+    h = embedded(pixels, embed, table, row, column, channel, features, H, P, C, PARTIAL, OPERAND, PRECISION, UPCAST)
+    for level in range(depth):
+        if KEEP:
+            store_tile(states + (local * (depth + 1) + level) * (P * P * H), row, column, h, P * P, H, PARTIAL)
+        block = weights + (patch * depth + level) * (2 * WIDE * H)
+        gain = load_vector(gains + level * H, column, H, HP != H) if RESIDUAL else 1.0
+        lengths = scales + (local * depth + level) * (WIDE + H)
+        h = block_step(
+            h, gain, block, lengths, column, eps,
+            H, WIDE, SLICE, SHAVED, BOTH, RESIDUAL, OPERAND, PRECISION, UPCAST, TANH,
+        )  # fmt: skip
+    if KEEP:
+        store_tile(states + (local * (depth + 1) + depth) * (P * P * H), row, column, h, P * P, H, PARTIAL)
+    else:
+        gain = load_vector(out_gain, column, H, HP != H) if RESIDUAL else 1.0
+        last = rounded(entering(h, gain, eps, H, RESIDUAL), OPERAND)
+        leaving = tl.trans(load_tile(out_weight, channel, column, C, H, True).to(OPERAND))
+        velocity = product(last, leaving, PRECISION, UPCAST) + load_vector(out_bias, channel, C, True)[None, :]
+        at, exists = dense_places(patch, row, channel, columns, per_image, P, C)
+        tl.store(out + at, rounded(velocity, out.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["p", "freqs", "count"])
+def features_kernel(out, p, freqs, count, BLOCK: tl.constexpr):
+    """reference.cosine_features (p^2, F^2) in fp32."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pixel, feature = at // (freqs * freqs), at % (freqs * freqs)
+    i, j = feature // freqs, feature % freqs
+    # u f is a fraction of integers, so whole turns leave the argument of the cosine before it is rounded.
+    turn = 2 * tl.maximum((p - 1) * (freqs - 1), 1)
+    along = ((pixel % p) * i * freqs) % turn
+    across = ((pixel // p) * j * freqs) % turn
+    angle = 6.283185307179586 / turn
+    wave = tl.cos(tl.minimum(along, turn - along) * angle) * tl.cos(tl.minimum(across, turn - across) * angle)
+    scale = freqs / tl.maximum(freqs - 1, 1)
+    tl.store(out + at, wave / (1 + scale * scale * (i * j)), mask=at < count)

@@ -1,0 +1,305 @@
+"""Launches of the neural field's Triton kernels: settings from sizes alone, bounded scratch, second stage of the shared sums."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...runtime.registry import COMPILED_CHANNELS
+from ...runtime.triton_forms import INTERPRETED, Variant, compile_options, on_device_of
+from . import reference
+from .triton_backward import rows_kernel, weights_kernel
+from .triton_forward import features_kernel, forward_kernel, lengths_kernel
+
+__all__ = ["Settings", "form", "launch_settings", "neural_field", "neural_field_bwd", "patches_at_once", "variants"]
+
+_OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+#: A dimension of a matrix product has at least this many elements.
+_SMALLEST = 16
+#: The kernels hold rows of up to this many hidden units on chip.
+_LARGEST_HIDDEN = 128
+#: Programs of rows_kernel that run at once on the largest GPUs: fewer would leave some of it idle.
+_PROGRAMS_AT_ONCE = 512
+
+
+class Settings(NamedTuple):
+    """One kernel's launch: pixels of a patch and columns of the wide axis in a step, warps, pipeline stages."""
+
+    rows: int
+    slice: int
+    num_warps: int
+    num_stages: int
+
+
+#: By kernel, 16-bit operands or not, Hx above 64 or not. Chosen so that nothing spills on sm_80, 90, 100 and 120, which
+#: tests/flowseg_kernels/static/test_field_forms.py holds; the figures are in docs/notes/performance.md.
+_SETTINGS = {
+    ("lengths", True, False): Settings(16, 64, 4, 2),
+    ("lengths", True, True): Settings(16, 32, 4, 2),
+    ("lengths", False, False): Settings(16, 32, 4, 2),
+    ("lengths", False, True): Settings(16, 32, 8, 2),
+    ("forward", True, False): Settings(64, 32, 4, 2),
+    ("forward", True, True): Settings(64, 32, 8, 1),
+    ("forward", False, False): Settings(32, 32, 4, 1),
+    ("forward", False, True): Settings(16, 32, 8, 1),
+    ("rows", True, False): Settings(64, 32, 4, 2),
+    ("rows", True, True): Settings(32, 32, 8, 1),
+    ("rows", False, False): Settings(32, 32, 8, 1),
+    ("rows", False, True): Settings(16, 16, 8, 1),
+    ("weights", True, False): Settings(64, 32, 4, 1),
+    ("weights", True, True): Settings(32, 16, 8, 1),
+    ("weights", False, False): Settings(32, 32, 8, 1),
+    ("weights", False, True): Settings(16, 32, 8, 1),
+}
+
+
+def launch_settings(kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype) -> Settings:
+    """Settings of "forward", "states" (the forward kernel in the backward), "rows" or "weights" for Hx, r Hx, p^2."""
+    name = "forward" if kernel == "states" else kernel
+    chosen = _SETTINGS[name, operand != torch.float32, hidden > 64]
+    rows = min(chosen.rows, max(_SMALLEST, triton.next_power_of_2(pixels)))
+    # Few pixels are no work for many warps, except where the warps share out the generated weights.
+    warps = chosen.num_warps if kernel in ("lengths", "weights") else max(1, chosen.num_warps * rows // chosen.rows)
+    return Settings(rows, min(chosen.slice, max(_SMALLEST, triton.next_power_of_2(wide))), warps, chosen.num_stages)
+
+
+def patches_at_once(patches: int, tiles: int) -> int:
+    """Patches that one round of the backward takes: what fills a GPU, or an eighth of all if that is more."""
+    return min(patches, max(-(-_PROGRAMS_AT_ONCE // tiles), -(-patches // 8)))
+
+
+def constants(
+    kernel: str,
+    hidden: int,
+    wide: int,
+    p: int,
+    channels: int,
+    operand: torch.dtype,
+    both: bool,
+    residual: bool,
+    precision: str,
+) -> dict:
+    """The constexpr arguments of a kernel; what the products round to is `operand`."""
+    chosen = launch_settings(kernel, hidden, wide, p * p, operand)
+    found = {
+        "H": hidden,
+        "HP": max(_SMALLEST, triton.next_power_of_2(hidden)),
+        "WIDE": wide,
+        "SLICE": chosen.slice,
+        "P": p,
+        "ROWS": chosen.rows,
+        "BOTH": both,
+        "RESIDUAL": residual,
+        "OPERAND": _OPERANDS[operand],
+        "PRECISION": precision,
+        "UPCAST": INTERPRETED and operand != torch.float32,
+        "TANH": operand == torch.bfloat16 and not INTERPRETED and torch.version.hip is None,
+    }
+    if kernel == "lengths":
+        return {name: found[name] for name in ("H", "HP", "WIDE", "SLICE", "BOTH")}
+    if kernel == "weights":
+        return found
+    if kernel != "rows":
+        found["KEEP"] = kernel == "states"
+    return found | {"C": channels, "CP": max(_SMALLEST, triton.next_power_of_2(channels))}
+
+
+_KERNELS = {
+    "lengths": lengths_kernel,
+    "forward": forward_kernel,
+    "states": forward_kernel,
+    "rows": rows_kernel,
+    "weights": weights_kernel,
+}
+#: Arguments that are fp32 in memory whatever the operands are.
+_FP32 = ("table", "scales", "partials", "grad_gains")
+_INT32 = ("first", "columns", "per_image", "depth", "features")
+_STRIDES = ("sb", "sc", "sh", "sw", "gb", "gc", "gh", "gw")
+_UNUSED = {"forward": ("states",), "states": ("out",)}
+
+
+def form(
+    kernel: str, dtype: str = "bf16", hidden: int = 64, ratio: int = 2, p: int = 16, channels: int = 3, *, both: bool = True,
+    residual: bool = True, precision: str = "ieee",
+) -> Variant:  # fmt: skip
+    """The compiled form of a kernel that a call with inputs of one dtype ("fp32", "bf16" or "fp16") launches on an NVIDIA GPU."""
+    operand = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    found = constants(kernel, hidden, ratio * hidden, p, channels, operand, both, residual, precision)
+    if "TANH" in found:
+        found |= {"UPCAST": False, "TANH": dtype == "bf16"} | dict.fromkeys(_UNUSED.get(kernel, ()))
+
+    def kind(argument: str) -> str:
+        if argument in found:
+            return "constexpr"
+        if argument in _INT32:
+            return "i32"
+        if argument in _STRIDES:
+            return "i64"
+        if argument == "eps":
+            return "fp32"
+        return "*fp32" if argument in _FP32 or (argument == "grads" and hidden > 64) else f"*{dtype}"
+
+    chosen = launch_settings(kernel, hidden, ratio * hidden, p * p, operand)
+    signature = {argument: kind(argument) for argument in _KERNELS[kernel].arg_names}
+    options = compile_options(chosen.num_warps, stages=chosen.num_stages)
+    name = f"neural_field {kernel} {dtype} Hx={hidden} r={ratio} p={p} C={channels}"
+    return Variant(name + (" tf32" if precision == "tf32" else ""), _KERNELS[kernel], signature, found, options)
+
+
+def variants() -> Iterator[Variant]:
+    for kernel in _KERNELS:
+        yield form(kernel)
+        yield form(kernel, "fp16", 128, 4, 32, 16)
+        yield form(kernel, "bf16", 16, 1, 4, 1, both=False, residual=False)
+        yield form(kernel, "fp32")
+        yield form(kernel, "fp32", precision="tf32")
+        yield form(kernel, "fp32", 128, 1)
+
+
+class _Call:
+    """One call: its sizes, and its tensors as the kernels want them."""
+
+    def __init__(
+        self, x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, p, ratio, eps,
+        normalise, form,
+    ):  # fmt: skip
+        self.x, self.weights, self.embed = x, weights.contiguous(), embed_weight.contiguous()
+        self.gains, self.out_gain = norm_weight.contiguous(), out_norm_weight.contiguous()
+        self.out_weight, self.out_bias = out_weight.contiguous(), out_bias.contiguous()
+        self.p, self.eps = p, eps
+        self.columns = x.shape[3] // p
+        self.per_image = self.columns * (x.shape[2] // p)
+        self.patches = x.shape[0] * self.per_image
+        self.depth = weights.shape[2]
+        self.hidden = embed_bias.shape[0]
+        self.wide = ratio * self.hidden
+        tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
+        self.operand = functools.reduce(torch.promote_types, (v.dtype for v in tensors))
+        precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+        # rows_kernel has no room for its gradient in registers when Hx is large: it goes to scratch whole.
+        self.parked = torch.float32 if self.hidden > 64 else self.operand
+        self.residual = form == "residual"
+        self.options = (normalise == "both", self.residual, precision)
+
+    def runs(self) -> bool:
+        """Whether these kernels take the call."""
+        return self.operand in _OPERANDS and self.hidden <= _LARGEST_HIDDEN and self.x.shape[1] <= COMPILED_CHANNELS
+
+    def launch(self, kernel: str) -> dict:
+        """Keyword arguments of a launch: constants and compiler options."""
+        chosen = launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand)
+        found = constants(kernel, self.hidden, self.wide, self.p, self.x.shape[1], self.operand, *self.options)
+        return found | compile_options(chosen.num_warps, stages=chosen.num_stages)
+
+    def tiles(self, kernel: str) -> int:
+        """Programs that share a patch."""
+        return -(-(self.p**2) // launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand).rows)
+
+    def forward(self, kernel: str, patches: int, table, out, states, scales, first: int) -> None:
+        """Run forward_kernel as "forward" or "states" on some patches; the other's outputs may be None."""
+        forward_kernel[(patches * self.tiles(kernel),)](
+            self.x, self.weights, self.embed, table, self.gains, self.out_gain, self.out_weight, self.out_bias, out, states,
+            scales, first, self.columns, self.per_image, self.depth, self.embed.shape[1], *self.x.stride(), self.eps,
+            **self.launch(kernel),
+        )  # fmt: skip
+
+    def lengths(self, scales: Tensor, first: int, patches: int) -> None:
+        """Fill `scales` (patches, L, r Hx + Hx) for patches from `first`."""
+        if blocks := patches * self.depth:
+            lengths_kernel[(blocks,)](self.weights, scales, first * self.depth, **self.launch("lengths"))
+
+    def features(self) -> Tensor:
+        """reference.cosine_features in one launch."""
+        freqs = math.isqrt(self.embed.shape[1] - self.x.shape[1])
+        found = self.x.new_empty(self.p**2, freqs**2, dtype=torch.float32)
+        block = 1024
+        features_kernel[(-(-found.numel() // block),)](found, self.p, freqs, found.numel(), block, **compile_options(4))
+        return found
+
+    def table(self, bias: Tensor, features: Tensor) -> Tensor:
+        """(p^2, Hx): what the embedding adds at each pixel of every patch."""
+        return torch.addmm(bias.float(), features, self.embed[:, self.x.shape[1] :].float().T)
+
+
+def neural_field(x: Tensor, weights: Tensor, embed_weight: Tensor, embed_bias: Tensor, *rest) -> Tensor:
+    """As reference.neural_field, which also takes what these kernels do not: fp64, and Hx above 128."""
+    call = _Call(x, weights, embed_weight, embed_bias, *rest)
+    if not call.runs():
+        return reference.neural_field(x, weights, embed_weight, embed_bias, *rest)
+    out = x.new_empty(x.shape)
+    if out.numel() == 0:
+        return out
+    with on_device_of(x):
+        table = call.table(embed_bias, call.features())
+        scales = x.new_empty(call.patches, call.depth, call.wide + call.hidden, dtype=torch.float32)
+        call.lengths(scales, 0, call.patches)
+        call.forward("forward", call.patches, table, out, None, scales, 0)
+    return out
+
+
+def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
+    """As reference.neural_field_bwd: gradients of the eight tensors, empty where not needed."""
+    *inputs, needs = arguments
+    call = _Call(*inputs)
+    if not call.runs():
+        return reference.neural_field_bwd(grad, *arguments)
+    x, channels, hidden, depth = call.x, call.x.shape[1], call.hidden, call.depth
+    tiles = call.tiles("rows")
+    count = patches_at_once(call.patches, tiles)
+    scratch = functools.partial(torch.empty, device=x.device)
+    states = scratch(count, depth + 1, call.p**2, hidden, dtype=call.operand)
+    grads = torch.empty_like(states, dtype=call.parked)
+    scales = scratch(count, depth, call.wide + hidden, dtype=torch.float32)
+    sizes = (hidden, channels * hidden, hidden * channels)
+    partials = scratch(count * tiles, sum(sizes), dtype=torch.float32)
+    gains_partials = scratch(count, depth * hidden, dtype=torch.float32)
+    sums = x.new_zeros(sum(sizes), dtype=torch.float32)
+    grad_gains = x.new_zeros(depth * hidden, dtype=torch.float32)
+    by_position = x.new_zeros(call.p**2, hidden, dtype=torch.float32)
+    grad_x, grad_weights = x.new_empty(x.shape), torch.empty_like(call.weights)
+    with on_device_of(x):
+        features = call.features()
+        table = call.table(inputs[3], features)
+        for first in range(0, call.patches, max(count, 1)):
+            now = min(count, call.patches - first)
+            call.lengths(scales, first, now)
+            call.forward("states", now, table, None, states, scales, first)
+            rows_kernel[(now * tiles,)](
+                x, grad, call.weights, call.embed, call.gains, call.out_gain, call.out_weight, states, scales, grad_x, grads,
+                partials, first, call.columns, call.per_image, depth, call.embed.shape[1], *x.stride(), *grad.stride(),
+                call.eps, **call.launch("rows"),
+            )  # fmt: skip
+            # Sums over patches in a fixed order: the programs of a round, then the rounds.
+            sums += partials[: now * tiles].sum(0)
+            by_position += grads[:now, depth].sum(0, dtype=torch.float32)
+            if depth and (needs[1] or needs[4]):
+                weights_kernel[(now * depth,)](
+                    call.weights, call.gains, states, grads, scales, grad_weights, gains_partials, first, depth, call.eps,
+                    **call.launch("weights"),
+                )  # fmt: skip
+                if call.residual:
+                    grad_gains += gains_partials[:now].sum(0)
+    grad_out_gain, grad_out_weight, by_pixel = sums.split(sizes)
+    if not call.residual:
+        grad_gains, grad_out_gain = call.gains, call.out_gain
+    found = (
+        grad_x,
+        grad_weights,
+        torch.cat((by_pixel.view(hidden, channels), by_position.T @ features), dim=1),
+        by_position.sum(0),
+        grad_gains,
+        grad_out_gain,
+        grad_out_weight,
+        grad.sum((0, 2, 3), dtype=torch.float32),
+    )
+    return tuple(
+        f.to(v.dtype).reshape(v.shape).contiguous() if need else v.new_empty(0)
+        for f, v, need in zip(found, inputs, needs)
+    )
