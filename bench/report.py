@@ -35,7 +35,7 @@ def is_ours(row):
 def groups_of(rows):
     """{group: {entry: row}} of the measured groups, in a fixed order."""
     groups = defaultdict(dict)
-    for row in sorted(rows, key=lambda row: (row["op"], row["workload"], row["spread"], row["group"])):
+    for row in sorted(rows, key=lambda row: (row["op"], row["workload"], row.get("spread", 0), row["group"])):
         if row["op"] != "machine":
             groups[row["group"]][row["entry"]] = row
     return groups
@@ -83,9 +83,9 @@ def markdown(stored, folder):
     )
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     lines = [
-        f"**{where}**, torch {machine['torch']}, commit {commits}. Medians; every result was checked before it was timed. Ours in ms; for "
-        "a peer, how many times longer it takes. Limit: share of the machine's limit that we reach, the longer of a copy of the bytes "
-        "and a matrix product of the operations, measured in the same run.",
+        f"**{where}**, torch {machine['torch']}, commit {commits}. Medians; every result was "
+        "checked before it was timed. Ours in ms; for a peer, how many times longer it takes. Limit: share of the machine's limit "
+        "that we reach, the longer of a copy of the bytes and a matrix product of the operations, measured in the same run.",
         "",
         f"| op and workload | ours, ms | rate | limit | {' | '.join(peers)} |",
         f"|---|---|---|---|{'---|' * len(peers)}",
@@ -257,8 +257,11 @@ def section(results=RESULTS):
     """The text between the markers: every machine with stored results, CPUs first."""
     parts = [(folder.name, load(folder)) for folder in sorted(results.iterdir()) if folder.is_dir()]
     parts = sorted((p for p in parts if p[1]), key=lambda part: ("gpu" in part[1]["machine"], part[0]))
-    head = "512 x 512 pixels, C = 3, fp32; ade512: K = 150, coco512: K = 171, many: K = 1000; spread: standard deviation of the points around "
-    head += "their codes; training step and sampling: the nano network at 256 x 256. `make bench` measures, stores and renders this."
+    head = (
+        "512 x 512 pixels, C = 3, fp32; ade512: K = 150, coco512: K = 171, many: K = 1000; spread: standard deviation of the "
+        "points around their codes; training step and sampling: the nano network at 256 x 256. `make bench` measures, stores and "
+        "renders this."
+    )
     return "\n\n".join([head, *(markdown(stored, name) for name, stored in parts)])
 
 

@@ -6,7 +6,7 @@ import torch
 import flowseg_kernels as fk
 
 from . import plain
-from .conftest import OURS, QUICK, backend_of, peer, skip_unless_it_runs
+from .conftest import DEVICE, OURS, QUICK, backend_of, peer, skip_unless_it_runs
 
 
 def keops_correction(mu, eps):
@@ -27,13 +27,14 @@ def keops_correction(mu, eps):
 
 
 def correction_cost(work, bytes_a_channel=4):
-    """Bytes moved, and operations of the multiply pipes: C for the distance, a division, a square, C for the sums; the class's
-    compare shares their pipes."""
+    """Bytes moved, and operations of the multiply pipes for each pixel and class.
+
+    C for the distance, a division (or a reciprocal), a square, C for the sums, and the class's compare; a GPU's pipes also do the C
+    subtractions and the sum.
+    """
     c = work.channels
-    return {
-        "moved": work.pixels * (2 * c * bytes_a_channel + 1),
-        "operations": 2 * work.pixels * work.classes * (2 * c + 3),
-    }
+    slots = 3 * c + 4 if DEVICE == "cuda" else 2 * c + 3
+    return {"moved": work.pixels * (2 * c * bytes_a_channel + 1), "operations": 2 * work.pixels * work.classes * slots}
 
 
 def with_long_labels(work):
