@@ -4,6 +4,8 @@ FLOWSEG_REQUIRE_BACKENDS (a comma-separated list, set by `make test`) names thos
 instead of a skip.
 """
 
+import contextlib
+import functools
 import os
 
 # A compiled graph cached on disk by an earlier version of an op would hide this one's.
@@ -14,23 +16,45 @@ import torch
 
 import flowseg_kernels as fk
 from flowseg_kernels.runtime.backend import BACKENDS, backend_reasons
+from flowseg_kernels.runtime.triton_forms import INTERPRETED
 
 REQUIRED = [name for name in os.environ.get("FLOWSEG_REQUIRE_BACKENDS", "").split(",") if name]
-CPU_BACKENDS = ("reference", "cpu")
 ran: set[str] = set()
 
 
-@pytest.fixture(params=CPU_BACKENDS)
+def device_of(backend):
+    """Device type of the tensors that a backend is tested on."""
+    return "cpu" if backend in ("reference", "cpu") or (backend == "triton" and INTERPRETED) else "cuda"
+
+
+def why_not(backend):
+    """None when tests can run on a backend here, else the reason."""
+    if device_of(backend) == "cuda" and not torch.cuda.is_available():
+        return "no GPU here" if backend == "cuda" else "no GPU here, and TRITON_INTERPRET=1 is not set"
+    return backend_reasons("flow_loss", device_of(backend))[backend]
+
+
+# The CPU's backends always, so that a missing one is seen; the others where they can run or must.
+TESTED = [n for n in BACKENDS[::-1] if n in ("reference", "cpu") or n in REQUIRED or why_not(n) is None]
+
+
+def pytest_report_header():
+    return [f"not tested on {n}: {why_not(n)}" for n in BACKENDS if why_not(n)]
+
+
+@pytest.fixture(params=TESTED)
 def backend(request):
-    """Runs the test inside use_backend(name) and gives the name."""
+    """Runs the test inside use_backend(name), with new tensors on that backend's device, and gives the name."""
     name = request.param
-    reason = backend_reasons("flow_loss", "cpu")[name]
+    reason = why_not(name)
     if reason:
         if name in REQUIRED:
             pytest.fail(f"backend {name} must run here and cannot: {reason}")
         pytest.skip(reason)
     ran.add(name)
-    with fk.use_backend(name):
+    # Entered even for the CPU, a device context would slow every call down.
+    device = torch.device("cuda") if device_of(name) == "cuda" else contextlib.nullcontext()
+    with device, fk.use_backend(name):
         yield name
 
 
@@ -39,9 +63,25 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session")
-def codes150():
-    return fk.Codebook(fk.kronecker_centroids(150, 3))
+@functools.cache
+def _codes(classes, device):
+    return fk.Codebook(fk.kronecker_centroids(classes, 3, device=device))
+
+
+@pytest.fixture
+def codes150(request):
+    """The codebook of 150 classes, on the device of the test's backend."""
+    if "backend" in request.fixturenames:
+        request.getfixturevalue("backend")
+    return _codes(150, torch.get_default_device())
+
+
+@pytest.fixture
+def codes19(request):
+    """A smaller one, for what has nothing to do with the number of classes."""
+    if "backend" in request.fixturenames:
+        request.getfixturevalue("backend")
+    return _codes(19, torch.get_default_device())
 
 
 def pytest_collection_modifyitems(items):

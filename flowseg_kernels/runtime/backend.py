@@ -14,6 +14,9 @@ __all__ = ["BACKENDS", "BackendUnavailable", "Implementation", "available_backen
 #: Every backend name, in the order of the automatic choice.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
+# Interpreted Triton kernels take CPU tensors too, but are for looking for mistakes: they run when they are asked for.
+_CPU_ORDER = ("cpu", "reference", "triton", "cuda")
+
 #: The reason given for a backend that an op has no implementation for.
 NO_KERNEL = "no such kernel in this version"
 
@@ -85,6 +88,10 @@ def automatic_backend() -> Iterator[None]:
         _requested.reset(token)
 
 
+def _automatic_order(device: str) -> tuple[str, ...]:
+    return _CPU_ORDER if device == "cpu" else BACKENDS
+
+
 def select(op: str, device: str, channels: int, requested: str) -> Implementation:
     """The implementation of `op` for tensors on `device` with `channels` code channels."""
     implementations = OPS[op]
@@ -98,7 +105,7 @@ def select(op: str, device: str, channels: int, requested: str) -> Implementatio
         if reason:
             raise BackendUnavailable(f"{op}: backend {requested!r} was asked for and cannot run: {reason}")
         return implementations[requested]
-    for name in BACKENDS:
+    for name in _automatic_order(device):
         if name in implementations and implementations[name].why_not(device, channels) is None:
             return implementations[name]
     raise BackendUnavailable(
@@ -110,7 +117,7 @@ def backend_reasons(op: str, device: str, channels: int = 3) -> dict[str, str | 
     """For each backend None if it can run `op` on `device`, else the reason; in the order of the automatic choice."""
     if op not in OPS:
         raise ValueError(f"op: wanted one of {', '.join(sorted(OPS))}; got {op!r}")
-    return {name: OPS[op][name].why_not(device, channels) if name in OPS[op] else NO_KERNEL for name in BACKENDS}
+    return {name: OPS[op][name].why_not(device, channels) if name in OPS[op] else NO_KERNEL for name in _automatic_order(device)}
 
 
 def available_backends(op: str, device: str = "cpu") -> list[str]:

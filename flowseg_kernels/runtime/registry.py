@@ -13,8 +13,9 @@ import torch
 
 from . import backend
 from .extension import why_no_cpu_kernels
+from .triton_forms import triton_kernel, why_no_triton
 
-__all__ = ["COMPILED_CHANNELS", "cpu_kernel", "define_op", "no_second_derivative"]
+__all__ = ["COMPILED_CHANNELS", "cpu_kernel", "define_op", "no_second_derivative", "triton_kernel"]
 
 #: Code channels that compiled kernels take; the reference takes any number.
 COMPILED_CHANNELS = 16
@@ -36,7 +37,13 @@ def _why_not_cpu(device: str, channels: int) -> str | None:
     return why_no_cpu_kernels()
 
 
-_WHY_NOT = {"reference": _why_not_reference, "cpu": _why_not_cpu}
+def _why_not_triton(device: str, channels: int) -> str | None:
+    if channels > COMPILED_CHANNELS:
+        return f"the Triton kernels take at most {COMPILED_CHANNELS} code channels, these have {channels}"
+    return why_no_triton(device)
+
+
+_WHY_NOT = {"reference": _why_not_reference, "cpu": _why_not_cpu, "triton": _why_not_triton}
 
 
 def define_op(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...runtime.registry import cpu_kernel, define_op, no_second_derivative
+from ...runtime.registry import cpu_kernel, define_op, no_second_derivative, triton_kernel
 from . import reference
 
 _SCHEMA = (
@@ -18,7 +18,11 @@ define_op(
     fake=lambda x, target, centroids, *args: torch.empty(
         (centroids.shape[0], centroids.shape[0]), dtype=torch.int64, device=x.device
     ),
-    backends={"cpu": cpu_kernel(_SCHEMA), "reference": reference.decode_confusion},
+    backends={
+        "cpu": cpu_kernel(_SCHEMA),
+        "triton": triton_kernel(__package__, "decode_confusion"),
+        "reference": reference.decode_confusion,
+    },
     channels=lambda x, *args: x.shape[1],
     **no_second_derivative("decode_confusion"),
 )

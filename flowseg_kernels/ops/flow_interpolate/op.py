@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...runtime.backend import requested_backend
-from ...runtime.registry import cpu_kernel, define_op, no_second_derivative
+from ...runtime.registry import cpu_kernel, define_op, no_second_derivative, triton_kernel
 from . import reference
 
 _forward_cpu = cpu_kernel(
@@ -36,7 +36,11 @@ def _backward(ctx, grad):
 define_op(
     "flow_interpolate(Tensor source, Tensor labels, Tensor t, Tensor centroids, int ignore_index) -> Tensor",
     fake=lambda source, *args: torch.empty(source.shape, dtype=source.dtype, device=source.device),
-    backends={"cpu": _forward_cpu, "reference": reference.flow_interpolate},
+    backends={
+        "cpu": _forward_cpu,
+        "triton": triton_kernel(__package__, "flow_interpolate"),
+        "reference": reference.flow_interpolate,
+    },
     channels=lambda source, *args: source.shape[1],
     backward=_backward,
     setup_context=_setup_context,
@@ -52,7 +56,11 @@ define_op(
     "flow_interpolate_bwd(Tensor grad, Tensor source, Tensor labels, Tensor t, Tensor centroids, int ignore_index, "
     "bool need_t, str backend) -> (Tensor, Tensor)",
     fake=_fake_backward,
-    backends={"cpu": _backward_cpu, "reference": reference.flow_interpolate_bwd},
+    backends={
+        "cpu": _backward_cpu,
+        "triton": triton_kernel(__package__, "flow_interpolate_bwd"),
+        "reference": reference.flow_interpolate_bwd,
+    },
     channels=lambda grad, source, *args: source.shape[1],
     **no_second_derivative("flow_interpolate_bwd"),
 )

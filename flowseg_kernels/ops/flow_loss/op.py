@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...runtime.backend import requested_backend
-from ...runtime.registry import cpu_kernel, define_op, no_second_derivative
+from ...runtime.registry import cpu_kernel, define_op, no_second_derivative, triton_kernel
 from ..common import compute_dtype
 from ..distance_correction.reference import TRANSFORMS
 from . import reference
@@ -70,7 +70,7 @@ define_op(
     "float correction_weight, str schedule, float temperature, float eps, str transform, float? max_norm, "
     "int ignore_index, str reduction, float t_min, bool need_grad) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
-    backends={"cpu": _run_cpu, "reference": reference.flow_loss},
+    backends={"cpu": _run_cpu, "triton": triton_kernel(__package__, "flow_loss"), "reference": reference.flow_loss},
     channels=lambda prediction, *args: prediction.shape[1],
     backward=_backward,
     setup_context=_setup_context,
@@ -83,6 +83,7 @@ define_op(
         "cpu": lambda grad_loss, residual, count, prediction, reduction: _backward_cpu(
             grad_loss, residual, count, reference.REDUCTIONS.index(reduction)
         ),
+        "triton": triton_kernel(__package__, "flow_loss_bwd"),
         "reference": lambda grad_loss, residual, count, prediction, reduction: reference.flow_loss_bwd(
             grad_loss, residual, count, reduction
         ),

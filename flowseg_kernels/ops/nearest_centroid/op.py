@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...runtime.registry import cpu_kernel, define_op, no_second_derivative
+from ...runtime.registry import cpu_kernel, define_op, no_second_derivative, triton_kernel
 from ..common import compute_dtype
 from . import reference
 
@@ -44,7 +44,11 @@ define_op(
     f"nearest_centroid({_ARGUMENTS}ScalarType out_dtype, bool return_distance, bool return_margin, int ignore_index) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_fake,
-    backends={"cpu": _run_cpu, "reference": reference.nearest_centroid},
+    backends={
+        "cpu": _run_cpu,
+        "triton": triton_kernel(__package__, "nearest_centroid"),
+        "reference": reference.nearest_centroid,
+    },
     channels=lambda x, *args: x.shape[1],
     **no_second_derivative("nearest_centroid"),
 )

@@ -96,23 +96,23 @@ def test_far_points_and_tiny_eps_stay_finite_and_right(backend, scale, eps):
 
 
 @pytest.mark.parametrize("dtype", LABEL_DTYPES)
-def test_label_dtypes_give_the_same(backend, dtype, codes150):
-    x, _, labels, _ = image_batch(codes150.centroids)
-    want = fk.distance_correction(x, labels, codes150)
+def test_label_dtypes_give_the_same(backend, dtype, codes19):
+    x, _, labels, _ = image_batch(codes19.centroids)
+    want = fk.distance_correction(x, labels, codes19)
     labels = labels if dtype != torch.uint8 else labels.clamp_max(255)
-    assert torch.equal(fk.distance_correction(x, labels.to(dtype), codes150), want)
+    assert torch.equal(fk.distance_correction(x, labels.to(dtype), codes19), want)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-def test_any_strides_give_the_same(backend, dtype, codes150):
-    x, _, labels, _ = image_batch(codes150.centroids, 2, 17, 40, dtype=dtype)
-    want = fk.distance_correction(x, labels, codes150)
+def test_any_strides_give_the_same(backend, dtype, codes19):
+    x, _, labels, _ = image_batch(codes19.centroids, 2, 7, 24, dtype=dtype)
+    want = fk.distance_correction(x, labels, codes19)
     for name, view in layouts(x):
-        assert torch.equal(fk.distance_correction(view, labels, codes150), want), name
+        assert torch.equal(fk.distance_correction(view, labels, codes19), want), name
     for name, view in layouts(labels):
-        assert torch.equal(fk.distance_correction(x, view, codes150), want), name
-    expanded = fk.distance_correction(x[:1, :, :1].expand(2, -1, 17, -1), labels, codes150)
-    assert torch.equal(expanded, fk.distance_correction(x[:1, :, :1].repeat(2, 1, 17, 1), labels, codes150))
+        assert torch.equal(fk.distance_correction(x, view, codes19), want), name
+    expanded = fk.distance_correction(x[:1, :, :1].expand(2, -1, 7, -1), labels, codes19)
+    assert torch.equal(expanded, fk.distance_correction(x[:1, :, :1].repeat(2, 1, 7, 1), labels, codes19))
 
 
 def test_max_norm_caps_and_keeps_the_direction(backend, codes150):
@@ -124,13 +124,13 @@ def test_max_norm_caps_and_keeps_the_direction(backend, codes150):
     torch.testing.assert_close(capped, free * (0.5 / norm.clamp_min(0.5)), rtol=1e-5, atol=1e-7)
 
 
-def test_nan_stays_in_its_pixel_and_ignored_pixels_are_zero(backend, codes150):
-    x, _, labels, _ = image_batch(codes150.centroids, ignored=0)
-    want = fk.distance_correction(x, labels, codes150)
+def test_nan_stays_in_its_pixel_and_ignored_pixels_are_zero(backend, codes19):
+    x, _, labels, _ = image_batch(codes19.centroids, ignored=0)
+    want = fk.distance_correction(x, labels, codes19)
     x[0, 1, 2, 3] = torch.nan
     x[1, 0, 0, 0] = torch.nan
     labels[1, 0, 0] = 255
-    got = fk.distance_correction(x, labels, codes150)
+    got = fk.distance_correction(x, labels, codes19)
     assert got[0, :, 2, 3].isnan().all() and not got[1, :, 0, 0].any()
     same = torch.ones_like(labels, dtype=torch.bool)
     same[0, 2, 3] = same[1, 0, 0] = False

@@ -1,0 +1,145 @@
+"""Triton kernels of flow_interpolate: x_t = (1 - t) x0 + t mu_y, and its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from ...runtime.triton_forms import (
+    INTERPRETED,
+    VECTOR,
+    Variant,
+    compile_options,
+    on_device_of,
+    pixel_strides,
+    variant,
+)
+from ..triton_pixels import gather_codes, load_classes, load_pixels, store_pixels
+
+__all__ = ["flow_interpolate", "flow_interpolate_bwd", "variants"]
+
+_SIZES = ["width", "pixels", "blocks", "classes", "ignore_index", "l_b", "l_h", "l_w", "t_b"]
+_X_STRIDES = ["x_b", "x_c", "x_h", "x_w"]
+_G_STRIDES = ["g_b", "g_c", "g_h", "g_w"]
+
+
+@triton.jit(do_not_specialize=[*_X_STRIDES, *_SIZES])
+def _interpolate(
+    x, labels, t, centroids, out,
+    x_b, x_c, x_h, x_w, l_b, l_h, l_w, t_b, width, pixels, blocks, classes, ignore_index,
+    X_LAYOUT: tl.constexpr, L_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    inside = start + tl.arange(0, BLOCK) < pixels
+    acc: tl.constexpr = centroids.dtype.element_ty
+    source = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
+    y = load_classes(labels, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)
+    time = tl.load(t + image * t_b).to(acc)
+    code = gather_codes(centroids, y, C)
+    moved = ()
+    for c in tl.static_range(C):
+        moved = moved + (tl.where(y >= 0, (1.0 - time) * source[c] + time * code[c], source[c]),)
+    store_pixels(out, moved, image, start, pixels, inside, OUT_LAYOUT, C, BLOCK)
+
+
+@triton.jit(do_not_specialize=[*_X_STRIDES, *_G_STRIDES, *_SIZES])
+def _interpolate_backward(
+    grad, x, labels, t, centroids, grad_source, partial,
+    g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w, l_b, l_h, l_w, t_b, width, pixels, blocks, classes, ignore_index,
+    G_LAYOUT: tl.constexpr, X_LAYOUT: tl.constexpr, L_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
+    C: tl.constexpr, NEED_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """partial (B, blocks) fp64: each block's share of grad t; summed by a second stage, so the result never changes."""
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    inside = start + tl.arange(0, BLOCK) < pixels
+    acc: tl.constexpr = centroids.dtype.element_ty
+    g = load_pixels(grad, image, g_b, g_c, g_h, g_w, start, width, inside, G_LAYOUT, C, acc, BLOCK)
+    y = load_classes(labels, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)
+    time = tl.load(t + image * t_b).to(acc)
+    if NEED_T:
+        source = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
+        code = gather_codes(centroids, y, C)
+        total = tl.zeros([BLOCK], tl.float64)
+        for c in tl.static_range(C):
+            total += tl.where(y >= 0, g[c] * (code[c] - source[c]), 0.0).to(tl.float64)
+        tl.store(partial + tl.program_id(0), tl.sum(total, 0))
+    scaled = ()
+    for c in tl.static_range(C):
+        scaled = scaled + (tl.where(y >= 0, (1.0 - time) * g[c], g[c]),)
+    store_pixels(grad_source, scaled, image, start, pixels, inside, OUT_LAYOUT, C, BLOCK)
+
+
+def block_of(channels: int) -> int:
+    """Pixels a program: 16 bytes of bf16 a thread and channel, less where many channels fill the registers."""
+    return 4096 if INTERPRETED else 1024 if channels <= 4 else 512 if channels <= 8 else 256
+
+
+def flow_interpolate(
+    source: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, centroids: torch.Tensor, ignore_index: int
+) -> torch.Tensor:
+    """x_t, as the reference gives it. Labels out of range count as ignored."""
+    out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    if out.numel() == 0:
+        return out
+    batch, channels, height, width = source.shape
+    x_strides, x_layout = pixel_strides(source)
+    l_strides, l_layout = pixel_strides(labels)
+    block = block_of(channels)
+    blocks = triton.cdiv(height * width, block)
+    with on_device_of(source):
+        _interpolate[(batch * blocks,)](
+            source, labels, t, centroids.contiguous(), out,
+            *x_strides, *l_strides, t.stride(0), width, height * width, blocks, centroids.shape[0], ignore_index,
+            X_LAYOUT=x_layout, L_LAYOUT=l_layout, OUT_LAYOUT=pixel_strides(out)[1], C=channels, BLOCK=block,
+            **compile_options(4),
+        )  # fmt: skip
+    return out
+
+
+def flow_interpolate_bwd(
+    grad: torch.Tensor,
+    source: torch.Tensor,
+    labels: torch.Tensor,
+    t: torch.Tensor,
+    centroids: torch.Tensor,
+    ignore_index: int,
+    need_t: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of source and, when needed, of t."""
+    out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    if out.numel() == 0:
+        return out, t.new_zeros(t.shape if need_t else (0,))
+    batch, channels, height, width = source.shape
+    g_strides, g_layout = pixel_strides(grad)
+    x_strides, x_layout = pixel_strides(source)
+    l_strides, l_layout = pixel_strides(labels)
+    block = block_of(channels)
+    blocks = triton.cdiv(height * width, block)
+    partial = torch.empty((batch, blocks) if need_t else (0,), dtype=torch.float64, device=source.device)
+    with on_device_of(source):
+        _interpolate_backward[(batch * blocks,)](
+            grad, source, labels, t, centroids.contiguous(), out, partial,
+            *g_strides, *x_strides, *l_strides, t.stride(0), width, height * width, blocks, centroids.shape[0], ignore_index,
+            G_LAYOUT=g_layout, X_LAYOUT=x_layout, L_LAYOUT=l_layout, OUT_LAYOUT=pixel_strides(out)[1],
+            C=channels, NEED_T=need_t, BLOCK=block, **compile_options(4),
+        )  # fmt: skip
+    return out, partial.sum(dim=1).to(t.dtype) if need_t else t.new_empty(0)
+
+
+def variants() -> Iterator[Variant]:
+    for channels, dtype in ((1, "bf16"), (3, "bf16"), (3, "fp32"), (3, "fp64"), (8, "fp32"), (16, "bf16")):
+        acc = "fp64" if dtype == "fp64" else "fp32"
+        pointers = {"x": dtype, "labels": "u8", "t": "fp32", "centroids": acc, "out": dtype}
+        layouts = {"X_LAYOUT": VECTOR, "L_LAYOUT": VECTOR, "OUT_LAYOUT": VECTOR}
+        constants = {**layouts, "C": channels, "BLOCK": block_of(channels)}
+        yield variant(f"flow_interpolate C={channels} {dtype}", _interpolate, pointers, constants, compile_options(4))
+        pointers |= {"grad": dtype, "grad_source": dtype, "partial": "fp64"}
+        constants |= {"G_LAYOUT": VECTOR, "NEED_T": True}
+        yield variant(
+            f"flow_interpolate_bwd C={channels} {dtype}", _interpolate_backward, pointers, constants, compile_options(4)
+        )

@@ -1,0 +1,243 @@
+"""Triton kernels of decoding: label = argmin_k |x - mu_k|, ties to the lowest index.
+
+Where the codebook has a decode grid and only labels are asked for, a pixel reads its cell: one class that is nearest in the whole
+cell, or a list of the few that can be. Elsewhere, and for pixels outside the grid, every centroid is searched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from ...runtime.triton_forms import INTERPRETED, VECTOR, Variant, compile_options, on_device_of, pixel_strides, variant
+from ..common import compute_dtype
+from ..triton_pixels import any_nan, difference_from, load_pixels, squared_norm
+
+__all__ = ["block_of", "decode", "grid_arguments", "nearest_centroid", "options_of", "variants"]
+
+_RUN: tl.constexpr = tl.constexpr(8)
+_RECORD: tl.constexpr = tl.constexpr(8)  # candidates in one record of the decode grid
+
+
+@triton.jit
+def _keep_nearest(x, centroid, k, label, nearest, second, C: tl.constexpr, MARGIN: tl.constexpr):
+    d = squared_norm(difference_from(x, centroid, C), C)
+    closer = d < nearest
+    if MARGIN:
+        second = tl.where(closer, nearest, tl.where(d < second, d, second))
+    return tl.where(closer, k, label), tl.where(closer, d, nearest), second
+
+
+@triton.jit
+def _search_all(x, centroids, classes, C: tl.constexpr, MARGIN: tl.constexpr):
+    """Label, smallest and (with MARGIN) second smallest squared distance over all centroids, in the order of their index."""
+    label = tl.zeros(x[0].shape, tl.int32)
+    nearest = tl.full(x[0].shape, float("inf"), x[0].dtype)
+    second = nearest
+    whole = classes // _RUN * _RUN
+    centroid = centroids
+    for first in range(0, whole, _RUN):
+        for j in tl.static_range(_RUN):
+            label, nearest, second = _keep_nearest(x, centroid + j * C, first + j, label, nearest, second, C, MARGIN)
+        centroid += _RUN * C
+    for k in range(whole, classes):
+        label, nearest, second = _keep_nearest(x, centroid, k, label, nearest, second, C, MARGIN)
+        centroid += C
+    return label, nearest, second
+
+
+@triton.jit
+def _load_pair(at):
+    """Two neighbouring floats with one load."""
+    both = tl.load(at)
+    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _keep_nearest_listed(x, a, b, c, j, place, nearest):
+    dx = x[0] - a
+    dy = x[1] - b
+    dz = x[2] - c
+    d = dx * dx
+    d += dy * dy
+    d += dz * dz
+    closer = d < nearest
+    return tl.where(closer, j, place), tl.where(closer, d, nearest)
+
+
+@triton.jit
+def _search_lists(x, first, records, groups, listed):
+    """The nearest of each pixel's candidates. `first` is the first record of its list, 0 for pixels that have none."""
+    length = tl.load(groups + first, mask=listed, other=0)
+    place = first * (4 * _RECORD)
+    nearest = tl.full(first.shape, float("inf"), tl.float32)
+    pairs = records.to(tl.pointer_type(tl.int64))
+    for r in range(0, tl.max(length, 0)):
+        # A list shorter than the block's longest looks at its last record again, which changes nothing.
+        at = first + tl.maximum(tl.minimum(r, length - 1), 0)
+        record = pairs + at * (2 * _RECORD)
+        for j in tl.static_range(_RECORD // 2):
+            a0, a1 = _load_pair(record + j)
+            b0, b1 = _load_pair(record + _RECORD // 2 + j)
+            c0, c1 = _load_pair(record + _RECORD + j)
+            # The place in the list, of which the class is read once at the end: lists are in the order of the classes.
+            here = at * (4 * _RECORD) + 2 * j
+            place, nearest = _keep_nearest_listed(x, a0, b0, c0, here, place, nearest)
+            place, nearest = _keep_nearest_listed(x, a1, b1, c1, here + 1, place, nearest)
+    return tl.load(records + 3 * _RECORD + place).to(tl.int32)
+
+
+@triton.jit
+def _look_up(x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, SIZE: tl.constexpr):
+    """Labels by the decode grid: flowseg_kernels/decode_grid.py says why they are exact."""
+    a = (x[0] - grid_low) * grid_scale
+    b = (x[1] - grid_low) * grid_scale
+    c = (x[2] - grid_low) * grid_scale
+    # False for NaN too.
+    in_grid = (a >= 0) & (a < SIZE) & (b >= 0) & (b < SIZE) & (c >= 0) & (c < SIZE)
+    a = tl.where(in_grid, a, 0.0).to(tl.int32)
+    b = tl.where(in_grid, b, 0.0).to(tl.int32)
+    c = tl.where(in_grid, c, 0.0).to(tl.int32)
+    label = tl.load(cells + (c * SIZE + b) * SIZE + a)
+    listed = in_grid & (label < 0)
+    if tl.max(listed.to(tl.int32), 0) > 0:
+        label = tl.where(listed, _search_lists(x, tl.where(listed, -1 - label, 0), records, groups, listed), label)
+    out = inside & ~in_grid
+    if tl.max(out.to(tl.int32), 0) > 0:
+        found, _, _ = _search_all(x, centroids, classes, 3, False)
+        label = tl.where(out, found, label)
+    return label
+
+
+@triton.jit
+def decode(
+    x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale,
+    C: tl.constexpr, GRID_SIZE: tl.constexpr, MARGIN: tl.constexpr,
+):  # fmt: skip
+    """Labels (-1 for NaN), and squared distances where the grid did not answer; GRID_SIZE 0 searches every centroid."""
+    if GRID_SIZE > 0:
+        label = _look_up(x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, GRID_SIZE)
+        nearest = x[0]
+        second = x[0]
+    else:
+        label, nearest, second = _search_all(x, centroids, classes, C, MARGIN)
+    return tl.where(any_nan(x, C), -1, label), nearest, second
+
+
+@triton.jit(
+    do_not_specialize=[
+        "x_b", "x_c", "x_h", "x_w", "width", "pixels", "blocks", "classes", "ignore_index", "grid_low", "grid_scale",
+    ]
+)  # fmt: skip
+def _nearest_centroid(
+    x, centroids, cells, records, groups, labels, distance, margin,
+    x_b, x_c, x_h, x_w, width, pixels, blocks, classes, ignore_index, grid_low, grid_scale,
+    X_LAYOUT: tl.constexpr, C: tl.constexpr, GRID_SIZE: tl.constexpr, DISTANCE: tl.constexpr, MARGIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    classes = tl.cast(classes, tl.int32)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    inside = start + tl.arange(0, BLOCK) < pixels
+    acc: tl.constexpr = centroids.dtype.element_ty
+    point = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
+    label, nearest, second = decode(
+        point, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, C, GRID_SIZE, MARGIN
+    )
+    out = image * pixels + start + tl.arange(0, BLOCK)
+    unknown = label < 0
+    kind: tl.constexpr = labels.dtype.element_ty
+    tl.store(labels + out, tl.where(unknown, tl.cast(ignore_index, kind), label.to(kind)), mask=inside)
+    if DISTANCE or MARGIN:
+        root = tl.where(unknown, float("nan"), tl.sqrt(nearest))
+        if DISTANCE:
+            tl.store(distance + out, root, mask=inside)
+        if MARGIN:
+            tl.store(margin + out, tl.sqrt(second) - root, mask=inside)
+
+
+def options_of(dtype: torch.dtype) -> dict[str, object]:
+    """A bound on registers, so that ptxas does not spill for the sake of more programs at once."""
+    return compile_options(4, registers=128 if dtype == torch.float64 else 80)
+
+
+def block_of(channels: int, grid: bool) -> int:
+    """Pixels a program of 128 threads: four a thread share each centroid they read; a look-up wants many loads in flight."""
+    if INTERPRETED:
+        return 4096
+    return 512 if channels <= 4 or grid else 256 if channels <= 8 else 128
+
+
+def grid_arguments(
+    centroids: torch.Tensor, cells: torch.Tensor | None, records: torch.Tensor | None, groups: torch.Tensor | None
+) -> tuple[tuple[torch.Tensor, ...], int]:
+    """The decode grid's tensors and its size; size 0, with any tensors, where there is none for these points."""
+    if cells is None or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
+        return (centroids, centroids, centroids), 0
+    return (cells, records, groups), cells.shape[0]
+
+
+def nearest_centroid(
+    x: torch.Tensor,
+    centroids: torch.Tensor,
+    cells: torch.Tensor | None,
+    records: torch.Tensor | None,
+    groups: torch.Tensor | None,
+    grid_low: float,
+    grid_scale: float,
+    out_dtype: torch.dtype,
+    return_distance: bool,
+    return_margin: bool,
+    ignore_index: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Labels, distances and margins, as the reference gives them."""
+    batch, channels, height, width = x.shape
+    shape = (batch, height, width)
+    dtype = compute_dtype(x.dtype)
+    labels = torch.empty(shape, dtype=out_dtype, device=x.device)
+    distance = torch.empty(shape if return_distance else (0,), dtype=dtype, device=x.device)
+    margin = torch.empty(shape if return_margin else (0,), dtype=dtype, device=x.device)
+    if labels.numel() == 0:
+        return labels, distance, margin
+    centroids = centroids.contiguous()
+    grid, size = grid_arguments(centroids, cells, records, groups)
+    if return_distance or return_margin:
+        size = 0
+    x_strides, x_layout = pixel_strides(x)
+    block = block_of(channels, size > 0)
+    blocks = triton.cdiv(height * width, block)
+    with on_device_of(x):
+        _nearest_centroid[(batch * blocks,)](
+            x, centroids, *grid, labels, distance, margin,
+            *x_strides, width, height * width, blocks, centroids.shape[0], ignore_index, grid_low, grid_scale,
+            X_LAYOUT=x_layout, C=channels, GRID_SIZE=size, DISTANCE=return_distance, MARGIN=return_margin, BLOCK=block,
+            **options_of(centroids.dtype),
+        )  # fmt: skip
+    return labels, distance, margin
+
+
+def variants() -> Iterator[Variant]:
+    for channels, grid, margin, dtype in (
+        (3, 64, False, "bf16"), (3, 64, False, "fp32"), (3, 0, False, "bf16"), (3, 0, True, "fp32"), (3, 0, True, "fp64"),
+        (4, 0, False, "fp32"), (8, 0, False, "bf16"), (16, 0, True, "bf16"),
+    ):  # fmt: skip
+        acc = "fp64" if dtype == "fp64" else "fp32"
+        pointers = {
+            "x": dtype, "centroids": acc, "cells": "i32", "records": "fp32", "groups": "i32", "labels": "u8",
+            "distance": acc, "margin": acc,
+        }  # fmt: skip
+        constants = {
+            "X_LAYOUT": VECTOR, "C": channels, "GRID_SIZE": grid, "DISTANCE": margin, "MARGIN": margin,
+            "BLOCK": block_of(channels, grid > 0),
+        }  # fmt: skip
+        form = ("grid " if grid else "") + ("margin " if margin else "")
+        yield variant(
+            f"nearest_centroid C={channels} {form}{dtype}",
+            _nearest_centroid,
+            pointers,
+            constants,
+            options_of(torch.float64 if dtype == "fp64" else torch.float32),
+        )

@@ -1,0 +1,151 @@
+"""Device functions over a block of pixels that the Triton kernels of several ops share.
+
+A block is BLOCK consecutive pixels of one image; a value with C channels is a tuple of C blocks, so that every channel stays in
+its own register whatever C is. Strides are in elements; `layout` is STRIDED, PLANE or VECTOR of runtime.triton_forms.
+"""
+
+import triton
+import triton.language as tl
+
+from ..runtime import triton_forms
+
+# A module-level value must be a constexpr for kernels to read it.
+_INTERPRETED: tl.constexpr = tl.constexpr(triton_forms.INTERPRETED)
+
+
+@triton.jit
+def rounded(v, dtype: tl.constexpr):
+    """v in another type, rounded to nearest even. The interpreter cuts fp32 down to bf16 instead of rounding it."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = v.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        bits = tl.where(v != v, 0x7FC0, bits)
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return v.to(dtype)
+
+
+@triton.jit
+def pixel_offsets(start, stride_h, stride_w, width, layout: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets (BLOCK,) of the pixels start, start + 1, ... within a plane."""
+    i = tl.arange(0, BLOCK)
+    if layout == 2:
+        return tl.multiple_of(start, 16) + i
+    elif layout == 1:
+        return (start + i) * stride_w
+    else:
+        p = start + i
+        return (p // width) * stride_h + (p % width) * stride_w
+
+
+@triton.jit
+def image_offset(image, stride, layout: tl.constexpr):
+    offset = tl.cast(stride, tl.int64) * image
+    if layout == 2:
+        return tl.multiple_of(offset, 16)
+    else:
+        return offset
+
+
+@triton.jit
+def load_pixels(
+    x, image, stride_b, stride_c, stride_h, stride_w, start, width, inside,
+    layout: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The C channels of a block, in the type the kernel computes in; 0 outside the image."""
+    at = x + image_offset(image, stride_b, layout) + pixel_offsets(start, stride_h, stride_w, width, layout, BLOCK)
+    values = ()
+    for c in tl.static_range(C):
+        values = values + (tl.load(at + image_offset(c, stride_c, layout), mask=inside, other=0.0).to(ACC),)
+    return values
+
+
+@triton.jit
+def store_pixels(out, values, image, start, pixels, inside, layout: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a block to a contiguous (B, C, H, W). layout VECTOR promises that a plane is a multiple of 16 pixels."""
+    at = start + tl.arange(0, BLOCK)
+    for c in tl.static_range(C):
+        tl.store(
+            out + image_offset(image * C + c, pixels, layout) + at,
+            rounded(values[c], out.dtype.element_ty),
+            mask=inside,
+        )
+
+
+@triton.jit
+def load_classes(
+    labels, image, stride_b, stride_h, stride_w, start, width, inside, classes, ignore_index,
+    layout: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Classes (BLOCK,) int32; -1 where the label is ignored, no class at all, or outside the image."""
+    at = labels + image_offset(image, stride_b, layout) + pixel_offsets(start, stride_h, stride_w, width, layout, BLOCK)
+    label = tl.load(at, mask=inside, other=0)
+    if label.dtype != tl.int64:
+        label = label.to(tl.int32)
+    valid = inside & (label >= 0) & (label < classes) & (label != ignore_index)
+    return tl.where(valid, label, -1).to(tl.int32)
+
+
+@triton.jit
+def gather_codes(centroids, y, C: tl.constexpr):
+    """The codes of classes (BLOCK,); 0 for class -1."""
+    at = centroids + y.to(tl.int64) * C
+    code = ()
+    for c in tl.static_range(C):
+        code = code + (tl.load(at + c, mask=y >= 0, other=0.0),)
+    return code
+
+
+@triton.jit
+def zeros_like(values, C: tl.constexpr):
+    out = ()
+    for c in tl.static_range(C):
+        out = out + (tl.zeros_like(values[c]),)
+    return out
+
+
+@triton.jit
+def add(a, b, C: tl.constexpr):
+    out = ()
+    for c in tl.static_range(C):
+        out = out + (a[c] + b[c],)
+    return out
+
+
+@triton.jit
+def subtract(a, b, C: tl.constexpr):
+    out = ()
+    for c in tl.static_range(C):
+        out = out + (a[c] - b[c],)
+    return out
+
+
+@triton.jit
+def squared_norm(v, C: tl.constexpr):
+    total = v[0] * v[0]
+    for c in tl.static_range(1, C):
+        total += v[c] * v[c]
+    return total
+
+
+@triton.jit
+def difference_from(x, centroid, C: tl.constexpr):
+    """x - mu for the centroid that the pointer `centroid` is at."""
+    diff = ()
+    for c in tl.static_range(C):
+        diff = diff + (x[c] - tl.load(centroid + c),)
+    return diff
+
+
+@triton.jit
+def any_nan(x, C: tl.constexpr):
+    found = x[0] != x[0]
+    for c in tl.static_range(1, C):
+        found = found | (x[c] != x[c])
+    return found
+
+
+@triton.jit
+def wide(high, low, ACC: tl.constexpr):
+    """The number that runtime.triton_forms.two_floats split."""
+    return tl.cast(high, ACC) + tl.cast(low, ACC)
