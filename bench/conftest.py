@@ -12,6 +12,8 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.runtime.backend import backend_reasons
 
+from . import machine
+
 #: name: (classes, factor on the spread of points around their codes)
 WORKLOADS = {"ade512": (150, 1.0), "coco512": (171, 1.0), "many": (1000, 0.5)}
 #: Tiny sizes, one round, no peer that compiles: shows that every entry still runs and is right, and judges no time.
@@ -85,7 +87,8 @@ def median_seconds(run, rounds=9):
 
 @pytest.fixture(scope="session")
 def limits():
-    """What this machine gives in this run: copy in bytes/s (read and written), matrix products in FLOP/s."""
+    """What this machine gives in this run, a second: bytes copied (read and written), operations of its multiply pipes,
+    divisions, and operations of bf16 matrix products."""
     planes = [torch.rand(BATCH, 3, SIZE, SIZE, device=DEVICE) for _ in range(2 * SETS)]
     turn = itertools.cycle(range(SETS))
 
@@ -98,6 +101,10 @@ def limits():
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
         found[name] = 2 * n**3 / median_seconds(lambda a=a, b=b: a @ b)
+    pipes = machine.arithmetic(torch.get_num_threads()) if DEVICE == "cpu" else None
+    # Without a compiler, and on a GPU, a matrix product in fp32 stands for the multiply pipes.
+    found["multiply"] = 2 * pipes["fma"] if pipes else found["fp32"]
+    found["divide"] = pipes["divide"] if pipes else float("inf")
     return found
 
 
@@ -132,12 +139,25 @@ def graph_milliseconds(run, sets):
 def measure(benchmark, limits):
     """measure(run, workload, op, entry): times run(inputs) over rotating inputs and records what it was.
 
-    moved: bytes that the op has to read and write. operations: those of the multiply pipes, 2 for a fused multiply-add. Both
-    give the limit: the longer of the copy of so many bytes and the matrix product of so many operations, as measured in this run.
+    moved: bytes that the op has to read and write. operations: those of the multiply pipes, 2 for a fused multiply-add.
+    divisions: those of the divider, which works beside them. The limit is the longest that one of them takes at the rate
+    measured in this run.
     """
 
     def call(
-        run, workload, op, entry, *, rounds=None, spread=False, variant="", moved=0, operations=0, graph=False, **info
+        run,
+        workload,
+        op,
+        entry,
+        *,
+        rounds=None,
+        spread=False,
+        variant="",
+        moved=0,
+        operations=0,
+        divisions=0,
+        graph=False,
+        **info,
     ):
         inputs = workload.rotate()
 
@@ -163,8 +183,8 @@ def measure(benchmark, limits):
             **info,
         )
         if moved or operations:
-            bf16 = "bf16" in entry and op == "neural_field"
-            limit = max(moved / limits["copy"], operations / limits["bf16" if bf16 else "fp32"])
+            multiply = limits["bf16" if "bf16" in entry and op.startswith("neural_field") else "multiply"]
+            limit = max(moved / limits["copy"], operations / multiply, divisions / limits["divide"])
             benchmark.extra_info.update(moved=moved, operations=operations, limit_ms=limit * 1e3)
         if graph and DEVICE == "cuda" and entry in OURS:
             with backend_of(entry):

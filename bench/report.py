@@ -85,7 +85,7 @@ def markdown(stored, folder):
     lines = [
         f"**{where}**, torch {machine['torch']}, commit {commits}. Medians; every result was "
         "checked before it was timed. Ours in ms; for a peer, how many times longer it takes. Limit: share of the machine's limit "
-        "that we reach, the longer of a copy of the bytes and a matrix product of the operations, measured in the same run.",
+        "that we reach: the longest of copying the bytes, multiplications and divisions, at rates measured in the same run.",
         "",
         f"| op and workload | ours, ms | rate | limit | {' | '.join(peers)} |",
         f"|---|---|---|---|{'---|' * len(peers)}",
@@ -104,7 +104,7 @@ def markdown(stored, folder):
 
 def _sentences(rows):
     """What the table does not say: the limits, exactness, dtypes and threads."""
-    rates = [f"{row['rate']:.0f} {row['entry']}" for row in rows if row["op"] == "machine"]
+    rates = [f"{row['rate']:.3g} {row['entry']}" for row in rows if row["op"] == "machine"]
     if rates:
         yield f"Limits of this machine in the same run: {', '.join(rates)}."
     checked = [
@@ -183,7 +183,7 @@ def draw_speedup(rows):
 def draw_roofline(rows):
     rates = {row["entry"]: row["rate"] for row in rows if row["op"] == "machine"}
     copy = next((rate for name, rate in rates.items() if "copied" in name), None)
-    peak = next((rate for name, rate in rates.items() if "fp32" in name), None)
+    peak = next((rate for name, rate in rates.items() if "multiply pipes" in name and "GFLOP" in name), None)
     points = [row for row in rows if is_ours(row) and row.get("operations") and not _SCALING.match(row["op"])]
     flat = [
         row

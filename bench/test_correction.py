@@ -27,14 +27,14 @@ def keops_correction(mu, eps):
 
 
 def correction_cost(work, bytes_a_channel=4):
-    """Bytes moved, and operations of the multiply pipes for each pixel and class.
+    """Bytes moved, divisions, and operations of the multiply pipes.
 
-    C for the distance, a division (or a reciprocal), a square, C for the sums, and the class's compare; a GPU's pipes also do the C
-    subtractions and the sum.
+    These for each pixel and class: C for the distance, the start of the division (on a GPU the reciprocal's own Newton step), a
+    square, C for the sums, and the class's compare; a GPU's pipes also do the C subtractions and the sum.
     """
-    c = work.channels
+    c, pairs = work.channels, work.pixels * work.classes
     slots = 3 * c + 4 if DEVICE == "cuda" else 2 * c + 3
-    return {"moved": work.pixels * (2 * c * bytes_a_channel + 1), "operations": 2 * work.pixels * work.classes * slots}
+    return {"moved": work.pixels * (2 * c * bytes_a_channel + 1), "operations": 2 * pairs * slots, "divisions": pairs}
 
 
 def with_long_labels(work):

@@ -5,15 +5,38 @@ import torch
 
 import flowseg_kernels as fk
 
+from . import machine
 from .conftest import DEVICE
 
+UNITS = {
+    "copy": "GB/s copied",
+    "multiply": "GFLOP/s of the multiply pipes",
+    "divide": "G divisions/s",
+    "fp32": "GFLOP/s of fp32 matrix products",
+    "bf16": "GFLOP/s of bf16 matrix products",
+}
 
-@pytest.mark.parametrize("name", ["copy", "fp32", "bf16"])
-def test_limit(benchmark, limits, name):
+
+def note(benchmark, entry, rate):
     benchmark.group = "machine limits"
-    unit = "GB/s copied" if name == "copy" else f"GFLOP/s of {name} matrix products"
-    benchmark.extra_info.update(op="machine", workload="", entry=unit, pixels=0, rate=limits[name] / 1e9)
+    benchmark.extra_info.update(op="machine", workload="", spread=0.0, entry=entry, pixels=0, rate=rate)
     benchmark.pedantic(lambda: None, rounds=1)
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_limit(benchmark, limits, name):
+    if limits[name] == float("inf"):
+        pytest.skip("measured on a CPU with a C++ compiler only")
+    note(benchmark, UNITS[name], limits[name] / 1e9)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="threads are a CPU's")
+def test_threads_of_the_multiply_pipes(benchmark, limits):
+    """Near the number of threads where each has a core of its own, near 1 where they share one."""
+    alone = machine.arithmetic(1)
+    if alone is None:
+        pytest.skip("no C++ compiler")
+    note(benchmark, "times one thread's multiply pipes on all threads", limits["multiply"] / 2 / alone["fma"])
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="threads are a CPU's")
