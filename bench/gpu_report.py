@@ -93,57 +93,29 @@ def steps(dry):
         build["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
     yield Step("build", [python, "setup.py", "-q", *(["--version"] if dry else ["build_ext", "--inplace"])], 150, build)
     yield Step("info", [python, "-m", "flowseg_kernels.info"], 30)
-    if dry:
-        tests = ["tests/flowseg_kernels/ops/test_flow_interpolate.py"]
-    else:
-        tests = ["tests/flowseg_kernels"]
+    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
     for backend in backends:
-        command = [
-            python,
-            "-m",
-            "pytest",
-            "-x" if dry else "--maxfail=20",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            backend,
-            *tests,
-        ]
-        yield Step(f"tests on {backend}", command, 100, {"FLOWSEG_REQUIRE_BACKENDS": backend})
+        wanted = ["-k", f"{backend} and zero"] if dry else ["-k", backend, "--maxfail=20"]
+        where = "tests/flowseg_kernels/ops/test_distance_correction.py" if dry else "tests/flowseg_kernels"
+        yield Step(f"tests on {backend}", [*pytest, *wanted, where], 100, {"FLOWSEG_REQUIRE_BACKENDS": backend})
 
     def bench(name, files, seconds, short):
         """short: the entries that a dry run keeps."""
-        here = [f"bench/{file}" for file in files if (root / "bench" / file).exists()]
-        command = [
-            python,
-            "-m",
-            "pytest",
-            *here,
-            "-p",
-            "no:cacheprovider",
-            "--durations=0",
-            *(["-k", short] if dry else []),
-        ]
-        quick = {"FLOWSEG_BENCH_QUICK": "1"} if dry else {}
-        return Step(name, command, seconds, {"FLOWSEG_BENCH_DEVICE": device, **quick}, bench=True) if here else None
+        here = [f"bench/{file}" for file in files.split() if (root / "bench" / file).exists()]
+        environment = {"FLOWSEG_BENCH_DEVICE": device, **({"FLOWSEG_BENCH_QUICK": "1"} if dry else {})}
+        command = [*pytest, *here, *(["-k", short] if dry else [])]
+        return Step(name, command, seconds, environment, bench=True) if here else None
 
-    yield bench(
-        "bench: limits and correction", ["test_limits.py", "test_correction.py"], 110, "limit or ade512 and correction"
-    )
-    yield bench("bench: decoding", ["test_decode.py"], 80, "ade512-0.3")
+    yield bench("bench: correction", "test_limits.py test_correction.py", 110, "limit or ade512 and correction")
+    yield bench("bench: decoding", "test_decode.py", 80, "ade512-0.3")
+    yield bench("bench: neural field", "test_neural_field.py", 80, "ours")
     for backend in backends:
-        for tool in ("memcheck", "racecheck"):
+        # Without the tool the two are the same.
+        for tool in ("memcheck",) if dry else ("memcheck", "racecheck"):
             sanitizer = [] if dry else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-            yield Step(f"{tool} on {backend}", [*sanitizer, python, "-c", SHORT_SET, backend, device], 40)
-            if dry:  # without the tool the two are the same
-                break
-    yield bench("bench: neural field", ["test_neural_field.py"], 80, "nothing_at_all")
-    yield bench(
-        "bench: stack and scaling",
-        ["test_stack.py", "test_scaling.py"],
-        110,
-        "sampling and eager or search_by_classes and ours",
-    )
+            yield Step(f"{tool} on {backend}", [*sanitizer, python, "-c", SHORT_SET, backend, device], 50)
+    short = "sampling and eager or search_by_classes and ours"
+    yield bench("bench: stack and scaling", "test_stack.py test_scaling.py", 110, short)
     if (root / "bench" / "memory.py").exists():
         yield Step("memory", [python, "-m", "bench.memory"], 40, {"FLOWSEG_BENCH_DEVICE": device})
 
@@ -227,12 +199,19 @@ class Run:
         stored = load(self.folder) if self.folder else None
         if not stored:
             return self.say("No figure was measured.")
-        for line in judged(stored["rows"]):
+        for line in judged(stored["rows"], verdict=not self.dry):
             self.say(line)
 
 
-def judged(rows):
-    """A line for each group of ours: what was measured, and the target where there is one."""
+def judged(rows, verdict=True):
+    """A line for each group of ours: what was measured, the target where there is one, and whether it was met."""
+
+    def against(value, start, what, form):
+        target = TARGETS.get((start, what))
+        if target is None:
+            return ""
+        return f" (target {form.format(target)}{(': met' if value >= target else ': missed') if verdict else ''})"
+
     for name, members in groups_of(rows).items():
         ours = best_of_ours(members)
         if not ours:
@@ -241,19 +220,16 @@ def judged(rows):
         start = target[0] if target else name
         facts = [f"{ours['entry']} {ours['ms']:.4g} ms"]
         facts += [f"in a graph {ours['graph_ms']:.4g} ms"] if "graph_ms" in ours else []
+        facts += [f"no graph: {ours['graph_error']}"] if "graph_error" in ours else []
         facts += [f"peak {ours['peak_mib']:.0f} MiB"] if "peak_mib" in ours else []
         if "limit_ms" in ours:
             share = ours["limit_ms"] / ours.get("graph_ms", ours["ms"])
-            facts.append(f"{share:.0%} of the limit{_against(share, TARGETS.get((start, 'limit')), '{:.0%}')}")
+            facts.append(f"{share:.0%} of the limit{against(share, start, 'limit', '{:.0%}')}")
         for peer in PEERS:
             if peer in members:
                 ratio = members[peer]["ms"] / ours["ms"]
-                facts.append(f"{peer} {ratio:.3g}x{_against(ratio, TARGETS.get((start, peer)), '{:g}x')}")
+                facts.append(f"{peer} {ratio:.3g}x{against(ratio, start, peer, '{:g}x')}")
         yield f"{name}: {', '.join(facts)}"
-
-
-def _against(value, target, form):
-    return f" (target {form.format(target)}: {'met' if value >= target else 'missed'})" if target else ""
 
 
 def main(arguments=None):
