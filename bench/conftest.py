@@ -186,11 +186,9 @@ def measure(benchmark, limits):
             multiply = limits["bf16" if "bf16" in entry and op.startswith("neural_field") else "multiply"]
             limit = max(moved / limits["copy"], operations / multiply, divisions / limits["divide"])
             benchmark.extra_info.update(moved=moved, operations=operations, limit_ms=limit * 1e3)
-        if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-            timed(next(inputs))
-            benchmark.extra_info["peak_mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20
+        peak = machine.peak_mib(lambda: timed(next(inputs)))
+        if peak is not None:
+            benchmark.extra_info["peak_mib"] = peak
         warmup = 0 if QUICK else 3
         benchmark.pedantic(timed, setup=lambda: ((next(inputs),), {}), rounds=rounds, warmup_rounds=warmup)
         if graph and DEVICE == "cuda" and entry.startswith(OURS):

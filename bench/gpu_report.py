@@ -116,8 +116,6 @@ def steps(dry):
             yield Step(f"{tool} on {backend}", [*sanitizer, python, "-c", SHORT_SET, backend, device], 50)
     short = "sampling and eager or search_by_classes and ours"
     yield bench("bench: stack and scaling", "test_stack.py test_scaling.py", 110, short)
-    if (root / "bench" / "memory.py").exists():
-        yield Step("memory", [python, "-m", "bench.memory"], 40, {"FLOWSEG_BENCH_DEVICE": device})
 
 
 class Run:

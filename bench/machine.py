@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import tempfile
 
+import torch
+
 
 def arithmetic(threads):
     """Fused multiply-adds and divisions a second over some threads of this CPU; None without a C++ compiler."""
@@ -34,3 +36,26 @@ def arithmetic(threads):
         for function in (pipes.fused_multiply_adds, pipes.divisions):
             function.restype = ctypes.c_double
         return {"fma": pipes.fused_multiply_adds(threads), "divide": pipes.divisions(threads)}
+
+
+def _resident():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status") if line.startswith(("VmRSS", "VmHWM")))
+    return {name: int(value.split()[0]) / 1024 for name, value in lines.items()}
+
+
+def peak_mib(run):
+    """How far the memory of this process (or of the GPU) rises above what it held while run() works; None where nobody can tell."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
+    try:
+        # Freed blocks that the allocator kept would hide what the call asks for.
+        ctypes.CDLL(None).malloc_trim(0)
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # peak := current
+    except (AttributeError, OSError):
+        return None
+    held = _resident()["VmRSS"]
+    run()
+    return max(_resident()["VmHWM"] - held, 0.0)

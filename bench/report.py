@@ -236,17 +236,27 @@ def draw_scaling(rows):
 
 
 def draw_memory(rows):
-    shown = [row for row in rows if row.get("peak_mib") and not _SCALING.match(row["op"])]
-    if not shown:
+    """Groups in which a peer's memory was measured too; differences under a MiB are the process's own noise."""
+    groups = {
+        name: members
+        for name, members in table_groups(rows).items()
+        if any(row.get("peak_mib") for row in members.values())
+    }
+    if not groups:
         return None
-    figure, ((axis,),) = _figure(1, size=(8, 0.22 * len(shown) + 1))
-    axis.barh(
-        range(len(shown)), [row["peak_mib"] for row in shown], color=[_COLOURS[0 if is_ours(r) else 1] for r in shown]
-    )
-    axis.set_yticks(range(len(shown)), [f"{row['group']}, {row['entry']}" for row in shown], fontsize=6)
+    shown = [
+        (f"{name}, {entry}", row)
+        for name, members in groups.items()
+        for entry, row in members.items()
+        if "peak_mib" in row and (is_ours(row) or entry in PEERS)
+    ]
+    figure, ((axis,),) = _figure(1, size=(8, 0.17 * len(shown) + 1))
+    colours = [_COLOURS[0] if is_ours(row) else _COLOURS[1] for _, row in shown]
+    axis.barh(range(len(shown)), [max(row["peak_mib"], 0.1) for _, row in shown], color=colours)
+    axis.set_yticks(range(len(shown)), [label for label, _ in shown], fontsize=5)
     axis.invert_yaxis()
     axis.set_xscale("log")
-    axis.set_xlabel("MiB beyond the inputs", fontsize=9)
+    axis.set_xlabel("MiB beyond the inputs, result included (blue: ours)", fontsize=9)
     return figure
 
 
