@@ -14,11 +14,15 @@ namespace {
 // squares inside the range of fp32. False for NaN too.
 template <class T, int C>
 bool is_moderate(const Block<T, C>& x, double reach) {
-  const T limit = static_cast<T>(8 * reach);
-  bool moderate = reach < 1e4;
+  using V = typename Lanes<T>::V;
+  using I = typename Lanes<T>::I;
+  const V limit = V{} + static_cast<T>(8 * reach);
+  I inside = I{} - 1;
   for (int c = 0; c < C; ++c) {
-    for (int i = 0; i < kBlock; ++i) moderate &= (x.at[c][i] >= -limit) & (x.at[c][i] <= limit);
+    for (int i = 0; i < kBlock; i += Lanes<T>::width) inside &= (lanes(&x.at[c][i]) >= -limit) & (lanes(&x.at[c][i]) <= limit);
   }
+  bool moderate = reach < 1e4;
+  for (int i = 0; i < Lanes<T>::width; ++i) moderate &= inside[i] != 0;
   return moderate;
 }
 

@@ -66,15 +66,9 @@ FLOWSEG_INLINE bool may_hold(I, int64_t, int64_t) {
   return true;
 }
 
-// AVX-512 has an estimate of 14 bits; one Newton step takes it to fp32. Elsewhere the estimate is too coarse and division wins.
-FLOWSEG_INLINE F reciprocal(F v) {
-#if defined(__AVX512F__)
-  const F estimate = (F)_mm512_rcp14_ps((__m512)v);
-  return estimate + estimate * (1.0f - v * estimate);
-#else
-  return 1.0f / v;
-#endif
-}
+// The divider works beside the multipliers: where those are busy, a division costs less of their time than an estimate and the two
+// operations of a Newton step.
+FLOWSEG_INLINE F reciprocal(F v) { return 1.0f / v; }
 FLOWSEG_INLINE D reciprocal(D v) { return 1.0 / v; }
 
 FLOWSEG_INLINE F square_root(F v) {
