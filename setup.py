@@ -1,7 +1,8 @@
 """Builds the compiled kernels beside the pure-Python package. Everything else is in pyproject.toml.
 
-FLOWSEG_BUILD=auto (default): compile what this machine can and say in one line what is left out. cpu, cuda: its absence is an
-error. none: pure Python. No network, no GPU, and torch is imported only while extensions are built.
+FLOWSEG_BUILD=auto (default): compile what this machine can and say in one line what is left out. cpu: the C++ kernels, their
+absence is an error. cuda: these and the CUDA kernels, likewise, even for a torch without CUDA. none: pure Python. No network, no
+GPU, and torch is imported only while extensions are built.
 """
 
 import contextlib
@@ -9,11 +10,13 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -24,14 +27,17 @@ from setuptools.extension import Extension
 ROOT = Path(__file__).resolve().parent
 #: Oldest torch whose stable ABI the library uses; the only place it is written down.
 TORCH_TARGET = "2.10"
-LIBRARY = "libflowseg_cpu.so"
+CPU_LIBRARY, CUDA_LIBRARY = "libflowseg_cpu.so", "libflowseg_cuda.so"
 
-OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion", "neural_field")
+PIXEL_OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
+CPU_OPS, CUDA_OPS = (*PIXEL_OPS, "neural_field"), PIXEL_OPS
 ISA_FLAGS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c -mbmi -mbmi2",
     "avx512": "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx2 -mfma -mf16c -mbmi -mbmi2",
 }
+#: GPU architectures that are compiled for unless TORCH_CUDA_ARCH_LIST names others; the newest also as PTX, for those to come.
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 #: Folders whose kernels.cpp is compiled once for each instruction set, with those that only they have.
 KERNELS = {"chunk": {}, "field": {"avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"}}
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -76,6 +82,34 @@ def find_ninja() -> str:
     return found
 
 
+def find_nvcc() -> str:
+    for folder in filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"))):
+        if (Path(folder) / "bin" / "nvcc").exists():
+            return str(Path(folder) / "bin" / "nvcc")
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not found:
+        raise Unbuildable("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
+    return found
+
+
+def code_flags(nvcc: str) -> str:
+    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, or for the default architectures that this nvcc knows."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
+    known = output(nvcc, "--list-gpu-arch")
+    flags = []
+    for entry in filter(None, (asked or ARCHITECTURES).split(";")):
+        number = entry.removesuffix("+PTX").replace(".", "")
+        if not re.fullmatch(r"\d{2,3}[af]?", number):
+            raise Unbuildable(f"TORCH_CUDA_ARCH_LIST: wanted entries such as 9.0 or 12.0+PTX; got {entry!r}")
+        if not asked and known and f"compute_{number}" not in known:
+            say(f"this nvcc does not know compute_{number}: kernels for it are left out")
+            continue
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return " ".join(flags)
+
+
 def find_torch() -> tuple[str, Path]:
     """Version and folder of torch. The import also proves that it can be loaded."""
     if not importlib.util.find_spec("torch"):
@@ -111,18 +145,23 @@ def escaped(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_file(compiler: str, torch_folder: Path, target: Path) -> str:
-    minor = int(TORCH_TARGET.split(".")[1])
-    includes = f"-I{quoted(ROOT / 'csrc' / 'include')} -isystem {quoted(torch_folder / 'include')}"
+def includes_and_target(torch_folder: Path) -> str:
+    folders = (
+        f"-I{quoted(ROOT / 'csrc')} -I{quoted(ROOT / 'csrc' / 'include')} -isystem {quoted(torch_folder / 'include')}"
+    )
+    return f"{folders} -DTORCH_TARGET_VERSION=0x{2:02x}{int(TORCH_TARGET.split('.')[1]):02x}000000000000"
+
+
+def cpu_ninja_file(compiler: str, torch_folder: Path, target: Path) -> str:
     flags = (
         "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi "
         # GCC 12 warns about its own AVX-512 headers.
         f"-Wno-ignored-attributes -Wno-maybe-uninitialized {'-DFLOWSEG_X86 ' if X86 else ''}"
-        f"-DTORCH_TARGET_VERSION=0x{2:02x}{minor:02x}000000000000 {os.environ.get('FLOWSEG_CXXFLAGS', '')}"
+        f"{includes_and_target(torch_folder)} {os.environ.get('FLOWSEG_CXXFLAGS', '')}"
     )
     lines = [
         "rule compile",
-        f"  command = {compiler} {flags} {includes} $isa -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compiler} {flags} $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -132,7 +171,7 @@ def ninja_file(compiler: str, torch_folder: Path, target: Path) -> str:
         f"-L{quoted(torch_folder / 'lib')} -ltorch -ltorch_cpu -lc10 -lgcc",
     ]
     objects = []
-    for name in (*OPS, "dispatch"):
+    for name in (*CPU_OPS, "dispatch"):
         objects.append(f"{name}.o")
         lines.append(f"build {name}.o: compile {escaped(ROOT / 'csrc' / 'cpu' / name)}.cpp")
     for folder, own in KERNELS.items():
@@ -141,6 +180,30 @@ def ninja_file(compiler: str, torch_folder: Path, target: Path) -> str:
             source = escaped(ROOT / "csrc" / "cpu" / folder / "kernels.cpp")
             lines += [f"build {folder}_{isa}.o: compile {source}", f"  isa = {isa_flags}"]
     lines.append(f"build {escaped(target)}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def cuda_ninja_file(nvcc: str, torch_folder: Path, target: Path) -> str:
+    # Architectures of one file in parallel only where there are more cores than files.
+    threads = max(1, jobs() // len(CUDA_OPS))
+    flags = (
+        f"-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA --threads={threads} {code_flags(nvcc)} "
+        f"{includes_and_target(torch_folder)} {os.environ.get('FLOWSEG_NVCCFLAGS', '')}"
+    )
+    lines = [
+        "rule compile",
+        f"  command = {quoted(nvcc)} {flags} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        # The CUDA runtime is linked in: torch's own may be of another major version. libtorch brings libtorch_cuda with it at load
+        # time, so it must be kept although nothing here is found in it.
+        f"  command = {quoted(nvcc)} -shared -cudart=static $in -o $out -L{quoted(torch_folder / 'lib')} "
+        "-Xlinker=--no-as-needed -ltorch -ltorch_cpu -lc10",
+    ]
+    for name in CUDA_OPS:
+        lines.append(f"build {name}.o: compile {escaped(ROOT / 'csrc' / 'cuda' / name)}.cu")
+    lines.append(f"build {escaped(target)}: link {' '.join(f'{name}.o' for name in CUDA_OPS)}")
     return "\n".join(lines) + "\n"
 
 
@@ -156,15 +219,44 @@ def jobs() -> int:
 
 def build_cpu(folder: Path, work: Path) -> None:
     """Compile csrc/cpu to folder/libflowseg_cpu.so, with a record of how beside it. Raises Unbuildable."""
-    if os.name != "posix" or sys.platform == "darwin":
-        raise Unbuildable(f"the C++ kernels are built on Linux only, this is {sys.platform}")
+    require_linux()
     compiler = find_compiler()
-    ninja = find_ninja()
     version, torch_folder = find_torch()
-    folder.mkdir(parents=True, exist_ok=True)
+    compile_library(folder / CPU_LIBRARY, work, lambda target: cpu_ninja_file(compiler, torch_folder, target))
+    facts = {"compiler": (output(*compiler.split(), "--version").splitlines() or ["?"])[0], "torch": version}
+    write_facts(folder / CPU_LIBRARY, facts)
+
+
+def build_cuda(folder: Path, work: Path, forced: bool) -> None:
+    """Compile csrc/cuda to folder/libflowseg_cuda.so. Raises Unbuildable; unless forced, also for a torch without CUDA."""
+    require_linux()
+    version, torch_folder = find_torch()
+    import torch
+
+    if not torch.version.cuda and not forced:
+        raise Unbuildable(f"torch {version} is built without CUDA")
+    nvcc = find_nvcc()
+    compile_library(folder / CUDA_LIBRARY, work, lambda target: cuda_ninja_file(nvcc, torch_folder, target))
+    release = re.search(r"release (\S+),", output(nvcc, "--version"))
+    architectures = re.findall(r",code=(\w+)", code_flags(nvcc))
+    facts = {
+        "compiler": f"nvcc {release[1] if release else '?'}",
+        "architectures": ", ".join(architectures),
+        "torch": version,
+    }
+    write_facts(folder / CUDA_LIBRARY, facts)
+
+
+def require_linux() -> None:
+    if os.name != "posix" or sys.platform == "darwin":
+        raise Unbuildable(f"kernels are compiled on Linux only, this is {sys.platform}")
+
+
+def compile_library(path: Path, work: Path, ninja_file: Callable[[Path], str]) -> None:
+    ninja = find_ninja()
+    path.parent.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    target = folder.resolve() / LIBRARY
-    (work / "build.ninja").write_text(ninja_file(compiler, torch_folder, target))
+    (work / "build.ninja").write_text(ninja_file(path.resolve()))
     done = subprocess.run([ninja, "-C", str(work), f"-j{jobs()}"], capture_output=True, text=True)
     if done.returncode:
         log = work / "build.log"
@@ -173,14 +265,12 @@ def build_cpu(folder: Path, work: Path) -> None:
             "no message"
         ]
         raise Unbuildable(f"they did not compile: {errors[0]} (all of it: {log})")
-    facts = {
-        "torch": version,
-        "torch_target": TORCH_TARGET,
-        "compiler": (output(*compiler.split(), "--version").splitlines() or ["?"])[0],
-        "commit": output("git", "rev-parse", "--short", "HEAD") or None,
-        "machine": platform.machine(),
-    }
-    target.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def write_facts(library: Path, facts: dict) -> None:
+    commit = output("git", "rev-parse", "--short", "HEAD") or None
+    facts = {**facts, "torch_target": TORCH_TARGET, "commit": commit, "machine": platform.machine()}
+    library.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 class BuildKernels(build_ext):
@@ -191,22 +281,29 @@ class BuildKernels(build_ext):
         in_place = self.inplace or getattr(self, "editable_mode", False)
         folder = (ROOT if in_place else Path(self.build_lib)) / "flowseg_kernels" / "lib"
         self.built = []
-        for stale in (folder / LIBRARY, (folder / LIBRARY).with_suffix(".json")):
+        for library in (CPU_LIBRARY, CUDA_LIBRARY):
             # Kernels of an earlier build must not pass for this one's.
-            stale.unlink(missing_ok=True)
-        if wanted == "cuda":
-            raise SystemExit("FLOWSEG_BUILD=cuda: this version has no CUDA kernels; use auto, cpu or none")
+            (folder / library).unlink(missing_ok=True)
+            (folder / library).with_suffix(".json").unlink(missing_ok=True)
         if wanted == "none":
             say("FLOWSEG_BUILD=none: no kernels are compiled; every op runs its plain PyTorch reference")
             return
+        work = Path(self.build_temp).resolve()
+        self.build_one("C++", folder / CPU_LIBRARY, wanted != "auto", lambda: build_cpu(folder, work / "flowseg"))
+        if wanted != "cpu":
+            forced = wanted == "cuda"
+            build = lambda: build_cuda(folder, work / "flowseg_cuda", forced)  # noqa: E731
+            self.build_one("CUDA", folder / CUDA_LIBRARY, forced, build)
+
+    def build_one(self, kernels: str, library: Path, required: bool, build: Callable[[], None]) -> None:
         try:
-            build_cpu(folder, Path(self.build_temp).resolve() / "flowseg")
-            self.built = [folder / LIBRARY, (folder / LIBRARY).with_suffix(".json")]
-            say("C++ kernels compiled")
+            build()
+            self.built += [library, library.with_suffix(".json")]
+            say(f"{kernels} kernels compiled")
         except Unbuildable as reason:
-            if wanted == "cpu":
-                raise SystemExit(f"FLOWSEG_BUILD=cpu: {reason}") from None
-            say(f"C++ kernels left out: {reason}")
+            if required:
+                raise SystemExit(f"FLOWSEG_BUILD={mode()}: {reason}") from None
+            say(f"{kernels} kernels left out: {reason}")
 
     def get_outputs(self):
         return [str(p) for p in getattr(self, "built", [])]

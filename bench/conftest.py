@@ -1,5 +1,6 @@
 """Workloads and the timing of one entry: inputs rotate so that no cache answers, correctness is asserted first."""
 
+import contextlib
 import itertools
 import os
 import platform
@@ -9,34 +10,46 @@ import pytest
 import torch
 
 import flowseg_kernels as fk
+from flowseg_kernels.runtime.backend import backend_reasons
+
+from . import machine
 
 #: name: (classes, factor on the spread of points around their codes)
 WORKLOADS = {"ade512": (150, 1.0), "coco512": (171, 1.0), "many": (1000, 0.5)}
-SIZE = int(os.environ.get("FLOWSEG_BENCH_SIZE", "512"))
+#: Tiny sizes, one round, no peer that compiles: shows that every entry still runs and is right, and judges no time.
+QUICK = os.environ.get("FLOWSEG_BENCH_QUICK", "0") not in ("", "0")
+SIZE = int(os.environ.get("FLOWSEG_BENCH_SIZE", "32" if QUICK else "512"))
+DEVICE = os.environ.get("FLOWSEG_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+BATCH = 16 if DEVICE == "cuda" else 1
 SETS = 4
+#: Entries of our own kernels; on a GPU each backend is one.
+OURS = ("ours (cuda)", "ours (triton)") if DEVICE == "cuda" else ("ours",)
 
 
 class Workload:
     """Rotating inputs of one workload: x near its codes, source, labels, times."""
 
-    def __init__(self, name: str, spread: float):
-        classes, factor = WORKLOADS[name]
+    def __init__(self, name, classes, spread, *, channels=3, size=SIZE, batch=BATCH, spread_factor=1.0):
         # What is reported is the standard deviation that the points really have.
-        self.name, self.spread = name, spread * factor
+        self.name, self.spread, self.pixels = name, spread * spread_factor, batch * size * size
+        self.classes, self.channels = classes, channels
         generator = torch.Generator().manual_seed(0)
-        self.codebook = fk.Codebook(fk.kronecker_centroids(classes, 3), ignore_index=-1)
-        self.sets = []
+        ignore = 255 if classes <= 255 else -1
+        codebook = fk.Codebook(fk.kronecker_centroids(classes, channels), ignore_index=ignore)
+        dtype = torch.uint8 if classes <= 255 else torch.int16 if classes <= 32767 else torch.int32
+        self.label_dtype, self.sets = dtype, []
         for _ in range(SETS):
-            classes_of = torch.randint(0, classes, (1, SIZE, SIZE), generator=generator)
-            noise = torch.randn(1, 3, SIZE, SIZE, generator=generator)
-            self.sets.append(
-                {
-                    "x": self.codebook.encode(classes_of) + self.spread * noise,
-                    "source": torch.rand(1, 3, SIZE, SIZE, generator=generator) * 2 - 1,
-                    "labels": classes_of.to(torch.uint8) if classes <= 256 else classes_of.to(torch.int16),
-                    "t": torch.rand(1, generator=generator),
-                }
-            )
+            classes_of = torch.randint(0, classes, (batch, size, size), generator=generator)
+            noise = torch.randn(batch, channels, size, size, generator=generator)
+            source = torch.rand(batch, channels, size, size, generator=generator) * 2 - 1
+            inputs = {
+                "x": codebook.encode(classes_of) + self.spread * noise,
+                "source": source,
+                "labels": classes_of.to(dtype),
+                "t": torch.rand(batch, generator=generator),
+            }
+            self.sets.append({key: value.to(DEVICE) for key, value in inputs.items()})
+        self.codebook = codebook.to(DEVICE)
 
     def rotate(self):
         return itertools.cycle(self.sets)
@@ -49,27 +62,141 @@ def workloads():
 
     def get(name, spread=0.3):
         if (name, spread) not in made:
-            made[name, spread] = Workload(name, spread)
+            classes, factor = WORKLOADS[name]
+            made[name, spread] = Workload(name, classes, spread, spread_factor=factor)
         return made[name, spread]
 
     return get
 
 
-@pytest.fixture
-def measure(benchmark):
-    """measure(run, workload, group, entry, pixels): times run(inputs) over rotating inputs and records what it was."""
+def synchronize():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
-    def call(run, workload, op, entry, *, rounds=None, spread=False):
-        inputs = workload.rotate()
-        run(next(inputs))
+
+def median_seconds(run, rounds=9):
+    """Median time of run(), for figures that are no entry of their own."""
+    times = []
+    for _ in range(rounds + 2):
         begin = time.perf_counter()
-        run(next(inputs))
-        rounds = rounds or max(3, min(41, int(2.0 / max(time.perf_counter() - begin, 1e-6))))
-        benchmark.group = f"{op} {workload.name}" + (f" spread {workload.spread:g}" if spread else "")
+        run()
+        synchronize()
+        times.append(time.perf_counter() - begin)
+    return sorted(times[2:])[rounds // 2]
+
+
+@pytest.fixture(scope="session")
+def limits():
+    """What this machine gives in this run, a second: bytes copied (read and written), operations of its multiply pipes,
+    divisions, and operations of bf16 matrix products."""
+    planes = [torch.rand(BATCH, 3, SIZE, SIZE, device=DEVICE) for _ in range(2 * SETS)]
+    turn = itertools.cycle(range(SETS))
+
+    def copy():
+        i = next(turn)
+        planes[SETS + i].copy_(planes[i])
+
+    n = 128 if QUICK else 8192 if DEVICE == "cuda" else 1024
+    found = {"copy": 2 * 4 * planes[0].numel() / median_seconds(copy, 31)}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+        found[name] = 2 * n**3 / median_seconds(lambda a=a, b=b: a @ b)
+    pipes = machine.arithmetic(torch.get_num_threads()) if DEVICE == "cpu" else None
+    # Without a compiler, and on a GPU, a matrix product in fp32 stands for the multiply pipes.
+    found["multiply"] = 2 * pipes["fma"] if pipes else found["fp32"]
+    found["divide"] = pipes["divide"] if pipes else float("inf")
+    return found
+
+
+def backend_name(entry):
+    return entry.partition("(")[2].partition(")")[0]
+
+
+@contextlib.contextmanager
+def backend_of(entry):
+    """The backend that an entry of OURS names; the automatic one for the others."""
+    name = backend_name(entry)
+    with fk.use_backend(name) if name else contextlib.nullcontext():
+        yield
+
+
+def graph_milliseconds(run, sets):
+    """Time of one call inside a CUDA graph that goes over all sets: what is left when launching costs nothing."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for inputs in sets:
+            run(inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for inputs in sets:
+            run(inputs)
+    return median_seconds(graph.replay, 21) / len(sets) * 1e3
+
+
+@pytest.fixture
+def measure(benchmark, limits):
+    """measure(run, workload, op, entry): times run(inputs) over rotating inputs and records what it was.
+
+    moved: bytes that the op has to read and write. operations: those of the multiply pipes, 2 for a fused multiply-add.
+    divisions: those of the divider, which works beside them. The limit is the longest that one of them takes at the rate
+    measured in this run.
+    """
+
+    def call(
+        run,
+        workload,
+        op,
+        entry,
+        *,
+        rounds=None,
+        spread=False,
+        variant="",
+        moved=0,
+        operations=0,
+        divisions=0,
+        graph=False,
+        **info,
+    ):
+        inputs = workload.rotate()
+
+        def timed(i):
+            with backend_of(entry):
+                result = run(i)
+            synchronize()
+            return result
+
+        timed(next(inputs))
+        begin = time.perf_counter()
+        timed(next(inputs))
+        once = max(time.perf_counter() - begin, 1e-6)
+        rounds = 1 if QUICK else rounds or max(3, min(41, int(1.5 / once)))
+        name = workload.name + (f" {variant}" if variant else "")
+        benchmark.group = f"{op} {name}" + (f" spread {workload.spread:g}" if spread else "")
         benchmark.extra_info.update(
-            op=op, workload=workload.name, spread=workload.spread, entry=entry, pixels=SIZE * SIZE
+            op=op,
+            workload=name,
+            spread=workload.spread,
+            entry=entry,
+            pixels=getattr(workload, "pixels", SIZE * SIZE),
+            **info,
         )
-        benchmark.pedantic(run, setup=lambda: ((next(inputs),), {}), rounds=rounds, warmup_rounds=3)
+        if moved or operations:
+            multiply = limits["bf16" if "bf16" in entry and op.startswith("neural_field") else "multiply"]
+            limit = max(moved / limits["copy"], operations / multiply, divisions / limits["divide"])
+            benchmark.extra_info.update(moved=moved, operations=operations, limit_ms=limit * 1e3)
+        peak = machine.peak_mib(lambda: timed(next(inputs)))
+        if peak is not None:
+            benchmark.extra_info["peak_mib"] = peak
+        warmup = 0 if QUICK else 3
+        benchmark.pedantic(timed, setup=lambda: ((next(inputs),), {}), rounds=rounds, warmup_rounds=warmup)
+        if graph and DEVICE == "cuda" and entry.startswith(OURS):
+            with backend_of(entry):
+                try:
+                    benchmark.extra_info["graph_ms"] = graph_milliseconds(run, workload.sets)
+                except RuntimeError as error:  # the time without a graph stands
+                    benchmark.extra_info["graph_error"] = str(error).splitlines()[0]
 
     return call
 
@@ -78,14 +205,27 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     facts = open("/proc/cpuinfo").read() if os.path.exists("/proc/cpuinfo") else ""
     model = next((line.split(":")[1].strip() for line in facts.splitlines() if line.startswith("model name")), "")
     info = {"model": model or platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if DEVICE == "cuda":
+        info |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     machine_info.clear()
     machine_info.update(
         info, flowseg_kernels=fk.__version__, python=platform.python_version(), system=platform.system()
     )
-    if fk.available_backends("flow_loss")[0] == "cpu":
+    if DEVICE == "cpu" and fk.available_backends("flow_loss")[0] == "cpu":
         machine_info["instruction_set"] = ("baseline", "avx2", "avx512")[torch.ops.flowseg_cpu.instruction_set()]
 
 
 def peer(module):
     """The module of a peer, or a skip that says it is not installed."""
     return pytest.importorskip(module, reason=f"{module} is not installed; `make bench` installs it")
+
+
+def skip_unless_it_runs(entry, op="flow_loss"):
+    """Skip, with the reason, an entry that this run leaves out or that cannot run here."""
+    if QUICK and entry in ("torch.compile", "KeOps", "cdist+argmin compiled"):
+        pytest.skip("the short form leaves out peers that compile")
+    if DEVICE == "cuda" and entry in ("faiss IndexFlatL2", "scipy cKDTree", "Pillow quantize"):
+        pytest.skip("runs on a CPU only")
+    name = backend_name(entry)
+    if name and (reason := backend_reasons(op, DEVICE)[name]):
+        pytest.skip(f"{name}: {reason}")

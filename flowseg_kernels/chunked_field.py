@@ -51,7 +51,9 @@ class _ChunkedField(torch.autograd.Function):
         ctx.save_for_backward(x, s, *rest)
         ctx.size, ctx.options, ctx.backend = size, options, backend
         # Under autocast forward ran in its dtype, and so must backward, which runs outside of it.
-        ctx.dtype = out.dtype if torch.is_autocast_enabled(x.device.type) else None
+        device = x.device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        ctx.dtype = out.dtype if cast else None
         return out
 
     @staticmethod

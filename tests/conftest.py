@@ -38,6 +38,10 @@ def why_not(backend):
 TESTED = [n for n in BACKENDS[::-1] if n in ("reference", "cpu") or n in REQUIRED or why_not(n) is None]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--every-variant", action="store_true", help="compile every form of every kernel for every target")
+
+
 def pytest_report_header():
     return [f"not tested on {n}: {why_not(n)}" for n in BACKENDS if why_not(n)]
 

@@ -108,12 +108,30 @@ def test_asking_for_kernels_without_a_compiler_is_an_error(sources, tmp_path):
     assert "FLOWSEG_BUILD=cpu: no C++ compiler was found" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "value, words", [("cuda", "has no CUDA kernels"), ("gpu", "wanted auto, cpu, cuda or none; got 'gpu'")]
-)
-def test_other_build_modes_say_what_is_wrong(sources, tmp_path, value, words):
-    done, wheel = build(sources, tmp_path / "out", FLOWSEG_BUILD=value)
-    assert done.returncode and wheel is None and words in done.stdout + done.stderr
+def test_an_unknown_build_mode_says_what_is_wrong(sources, tmp_path):
+    done, wheel = build(sources, tmp_path / "out", FLOWSEG_BUILD="gpu")
+    assert done.returncode and wheel is None
+    assert "wanted auto, cpu, cuda or none; got 'gpu'" in done.stdout + done.stderr
+
+
+def test_asking_for_cuda_kernels_without_a_compiler_is_an_error(sources, tmp_path):
+    done, wheel = build(sources, tmp_path / "out", FLOWSEG_BUILD="cuda", **no_compiler(tmp_path))
+    assert done.returncode and wheel is None
+    assert "FLOWSEG_BUILD=cuda: no C++ compiler was found" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.parametrize("entry, words", [("9.0", ""), ("newest", "TORCH_CUDA_ARCH_LIST: wanted entries such as 9.0")])
+def test_architectures_to_compile_for(monkeypatch, tmp_path, entry, words):
+    code = "import sys; sys.argv = ['setup.py', '--name']; import setup; print(setup.code_flags(setup.find_nvcc()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TORCH_CUDA_ARCH_LIST": entry},
+    )
+    assert words in done.stderr and (bool(words) or done.stdout.endswith("-gencode=arch=compute_90,code=sm_90\n"))
 
 
 def test_nothing_compiled_on_request_gives_a_wheel_for_every_platform(sources, tmp_path):

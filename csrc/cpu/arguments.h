@@ -3,24 +3,9 @@
 
 #include <cstdint>
 
+#include "flowseg/views.h"
+
 namespace flowseg::cpu {
-
-enum class Real : int { f32, f64, f16, bf16 };
-enum class Integer : int { u8, i16, i32, i64 };
-
-// A (B, C, H, W) view of any strides, in elements.
-struct Image {
-  const void* data;
-  Real type;
-  int64_t batch, channels, height, width;
-  int64_t stride[4];
-};
-
-// A contiguous (B, C, H, W) result.
-struct Output {
-  void* data;
-  Real type;
-};
 
 // A (B, H, W) view of any strides.
 struct Labels {

@@ -1,69 +1,27 @@
 // From torch tensors to the plain arguments of the chunk functions, with the checks that only C++ needs.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <string>
-#include <vector>
 
+#include "../torch/tensors.h"
 #include "arguments.h"
 
 namespace flowseg::cpu {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// The message prefix by which runtime/registry.py tells a wrong value from an internal error.
-#define FLOWSEG_CHECK(condition, ...) STD_TORCH_CHECK(condition, "flowseg: ", __VA_ARGS__)
-
 const Kernels& kernels();  // of the best instruction set of this CPU
 int instruction_set();     // 0 baseline, 1 AVX2, 2 AVX-512
 
-inline Real real_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Real::f32;
-    case ScalarType::Double: return Real::f64;
-    case ScalarType::Half: return Real::f16;
-    case ScalarType::BFloat16: return Real::bf16;
-    default: FLOWSEG_CHECK(false, name, ": wanted dtype float32, bfloat16, float16 or float64"); return Real::f32;
-  }
-}
-
-inline Integer integer_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Byte: return Integer::u8;
-    case ScalarType::Short: return Integer::i16;
-    case ScalarType::Int: return Integer::i32;
-    case ScalarType::Long: return Integer::i64;
-    default: FLOWSEG_CHECK(false, name, ": wanted dtype uint8, int16, int32 or int64"); return Integer::u8;
-  }
-}
-
-inline ScalarType compute_type(const Tensor& image) {
-  return image.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 inline Image image_of(const Tensor& t, const char* name) {
-  FLOWSEG_CHECK(t.dim() == 4, name, ": wanted shape (B, C, H, W)");
   FLOWSEG_CHECK(t.is_cpu(), name, ": wanted a CPU tensor");
-  Image image{t.data_ptr(), real_of(t, name), t.size(0), t.size(1), t.size(2), t.size(3), {}};
-  for (int i = 0; i < 4; ++i) image.stride[i] = t.stride(i);
-  return image;
+  return view_of(t, name);
 }
 
 inline int64_t chunks_of(const Image& image) {
   return image.batch * ((image.height * image.width + kChunk - 1) / kChunk);
 }
-
-inline Output output_of(const Tensor& t) { return {t.data_ptr(), real_of(t, "output")}; }
 
 // Labels with the place of the first bad one; `check` raises after the kernel has run.
 class LabelArgument {
@@ -153,10 +111,6 @@ void for_each_chunk(const Image& image, Step step) {
   torch::stable::parallel_for(0, chunks_of(image), 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) step(chunk);
   });
-}
-
-inline Tensor empty_like_shape(const Tensor& t, ScalarType type, std::vector<int64_t> shape) {
-  return torch::stable::new_empty(t, shape, type);
 }
 
 }  // namespace flowseg::cpu

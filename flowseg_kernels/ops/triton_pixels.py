@@ -129,11 +129,24 @@ def squared_norm(v, C: tl.constexpr):
 
 
 @triton.jit
+def load_pair(at):
+    """Two neighbouring floats with one load, from a pointer to int64."""
+    both = tl.load(at)
+    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def difference_from(x, centroid, C: tl.constexpr):
     """x - mu for the centroid that the pointer `centroid` is at."""
     diff = ()
-    for c in tl.static_range(C):
-        diff = diff + (x[c] - tl.load(centroid + c),)
+    if C % 2 == 0 and centroid.dtype.element_ty == tl.float32:
+        pairs = centroid.to(tl.pointer_type(tl.int64))
+        for c in tl.static_range(C // 2):
+            even, odd = load_pair(pairs + c)
+            diff = diff + (x[2 * c] - even, x[2 * c + 1] - odd)
+    else:
+        for c in tl.static_range(C):
+            diff = diff + (x[c] - tl.load(centroid + c),)
     return diff
 
 

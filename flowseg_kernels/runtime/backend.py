@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 from . import settings
+from .preferences import gpu_preference
 
 __all__ = ["BACKENDS", "BackendUnavailable", "Implementation", "available_backends", "requested_backend", "use_backend"]
 
-#: Every backend name, in the order of the automatic choice.
+#: Every backend name, in the order of the automatic choice where nothing was measured.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 # Interpreted Triton kernels take CPU tensors too, but are for looking for mistakes: they run when they are asked for.
@@ -88,10 +89,6 @@ def automatic_backend() -> Iterator[None]:
         _requested.reset(token)
 
 
-def _automatic_order(device: str) -> tuple[str, ...]:
-    return _CPU_ORDER if device == "cpu" else BACKENDS
-
-
 def select(op: str, device: str, channels: int, requested: str) -> Implementation:
     """The implementation of `op` for tensors on `device` with `channels` code channels."""
     implementations = OPS[op]
@@ -105,7 +102,7 @@ def select(op: str, device: str, channels: int, requested: str) -> Implementatio
         if reason:
             raise BackendUnavailable(f"{op}: backend {requested!r} was asked for and cannot run: {reason}")
         return implementations[requested]
-    for name in _automatic_order(device):
+    for name in _order(op, device):
         if name in implementations and implementations[name].why_not(device, channels) is None:
             return implementations[name]
     raise BackendUnavailable(
@@ -113,13 +110,20 @@ def select(op: str, device: str, channels: int, requested: str) -> Implementatio
     )  # pragma: no cover - reference always can
 
 
+def _order(op: str, device: str) -> tuple[str, ...]:
+    """Backend names in the order of the automatic choice."""
+    if device == "cpu":
+        return _CPU_ORDER
+    preferred = gpu_preference(op)[0] if device == "cuda" else ()
+    return (*preferred, *(name for name in BACKENDS if name not in preferred))
+
+
 def backend_reasons(op: str, device: str, channels: int = 3) -> dict[str, str | None]:
     """For each backend None if it can run `op` on `device`, else the reason; in the order of the automatic choice."""
     if op not in OPS:
         raise ValueError(f"op: wanted one of {', '.join(sorted(OPS))}; got {op!r}")
     return {
-        name: OPS[op][name].why_not(device, channels) if name in OPS[op] else NO_KERNEL
-        for name in _automatic_order(device)
+        name: OPS[op][name].why_not(device, channels) if name in OPS[op] else NO_KERNEL for name in _order(op, device)
     }
 
 

@@ -1,7 +1,9 @@
-"""Finds and loads the compiled CPU library; on failure keeps one readable reason instead of raising."""
+"""Finds and loads the compiled libraries; on failure keeps one readable reason for each instead of raising."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -9,49 +11,71 @@ import torch
 
 from . import settings
 
-__all__ = ["CPU_LIBRARY", "build_facts", "why_no_cpu_kernels"]
+__all__ = ["CPU", "CUDA", "Library", "why_no_cpu_kernels", "why_no_cuda_kernels"]
 
 _FOLDER = Path(__file__).resolve().parent.parent / "lib"
-#: The shared object of the CPU kernels. It needs no Python and only the stable ABI of torch.
-CPU_LIBRARY = _FOLDER / "libflowseg_cpu.so"
-
-_REBUILD = "rebuild it with: FLOWSEG_BUILD=cpu pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
-def build_facts() -> dict:
-    """What the CPU library was built with (compiler, flags, torch, commit), or {} when it was not built."""
-    facts = CPU_LIBRARY.with_suffix(".json")
-    try:
-        return json.loads(facts.read_text())
-    except (OSError, ValueError):
-        return {}
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """One shared object of kernels. It needs no Python and only the stable ABI of torch.
+
+    path:     the shared object; a JSON file of the same name says how it was built.
+    kernels:  what it holds, in words: "C++".
+    needs:    what compiling it needs, in words.
+    build:    the value of FLOWSEG_BUILD that makes its absence an error.
+    """
+
+    path: Path
+    kernels: str
+    needs: str
+    build: str
+
+    def facts(self) -> dict:
+        """What it was built with (compiler, torch, architectures, commit), or {} when it was not built."""
+        try:
+            return json.loads(self.path.with_suffix(".json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def load(self) -> str | None:
+        """Load it into torch. None when that worked, else the reason in one sentence, with the command that mends it."""
+        rebuild = f"rebuild it with: FLOWSEG_BUILD={self.build} pip install --no-build-isolation --force-reinstall --no-deps ."
+        if settings.DISABLE_EXTENSION:
+            return "FLOWSEG_DISABLE_EXTENSION=1 is set"
+        if not self.path.exists():
+            return f"the {self.kernels} kernels were not compiled when flowseg-kernels was installed; with {self.needs}, {rebuild}"
+        facts = self.facts()
+        floor = facts.get("torch_target", "2.10")
+        if _version(torch.__version__) < _version(floor):
+            return f"the library needs torch {floor} or newer and this is torch {torch.__version__}; upgrade torch"
+        try:
+            torch.ops.load_library(str(self.path))
+        except (OSError, RuntimeError) as error:
+            return (
+                f"{self.path.name}, built with torch {facts.get('torch', '?')} for stable ABI {floor}, "
+                f"does not load into torch {torch.__version__} ({error}); {rebuild}"
+            )
+        return None
 
 
-def _load() -> str | None:
-    if settings.DISABLE_EXTENSION:
-        return "FLOWSEG_DISABLE_EXTENSION=1 is set"
-    if not CPU_LIBRARY.exists():
-        return f"the C++ kernels were not compiled when flowseg-kernels was installed; with a C++ compiler, {_REBUILD}"
-    facts = build_facts()
-    floor = facts.get("torch_target", "2.10")
-    if tuple(int(p) for p in torch.__version__.split("+")[0].split(".")[:2]) < tuple(int(p) for p in floor.split(".")):
-        return f"the library needs torch {floor} or newer and this is torch {torch.__version__}; upgrade torch"
-    try:
-        torch.ops.load_library(str(CPU_LIBRARY))
-    except (OSError, RuntimeError) as error:
-        return (
-            f"{CPU_LIBRARY.name}, built with torch {facts.get('torch', '?')} for stable ABI {floor}, "
-            f"does not load into torch {torch.__version__} ({error}); {_REBUILD}"
-        )
-    return None
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(p) for p in text.split("+")[0].split(".")[:2])
 
 
-_REASON: str | bool | None = False
+CPU = Library(_FOLDER / "libflowseg_cpu.so", "C++", "a C++ compiler", "cpu")
+CUDA = Library(_FOLDER / "libflowseg_cuda.so", "CUDA", "nvcc", "cuda")
 
 
+@functools.cache
 def why_no_cpu_kernels() -> str | None:
     """None when the CPU kernels are loaded (loading them at the first call), else the reason in one sentence."""
-    global _REASON
-    if _REASON is False:
-        _REASON = _load()
-    return _REASON
+    return CPU.load()
+
+
+@functools.cache
+def why_no_cuda_kernels() -> str | None:
+    """None when the CUDA kernels are loaded (loading them at the first call), else the reason in one sentence."""
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is built without CUDA"
+    return CUDA.load()

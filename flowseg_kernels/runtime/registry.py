@@ -12,17 +12,17 @@ from collections.abc import Callable
 import torch
 
 from . import backend
-from .extension import why_no_cpu_kernels
+from .extension import why_no_cpu_kernels, why_no_cuda_kernels
 from .triton_forms import triton_kernel, why_no_triton
 
-__all__ = ["COMPILED_CHANNELS", "cpu_kernel", "define_op", "no_second_derivative", "triton_kernel"]
+__all__ = ["COMPILED_CHANNELS", "cpu_kernel", "cuda_kernel", "define_op", "no_second_derivative", "triton_kernel"]
 
 #: Code channels that compiled kernels take; the reference takes any number.
 COMPILED_CHANNELS = 16
 
 _LIBRARY = torch.library.Library("flowseg", "FRAGMENT")
-_CPU_LIBRARY = torch.library.Library("flowseg_cpu", "FRAGMENT")
-_CPU_LIBRARY.define("instruction_set() -> int")
+_COMPILED = {name: torch.library.Library(name, "FRAGMENT") for name in ("flowseg_cpu", "flowseg_cuda")}
+_COMPILED["flowseg_cpu"].define("instruction_set() -> int")
 
 
 def _why_not_reference(device: str, channels: int) -> str | None:
@@ -37,13 +37,21 @@ def _why_not_cpu(device: str, channels: int) -> str | None:
     return why_no_cpu_kernels()
 
 
+def _why_not_cuda(device: str, channels: int) -> str | None:
+    if device != "cuda":
+        return f"the CUDA kernels take CUDA tensors, these are on {device}"
+    if channels > COMPILED_CHANNELS:
+        return f"the CUDA kernels take at most {COMPILED_CHANNELS} code channels, these have {channels}"
+    return why_no_cuda_kernels()
+
+
 def _why_not_triton(device: str, channels: int) -> str | None:
     if channels > COMPILED_CHANNELS:
         return f"the Triton kernels take at most {COMPILED_CHANNELS} code channels, these have {channels}"
     return why_no_triton(device)
 
 
-_WHY_NOT = {"reference": _why_not_reference, "cpu": _why_not_cpu, "triton": _why_not_triton}
+_WHY_NOT = {"reference": _why_not_reference, "cpu": _why_not_cpu, "triton": _why_not_triton, "cuda": _why_not_cuda}
 
 
 def define_op(
@@ -124,12 +132,21 @@ def cpu_kernel(schema: str) -> Callable:
 
     Bad values that only the kernel can see (a label out of range) come back as ValueError.
     """
+    return _compiled_kernel("flowseg_cpu", schema)
+
+
+def cuda_kernel(schema: str) -> Callable:
+    """Define `flowseg_cuda::NAME`, which csrc/cuda implements, and return a function that calls it."""
+    return _compiled_kernel("flowseg_cuda", schema)
+
+
+def _compiled_kernel(library: str, schema: str) -> Callable:
     name = schema[: schema.index("(")]
-    _CPU_LIBRARY.define(schema)
+    _COMPILED[library].define(schema)
 
     def call(*args):
         try:
-            return getattr(torch.ops.flowseg_cpu, name).default(*args)
+            return getattr(getattr(torch.ops, library), name).default(*args)
         except RuntimeError as error:
             found = _CHECK_MESSAGE.search(str(error))
             if found:

@@ -36,13 +36,20 @@ __all__ = [
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@functools.cache
+def _bounds_registers() -> bool:
+    if not torch.cuda.is_available():
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability()[0] != 10
+
+
 def compile_options(warps: int, registers: int | None = None, stages: int = 3) -> dict[str, object]:
     """Options of a launch. Products are added with one rounding, as in the C++ kernels; Triton asks to be told since 3.9.
 
-    registers: the most a thread may use, so that ptxas does not spill for the sake of more programs at once.
+    registers: the most a thread may use. Without it ptxas spills for the sake of more programs at once, with it for sm_10x only.
     """
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return options | ({"maxnreg": registers} if registers and not torch.version.hip else {})
+    return options | ({"maxnreg": registers} if registers and _bounds_registers() else {})
 
 
 #: Names of the kernels' arguments that are numbers and not sizes.

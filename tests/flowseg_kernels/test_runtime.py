@@ -1,6 +1,7 @@
 """Backend choice, loading, `info`, and the direction of imports."""
 
 import ast
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -76,14 +77,14 @@ def test_info_names_every_op_and_the_reasons():
     assert torch.__version__ in done.stdout
 
 
-def test_load_failures_are_readable(tmp_path, monkeypatch):
-    monkeypatch.setattr(extension, "CPU_LIBRARY", tmp_path / "libflowseg_cpu.so")
-    assert "were not compiled" in extension._load()
-    extension.CPU_LIBRARY.write_bytes(b"not a library")
-    reason = extension._load()
+def test_load_failures_are_readable(tmp_path):
+    library = dataclasses.replace(extension.CPU, path=tmp_path / "libflowseg_cpu.so")
+    assert "were not compiled" in library.load()
+    library.path.write_bytes(b"not a library")
+    reason = library.load()
     assert "does not load into torch" in reason and "rebuild it with" in reason
-    extension.CPU_LIBRARY.with_suffix(".json").write_text('{"torch_target": "99.0"}')
-    assert "needs torch 99.0 or newer" in extension._load()
+    library.path.with_suffix(".json").write_text('{"torch_target": "99.0"}')
+    assert "needs torch 99.0 or newer" in library.load()
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])

@@ -14,11 +14,15 @@ namespace {
 // squares inside the range of fp32. False for NaN too.
 template <class T, int C>
 bool is_moderate(const Block<T, C>& x, double reach) {
-  const T limit = static_cast<T>(8 * reach);
-  bool moderate = reach < 1e4;
+  using V = typename Lanes<T>::V;
+  using I = typename Lanes<T>::I;
+  const V limit = V{} + static_cast<T>(8 * reach);
+  I inside = I{} - 1;
   for (int c = 0; c < C; ++c) {
-    for (int i = 0; i < kBlock; ++i) moderate &= (x.at[c][i] >= -limit) & (x.at[c][i] <= limit);
+    for (int i = 0; i < kBlock; i += Lanes<T>::width) inside &= (lanes(&x.at[c][i]) >= -limit) & (lanes(&x.at[c][i]) <= limit);
   }
+  bool moderate = reach < 1e4;
+  for (int i = 0; i < Lanes<T>::width; ++i) moderate &= inside[i] != 0;
   return moderate;
 }
 
@@ -44,18 +48,26 @@ void correct_block(const Correction& options, const Codes& codes, const Block<T,
                    const Classes<typename Lanes<T>::Int>& classes, const Block<T, C>& own, Block<T, C>& grad) {
   using V = typename Lanes<T>::V;
   using I = typename Lanes<T>::I;
-  const T* mu = static_cast<const T*>(codes.data);
+  const auto* mu = static_cast<const T(*)[C]>(codes.data);
   const T eps = static_cast<T>(options.eps), max_norm = static_cast<T>(options.max_norm);
   const T inverse_temperature = static_cast<T>(1 / options.temperature);
   const auto kind = static_cast<Transform>(options.transform);
   if (kind == Transform::neg_log && options.temperature == 1 && options.eps >= 1e-12 * std::max(1.0, codes.reach * codes.reach) && is_moderate(x, codes.reach)) {
     return for_each_vector(x, classes, own, max_norm, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
-      correct_by_reciprocals<C>(p, y, m, mu, codes.classes, eps, g);
+      Rivals<C, V> sum;
+      add_reciprocals<C>(p, y, mu, codes.classes, eps, sum);
+      finish_reciprocals<C>(p, m, sum, eps, g);
     });
   }
   const auto by_softmax = [&](auto transform) {
     for_each_vector(x, classes, own, max_norm, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
-      correct_by_softmax<decltype(transform)::value, C>(p, y, m, mu, codes.classes, eps, inverse_temperature, g);
+      constexpr Transform kind = decltype(transform)::value;
+      V smallest = V{} + infinity<T>();
+      find_smallest_distance<C>(p, mu, codes.classes, smallest);
+      Softmax<C, V> state;
+      begin_softmax<kind, C>(p, m, smallest, eps, inverse_temperature, state);
+      add_softmax<kind, C>(p, y, mu, codes.classes, eps, inverse_temperature, state);
+      finish_softmax<C>(p, smallest, state, inverse_temperature, g);
     });
   };
   switch (kind) {

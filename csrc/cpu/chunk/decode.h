@@ -2,6 +2,7 @@
 #pragma once
 
 #include "blocks.h"
+#include "flowseg/decode_grid.h"
 
 namespace flowseg::cpu {
 namespace {
@@ -53,6 +54,9 @@ void search_block(const Codes& codes, const Block<T, C>& x, Found<T>& found) {
     }
   }
 }
+
+// Pixels by which the records of lists are fetched before they are searched.
+constexpr int kAhead = 10;
 
 typedef float F8 __attribute__((vector_size(32)));
 
@@ -124,34 +128,85 @@ FLOWSEG_INLINE int search_list(const Grid& grid, int first, float x, float y, fl
   return label;
 }
 
+#if defined(__AVX512F__)
+// The first records of two lists, searched side by side: bits 0 to 7 of the result are set where a candidate of the first pixel is
+// nearest, bits 8 to 15 for the second.
+FLOWSEG_INLINE unsigned nearest_of_two(const Block<float, 3>& x, int i, int j, const float* a, const float* b) {
+  F d{};
+  for (int c = 0; c < 3; ++c) {
+    const __m512 point = _mm512_mask_mov_ps(_mm512_set1_ps(x.at[c][i]), 0xff00, _mm512_set1_ps(x.at[c][j]));
+    const __m512 codes = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a + 8 * c)), _mm256_loadu_ps(b + 8 * c), 1);
+    const F diff = (F)point - (F)codes;
+    d = c ? d + diff * diff : diff * diff;
+  }
+  __m512 m = _mm512_min_ps((__m512)d, _mm512_shuffle_f32x4((__m512)d, (__m512)d, 0xb1));
+  m = _mm512_min_ps(m, _mm512_permute_ps(m, 0x4e));
+  m = _mm512_min_ps(m, _mm512_permute_ps(m, 0xb1));
+  return _mm512_cmp_ps_mask((__m512)d, m, _CMP_EQ_OQ);
+}
+#endif
+
+// Searches the lists of the pixels open[0..count), whose words stand in found.label.
+FLOWSEG_INLINE void search_lists(const Grid& grid, const Block<float, 3>& x, int16_t (&open)[kBlock + kAhead], int count,
+                                 Found<float>& found) {
+  const auto search = [&](int i) {
+    found.label[i] = search_list(grid, -1 - found.label[i], x.at[0][i], x.at[1][i], x.at[2][i]);
+  };
+  int j = 0;
+#if defined(__AVX512F__)
+  const auto record = [&](int i) { return grid.records + static_cast<int64_t>(-1 - found.label[i]) * 32; };
+  // Labels of open pixels are written at the end: until then their words lead the prefetches and the long lists.
+  int32_t label[kBlock];
+  int16_t longer[kBlock];
+  int more = 0;
+  for (int i = 0; i < kAhead; ++i) open[count + i] = open[0];
+  for (; j + 1 < count; j += 2) {
+    for (int next : {open[j + kAhead - 2], open[j + kAhead - 1]}) {
+      __builtin_prefetch(record(next));
+      __builtin_prefetch(record(next) + 16);
+    }
+    const float *a = record(open[j]), *b = record(open[j + 1]);
+    const unsigned nearest = nearest_of_two(x, open[j], open[j + 1], a, b);
+    label[j] = static_cast<int32_t>(a[24 + __builtin_ctz(nearest | 1u << 7)]);
+    label[j + 1] = static_cast<int32_t>(b[24 + __builtin_ctz(nearest >> 8 | 1u << 7)]);
+    // A record that is not full ends its list; a full one may go on.
+    longer[more] = static_cast<int16_t>(j);
+    more += a[31] >= 0;
+    longer[more] = static_cast<int16_t>(j + 1);
+    more += b[31] >= 0;
+  }
+  // Long lists are few; searching them last keeps the loop above free of branches.
+  for (int i = 0; i < more; ++i) {
+    const int at = longer[i];
+    search(open[at]);
+    label[at] = found.label[open[at]];
+  }
+  for (int i = 0; i < j; ++i) found.label[open[i]] = label[i];
+#endif
+  for (; j < count; ++j) search(open[j]);
+}
+
 void look_up_block(const Grid& grid, const Block<float, 3>& x, Found<float>& found) {
   alignas(64) int32_t cell[kBlock];
-  int16_t open[kBlock];
-  const float limit = static_cast<float>(grid.size);
-  const int size = grid.size;
+  int16_t open[kBlock + kAhead], outside[kBlock];
   for (int i = 0; i < kBlock; ++i) {
-    const float a = (x.at[0][i] - grid.low) * grid.scale;
-    const float b = (x.at[1][i] - grid.low) * grid.scale;
-    const float c = (x.at[2][i] - grid.low) * grid.scale;
-    // False for NaN too; the bitwise and keeps the loop free of branches.
-    const bool inside = (a >= 0) & (a < limit) & (b >= 0) & (b < limit) & (c >= 0) & (c < limit);
-    const int at = (static_cast<int>(inside ? c : 0) * size + static_cast<int>(inside ? b : 0)) * size +
-                   static_cast<int>(inside ? a : 0);
-    cell[i] = inside ? at : -1;
+    cell[i] = cell_of(x.at[0][i], x.at[1][i], x.at[2][i], grid.low, grid.scale, grid.size);
   }
-  int count = 0;
+  int count = 0, strays = 0;
   for (int i = 0; i < kBlock; ++i) {
-    const int word = cell[i] < 0 ? INT32_MIN : grid.cells[cell[i]];
+    const bool inside = cell[i] >= 0;
+    const int word = grid.cells[inside ? cell[i] : 0];
     found.label[i] = word;
     open[count] = static_cast<int16_t>(i);
-    count += word < 0;
+    count += inside & (word < 0);
+    outside[strays] = static_cast<int16_t>(i);
+    strays += !inside;
   }
-  for (int j = 0; j < count; ++j) {
-    const int i = open[j];
-    const int word = found.label[i];
-    const float a = x.at[0][i], b = x.at[1][i], c = x.at[2][i];
-    found.label[i] = word == INT32_MIN ? search_one(grid, a, b, c) : search_list(grid, -1 - word, a, b, c);
+  for (int j = 0; j < strays; ++j) {
+    const int i = outside[j];
+    found.label[i] = search_one(grid, x.at[0][i], x.at[1][i], x.at[2][i]);
   }
+  if (count) search_lists(grid, x, open, count, found);
 }
 
 template <class T, int C>

@@ -60,15 +60,15 @@ FLOWSEG_INLINE DI choose(DI mask, DI a, DI b) { return mask ? a : b; }
 FLOWSEG_INLINE F zero_where_equal(F v, FI y, int64_t k) { return y == static_cast<int32_t>(k) ? F{} : v; }
 FLOWSEG_INLINE D zero_where_equal(D v, DI y, int64_t k) { return y == k ? D{} : v; }
 
-// AVX-512 has an estimate of 14 bits; one Newton step takes it to fp32. Elsewhere the estimate is too coarse and division wins.
-FLOWSEG_INLINE F reciprocal(F v) {
-#if defined(__AVX512F__)
-  const F estimate = (F)_mm512_rcp14_ps((__m512)v);
-  return estimate + estimate * (1.0f - v * estimate);
-#else
-  return 1.0f / v;
-#endif
+// Whether a vector may hold a class of [first, last): looking costs more than a masked sum.
+template <class I>
+FLOWSEG_INLINE bool may_hold(I, int64_t, int64_t) {
+  return true;
 }
+
+// The divider works beside the multipliers: where those are busy, a division costs less of their time than an estimate and the two
+// operations of a Newton step.
+FLOWSEG_INLINE F reciprocal(F v) { return 1.0f / v; }
 FLOWSEG_INLINE D reciprocal(D v) { return 1.0 / v; }
 
 FLOWSEG_INLINE F square_root(F v) {

@@ -3,7 +3,14 @@
 
 #ifdef __CUDACC__
 #define FLOWSEG_INLINE __host__ __device__ __forceinline__
+// The loop over classes: a vector compiler unrolls over pixels already.
+#define FLOWSEG_UNROLL_CLASSES _Pragma("unroll 4")
+#define FLOWSEG_ONE_CLASS_AT_A_TIME _Pragma("unroll 1")  // where registers are short
 #else
+#ifndef FLOWSEG_INLINE
 #define FLOWSEG_INLINE inline __attribute__((always_inline))
+#endif
+#define FLOWSEG_UNROLL_CLASSES
+#define FLOWSEG_ONE_CLASS_AT_A_TIME
 #endif
 #define FLOWSEG_RESTRICT __restrict__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...runtime.registry import cpu_kernel, define_op, no_second_derivative, triton_kernel
+from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from . import reference
 
 _SCHEMA = (
@@ -19,6 +19,7 @@ define_op(
         (centroids.shape[0], centroids.shape[0]), dtype=torch.int64, device=x.device
     ),
     backends={
+        "cuda": cuda_kernel(_SCHEMA),
         "cpu": cpu_kernel(_SCHEMA),
         "triton": triton_kernel(__package__, "decode_confusion"),
         "reference": reference.decode_confusion,

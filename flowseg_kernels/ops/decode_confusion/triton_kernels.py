@@ -76,7 +76,8 @@ def decode_confusion(
         _decode_confusion[(batch * blocks,)](
             x, target, centroids, *grid, counts,
             *x_strides, *l_strides, width, height * width, blocks, classes, ignore_index, grid_low, grid_scale,
-            X_LAYOUT=x_layout, L_LAYOUT=l_layout, C=channels, GRID_SIZE=size, BLOCK=block, **options_of(centroids.dtype),
+            X_LAYOUT=x_layout, L_LAYOUT=l_layout, C=channels, GRID_SIZE=size,
+            BLOCK=block, **options_of(centroids.dtype, registers=128),
         )  # fmt: skip
     return counts
 
@@ -96,5 +97,5 @@ def variants() -> Iterator[Variant]:
             _decode_confusion,
             pointers,
             constants,
-            options_of(torch.float64 if dtype == "fp64" else torch.float32),
+            options_of(torch.float64 if dtype == "fp64" else torch.float32, registers=128),
         )

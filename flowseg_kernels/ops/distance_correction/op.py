@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from ...runtime.registry import cpu_kernel, define_op, no_second_derivative, triton_kernel
+from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from . import reference
 
-_kernel_cpu = cpu_kernel(
+_KERNEL = (
     "distance_correction(Tensor xhat, Tensor labels, Tensor centroids, float temperature, float eps, int transform, "
     "float max_norm, int ignore_index) -> Tensor"
 )
 
 
-def _run_cpu(xhat, labels, centroids, temperature, eps, transform, max_norm, ignore_index):
-    return _kernel_cpu(
-        xhat,
-        labels,
-        centroids,
-        temperature,
-        eps,
-        reference.TRANSFORMS.index(transform),
-        float("inf") if max_norm is None else max_norm,
-        ignore_index,
-    )
+def _with_codes(kernel):
+    def run(xhat, labels, centroids, temperature, eps, transform, max_norm, ignore_index):
+        code = reference.TRANSFORMS.index(transform)
+        largest = float("inf") if max_norm is None else max_norm
+        return kernel(xhat, labels, centroids, temperature, eps, code, largest, ignore_index)
+
+    return run
 
 
 define_op(
@@ -31,7 +27,8 @@ define_op(
     "float? max_norm, int ignore_index) -> Tensor",
     fake=lambda xhat, *args: torch.empty(xhat.shape, dtype=xhat.dtype, device=xhat.device),
     backends={
-        "cpu": _run_cpu,
+        "cuda": _with_codes(cuda_kernel(_KERNEL)),
+        "cpu": _with_codes(cpu_kernel(_KERNEL)),
         "triton": triton_kernel(__package__, "distance_correction"),
         "reference": reference.distance_correction,
     },

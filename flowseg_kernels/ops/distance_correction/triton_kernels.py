@@ -73,6 +73,11 @@ def _add_rival(rivals, pull, x, y, centroid, k, eps, C: tl.constexpr, MAY_BE_OWN
 
 
 @triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
 def _by_reciprocals(
     x, y, centroids, classes, eps, C: tl.constexpr, RUN: tl.constexpr, FORM: tl.constexpr
 ):  # fmt: skip
@@ -80,16 +85,17 @@ def _by_reciprocals(
 
     grad = 2 [ (1 - p_y) r_y (x - mu_y) - sum_{k != y} p_k r_k (x - mu_k) ]. Each run is summed by itself first, which keeps fp32
     sums as accurate as pairwise ones. Only runs that hold the class of one of the block's pixels look for it: label maps are
-    piecewise constant, so those are few.
+    piecewise constant, so those are few. A word with one bit a run (modulo 64) says which.
     """
     rivals = tl.zeros_like(x[0])
     pull = zeros_like(x, C)
     whole = classes // RUN * RUN
+    held = tl.reduce(tl.where(y >= 0, tl.full(y.shape, 1, tl.int64) << ((y // RUN) & 63), 0), 0, _either)
     centroid = centroids
     for first in range(0, whole, RUN):
         run = tl.zeros_like(x[0])
         run_pull = zeros_like(x, C)
-        if tl.max(((y - first).to(tl.uint32, bitcast=True) < RUN).to(tl.int32), 0) > 0:
+        if (held >> ((first // RUN) & 63)) & 1:
             for j in tl.static_range(RUN):
                 run, run_pull = _add_rival(run, run_pull, x, y, centroid + j * C, first + j, eps, C, True, FORM)
         else:
@@ -254,15 +260,17 @@ class Launch:
     options: dict[str, object]
 
 
-def launch(channels: int, dtype: torch.dtype, interpreted: bool) -> Launch:
-    """Settings by rule: the pixels a thread holds share each centroid they read, and their sums must fit in registers."""
+def launch(channels: int, dtype: torch.dtype, interpreted: bool, registers: int = 168) -> Launch:
+    """Settings by rule: the pixels a thread holds share each centroid they read, and their sums must fit in registers.
+
+    Programs are small, two warps, so that as many fit on a multiprocessor as the registers allow: six at 168.
+    """
     if interpreted:
         return Launch(4096, 8, compile_options(1))
     if dtype == torch.float64:
-        return Launch(128, 8, compile_options(4))
+        return Launch(64, 8, compile_options(2))
     pixels_a_thread = 4 if channels <= 3 else 2 if channels <= 8 else 1
-    # 168 registers: three programs of 128 threads a multiprocessor.
-    return Launch(128 * pixels_a_thread, 8, compile_options(4, registers=168))
+    return Launch(64 * pixels_a_thread, 8 if channels <= 8 else 4, compile_options(2, registers))
 
 
 def correction_arguments(

@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 
 from ...runtime.backend import requested_backend
-from ...runtime.registry import cpu_kernel, define_op, no_second_derivative, triton_kernel
+from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from . import reference
 
-_forward_cpu = cpu_kernel(
-    "flow_interpolate(Tensor source, Tensor labels, Tensor t, Tensor centroids, int ignore_index) -> Tensor"
-)
-_backward_cpu = cpu_kernel(
+_FORWARD = "flow_interpolate(Tensor source, Tensor labels, Tensor t, Tensor centroids, int ignore_index) -> Tensor"
+_BACKWARD = (
     "flow_interpolate_bwd(Tensor grad, Tensor source, Tensor labels, Tensor t, Tensor centroids, int ignore_index, "
-    "bool need_t) -> (Tensor, Tensor)"
+    "bool need_t{}) -> (Tensor, Tensor)"
 )
 
 
@@ -34,10 +32,11 @@ def _backward(ctx, grad):
 
 
 define_op(
-    "flow_interpolate(Tensor source, Tensor labels, Tensor t, Tensor centroids, int ignore_index) -> Tensor",
+    _FORWARD,
     fake=lambda source, *args: torch.empty(source.shape, dtype=source.dtype, device=source.device),
     backends={
-        "cpu": _forward_cpu,
+        "cuda": cuda_kernel(_FORWARD),
+        "cpu": cpu_kernel(_FORWARD),
         "triton": triton_kernel(__package__, "flow_interpolate"),
         "reference": reference.flow_interpolate,
     },
@@ -53,11 +52,11 @@ def _fake_backward(grad, source, labels, t, centroids, ignore_index, need_t, bac
 
 
 define_op(
-    "flow_interpolate_bwd(Tensor grad, Tensor source, Tensor labels, Tensor t, Tensor centroids, int ignore_index, "
-    "bool need_t, str backend) -> (Tensor, Tensor)",
+    _BACKWARD.format(", str backend"),
     fake=_fake_backward,
     backends={
-        "cpu": _backward_cpu,
+        "cuda": cuda_kernel(_BACKWARD.format("")),
+        "cpu": cpu_kernel(_BACKWARD.format("")),
         "triton": triton_kernel(__package__, "flow_interpolate_bwd"),
         "reference": reference.flow_interpolate_bwd,
     },

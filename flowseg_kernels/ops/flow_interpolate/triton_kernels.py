@@ -138,8 +138,8 @@ def variants() -> Iterator[Variant]:
         layouts = {"X_LAYOUT": VECTOR, "L_LAYOUT": VECTOR, "OUT_LAYOUT": VECTOR}
         constants = {**layouts, "C": channels, "BLOCK": block_of(channels)}
         yield variant(f"flow_interpolate C={channels} {dtype}", _interpolate, pointers, constants, compile_options(4))
-        pointers |= {"grad": dtype, "grad_source": dtype, "partial": "fp64"}
-        constants |= {"G_LAYOUT": VECTOR, "NEED_T": True}
+        pointers = pointers | {"grad": dtype, "grad_source": dtype, "partial": "fp64"}
+        constants = constants | {"G_LAYOUT": VECTOR, "NEED_T": True}
         yield variant(
             f"flow_interpolate_bwd C={channels} {dtype}", _interpolate_backward, pointers, constants, compile_options(4)
         )

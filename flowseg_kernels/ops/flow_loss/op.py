@@ -5,30 +5,39 @@ from __future__ import annotations
 import torch
 
 from ...runtime.backend import requested_backend
-from ...runtime.registry import cpu_kernel, define_op, no_second_derivative, triton_kernel
+from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from ..common import compute_dtype
 from ..distance_correction.reference import TRANSFORMS
 from . import reference
 
-_forward_cpu = cpu_kernel(
+_FORWARD = (
     "flow_loss(Tensor prediction, Tensor source, Tensor labels, Tensor t, Tensor centroids, int predicts, int loss_space, "
     "float correction_weight, int schedule, float temperature, float eps, int transform, float max_norm, "
     "int ignore_index, int reduction, float t_min, bool need_grad) -> (Tensor, Tensor, Tensor)"
 )
-_backward_cpu = cpu_kernel("flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, int reduction) -> Tensor")
+_BACKWARD = "flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, int reduction) -> Tensor"
 
 
-def _run_cpu(
-    prediction, source, labels, t, centroids, predicts, loss_space, correction_weight, schedule, temperature, eps,
-    transform, max_norm, ignore_index, reduction, t_min, need_grad,
-):  # fmt: skip
-    return _forward_cpu(
-        prediction, source, labels, t, centroids,
-        reference.KINDS.index(predicts), reference.KINDS.index(loss_space),
-        correction_weight, reference.SCHEDULES.index(schedule), temperature, eps, TRANSFORMS.index(transform),
-        float("inf") if max_norm is None else max_norm, ignore_index, reference.REDUCTIONS.index(reduction),
-        t_min, need_grad,
-    )  # fmt: skip
+def _with_codes(kernel):
+    def run(
+        prediction, source, labels, t, centroids, predicts, loss_space, correction_weight, schedule, temperature, eps,
+        transform, max_norm, ignore_index, reduction, t_min, need_grad,
+    ):  # fmt: skip
+        return kernel(
+            prediction, source, labels, t, centroids,
+            reference.KINDS.index(predicts), reference.KINDS.index(loss_space),
+            correction_weight, reference.SCHEDULES.index(schedule), temperature, eps, TRANSFORMS.index(transform),
+            float("inf") if max_norm is None else max_norm, ignore_index, reference.REDUCTIONS.index(reduction),
+            t_min, need_grad,
+        )  # fmt: skip
+
+    return run
+
+
+def _backward_with_codes(kernel):
+    return lambda grad_loss, residual, count, prediction, reduction: kernel(
+        grad_loss, residual, count, reference.REDUCTIONS.index(reduction)
+    )
 
 
 def _fake(prediction, source, labels, t, centroids, *options):
@@ -70,7 +79,12 @@ define_op(
     "float correction_weight, str schedule, float temperature, float eps, str transform, float? max_norm, "
     "int ignore_index, str reduction, float t_min, bool need_grad) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
-    backends={"cpu": _run_cpu, "triton": triton_kernel(__package__, "flow_loss"), "reference": reference.flow_loss},
+    backends={
+        "cuda": _with_codes(cuda_kernel(_FORWARD)),
+        "cpu": _with_codes(cpu_kernel(_FORWARD)),
+        "triton": triton_kernel(__package__, "flow_loss"),
+        "reference": reference.flow_loss,
+    },
     channels=lambda prediction, *args: prediction.shape[1],
     backward=_backward,
     setup_context=_setup_context,
@@ -80,9 +94,8 @@ define_op(
     "flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, Tensor prediction, str reduction, str backend) -> Tensor",
     fake=lambda grad_loss, residual, *args: torch.empty(residual.shape, dtype=residual.dtype, device=residual.device),
     backends={
-        "cpu": lambda grad_loss, residual, count, prediction, reduction: _backward_cpu(
-            grad_loss, residual, count, reference.REDUCTIONS.index(reduction)
-        ),
+        "cuda": _backward_with_codes(cuda_kernel(_BACKWARD)),
+        "cpu": _backward_with_codes(cpu_kernel(_BACKWARD)),
         "triton": triton_kernel(__package__, "flow_loss_bwd"),
         "reference": lambda grad_loss, residual, count, prediction, reduction: reference.flow_loss_bwd(
             grad_loss, residual, count, reduction

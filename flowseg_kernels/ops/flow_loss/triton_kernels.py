@@ -179,7 +179,7 @@ def flow_loss(
     x_strides, x_layout = pixel_strides(prediction)
     s_strides, s_layout = pixel_strides(source)
     l_strides, l_layout = pixel_strides(labels)
-    how = launch(channels, centroids.dtype, INTERPRETED)
+    how = launch(channels, centroids.dtype, INTERPRETED, registers=176)
     blocks = triton.cdiv(height * width, how.block)
     programs = batch * blocks
     sums = torch.empty(programs, dtype=torch.float64, device=device)
@@ -232,7 +232,7 @@ def variants() -> Iterator[Variant]:
         (16, 0, False, "bf16"), (3, 0, False, "fp64"),
     ):  # fmt: skip
         acc = "fp64" if dtype == "fp64" else "fp32"
-        how = launch(channels, torch.float64 if acc == "fp64" else torch.float32, interpreted=False)
+        how = launch(channels, torch.float64 if acc == "fp64" else torch.float32, interpreted=False, registers=176)
         pointers = {
             "x": dtype, "source": dtype, "labels": "u8", "t": "fp32", "centroids": acc, "residual": dtype,
             "per_pixel": acc, "sums": "fp64", "counts": "i32",

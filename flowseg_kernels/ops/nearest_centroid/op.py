@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from ...runtime.registry import cpu_kernel, define_op, no_second_derivative, triton_kernel
+from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from ..common import compute_dtype
 from . import reference
 
 _ARGUMENTS = (
     "Tensor x, Tensor centroids, Tensor? cells, Tensor? records, Tensor? groups, float grid_low, float grid_scale, "
 )
-_kernel_cpu = cpu_kernel(
+_KERNEL = (
     f"nearest_centroid({_ARGUMENTS}Tensor(a!) labels, Tensor(b!) distance, Tensor(c!) margin, int ignore_index) -> ()"
 )
 
 
-def _run_cpu(
-    x, centroids, cells, records, groups, grid_low, grid_scale, out_dtype, return_distance, return_margin, ignore_index
-):
-    shape = (x.shape[0], x.shape[2], x.shape[3])
-    dtype = compute_dtype(x.dtype)
-    labels = torch.empty(shape, dtype=out_dtype)
-    distance = torch.empty(shape if return_distance else (0,), dtype=dtype)
-    margin = torch.empty(shape if return_margin else (0,), dtype=dtype)
-    _kernel_cpu(x, centroids, cells, records, groups, grid_low, grid_scale, labels, distance, margin, ignore_index)
-    return labels, distance, margin
-
-
-def _fake(
+def _empty(
     x, centroids, cells, records, groups, grid_low, grid_scale, out_dtype, return_distance, return_margin, ignore_index
 ):
     shape = (x.shape[0], x.shape[2], x.shape[3])
@@ -40,12 +28,22 @@ def _fake(
     )
 
 
+def _filled(kernel):
+    def run(x, centroids, cells, records, groups, grid_low, grid_scale, *options):
+        results = _empty(x, centroids, cells, records, groups, grid_low, grid_scale, *options)
+        kernel(x, centroids, cells, records, groups, grid_low, grid_scale, *results, options[-1])
+        return results
+
+    return run
+
+
 define_op(
     f"nearest_centroid({_ARGUMENTS}ScalarType out_dtype, bool return_distance, bool return_margin, int ignore_index) "
     "-> (Tensor, Tensor, Tensor)",
-    fake=_fake,
+    fake=_empty,
     backends={
-        "cpu": _run_cpu,
+        "cuda": _filled(cuda_kernel(_KERNEL)),
+        "cpu": _filled(cpu_kernel(_KERNEL)),
         "triton": triton_kernel(__package__, "nearest_centroid"),
         "reference": reference.nearest_centroid,
     },

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ...runtime.triton_forms import INTERPRETED, VECTOR, Variant, compile_options, on_device_of, pixel_strides, variant
 from ..common import compute_dtype
-from ..triton_pixels import any_nan, difference_from, load_pixels, squared_norm
+from ..triton_pixels import any_nan, difference_from, load_pair, load_pixels, squared_norm
 
 __all__ = ["block_of", "decode", "grid_arguments", "nearest_centroid", "options_of", "variants"]
 
@@ -50,13 +50,6 @@ def _search_all(x, centroids, classes, C: tl.constexpr, MARGIN: tl.constexpr):
 
 
 @triton.jit
-def _load_pair(at):
-    """Two neighbouring floats with one load."""
-    both = tl.load(at)
-    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _keep_nearest_listed(x, a, b, c, j, place, nearest):
     dx = x[0] - a
     dy = x[1] - b
@@ -80,9 +73,9 @@ def _search_lists(x, first, records, groups, listed):
         at = first + tl.maximum(tl.minimum(r, length - 1), 0)
         record = pairs + at * (2 * _RECORD)
         for j in tl.static_range(_RECORD // 2):
-            a0, a1 = _load_pair(record + j)
-            b0, b1 = _load_pair(record + _RECORD // 2 + j)
-            c0, c1 = _load_pair(record + _RECORD + j)
+            a0, a1 = load_pair(record + j)
+            b0, b1 = load_pair(record + _RECORD // 2 + j)
+            c0, c1 = load_pair(record + _RECORD + j)
             # The place in the list, of which the class is read once at the end: lists are in the order of the classes.
             here = at * (4 * _RECORD) + 2 * j
             place, nearest = _keep_nearest_listed(x, a0, b0, c0, here, place, nearest)
@@ -159,9 +152,9 @@ def _nearest_centroid(
             tl.store(margin + out, tl.sqrt(second) - root, mask=inside)
 
 
-def options_of(dtype: torch.dtype) -> dict[str, object]:
+def options_of(dtype: torch.dtype, registers: int = 96) -> dict[str, object]:
     """A bound on registers, so that ptxas does not spill for the sake of more programs at once."""
-    return compile_options(4, registers=128 if dtype == torch.float64 else 80)
+    return compile_options(4, registers=128 if dtype == torch.float64 else registers)
 
 
 def block_of(channels: int, grid: bool) -> int:

@@ -1,0 +1,262 @@
+"""`make gpu-report`: everything that only a machine with a GPU can tell, in under nine minutes, with nothing to download.
+
+Builds the kernels in place with the interpreter that runs this, tests each GPU backend, sanitizes a short set, measures, and
+stores bench/results/GPU/. Every step has its own time limit; one that fails, is missing or runs out of time is named and the next
+one starts. What was measured is stored after each step, so a run that is cut short keeps what it has. `--dry-run` goes through the
+same steps on the CPU at tiny sizes.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+from .report import PEERS, best_of_ours, groups_of
+from .results import RESULTS, ROOT, load, store
+
+#: Seconds for the whole run.
+BUDGET = 530
+GPU_BACKENDS = ("cuda", "triton")
+#: (start of the group, peer or "limit") -> what docs call the target: at least so many times our time, or share of the limit.
+TARGETS = {
+    ("distance_correction ade512", "limit"): 0.75,
+    ("distance_correction ade512", "torch.compile"): 8,
+    ("distance_correction ade512", "eager"): 40,
+    ("distance_correction ade512", "KeOps"): 4,
+    ("flow_loss forward+backward ade512", "limit"): 0.75,
+    ("nearest_centroid ade512", "limit"): 0.85,
+    ("nearest_centroid many", "limit"): 0.85,
+    ("nearest_centroid ade512", "cdist+argmin compiled"): 10,
+    ("neural_field forward+backward", "eager"): 3,
+    ("neural_field forward+backward", "torch.compile"): 1.5,
+    ("neural_field forward", "eager"): 4,
+    ("neural_field forward", "torch.compile"): 2,
+    ("training step", "eager"): 1.3,
+    ("sampling", "eager"): 1.3,
+}
+#: One call of every op at a size that a sanitizer gets through, odd sides included.
+SHORT_SET = """
+import sys, torch, flowseg_kernels as fk
+backend, device = sys.argv[1:]
+codebook = fk.Codebook(fk.kronecker_centroids(150, 3)).to(device)
+labels = torch.randint(0, 150, (2, 37, 29), dtype=torch.uint8, device=device)
+x = torch.randn(2, 3, 37, 29, device=device)
+with fk.use_backend(backend):
+    for dtype in (torch.float32, torch.bfloat16):
+        t = torch.rand(2, device=device)
+        leaf = x.to(dtype).requires_grad_()
+        fk.flow_loss(leaf, x.to(dtype), labels, t, codebook).backward()
+        fk.distance_correction(x.to(dtype), labels, codebook)
+        fk.flow_interpolate(x.to(dtype), labels, t, codebook)
+        fk.nearest_centroid(x.to(dtype), codebook, return_margin=True)
+        fk.decode_confusion(x.to(dtype), labels, codebook)
+    if backend in fk.available_backends("neural_field", device):
+        decoder = fk.NeuralFieldDecoder(32).to(device)
+        decoder(x[:, :, :32, :16], torch.randn(2, 2, 32, device=device)).square().sum().backward()
+if device == "cuda":
+    torch.cuda.synchronize()
+"""
+
+
+class Cut(BaseException):
+    """The run was told to end."""
+
+
+@dataclasses.dataclass
+class Step:
+    """One command: seconds is its own limit; bench steps write a pytest-benchmark file that is stored."""
+
+    name: str
+    command: list
+    seconds: float
+    environment: dict = dataclasses.field(default_factory=dict)
+    bench: bool = False
+
+
+def steps(dry):
+    """All steps, the ones that others depend on and the cheapest proof first."""
+    python, root = sys.executable, ROOT.parent
+    device = "cpu" if dry else "cuda"
+    backends = ("cpu",) if dry else GPU_BACKENDS
+    build = {"FLOWSEG_BUILD": "auto"}
+    if not dry:
+        build["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
+    yield Step("build", [python, "setup.py", "-q", *(["--version"] if dry else ["build_ext", "--inplace"])], 150, build)
+    yield Step("info", [python, "-m", "flowseg_kernels.info"], 30)
+    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
+    for backend in backends:
+        wanted = ["-k", f"{backend} and zero"] if dry else ["-k", backend, "--maxfail=20"]
+        where = "tests/flowseg_kernels/ops/test_distance_correction.py" if dry else "tests/flowseg_kernels"
+        yield Step(f"tests on {backend}", [*pytest, *wanted, where], 100, {"FLOWSEG_REQUIRE_BACKENDS": backend})
+
+    def bench(name, files, seconds, short):
+        """short: the entries that a dry run keeps."""
+        here = [f"bench/{file}" for file in files.split() if (root / "bench" / file).exists()]
+        environment = {"FLOWSEG_BENCH_DEVICE": device, **({"FLOWSEG_BENCH_QUICK": "1"} if dry else {})}
+        command = [*pytest, *here, *(["-k", short] if dry else [])]
+        return Step(name, command, seconds, environment, bench=True) if here else None
+
+    yield bench("bench: correction", "test_limits.py test_correction.py", 110, "limit or ade512 and correction")
+    yield bench("bench: decoding", "test_decode.py", 80, "ade512-0.3")
+    yield bench("bench: neural field", "test_neural_field.py", 80, "ours")
+    for backend in backends:
+        # Without the tool the two are the same.
+        for tool in ("memcheck",) if dry else ("memcheck", "racecheck"):
+            sanitizer = [] if dry else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+            yield Step(f"{tool} on {backend}", [*sanitizer, python, "-c", SHORT_SET, backend, device], 50)
+    short = "sampling and eager or search_by_classes and ours"
+    yield bench("bench: stack and scaling", "test_stack.py test_scaling.py", 110, short)
+
+
+class Run:
+    """Carries the steps out and writes down how each ended."""
+
+    def __init__(self, results, dry, budget):
+        self.results, self.dry, self.end = results, dry, time.monotonic() + budget
+        self.lines, self.folder, self.process = [], None, None
+
+    def say(self, line):
+        print(line, flush=True)
+        self.lines.append(line)
+        folder = self.folder or self.results
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "gpu_report.txt").write_text("\n".join(self.lines) + "\n")
+
+    def stop_child(self):
+        """First as with Ctrl-C, on which pytest writes what it has measured; then for good."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        for number, patience in ((signal.SIGINT, 6), (signal.SIGKILL, 5)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            try:
+                self.process.wait(patience)
+                return
+            except subprocess.TimeoutExpired:
+                continue
+
+    def carry_out(self, step):
+        left = self.end - time.monotonic() - 10
+        if left < 5:
+            return self.say(f"left out  {step.name}: the time is used up")
+        if not shutil.which(step.command[0]):
+            return self.say(f"left out  {step.name}: {step.command[0]} was not found")
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory() as scratch:
+            measured, log = pathlib.Path(scratch) / "bench.json", pathlib.Path(scratch) / "log"
+            command = [*step.command, *([f"--benchmark-json={measured}"] if step.bench else [])]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT.parent), "PYTHONUNBUFFERED": "1", **step.environment}
+            limit, cut = min(step.seconds, left), None
+            with open(log, "w") as out:
+                self.process = subprocess.Popen(
+                    command,
+                    cwd=ROOT.parent,
+                    env=environment,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                try:
+                    ended = f"exit {self.process.wait(limit)}"
+                except subprocess.TimeoutExpired:
+                    ended = f"stopped at its limit of {limit:.0f} s"
+                    self.stop_child()
+                except Cut as error:
+                    ended, cut = "cut", error
+                    self.stop_child()
+            text = log.read_text(errors="replace").rstrip().splitlines()
+            if step.bench and measured.exists() and measured.stat().st_size:
+                self.keep(json.loads(measured.read_text()))
+            self.say(
+                f"{'ok' if ended == 'exit 0' else 'FAILED':8}  {step.name}: {ended}, {time.monotonic() - begin:.0f} s"
+            )
+            # A name a line where a step prints little; the end of the log where it failed.
+            shown = text[-40:] if ended != "exit 0" or step.name == "info" else text[-1:]
+            self.say("\n".join(f"          {line[:200]}" for line in shown))
+            if cut:
+                raise cut
+
+    def keep(self, result):
+        if not result["benchmarks"]:
+            return
+        self.folder = store(result, self.results)
+        self.say(f"          {len(result['benchmarks'])} entries stored in {self.folder.name}")
+
+    def judge(self):
+        """Each target beside what was measured."""
+        stored = load(self.folder) if self.folder else None
+        if not stored:
+            return self.say("No figure was measured.")
+        for line in judged(stored["rows"], verdict=not self.dry):
+            self.say(line)
+
+
+def judged(rows, verdict=True):
+    """A line for each group of ours: what was measured, the target where there is one, and whether it was met."""
+
+    def against(value, start, what, form):
+        target = TARGETS.get((start, what))
+        if target is None:
+            return ""
+        return f" (target {form.format(target)}{(': met' if value >= target else ': missed') if verdict else ''})"
+
+    for name, members in groups_of(rows).items():
+        ours = best_of_ours(members)
+        if not ours:
+            continue
+        target = next((pair for pair in TARGETS if name.startswith(pair[0])), None)
+        start = target[0] if target else name
+        facts = [f"{ours['entry']} {ours['ms']:.4g} ms"]
+        facts += [f"in a graph {ours['graph_ms']:.4g} ms"] if "graph_ms" in ours else []
+        facts += [f"no graph: {ours['graph_error']}"] if "graph_error" in ours else []
+        facts += [f"peak {ours['peak_mib']:.0f} MiB"] if "peak_mib" in ours else []
+        if "limit_ms" in ours:
+            share = ours["limit_ms"] / ours.get("graph_ms", ours["ms"])
+            facts.append(f"{share:.0%} of the limit{against(share, start, 'limit', '{:.0%}')}")
+        for peer in PEERS:
+            if peer in members:
+                ratio = members[peer]["ms"] / ours["ms"]
+                facts.append(f"{peer} {ratio:.3g}x{against(ratio, start, peer, '{:g}x')}")
+        yield f"{name}: {', '.join(facts)}"
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_report", description=__doc__.splitlines()[0])
+    parser.add_argument("--dry-run", action="store_true", help="every step on the CPU at tiny sizes; judges no time")
+    parser.add_argument(
+        "--results", type=pathlib.Path, help="folder of results (default bench/results; a dry run: a temporary one)"
+    )
+    parser.add_argument("--seconds", type=float, default=BUDGET, help=f"for the whole run (default {BUDGET})")
+    given = parser.parse_args(arguments)
+    if not given.dry_run and not torch.cuda.is_available():
+        print("gpu-report: torch sees no GPU here; `--dry-run` goes through the steps on the CPU")
+        return 1
+    results = given.results or (pathlib.Path(tempfile.mkdtemp()) if given.dry_run else RESULTS)
+
+    def cut(number, frame):
+        raise Cut(signal.Signals(number).name)
+
+    signal.signal(signal.SIGTERM, cut)
+    signal.signal(signal.SIGINT, cut)
+    run = Run(results, given.dry_run, given.seconds)
+    try:
+        for step in filter(None, steps(given.dry_run)):
+            run.carry_out(step)
+    except Cut as error:
+        run.say(f"cut by {error}")
+    run.judge()
+    return 1 if any(line.startswith("FAILED") for line in run.lines) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

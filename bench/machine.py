@@ -1,0 +1,61 @@
+"""The limits of this machine, measured: what its memory copies, its multiply pipes and its divider give."""
+
+import ctypes
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+import torch
+
+
+def arithmetic(threads):
+    """Fused multiply-adds and divisions a second over some threads of this CPU; None without a C++ compiler."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not compiler:
+        return None
+    source = pathlib.Path(__file__).with_name("pipes.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        library = pathlib.Path(folder) / "pipes.so"
+        command = [
+            *compiler.split(),
+            "-std=c++17",
+            "-O3",
+            "-march=native",
+            "-shared",
+            "-fPIC",
+            "-pthread",
+            str(source),
+            "-o",
+            str(library),
+        ]
+        if subprocess.run(command, capture_output=True).returncode:
+            return None
+        pipes = ctypes.CDLL(str(library))
+        for function in (pipes.fused_multiply_adds, pipes.divisions):
+            function.restype = ctypes.c_double
+        return {"fma": pipes.fused_multiply_adds(threads), "divide": pipes.divisions(threads)}
+
+
+def _resident():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status") if line.startswith(("VmRSS", "VmHWM")))
+    return {name: int(value.split()[0]) / 1024 for name, value in lines.items()}
+
+
+def peak_mib(run):
+    """How far the memory of this process (or of the GPU) rises above what it held while run() works; None where nobody can tell."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
+    try:
+        # Freed blocks that the allocator kept would hide what the call asks for.
+        ctypes.CDLL(None).malloc_trim(0)
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # peak := current
+    except (AttributeError, OSError):
+        return None
+    held = _resident()["VmRSS"]
+    run()
+    return max(_resident()["VmHWM"] - held, 0.0)

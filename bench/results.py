@@ -1,0 +1,73 @@
+"""Results of `pytest bench/` as files: bench/results/MACHINE/OP.json, one row a measured entry.
+
+`python -m bench.results FILE` stores what `pytest bench --benchmark-json=FILE` wrote. A row replaces the stored one of the same
+group and entry; rows that were not measured again stay, each with the commit and date that it was measured at.
+"""
+
+import json
+import pathlib
+import re
+import sys
+from collections import defaultdict
+
+ROOT = pathlib.Path(__file__).resolve().parent
+RESULTS = ROOT / "results"
+
+
+def slug(text):
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def machine_name(machine):
+    """The folder of a machine: its GPU, or its CPU and threads."""
+    return slug(machine.get("gpu") or f"{machine['model']}-{machine['threads']}-threads")
+
+
+def rows_of(result):
+    """One row a measured entry of a pytest-benchmark file, times in milliseconds."""
+    mark = {
+        "commit": result["commit_info"]["id"][:9],
+        "dirty": result["commit_info"]["dirty"],
+        "date": result["datetime"],
+    }
+    rows = []
+    for item in result["benchmarks"]:
+        stats, info = item["stats"], item["extra_info"]
+        times = {"ms": stats["median"] * 1e3, "iqr_ms": stats["iqr"] * 1e3, "rounds": stats["rounds"]}
+        rows.append({"group": item["group"], **info, **(times if "rate" not in info else {}), **mark})
+    return rows
+
+
+def load(folder):
+    """{"machine": ..., "rows": [...]} of a machine's folder, all ops together; None if nothing is stored there."""
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        return None
+    parts = [json.loads(path.read_text()) for path in files]
+    return {"machine": parts[-1]["machine"], "rows": [row for part in parts for row in part["rows"]]}
+
+
+def store(result, root=RESULTS):
+    """Write the rows of a pytest-benchmark result; returns the folder."""
+    folder = root / machine_name(result["machine_info"])
+    folder.mkdir(parents=True, exist_ok=True)
+    by_op = defaultdict(list)
+    for row in rows_of(result):
+        by_op[row["op"]].append(row)
+    for op, rows in by_op.items():
+        path = folder / f"{slug(op)}.json"
+        kept = json.loads(path.read_text())["rows"] if path.exists() else []
+        fresh = {(row["group"], row["entry"]) for row in rows}
+        rows = [row for row in kept if (row["group"], row["entry"]) not in fresh] + rows
+        rows.sort(key=lambda row: (row["group"], row.get("x", 0)))
+        text = json.dumps({"machine": result["machine_info"], "rows": rows}, indent=1)
+        path.write_text(text + "\n")
+    return folder
+
+
+def main(path):
+    print(store(json.loads(pathlib.Path(path).read_text())))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,91 @@
+// What a kernel needs: plain data, no torch, passed by value.
+#pragma once
+
+#include "flowseg/views.h"
+
+namespace flowseg::cuda {
+
+// How neighbouring pixels of a plane may be read.
+struct Layout {
+  bool flat;    // the pixels of a plane follow each other without a gap
+  bool vector;  // and runs of pixels start at multiples of 16 bytes
+};
+
+struct Source : Image {
+  Layout layout;
+};
+
+// A contiguous (B, C, H, W) result, or (B, H, W) with C = 1.
+struct Target : Output {
+  int64_t channels, pixels;
+  bool vector;
+};
+
+// A (B, H, W) view of any strides. A label outside [0, K) counts as ignored.
+struct Labels {
+  const void* data;
+  Integer type;
+  int64_t stride[3];
+  int64_t width, ignore;
+  Layout layout;
+};
+
+// (B,) of any stride.
+struct Times {
+  const void* data;
+  Real type;
+  int64_t stride;
+};
+
+// (K, C) contiguous, in the compute type.
+struct Codes {
+  const void* data;
+  int classes, channels;
+};
+
+struct Correction {
+  double temperature, eps, max_norm;
+  int transform;
+};
+
+// The decode grid (flowseg_kernels/decode_grid.py); cells is null when there is none.
+struct Grid {
+  const int32_t* cells;
+  const float* records;
+  const int32_t* groups;
+  float low, scale;
+  int size;
+};
+
+inline bool starts_at_16_bytes(const void* data, int64_t stride, int64_t size) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * size % 16 == 0;
+}
+
+inline int64_t size_of(Real type) { return type == Real::f64 ? 8 : type == Real::f32 ? 4 : 2; }
+inline int64_t size_of(Integer type) { return int64_t{1} << static_cast<int>(type); }
+
+// Whether rows follow each other without a gap; strides of sizes 1 do not matter.
+inline bool is_flat(int64_t height, int64_t width, int64_t stride_row, int64_t stride_column) {
+  return (width == 1 || stride_column == 1) && (height == 1 || stride_row == width);
+}
+
+inline Source source_of(const Image& image) {
+  Source source{image, {is_flat(image.height, image.width, image.stride[2], image.stride[3]), false}};
+  const int64_t size = size_of(image.type);
+  source.layout.vector = source.layout.flat && starts_at_16_bytes(image.data, image.channels > 1 ? image.stride[1] : 0, size) &&
+                         starts_at_16_bytes(image.data, image.batch > 1 ? image.stride[0] : 0, size);
+  return source;
+}
+
+inline Target target_of(const Output& out, int64_t channels, int64_t pixels) {
+  return {out, channels, pixels, starts_at_16_bytes(out.data, pixels, size_of(out.type))};
+}
+
+inline Labels labels_of(const void* data, Integer type, const int64_t (&shape)[3], const int64_t (&stride)[3], int64_t ignore) {
+  Labels labels{data, type, {stride[0], stride[1], stride[2]}, shape[2], ignore, {}};
+  labels.layout.flat = is_flat(shape[1], shape[2], stride[1], stride[2]);
+  labels.layout.vector = labels.layout.flat && starts_at_16_bytes(data, shape[0] > 1 ? stride[0] : 0, size_of(type));
+  return labels;
+}
+
+}  // namespace flowseg::cuda

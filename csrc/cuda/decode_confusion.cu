@@ -1,0 +1,31 @@
+// decode_confusion on torch's CUDA tensors.
+#include "cuda/decode_confusion.cuh"
+
+#include "cuda/torch_arguments.h"
+
+namespace flowseg::cuda {
+
+namespace {
+
+Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional<Tensor> cells, std::optional<Tensor> records,
+                        std::optional<Tensor> groups, double grid_low, double grid_scale, int64_t ignore_index) {
+  const Image image = image_of(x, "x");
+  const Codes codes = codes_of(centroids, image);
+  Tensor counts = torch::stable::new_zeros(x, std::vector<int64_t>{codes.classes, codes.classes}, ScalarType::Long);
+  if (x.numel() == 0) return counts;
+  const Confusion a{source_of(image),
+                    labels_of(target, image, ignore_index, "target"),
+                    codes,
+                    grid_of(centroids, cells, records, groups, grid_low, grid_scale),
+                    static_cast<unsigned long long*>(counts.data_ptr()),
+                    0,
+                    0};
+  launch_confusion(a, Launch(x));
+  return counts;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flowseg_cuda, CUDA, m) { m.impl("decode_confusion", TORCH_BOX(&decode_confusion)); }
+
+}  // namespace flowseg::cuda

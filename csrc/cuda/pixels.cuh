@@ -1,0 +1,180 @@
+// Runs of neighbouring pixels between memory of any dtype and strides, and the registers of a thread.
+#pragma once
+
+#include "cuda/arguments.h"
+#include "cuda/half.cuh"
+#include "cuda/platform.cuh"
+
+namespace flowseg::cuda {
+
+// The pixels of one thread: `count` of one image from flat position `first` on. Blocks never cross images, so a block knows its t.
+struct Place {
+  int64_t image, first;
+  int count;
+};
+
+inline int64_t blocks_an_image(int64_t pixels, int pixels_a_thread) {
+  const int64_t each = int64_t{kThreads} * pixels_a_thread;
+  return (pixels + each - 1) / each;
+}
+
+// Of the block's part of `each` pixels a thread, from the step'th on.
+template <int P>
+__device__ __forceinline__ Place place_of(int64_t pixels, unsigned blocks_an_image, int steps = 1, int step = 0) {
+  const unsigned image = blockIdx.x / blocks_an_image;
+  const int64_t part = static_cast<int64_t>(blockIdx.x - image * blocks_an_image) * steps + step;
+  Place place{image, (part * kThreads + threadIdx.x) * P, 0};
+  if (FLOWSEG_PLANTED(overrun)) pixels += P;
+  const int64_t left = pixels - place.first;
+  place.count = left >= P ? P : left > 0 ? static_cast<int>(left) : 0;
+  return place;
+}
+
+// P neighbouring elements as one or two loads of up to 16 bytes.
+template <class S, int P>
+struct alignas(sizeof(S) * P < 16 ? sizeof(S) * P : 16) Packed {
+  S at[P];
+};
+
+// Where the pixels of a place are in a plane, in elements. Needed unless they are read as one vector.
+template <int P>
+struct Offsets {
+  int64_t at[P];
+};
+
+template <int P>
+__device__ __forceinline__ Offsets<P> offsets_of(const Place& place, const Layout& layout, int64_t width, int64_t stride_row,
+                                                 int64_t stride_column) {
+  Offsets<P> offsets{};
+  if (layout.vector && place.count == P) return offsets;
+  // Flat planes save the division.
+  const int64_t row = layout.flat ? 0 : place.first / width;
+  int64_t column = place.first - row * width, start = row * stride_row;
+  const int64_t step = layout.flat ? 1 : stride_column;
+#pragma unroll
+  for (int p = 0; p < P; ++p) {
+    offsets.at[p] = start + column * step;
+    if (++column == width && !layout.flat) {
+      column = 0;
+      start += stride_row;
+    }
+  }
+  return offsets;
+}
+template <int P>
+__device__ __forceinline__ Offsets<P> offsets_of(const Place& place, const Source& from) {
+  return offsets_of<P>(place, from.layout, from.width, from.stride[2], from.stride[3]);
+}
+template <int P>
+__device__ __forceinline__ Offsets<P> offsets_of(const Place& place, const Labels& from) {
+  return offsets_of<P>(place, from.layout, from.width, from.stride[1], from.stride[2]);
+}
+
+template <class S, int P, class Use>
+__device__ __forceinline__ void load_run(const S* __restrict__ plane, const Place& place, const Offsets<P>& offsets, bool vector,
+                                         Use use) {
+  if (vector && place.count == P) {
+    const auto run = *reinterpret_cast<const Packed<S, P>*>(plane + place.first);
+#pragma unroll
+    for (int p = 0; p < P; ++p) use(p, run.at[p]);
+  } else {
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      if (p < place.count) use(p, plane[offsets.at[p]]);
+    }
+  }
+}
+
+template <class S, class T, int P>
+__device__ __forceinline__ void load_plane_as(const Source& from, int64_t channel, const Place& place, const Offsets<P>& offsets,
+                                              T (&to)[P]) {
+  const S* plane = static_cast<const S*>(from.data) + place.image * from.stride[0] + channel * from.stride[1];
+  load_run<S, P>(plane, place, offsets, from.layout.vector, [&](int p, S v) { to[p] = static_cast<T>(widen(v)); });
+}
+
+// One channel of a run of pixels; 0 past the end.
+template <class T, int P>
+__device__ __forceinline__ void load_plane(const Source& from, int64_t channel, const Place& place, const Offsets<P>& offsets,
+                                           T (&to)[P]) {
+#pragma unroll
+  for (int p = 0; p < P; ++p) to[p] = 0;
+  switch (from.type) {
+    case Real::f32: return load_plane_as<float>(from, channel, place, offsets, to);
+    case Real::f64: return load_plane_as<double>(from, channel, place, offsets, to);
+    case Real::f16: return load_plane_as<Half>(from, channel, place, offsets, to);
+    case Real::bf16: return load_plane_as<BFloat>(from, channel, place, offsets, to);
+  }
+}
+
+template <class S, int P>
+__device__ __forceinline__ void store_run(S* plane, bool vector, const Place& place, const Packed<S, P>& run) {
+  if (vector && place.count == P) {
+    *reinterpret_cast<Packed<S, P>*>(plane + place.first) = run;
+  } else {
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      if (p < place.count) plane[place.first + p] = run.at[p];
+    }
+  }
+}
+
+template <class S, class T, int P>
+__device__ __forceinline__ void store_plane_as(const Target& to, int64_t channel, const Place& place, const T (&from)[P]) {
+  Packed<S, P> run;
+#pragma unroll
+  for (int p = 0; p < P; ++p) narrow(from[p], run.at[p]);
+  store_run<S, P>(static_cast<S*>(to.data) + (place.image * to.channels + channel) * to.pixels, to.vector, place, run);
+}
+
+template <class T, int P>
+__device__ __forceinline__ void store_plane(const Target& to, int64_t channel, const Place& place, const T (&from)[P]) {
+  switch (to.type) {
+    case Real::f32: return store_plane_as<float>(to, channel, place, from);
+    case Real::f64: return store_plane_as<double>(to, channel, place, from);
+    case Real::f16: return store_plane_as<Half>(to, channel, place, from);
+    case Real::bf16: return store_plane_as<BFloat>(to, channel, place, from);
+  }
+}
+
+template <class S, int P>
+__device__ __forceinline__ void load_labels_as(const Labels& from, int classes, const Place& place, int (&y)[P]) {
+  const S* plane = static_cast<const S*>(from.data) + place.image * from.stride[0];
+  load_run<S, P>(plane, place, offsets_of<P>(place, from), from.layout.vector, [&](int p, S v) {
+    const int64_t label = v;
+    y[p] = label >= 0 && label < classes && label != from.ignore ? static_cast<int>(label) : -1;
+  });
+}
+
+// Classes of a run of pixels; -1 where ignored, outside [0, K) or past the end.
+template <int P>
+__device__ __forceinline__ void load_labels(const Labels& from, int classes, const Place& place, int (&y)[P]) {
+#pragma unroll
+  for (int p = 0; p < P; ++p) y[p] = -1;
+  switch (from.type) {
+    case Integer::u8: return load_labels_as<uint8_t>(from, classes, place, y);
+    case Integer::i16: return load_labels_as<int16_t>(from, classes, place, y);
+    case Integer::i32: return load_labels_as<int32_t>(from, classes, place, y);
+    case Integer::i64: return load_labels_as<int64_t>(from, classes, place, y);
+  }
+}
+
+// Coordinate c of the code of each pixel's class; 0 where there is none.
+template <class T, int P>
+__device__ __forceinline__ void load_code(const Codes& codes, const int (&y)[P], int c, T (&to)[P]) {
+  const T* __restrict__ mu = static_cast<const T*>(codes.data);
+#pragma unroll
+  for (int p = 0; p < P; ++p) to[p] = y[p] >= 0 ? mu[static_cast<int64_t>(y[p]) * codes.channels + c] : T(0);
+}
+
+__device__ __forceinline__ double time_of(const Times& times, int64_t image) {
+  const int64_t at = image * times.stride;
+  switch (times.type) {
+    case Real::f32: return static_cast<const float*>(times.data)[at];
+    case Real::f64: return static_cast<const double*>(times.data)[at];
+    case Real::f16: return widen(static_cast<const Half*>(times.data)[at]);
+    case Real::bf16: return widen(static_cast<const BFloat*>(times.data)[at]);
+  }
+  return 0;
+}
+
+}  // namespace flowseg::cuda

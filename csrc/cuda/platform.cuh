@@ -1,0 +1,30 @@
+// The compiler's side of a kernel: nvcc, or g++ with the host shim of csrc/emu.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+
+#define FLOWSEG_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#else
+#include "emu/cuda_on_cpu.h"
+#endif
+
+#include "flowseg/macros.h"
+
+#ifndef FLOWSEG_THREADS
+#define FLOWSEG_THREADS 128  // a block; the host shim takes fewer
+#endif
+
+// Faults that the sanitizers' test switches on to see that they would be found; compiled out everywhere else.
+#ifndef FLOWSEG_PLANTED
+#define FLOWSEG_PLANTED(fault) false
+#endif
+
+namespace flowseg::cuda {
+
+constexpr int kThreads = FLOWSEG_THREADS;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+}  // namespace flowseg::cuda

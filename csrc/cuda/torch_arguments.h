@@ -1,0 +1,80 @@
+// From torch tensors to the plain arguments of the kernels, and the launch of a kernel on torch's current stream.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "../torch/tensors.h"
+#include "cuda/decode.cuh"
+
+namespace flowseg::cuda {
+
+inline Image image_of(const Tensor& t, const char* name) {
+  FLOWSEG_CHECK(t.is_cuda(), name, ": wanted a CUDA tensor");
+  return view_of(t, name);
+}
+
+inline std::vector<int64_t> shape_of(const Image& image) { return {image.batch, image.channels, image.height, image.width}; }
+
+// `result` is contiguous, (B, C, H, W) or (B, H, W).
+inline Target target_of(const Tensor& result, const Image& image) {
+  return target_of(output_of(result), result.dim() == 4 ? image.channels : 1, image.height * image.width);
+}
+
+inline Labels labels_of(const Tensor& t, const Image& image, int64_t ignore, const char* name) {
+  FLOWSEG_CHECK(t.dim() == 3 && t.size(0) == image.batch && t.size(1) == image.height && t.size(2) == image.width, name,
+                ": wanted shape (B, H, W) of the image");
+  return labels_of(t.data_ptr(), integer_of(t, name), {t.size(0), t.size(1), t.size(2)}, {t.stride(0), t.stride(1), t.stride(2)},
+                   ignore);
+}
+
+inline Codes codes_of(const Tensor& t, const Image& image) {
+  FLOWSEG_CHECK(t.size(1) == image.channels && image.channels >= 1 && image.channels <= 16 && t.size(0) <= INT32_MAX,
+                "centroids: wanted 1 to 16 channels, as many as the image has");
+  FLOWSEG_CHECK(t.is_contiguous() && t.scalar_type() == (image.type == Real::f64 ? ScalarType::Double : ScalarType::Float),
+                "centroids: wanted them contiguous in the compute dtype");
+  return {t.data_ptr(), static_cast<int>(t.size(0)), static_cast<int>(t.size(1))};
+}
+
+inline Times times_of(const Tensor& t, const Image& image) {
+  FLOWSEG_CHECK(t.dim() == 1 && t.size(0) == image.batch, "t: wanted shape (B,)");
+  return {t.data_ptr(), real_of(t, "t"), t.stride(0)};
+}
+
+// Without a grid, or where its kernels cannot read the codes in vectors, every centroid is searched.
+inline Grid grid_of(const Tensor& centroids, const std::optional<Tensor>& cells, const std::optional<Tensor>& records,
+                    const std::optional<Tensor>& groups, double low, double scale) {
+  if (!cells || centroids.scalar_type() != ScalarType::Float || centroids.size(1) != 3) return {};
+  if (!starts_at_16_bytes(centroids.data_ptr(), 0, 0)) return {};
+  FLOWSEG_CHECK(cells->is_contiguous() && records && records->is_contiguous() && groups && groups->is_contiguous() &&
+                    cells->is_cuda() && records->is_cuda() && groups->is_cuda(),
+                "codebook: wanted its decode grid contiguous and on the device of its centroids");
+  return {static_cast<const int32_t*>(cells->data_ptr()), static_cast<const float*>(records->data_ptr()),
+          static_cast<const int32_t*>(groups->data_ptr()), static_cast<float>(low), static_cast<float>(scale),
+          static_cast<int>(cells->size(0))};
+}
+
+// Launches on the device of a tensor and on the current stream there; nothing waits for the device.
+class Launch {
+ public:
+  explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
+    // This library has a CUDA runtime of its own, which does not see what torch's one has set.
+    STD_CUDA_CHECK(cudaSetDevice(t.get_device_index()));
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, const Arguments&... arguments) const {
+    FLOWSEG_CHECK(blocks <= INT32_MAX, "image: wanted at most 2^31 blocks of pixels");
+    kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared), stream_>>>(arguments...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+}  // namespace flowseg::cuda

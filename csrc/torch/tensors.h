@@ -1,0 +1,60 @@
+// From torch tensors of any device to plain data, through torch's stable ABI alone.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+#include <vector>
+
+#include "flowseg/views.h"
+
+namespace flowseg {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The message prefix by which runtime/registry.py tells a wrong value from an internal error.
+#define FLOWSEG_CHECK(condition, ...) STD_TORCH_CHECK(condition, "flowseg: ", __VA_ARGS__)
+
+inline Real real_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Real::f32;
+    case ScalarType::Double: return Real::f64;
+    case ScalarType::Half: return Real::f16;
+    case ScalarType::BFloat16: return Real::bf16;
+    default: FLOWSEG_CHECK(false, name, ": wanted dtype float32, bfloat16, float16 or float64"); return Real::f32;
+  }
+}
+
+inline Integer integer_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Byte: return Integer::u8;
+    case ScalarType::Short: return Integer::i16;
+    case ScalarType::Int: return Integer::i32;
+    case ScalarType::Long: return Integer::i64;
+    default: FLOWSEG_CHECK(false, name, ": wanted dtype uint8, int16, int32 or int64"); return Integer::u8;
+  }
+}
+
+inline ScalarType compute_type(const Tensor& image) {
+  return image.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Image view_of(const Tensor& t, const char* name) {
+  FLOWSEG_CHECK(t.dim() == 4, name, ": wanted shape (B, C, H, W)");
+  Image image{t.data_ptr(), real_of(t, name), t.size(0), t.size(1), t.size(2), t.size(3), {}};
+  for (int i = 0; i < 4; ++i) image.stride[i] = t.stride(i);
+  return image;
+}
+
+inline Output output_of(const Tensor& t) { return {t.data_ptr(), real_of(t, "output")}; }
+
+inline Tensor empty_like_shape(const Tensor& t, ScalarType type, std::vector<int64_t> shape) {
+  return torch::stable::new_empty(t, shape, type);
+}
+
+}  // namespace flowseg

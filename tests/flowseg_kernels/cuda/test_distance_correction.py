@@ -1,0 +1,3 @@
+"""The tests of distance_correction on the emulated CUDA kernels."""
+
+from ..ops.test_distance_correction import *  # noqa: F403

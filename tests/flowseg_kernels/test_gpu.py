@@ -1,0 +1,126 @@
+"""What only a GPU can show, through the public functions, on both of its backends: CUDA graphs, streams, devices, and sizes beyond
+2^31 elements. The tests of the ops themselves run on a GPU through the `backend` fixture."""
+
+import pytest
+import torch
+
+import flowseg_kernels as fk
+from flowseg_kernels.runtime.backend import backend_reasons
+
+from .samples import image_batch
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu(request):
+    """Runs the test inside use_backend(name)."""
+    for op in OPS:
+        reason = backend_reasons(op, "cuda")[request.param]
+        if reason:
+            pytest.skip(f"{op}: {reason}")
+    with fk.use_backend(request.param):
+        yield request.param
+
+
+def inputs(device="cuda", **options):
+    book = fk.Codebook(fk.kronecker_centroids(150, 3)).to(device)
+    x, source, labels, t = image_batch(book.centroids.cpu(), **options)
+    return book, x.to(device), source.to(device), labels.to(device), t.float().to(device)
+
+
+def run_all(book, x, source, labels, t):
+    """Every op, and the gradient of the loss: a tuple of tensors."""
+    x = x.detach().requires_grad_()
+    loss = fk.flow_loss(x, source, labels, t, book)
+    (grad,) = torch.autograd.grad(loss, x)
+    with torch.no_grad():
+        return (
+            loss.detach(),
+            grad,
+            fk.flow_interpolate(source, labels, t, book),
+            fk.distance_correction(x, labels, book),
+            fk.nearest_centroid(x, book),
+            *fk.nearest_centroid(x, book, return_distance=True, return_margin=True),
+            fk.decode_confusion(x, labels, book),
+        )
+
+
+def assert_same(got, want):
+    for a, b in zip(got, want):
+        assert torch.equal(a, b)
+
+
+def test_capture_and_replay_in_a_cuda_graph(gpu):
+    book, *first = inputs()
+    _, *second = inputs()
+    static = [v.clone() for v in first]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run_all(book, *static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run_all(book, *static)
+    for values in (first, second, first):
+        for place, value in zip(static, values):
+            place.copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(results, run_all(book, *values))
+
+
+def test_the_current_stream_is_used(gpu):
+    """A stream that is kept busy: work on any other one would read the inputs before they are written."""
+    book, *values = inputs(height=64, width=64)
+    want = run_all(book, *values)
+    stream = torch.cuda.Stream()
+    places = [torch.zeros_like(v) for v in values]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        for place, value in zip(places, values):
+            place.copy_(value)
+        got = run_all(book, *places)
+    stream.synchronize()
+    assert_same(got, want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_tensors_of_another_than_the_current_device(gpu):
+    book, *values = inputs("cuda:1")
+    torch.cuda.set_device(0)
+    got = run_all(book, *values)
+    assert torch.cuda.current_device() == 0 and all(v.device == torch.device("cuda", 1) for v in got)
+    with torch.cuda.device(1):
+        assert_same(got, run_all(book, *values))
+
+
+def test_labels_out_of_range_count_as_ignored(gpu):
+    book, x, source, labels, t = inputs()
+    wrong = torch.where(labels == 255, 10**6, labels)
+    wrong[0, 0, 0] = -7
+    right = torch.where(wrong == -7, 255, labels)
+    assert_same(run_all(book, x, source, wrong, t), run_all(book, x, source, right, t))
+
+
+def test_more_than_two_to_the_31_elements(gpu):
+    """Above 2^31 elements in all, in planes whose flat positions need 64 bits; compared at both ends with a small call."""
+    rows, columns = 27_000, 27_000  # 3 planes of 729 million
+    needed = rows * columns * (3 * 2 * 2 + 2)
+    if torch.cuda.mem_get_info()[0] < 1.3 * needed:
+        pytest.skip(f"{needed / 2**30:.0f} GiB of GPU memory are needed")
+    book = fk.Codebook(fk.kronecker_centroids(20, 3)).cuda()
+    x = torch.empty(1, 3, rows, columns, dtype=torch.bfloat16, device="cuda").uniform_(-1, 1)
+    assert x.numel() > 2**31
+    labels = torch.randint(0, 20, (1, rows, columns), dtype=torch.uint8, device="cuda")
+    decoded = fk.nearest_centroid(x, book, out_dtype=torch.uint8)
+    corrected = fk.distance_correction(x, labels, book)
+    for part in (slice(0, 8), slice(rows - 8, rows)):
+        assert torch.equal(decoded[:, part], fk.nearest_centroid(x[:, :, part], book, out_dtype=torch.uint8))
+        assert torch.equal(corrected[:, :, part], fk.distance_correction(x[:, :, part], labels[:, part], book))
+    del corrected
+    assert fk.decode_confusion(x, decoded, book).diagonal().sum() == rows * columns

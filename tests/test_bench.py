@@ -1,0 +1,176 @@
+"""The benchmarks still run, store, render and judge. No time is judged here."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bench import compare, gpu_report, report, results
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "FLOWSEG_BENCH_QUICK": "1", "FLOWSEG_BENCH_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The result of the short form of `pytest bench`."""
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; `make install` installs it")
+    path = tmp_path_factory.mktemp("quick") / "bench.json"
+    command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", f"--benchmark-json={path}"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return json.loads(path.read_text())
+
+
+def made_up(ms, group="nearest_centroid ade512", entry="ours", iqr=0.0):
+    """A pytest-benchmark result of one entry."""
+    item = {
+        "group": group,
+        "stats": {"median": ms / 1e3, "iqr": iqr / 1e3, "rounds": 5},
+        "extra_info": {
+            "op": group.split()[0],
+            "workload": group.split()[-1],
+            "spread": 0.1,
+            "entry": entry,
+            "pixels": 1,
+        },
+    }
+    machine = {"model": "Some CPU", "threads": 2, "torch": "2.13.0"}
+    return {
+        "benchmarks": [item],
+        "machine_info": machine,
+        "commit_info": {"id": "0123456789ab", "dirty": False},
+        "datetime": "2026-01-01",
+    }
+
+
+def test_the_short_form_measures_every_op_and_finds_no_wrong_pixel(quick):
+    rows = results.rows_of(quick)
+    ops = {row["op"] for row in rows}
+    wanted = {"distance_correction", "flow_loss forward+backward", "nearest_centroid", "training step", "sampling"}
+    assert wanted <= ops
+    for op in ("distance_correction", "nearest_centroid"):
+        assert {f"{op} by {kind}" for kind in ("classes", "channels", "pixels")} <= ops
+    ours = [row for row in rows if report.is_ours(row)]
+    assert all(row["ms"] > 0 for row in ours)
+    assert all(row["wrong_pixels"] == 0 for row in ours if row["op"].startswith("nearest_centroid"))
+
+
+def test_results_are_stored_by_machine_and_rendered_with_pictures(quick, tmp_path):
+    folder = results.store(quick, tmp_path / "results")
+    stored = results.load(folder)
+    assert len(stored["rows"]) == len(quick["benchmarks"])
+    results.store(quick, tmp_path / "results")
+    assert len(results.load(folder)["rows"]) == len(quick["benchmarks"])  # replaced, not repeated
+    readme, images = tmp_path / "README.md", tmp_path / "images"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    images.mkdir()
+    report.write(readme, tmp_path / "results", images)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    row = next(
+        r for r in stored["rows"] if r["group"].startswith("nearest_centroid ade512 spread 0.1") and report.is_ours(r)
+    )
+    assert f"**{row['ms']:.3g}**" in text
+    names = {path.name.removeprefix(f"bench-{folder.name}-") for path in images.iterdir()}
+    assert {"speedup.png", "roofline.png", "scaling.png"} <= names
+
+
+def test_comparing_fails_on_a_slow_down_and_when_nothing_is_stored(tmp_path, capsys):
+    fresh = tmp_path / "fresh.json"
+    fresh.write_text(json.dumps(made_up(1.5)))
+    arguments = [str(fresh), "--results", str(tmp_path)]
+    assert compare.main(arguments) == 1 and "nothing stored" in capsys.readouterr().out
+    results.store(made_up(1.0), tmp_path)
+    assert compare.main(arguments) == 1 and "SLOWER" in capsys.readouterr().out
+    assert compare.main([*arguments, "--slower", "1.6"]) == 0
+    # A gap within the spread of both runs is no slow-down.
+    fresh.write_text(json.dumps(made_up(1.5, iqr=0.6)))
+    assert compare.main(arguments) == 0
+    # An entry that is not ours is not judged; with none of ours known nothing was compared.
+    fresh.write_text(json.dumps(made_up(9.0, entry="eager")))
+    assert compare.main(arguments) == 1
+
+
+def test_the_readme_says_what_is_stored():
+    text = (ROOT / "README.md").read_text()
+    assert text.split(report.BEGIN)[1].split(report.END)[0].strip() == report.section().strip()
+
+
+def test_a_dry_gpu_report_takes_every_step(tmp_path):
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; `make install` installs it")
+    command = [sys.executable, "-m", "bench.gpu_report", "--dry-run", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = tmp_path.glob("*/gpu_report.txt")
+    text = written.read_text()
+    for step in filter(None, gpu_report.steps(dry=True)):
+        assert f"ok        {step.name}: exit 0" in text
+    assert "% of the limit (target 75%" in text
+    assert {path.stem for path in written.parent.glob("*.json")} >= {
+        "machine",
+        "distance-correction",
+        "nearest-centroid",
+    }
+
+
+class TestStepsOfAGpuReport:
+    @pytest.fixture
+    def run(self, tmp_path):
+        return gpu_report.Run(tmp_path, dry=True, budget=60)
+
+    def written(self, run):
+        return (run.results / "gpu_report.txt").read_text()
+
+    def test_a_failing_a_missing_and_a_late_step_do_not_stop_the_rest(self, run):
+        run.carry_out(gpu_report.Step("bad", [sys.executable, "-c", "raise SystemExit('no such thing')"], 30))
+        run.carry_out(gpu_report.Step("gone", ["no-such-program"], 30))
+        run.carry_out(gpu_report.Step("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 0.5))
+        run.carry_out(gpu_report.Step("good", [sys.executable, "-c", "print('here')"], 30))
+        text = self.written(run)
+        assert "FAILED    bad: exit 1" in text and "no such thing" in text
+        assert "left out  gone: no-such-program was not found" in text
+        assert "FAILED    slow: stopped at its limit" in text
+        assert "ok        good: exit 0" in text and "here" in text
+
+    def test_nothing_starts_once_the_time_is_used_up(self, tmp_path):
+        run = gpu_report.Run(tmp_path, dry=True, budget=12)
+        run.carry_out(gpu_report.Step("late", [sys.executable, "-c", ""], 30))
+        assert "left out  late: the time is used up" in self.written(run)
+
+    def test_a_bench_step_that_is_stopped_keeps_what_it_measured(self, run, tmp_path):
+        pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; `make install` installs it")
+        test = tmp_path / "test_slow.py"
+        test.write_text(
+            "import time\n"
+            "def test_first(benchmark):\n"
+            "    benchmark.extra_info.update(op='op', workload='w', entry='ours', pixels=1)\n"
+            "    benchmark.pedantic(lambda: None, rounds=1)\n"
+            "    print('measured')\n"
+            "def test_second():\n    time.sleep(60)\n"
+        )
+        (tmp_path / "conftest.py").write_text(
+            "def pytest_benchmark_update_machine_info(machine_info):\n"
+            "    machine_info.update(model='M', threads=1, torch='2')\n"
+        )
+        command = [sys.executable, "-m", "pytest", str(test), "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+        run.carry_out(gpu_report.Step("cut", command, 8, bench=True))
+        assert "FAILED    cut: stopped at its limit" in (tmp_path / "m-1-threads" / "gpu_report.txt").read_text()
+        assert len(results.load(tmp_path / "m-1-threads")["rows"]) == 1
+
+
+def test_a_gpu_report_told_to_end_writes_what_it_has(tmp_path):
+    command = [sys.executable, "-m", "bench.gpu_report", "--dry-run", "--results", str(tmp_path)]
+    run = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("ok        build"):
+            break
+    time.sleep(0.5)
+    run.send_signal(signal.SIGTERM)
+    rest = run.communicate(timeout=30)[0]
+    assert "cut by SIGTERM" in rest and "ok        build" in (tmp_path / "gpu_report.txt").read_text()
