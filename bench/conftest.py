@@ -139,9 +139,9 @@ def graph_milliseconds(run, sets):
 def measure(benchmark, limits):
     """measure(run, workload, op, entry): times run(inputs) over rotating inputs and records what it was.
 
-    moved: bytes that the op has to read and write. operations: those of the multiply pipes, 2 for a fused multiply-add.
-    divisions: those of the divider, which works beside them. The limit is the longest that one of them takes at the rate
-    measured in this run.
+    moved: bytes that the op has to read and write. operations: those of the multiply pipes, 2 for a fused multiply-add; rate: the
+    limit that they are held against. divisions: those of the divider, which works beside the pipes. The limit is the longest that
+    one of them takes at the rate measured in this run.
     """
 
     def call(
@@ -156,6 +156,7 @@ def measure(benchmark, limits):
         moved=0,
         operations=0,
         divisions=0,
+        rate="multiply",
         graph=False,
         **info,
     ):
@@ -183,8 +184,7 @@ def measure(benchmark, limits):
             **info,
         )
         if moved or operations:
-            multiply = limits["bf16" if "bf16" in entry and op.startswith("neural_field") else "multiply"]
-            limit = max(moved / limits["copy"], operations / multiply, divisions / limits["divide"])
+            limit = max(moved / limits["copy"], operations / limits[rate], divisions / limits["divide"])
             benchmark.extra_info.update(moved=moved, operations=operations, limit_ms=limit * 1e3)
         peak = machine.peak_mib(lambda: timed(next(inputs)))
         if peak is not None:

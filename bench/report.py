@@ -176,7 +176,7 @@ def draw_speedup(rows):
     axis.set_yticks(range(len(groups)), list(groups), fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("times our time (1 = ours)", fontsize=9)
-    axis.legend(fontsize=7, loc="lower right", frameon=False)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
 
 
@@ -193,7 +193,7 @@ def draw_roofline(rows):
     if not (copy and peak and points):
         return None
     figure, ((left, right),) = _figure(2, size=(5.2, 3.8))
-    intensity = [0.1 * 2**i for i in range(16)]
+    intensity = [0.1, peak / copy, 5000]
     left.loglog(intensity, [min(peak, copy * i) for i in intensity], color="black", linewidth=1)
     for number, row in enumerate(points):
         seconds = row["ms"] * 1e-3
