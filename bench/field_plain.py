@@ -29,10 +29,40 @@ def inputs(
     )
 
 
-def field(x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, dct, p=16, ratio=2):
+def unfold_by_views(x, p):
+    """(B N, C, p^2) pixels of the patches. torch.compile of F.unfold and F.fold corrupted the heap on two threads (torch 2.13)."""
+    batch, channels, height, width = x.shape
+    split = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+    return split.reshape(-1, channels, p * p)
+
+
+def fold_by_views(pixels, shape, p):
+    """The reverse of unfold_by_views."""
+    batch, channels, height, width = shape
+    split = pixels.reshape(batch, height // p, width // p, channels, p, p).permute(0, 3, 1, 4, 2, 5)
+    return split.reshape(shape)
+
+
+def field(
+    x,
+    weights,
+    embed_weight,
+    embed_bias,
+    norm_weight,
+    out_norm_weight,
+    out_weight,
+    out_bias,
+    dct,
+    p=16,
+    ratio=2,
+    views=False,
+):
     """The same values as neural_field; `dct` is features(...), which PixNerd keeps between calls."""
     hidden, (batch, patches, depth, _) = embed_bias.shape[0], weights.shape
-    pixels = F.unfold(x, kernel_size=p, stride=p).transpose(1, 2).reshape(batch * patches, x.shape[1], p * p)
+    if views:
+        pixels = unfold_by_views(x, p)
+    else:
+        pixels = F.unfold(x, kernel_size=p, stride=p).transpose(1, 2).reshape(batch * patches, x.shape[1], p * p)
     h = torch.cat((pixels.transpose(1, 2), dct.expand(batch * patches, -1, -1)), dim=-1)
     h = F.linear(h, embed_weight, embed_bias)
     for block in range(depth):
@@ -42,6 +72,8 @@ def field(x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, ou
         inner = torch.bmm(F.rms_norm(h, (hidden,), norm_weight[block], 1e-6), first)
         h = h + torch.bmm(F.silu(inner), second)
     out = F.linear(F.rms_norm(h, (hidden,), out_norm_weight, 1e-6), out_weight, out_bias)
+    if views:
+        return fold_by_views(out.transpose(1, 2), x.shape, p)
     out = out.transpose(1, 2).reshape(batch, patches, -1).transpose(1, 2)
     return F.fold(out, x.shape[2:], kernel_size=p, stride=p)
 
