@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 SOURCES := $(shell find csrc build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') setup.py pyproject.toml
 
-.PHONY: install demo test lint format bench bench-compare gpu-report clean
+.PHONY: install demo test test-library test-kernels lint format bench bench-compare gpu-report clean
 
 install: $(VENV)/.installed
 
@@ -29,8 +29,22 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 demo: install
 	$(RUN) -m flowseg demo --out demo_out
 
+# Two test runs at once, a core each; the second one's output follows the first one's.
 test: install lint
-	FLOWSEG_REQUIRE_BACKENDS=reference,cpu FLOWSEG_REQUIRE_EMULATION=1 $(RUN) -m pytest tests
+	mkdir -p build
+	$(MAKE) --no-print-directory test-kernels >build/test-kernels.log 2>&1 & kernels=$$!; \
+	$(MAKE) --no-print-directory test-library; status=$$?; \
+	wait $$kernels || status=1; cat build/test-kernels.log; exit $$status
+
+test-library:
+	FLOWSEG_REQUIRE_BACKENDS=reference,cpu OMP_NUM_THREADS=1 $(RUN) -m pytest tests \
+	  --ignore tests/flowseg_kernels/cuda --ignore tests/flowseg_kernels/static
+
+# GPU kernels without a GPU: Triton's interpreted, CUDA's on the host shim, both as machine code.
+test-kernels:
+	TRITON_INTERPRET=1 FLOWSEG_REQUIRE_BACKENDS=triton OMP_NUM_THREADS=1 $(RUN) -m pytest \
+	  tests/flowseg_kernels/ops tests/flowseg_kernels/test_contract.py tests/test_last.py
+	FLOWSEG_REQUIRE_EMULATION=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/flowseg_kernels/cuda tests/flowseg_kernels/static
 
 lint: install
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ FLOWSEG_REQUIRE_BACKENDS (a comma-separated list, set by `make test`) names thos
 instead of a skip.
 """
 
+import collections
 import contextlib
 import functools
 import os
@@ -88,12 +89,28 @@ def codes19(request):
     return _codes(19, torch.get_default_device())
 
 
-def pytest_collection_modifyitems(items):
+def _sampled(items):
+    """Interpreted kernels are slow: of tests marked many_forms(n) one form in n runs, all of them with --every-variant."""
+    place = collections.Counter()
+    for item in items:
+        mark = item.get_closest_marker("many_forms")
+        if mark is None or place[item.originalname] % mark.args[0] == 0:
+            yield item
+        if mark is not None:
+            place[item.originalname] += 1
+
+
+def pytest_collection_modifyitems(config, items):
+    if INTERPRETED and not config.getoption("--every-variant"):
+        kept = list(_sampled([i for i in items if "triton" in i.name or "every_required" in i.name]))
+        config.hook.pytest_deselected(items=[i for i in items if i not in kept])
+        items[:] = kept
     # The check that no required backend was skipped has to see all other tests.
     items.sort(key=lambda item: item.name == "test_every_required_backend_ran")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "many_forms(n): under the Triton interpreter one form in n runs")
     unknown = [name for name in REQUIRED if name not in BACKENDS]
     if unknown:
         raise pytest.UsageError(f"FLOWSEG_REQUIRE_BACKENDS: wanted names of {BACKENDS}; got {unknown}")

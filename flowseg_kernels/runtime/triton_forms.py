@@ -100,22 +100,19 @@ def _why_not_here() -> str | None:
         importlib.import_module("triton")
     except Exception as error:  # a broken Triton must not break the ops that can do without it
         return f"Triton does not import here ({type(error).__name__}: {error})"
-    return None
+    if INTERPRETED or torch.version.hip:
+        return None
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no GPU"
+    found = torch.cuda.get_device_capability()
+    return None if found >= (8, 0) else f"the Triton kernels need compute capability 8.0, this GPU has {found}"
 
 
 def why_no_triton(device: str) -> str | None:
     """None when Triton kernels can run on tensors of a device type here, else the reason in one sentence."""
     if device != "cuda" and not (INTERPRETED and device == "cpu"):
-        return (
-            f"the Triton kernels take CUDA tensors, these are on {device} (TRITON_INTERPRET=1 in the environment runs them "
-            "on the CPU, slowly)"
-        )
-    reason = _why_not_here()
-    if reason or INTERPRETED:
-        return reason
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return f"the Triton kernels need compute capability 8.0, this GPU has {torch.cuda.get_device_capability()}"
-    return None
+        return f"Triton kernels take CUDA tensors, these are on {device} (TRITON_INTERPRET=1 runs them there, slowly)"
+    return _why_not_here()
 
 
 def triton_kernel(package: str, name: str, module: str = "triton_kernels") -> Callable:

@@ -46,26 +46,28 @@ def views(tensor):
 LAYOUTS = [name for name, _ in views(torch.zeros(2, 3, 2, 2))]
 
 
+@pytest.mark.many_forms(11)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", OPS_ON_IMAGES)
-def test_opcheck(backend, name, dtype, layout, codes150):
-    x, source, labels, t = image_batch(codes150.centroids, 2, 4, 5, dtype=dtype)
+def test_opcheck(backend, name, dtype, layout, codes19):
+    x, source, labels, t = image_batch(codes19.centroids, 2, 4, 5, dtype=dtype)
     x, source, labels = (dict(views(v))[layout] for v in (x, source, labels))
     t = t[: x.shape[0]]
     # opcheck compares gradients closely between modes, which a sum over an expanded leaf in half precision cannot promise.
     if layout != "expanded" or dtype.itemsize > 2:
         x, source, t = (v.detach().requires_grad_() for v in (x, source, t))
-    torch.library.opcheck(getattr(torch.ops.flowseg, name).default, op_arguments(name, codes150, x, source, labels, t))
+    torch.library.opcheck(getattr(torch.ops.flowseg, name).default, op_arguments(name, codes19, x, source, labels, t))
 
 
+@pytest.mark.many_forms(5)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["flow_interpolate_bwd", "flow_loss_bwd"])
-def test_opcheck_of_backward_ops(backend, name, layout, codes150):
-    x, source, labels, t = image_batch(codes150.centroids, 2, 4, 5)
+def test_opcheck_of_backward_ops(backend, name, layout, codes19):
+    x, source, labels, t = image_batch(codes19.centroids, 2, 4, 5)
     x, source, labels = (dict(views(v))[layout] for v in (x, source, labels))
     arguments = {
-        "flow_interpolate_bwd": (x, source, labels, t[: x.shape[0]], codes150.centroids, 255, True, backend),
+        "flow_interpolate_bwd": (x, source, labels, t[: x.shape[0]], codes19.centroids, 255, True, backend),
         "flow_loss_bwd": (torch.ones(()), x, torch.tensor(5), x, "mean", backend),
     }[name]
     torch.library.opcheck(getattr(torch.ops.flowseg, name).default, arguments)
@@ -101,11 +103,11 @@ def fresh_dynamo():
 
 
 @pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
-def test_compiles_whole_forward_and_backward(backend, fresh_dynamo, mode, codes150):
-    x, source, labels, t = image_batch(codes150.centroids, 2, 8, 10)
+def test_compiles_whole_forward_and_backward(backend, fresh_dynamo, mode, codes19):
+    x, source, labels, t = image_batch(codes19.centroids, 2, 8, 10)
     x.requires_grad_()
     compiled = torch.compile(step, fullgraph=True, backend=mode)
-    want, got = step(x, source, labels, t, codes150), compiled(x, source, labels, t, codes150)
+    want, got = step(x, source, labels, t, codes19), compiled(x, source, labels, t, codes19)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b)
     torch.testing.assert_close(torch.autograd.grad(got[0], x), torch.autograd.grad(want[0], x))
@@ -124,14 +126,14 @@ def test_compiles_the_neural_field_whole(backend, fresh_dynamo):
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_dynamic_shapes_do_not_recompile(backend, fresh_dynamo, codes150):
+def test_dynamic_shapes_do_not_recompile(backend, fresh_dynamo, codes19):
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch, height, width in ((2, 8, 10), (3, 12, 6), (5, 7, 9)):
-            x, source, labels, t = image_batch(codes150.centroids, batch, height, width)
+            x, source, labels, t = image_batch(codes19.centroids, batch, height, width)
             x.requires_grad_()
-            got = compiled(x, source, labels, t, codes150)
-            torch.testing.assert_close(got[0], step(x, source, labels, t, codes150)[0])
+            got = compiled(x, source, labels, t, codes19)
+            torch.testing.assert_close(got[0], step(x, source, labels, t, codes19)[0])
             got[0].backward()
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 

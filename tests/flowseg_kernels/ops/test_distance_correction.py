@@ -25,6 +25,7 @@ def test_two_classes_on_a_line_by_hand(backend):
     assert grad.item() == pytest.approx(0.5, rel=1e-6)
 
 
+@pytest.mark.many_forms(5)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8, 11, 16])
@@ -39,6 +40,7 @@ def test_is_the_gradient_of_the_potential(backend, transform, tau, channels):
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.many_forms(5)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("tau", TAUS)
 @pytest.mark.parametrize("spread", [0.3, 1e-2, 1e-4, 1e-6])
@@ -103,6 +105,7 @@ def test_label_dtypes_give_the_same(backend, dtype, codes19):
     assert torch.equal(fk.distance_correction(x, labels.to(dtype), codes19), want)
 
 
+@pytest.mark.many_forms(4)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_any_strides_give_the_same(backend, dtype, codes19):
     x, _, labels, _ = image_batch(codes19.centroids, 2, 7, 24, dtype=dtype)

@@ -13,6 +13,7 @@ def test_by_hand(backend):
     assert got.flatten().tolist() == [0.5, 4.0, 3.0]
 
 
+@pytest.mark.many_forms(3)
 @pytest.mark.parametrize("channels", [1, 3, 7, 16])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_equals_the_formula_in_fp64(backend, channels, dtype):
@@ -33,6 +34,7 @@ def test_ends_are_the_source_and_the_code(backend, codes150):
     torch.testing.assert_close(fk.flow_interpolate(source, labels, torch.ones(2), codes150), codes150.encode(labels))
 
 
+@pytest.mark.many_forms(3)
 @pytest.mark.parametrize("channels", [2, 3, 5])
 def test_gradients(backend, channels):
     mu = fk.kronecker_centroids(9, channels, dtype=torch.float64)

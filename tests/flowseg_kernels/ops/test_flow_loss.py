@@ -11,6 +11,7 @@ from ..samples import FLOAT_DTYPES, image_batch, largest_error, layouts, naive_l
 FORMS = list(itertools.product(("velocity", "endpoint"), ("velocity", "endpoint"), ("static", "annealed"), (0.0, 0.7)))
 
 
+@pytest.mark.many_forms(5)
 @pytest.mark.parametrize("predicts, space, schedule, weight", FORMS)
 @pytest.mark.parametrize("channels", [1, 3, 6])
 def test_value_and_gradient_equal_plain_autograd_in_fp64(backend, predicts, space, schedule, weight, channels):
@@ -77,6 +78,7 @@ def test_reductions_agree(backend, codes19):
     torch.testing.assert_close(fk.flow_loss(x, source, labels, t, codes19), total / (labels != 255).sum())
 
 
+@pytest.mark.many_forms(3)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_vanilla_gradcheck(backend, reduction):
     mu = fk.kronecker_centroids(5, 3, dtype=torch.float64)
@@ -87,6 +89,7 @@ def test_vanilla_gradcheck(backend, reduction):
     )
 
 
+@pytest.mark.many_forms(4)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_any_strides_give_the_same(backend, dtype, reduction, codes19):
@@ -118,11 +121,12 @@ def test_source_may_have_another_dtype(backend, codes150):
     torch.testing.assert_close(loss, fk.flow_loss(x.bfloat16().float(), source, labels, t, codes150), rtol=1e-6, atol=0)
 
 
-def test_fp16_gradients_do_not_vanish_in_large_batches(backend, codes19):
+def test_fp16_gradients_do_not_vanish_in_large_batches(backend):
     """1 / number of pixels is below fp16's range; it must meet the loss scale in fp32 first."""
-    x, source, labels, t = image_batch(codes19.centroids, 2, 400, 500, dtype=torch.float16, ignored=0)
+    codes2 = fk.Codebook(torch.tensor([[-0.5, 0.0, 0.5], [0.5, 0.5, -0.5]]))
+    x, source, labels, t = image_batch(codes2.centroids, 2, 400, 500, dtype=torch.float16, ignored=0)
     x.requires_grad_()
-    (grad,) = torch.autograd.grad(fk.flow_loss(x, source, labels, t, codes19) * 2.0**16, x)
+    (grad,) = torch.autograd.grad(fk.flow_loss(x, source, labels, t, codes2) * 2.0**16, x)
     assert grad.abs().max() > 0.1
 
 
@@ -143,7 +147,7 @@ def test_nan_in_a_valid_pixel_is_seen(backend, codes19):
 
 
 def test_bitwise_repeatable_over_threads(backend, codes19):
-    x, source, labels, t = image_batch(codes19.centroids, 2, 120, 150)
+    x, source, labels, t = image_batch(codes19.centroids, 2, 60, 150)
     threads = torch.get_num_threads()
     try:
         results = []

@@ -94,6 +94,7 @@ def test_exact_ties_go_to_the_lowest_index(backend):
             assert torch.equal(got, want)
 
 
+@pytest.mark.many_forms(3)
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8, 12, 16])
 @pytest.mark.parametrize("classes", [1, 2, 17, 300])
 def test_any_channels_against_brute_force(backend, channels, classes):
