@@ -51,6 +51,9 @@ def _reciprocal(d, FORM: tl.constexpr):
         )
     elif FORM == "gcn":
         return tl.inline_asm_elementwise("v_rcp_f32 $0, $1", "=v,v", [d], dtype=tl.float32, is_pure=True, pack=1)
+    elif FORM == "off_by_one":
+        bits = (1.0 / d).to(tl.int32, bitcast=True)
+        return (bits + d.to(tl.int32, bitcast=True) % 3 - 1).to(tl.float32, bitcast=True)
     else:
         return 1.0 / d
 
