@@ -1,4 +1,4 @@
-"""The limits of this machine, measured: what its memory copies, its multiply pipes and its divider give."""
+"""The limits of this machine, measured: what its multiply pipes and the correction's arithmetic give, and memory in use."""
 
 import ctypes
 import os
@@ -9,9 +9,13 @@ import tempfile
 
 import torch
 
+#: Code channels that the bench measures.
+CHANNELS = (3, 4, 8, 16)
+
 
 def arithmetic(threads):
-    """Fused multiply-adds and divisions a second over some threads of this CPU; None without a C++ compiler."""
+    """Fused multiply-adds a second over some threads of this CPU, and for each number of channels the pairs of a pixel and a
+    class that the correction's bare arithmetic gets through; None without a C++ compiler."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         return None
@@ -33,9 +37,10 @@ def arithmetic(threads):
         if subprocess.run(command, capture_output=True).returncode:
             return None
         pipes = ctypes.CDLL(str(library))
-        for function in (pipes.fused_multiply_adds, pipes.divisions):
+        for function in (pipes.fused_multiply_adds, pipes.pairs):
             function.restype = ctypes.c_double
-        return {"fma": pipes.fused_multiply_adds(threads), "divide": pipes.divisions(threads)}
+        pairs = {channels: pipes.pairs(channels, threads) for channels in CHANNELS}
+        return {"fma": pipes.fused_multiply_adds(threads), "pairs": pairs}
 
 
 def _resident():
