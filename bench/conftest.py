@@ -22,6 +22,8 @@ SIZE = int(os.environ.get("FLOWSEG_BENCH_SIZE", "32" if QUICK else "512"))
 DEVICE = os.environ.get("FLOWSEG_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
 BATCH = 16 if DEVICE == "cuda" else 1
 SETS = 4
+#: Rounds of the loops that measure the pipes.
+PIPE_ROUNDS = 20_000 if QUICK else 2_000_000
 #: Entries of our own kernels; on a GPU each backend is one.
 OURS = ("ours (cuda)", "ours (triton)") if DEVICE == "cuda" else ("ours",)
 
@@ -101,7 +103,7 @@ def limits():
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
         found[name] = 2 * n**3 / median_seconds(lambda a=a, b=b: a @ b)
-    pipes = machine.arithmetic(torch.get_num_threads()) if DEVICE == "cpu" else None
+    pipes = machine.arithmetic(torch.get_num_threads(), PIPE_ROUNDS) if DEVICE == "cpu" else None
     # Without a compiler, and on a GPU, a matrix product in fp32 stands for the multiply pipes.
     found["multiply"] = 2 * pipes["fma"] if pipes else found["fp32"]
     found["pairs"] = pipes["pairs"] if pipes else {}

@@ -13,7 +13,7 @@ import torch
 CHANNELS = (3, 4, 8, 16)
 
 
-def arithmetic(threads):
+def arithmetic(threads, rounds=2_000_000):
     """Fused multiply-adds a second over some threads of this CPU, and for each number of channels the pairs of a pixel and a
     class that the correction's bare arithmetic gets through; None without a C++ compiler."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -39,8 +39,9 @@ def arithmetic(threads):
         pipes = ctypes.CDLL(str(library))
         for function in (pipes.fused_multiply_adds, pipes.pairs):
             function.restype = ctypes.c_double
-        pairs = {channels: pipes.pairs(channels, threads) for channels in CHANNELS}
-        return {"fma": pipes.fused_multiply_adds(threads), "pairs": pairs}
+        # A pair is some 3 C + 3 instructions: about as long for each number of channels.
+        pairs = {c: pipes.pairs(c, threads, ctypes.c_long(rounds // (3 * c + 3))) for c in CHANNELS}
+        return {"fma": pipes.fused_multiply_adds(threads, ctypes.c_long(rounds)), "pairs": pairs}
 
 
 def _resident():

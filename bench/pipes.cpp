@@ -110,8 +110,7 @@ double rate(int threads, long rounds) {
 
 // By the reciprocal that is faster here.
 template <int C>
-double pair_rate(int threads) {
-  const long rounds = 1200000 / (C + 1);
+double pair_rate(int threads, long rounds) {
   const double divided = rate<Pair<C, Divide>>(threads, rounds);
 #if defined(__AVX512F__)
   const double stepped = rate<Pair<C, Newton>>(threads, rounds);
@@ -123,16 +122,16 @@ double pair_rate(int threads) {
 
 }  // namespace
 
-extern "C" double fused_multiply_adds(int threads) { return rate<MultiplyAdd>(threads, 4000000); }
+extern "C" double fused_multiply_adds(int threads, long rounds) { return rate<MultiplyAdd>(threads, rounds); }
 
 // Pairs of a pixel and a class a second; 0 for channels that have no kernel.
-extern "C" double pairs(int channels, int threads) {
+extern "C" double pairs(int channels, int threads, long rounds) {
   switch (channels) {
-    case 2: return pair_rate<2>(threads);
-    case 3: return pair_rate<3>(threads);
-    case 4: return pair_rate<4>(threads);
-    case 8: return pair_rate<8>(threads);
-    case 16: return pair_rate<16>(threads);
+    case 2: return pair_rate<2>(threads, rounds);
+    case 3: return pair_rate<3>(threads, rounds);
+    case 4: return pair_rate<4>(threads, rounds);
+    case 8: return pair_rate<8>(threads, rounds);
+    case 16: return pair_rate<16>(threads, rounds);
   }
   return 0;
 }

@@ -6,7 +6,7 @@ import torch
 import flowseg_kernels as fk
 
 from . import machine
-from .conftest import DEVICE
+from .conftest import DEVICE, PIPE_ROUNDS
 
 UNITS = {
     "copy": "GB/s copied",
@@ -34,7 +34,7 @@ def test_limit(benchmark, limits, name):
 @pytest.mark.skipif(DEVICE == "cuda", reason="threads are a CPU's")
 def test_threads_of_the_multiply_pipes(benchmark, limits):
     """Near the number of threads where each has a core of its own, near 1 where they share one."""
-    alone = machine.arithmetic(1)
+    alone = machine.arithmetic(1, PIPE_ROUNDS)
     if alone is None:
         pytest.skip("no C++ compiler")
     note(benchmark, "times one thread's multiply pipes on all threads", limits["multiply"] / 2 / alone["fma"])
