@@ -1,6 +1,7 @@
-"""The limits of this machine, measured: what its memory copies, its multiply pipes and its divider give."""
+"""The limits of this machine, measured: what its multiply pipes and the correction's arithmetic give, and memory in use."""
 
 import ctypes
+import functools
 import os
 import pathlib
 import shutil
@@ -9,33 +10,38 @@ import tempfile
 
 import torch
 
+#: Code channels that the bench measures.
+CHANNELS = (3, 4, 8, 16)
 
-def arithmetic(threads):
-    """Fused multiply-adds and divisions a second over some threads of this CPU; None without a C++ compiler."""
+
+@functools.cache
+def _pipes():
+    """The compiled loops of pipes.cpp; None without a C++ compiler."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         return None
     source = pathlib.Path(__file__).with_name("pipes.cpp")
     with tempfile.TemporaryDirectory() as folder:
         library = pathlib.Path(folder) / "pipes.so"
-        command = [
-            *compiler.split(),
-            "-std=c++17",
-            "-O3",
-            "-march=native",
-            "-shared",
-            "-fPIC",
-            "-pthread",
-            str(source),
-            "-o",
-            str(library),
-        ]
+        flags = "-std=c++17 -O3 -march=native -shared -fPIC -pthread".split()
+        command = [*compiler.split(), *flags, str(source), "-o", str(library)]
         if subprocess.run(command, capture_output=True).returncode:
             return None
         pipes = ctypes.CDLL(str(library))
-        for function in (pipes.fused_multiply_adds, pipes.divisions):
-            function.restype = ctypes.c_double
-        return {"fma": pipes.fused_multiply_adds(threads), "divide": pipes.divisions(threads)}
+    for function in (pipes.fused_multiply_adds, pipes.pairs):
+        function.restype = ctypes.c_double
+    return pipes
+
+
+def arithmetic(threads, rounds=2_000_000):
+    """Fused multiply-adds a second over some threads of this CPU, and for each number of channels the pairs of a pixel and a
+    class that the correction's bare arithmetic gets through; None without a C++ compiler."""
+    pipes = _pipes()
+    if pipes is None:
+        return None
+    # A pair is some 3 C + 3 instructions: about as long for each number of channels.
+    pairs = {c: pipes.pairs(c, threads, ctypes.c_long(rounds // (3 * c + 3))) for c in CHANNELS}
+    return {"fma": pipes.fused_multiply_adds(threads, ctypes.c_long(rounds)), "pairs": pairs}
 
 
 def _resident():

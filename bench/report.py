@@ -85,7 +85,7 @@ def markdown(stored, folder):
     lines = [
         f"**{where}**, torch {machine['torch']}, commit {commits}. Medians; every result was "
         "checked before it was timed. Ours in ms; for a peer, how many times longer it takes. Limit: share of the machine's limit "
-        "that we reach: the longest of copying the bytes, multiplications and divisions, at rates measured in the same run.",
+        "that we reach: the longer of copying the bytes and of the arithmetic alone, at rates measured in the same run.",
         "",
         f"| op and workload | ours, ms | rate | limit | {' | '.join(peers)} |",
         f"|---|---|---|---|{'---|' * len(peers)}",

@@ -27,14 +27,14 @@ def keops_correction(mu, eps):
 
 
 def correction_cost(work, bytes_a_channel=4):
-    """Bytes moved, divisions, and operations of the multiply pipes.
+    """Bytes moved, pairs of a pixel and a class, and operations of the multiply pipes.
 
-    These for each pixel and class: C for the distance, the start of the division (on a GPU the reciprocal's own Newton step), a
-    square, C for the sums, and the class's compare; a GPU's pipes also do the C subtractions and the sum.
+    These for each pair: C for the distance, the start of the division (on a GPU the reciprocal's own Newton step), a square and
+    C for the sums; a GPU's pipes also do the C subtractions, the sum and the class's compare.
     """
     c, pairs = work.channels, work.pixels * work.classes
-    slots = 3 * c + 4 if DEVICE == "cuda" else 2 * c + 3
-    return {"moved": work.pixels * (2 * c * bytes_a_channel + 1), "operations": 2 * pairs * slots, "divisions": pairs}
+    slots = 3 * c + 4 if DEVICE == "cuda" else 2 * c + 2
+    return {"moved": work.pixels * (2 * c * bytes_a_channel + 1), "operations": 2 * pairs * slots, "pairs": pairs}
 
 
 def with_long_labels(work):

@@ -60,11 +60,20 @@ FLOWSEG_INLINE DI choose(DI mask, DI a, DI b) { return mask ? a : b; }
 FLOWSEG_INLINE F zero_where_equal(F v, FI y, int64_t k) { return y == static_cast<int32_t>(k) ? F{} : v; }
 FLOWSEG_INLINE D zero_where_equal(D v, DI y, int64_t k) { return y == k ? D{} : v; }
 
-// Whether a vector may hold a class of [first, last): looking costs more than a masked sum.
-template <class I>
-FLOWSEG_INLINE bool may_hold(I, int64_t, int64_t) {
-  return true;
+// Whether a vector may hold a class of [first, last). In label maps few runs of classes do: neighbours have one class.
+FLOWSEG_INLINE bool may_hold(FI y, int64_t first, int64_t last) {
+#if defined(__AVX512F__)
+  const __m512i from_first = _mm512_sub_epi32((__m512i)y, _mm512_set1_epi32(static_cast<int>(first)));
+  return _mm512_cmplt_epu32_mask(from_first, _mm512_set1_epi32(static_cast<int>(last - first)));
+#elif defined(__AVX2__)
+  const FI outside = (y < static_cast<int>(first)) | (y >= static_cast<int>(last));
+  return _mm256_movemask_ps((__m256)outside) != 255;
+#else
+  const FI inside = (y >= static_cast<int>(first)) & (y < static_cast<int>(last));
+  return inside[0] | inside[1] | inside[2] | inside[3];
+#endif
 }
+FLOWSEG_INLINE bool may_hold(DI, int64_t, int64_t) { return true; }
 
 // The divider works beside the multipliers: where those are busy, a division costs less of their time than an estimate and the two
 // operations of a Newton step.
