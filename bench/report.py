@@ -128,6 +128,15 @@ def _sentences(rows):
     ]
     if threads:
         yield f"Two threads against one: {', '.join(threads)}."
+    many = []
+    for name, members in groups.items():
+        if name.startswith("nearest_centroid ade512 spread") and "ours" in members:
+            spread = float(name.rsplit(" ", 1)[1])
+            more = groups.get(f"nearest_centroid many spread {spread / 2:g}", {})
+            if "ours" in more:
+                many.append(f"{more['ours']['ms'] / members['ours']['ms']:.2f}x (spread {spread:g})")
+    if many:
+        yield f"Decoding K = 1000 (spreads halved) against K = 150: {', '.join(many)}."
     graphs = [f"{row['graph_ms']:.3g} ms ({row['group']}, {row['entry']})" for row in rows if "graph_ms" in row]
     if graphs:
         yield f"One call inside a CUDA graph: {', '.join(graphs)}."
