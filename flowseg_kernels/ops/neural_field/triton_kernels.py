@@ -45,21 +45,25 @@ class Settings(NamedTuple):
 _SETTINGS = {
     ("forward", True, False): Settings(64, 64, 4, 2),
     ("forward", True, True): Settings(64, 32, 8, 1),
-    ("forward", False, False): Settings(32, 32, 4, 2),
-    ("forward", False, True): Settings(16, 16, 8, 1),
+    ("forward", False, False): Settings(32, 32, 8, 1),
+    ("forward", False, True): Settings(16, 16, 16, 1),
     ("rows", True, False): Settings(64, 64, 4, 2),
-    ("rows", True, True): Settings(32, 32, 8, 1),
+    ("rows", True, True): Settings(16, 32, 8, 1),
     ("rows", False, False): Settings(32, 32, 8, 1),
     ("rows", False, True): Settings(16, 16, 8, 1),
     ("weights", True, False): Settings(64, 32, 4, 1),
     ("weights", True, True): Settings(32, 16, 8, 1),
     ("weights", False, False): Settings(32, 32, 8, 1),
-    ("weights", False, True): Settings(16, 32, 8, 1),
+    ("weights", False, True): Settings(32, 16, 8, 1),
 }
 #: Instead of these where a product's operands pass through registers: on GPUs without warp-group products.
 _SETTINGS_IN_REGISTERS = {
+    ("forward", True, False): Settings(64, 32, 4, 2),
+    ("forward", False, True): Settings(16, 16, 8, 2),
     ("rows", True, False): Settings(64, 32, 4, 2),
+    ("rows", False, False): Settings(16, 32, 4, 1),
     ("weights", True, False): Settings(32, 32, 4, 2),
+    ("weights", False, False): Settings(32, 16, 8, 1),
 }
 
 
@@ -81,9 +85,9 @@ def launch_settings(
     return Settings(rows, min(chosen.slice, max(_SMALLEST, triton.next_power_of_2(wide))), warps, chosen.num_stages)
 
 
-def tiles_of(kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype) -> int:
+def tiles_of(kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype, warp_groups: bool) -> int:
     """Steps that a kernel takes the pixels of a patch in."""
-    return -(-pixels // launch_settings(kernel, hidden, wide, pixels, operand).rows)
+    return -(-pixels // launch_settings(kernel, hidden, wide, pixels, operand, warp_groups).rows)
 
 
 def tiles_together(patches: int, pixels: int, rows: int) -> int:
@@ -160,7 +164,7 @@ def form(
     launched = (
         patches
         if kernel == "forward"
-        else patches_at_once(patches, tiles_of("rows", hidden, ratio * hidden, p * p, operand))
+        else patches_at_once(patches, tiles_of("rows", hidden, ratio * hidden, p * p, operand, warp_groups))
     )
     found = constants(
         kernel, hidden, ratio * hidden, p, channels, operand, both, residual, precision, launched, warp_groups
@@ -246,7 +250,7 @@ class _Call:
 
     def tiles(self, kernel: str) -> int:
         """Programs that share a patch."""
-        return tiles_of(kernel, self.hidden, self.wide, self.p**2, self.operand)
+        return tiles_of(kernel, self.hidden, self.wide, self.p**2, self.operand, self.warp_groups)
 
     def forward(self, kernel: str, patches: int, table, out, states, norms, scales, first: int) -> None:
         """Run forward_kernel as "forward" or "states" on some patches; the other's outputs may be None."""

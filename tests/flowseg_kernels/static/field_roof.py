@@ -11,10 +11,13 @@ import collections
 import math
 from typing import NamedTuple
 
+from triton import compile as compile_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from flowseg_kernels.ops.neural_field.triton_kernels import form, patches_at_once
 
 from . import sass
-from .test_field_forms import compiled
 
 #: Of an H200: floating-point operations of bf16 products, bytes and warp instructions in a nanosecond.
 PRODUCTS, BYTES, ISSUED = 790e3, 4300.0, 1030.0
@@ -24,6 +27,19 @@ _PRODUCT = 2 * PIXELS * HIDDEN * WIDE
 _MATRIX = 2 * HIDDEN * WIDE * 2  # bytes of one block's weights
 _STATE = PIXELS * HIDDEN * 2
 _PIXELS = PIXELS * CHANNELS * 2
+
+
+def compiled(variant, target):
+    """A form of a kernel for "sm_90", "gfx942" and so on. Pointers are declared aligned, as tensors are."""
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(variant.signature.values()) if kind[0] == "*"}
+    constants, options = dict(variant.constants), dict(variant.options)
+    if target.startswith("gfx"):
+        gpu = GPUTarget("hip", target, 64)
+        if "TANH" in constants:  # NVIDIA's instruction
+            constants["TANH"] = False
+    else:
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    return compile_kernel(ASTSource(variant.kernel, variant.signature, constants, aligned), target=gpu, options=options)
 
 
 class Cost(NamedTuple):
