@@ -40,7 +40,11 @@ TESTED = [n for n in BACKENDS[::-1] if n in ("reference", "cpu") or n in REQUIRE
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every-variant", action="store_true", help="compile every form of every kernel for every target")
+    parser.addoption(
+        "--every-variant",
+        action="store_true",
+        help="compile every form of every kernel for every target, and interpret them at full size",
+    )
 
 
 def pytest_report_header():

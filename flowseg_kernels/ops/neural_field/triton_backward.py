@@ -1,4 +1,4 @@
-"""Triton backward of the neural field, for which the forward kernel has written the states between the blocks.
+"""Triton backward of the neural field, for which the forward kernel has written the states between the blocks, normalised.
 
 `rows_kernel` takes some pixels of a patch back through all blocks with the gradient in registers; `weights_kernel` takes one
 block of one patch and sums over its pixels. No program adds to memory another one adds to.
@@ -13,14 +13,12 @@ import triton.language as tl
 from ..triton_pixels import rounded
 from .triton_forward import (
     dense_places,
-    entering,
     image_places,
     load_embedding,
     load_tile,
     load_vector,
     product,
-    root_mean_square,
-    sigmoid,
+    silu_and_tanh,
     store_tile,
 )
 
@@ -32,10 +30,10 @@ def norm_backward(grad, normal, scale, H: tl.constexpr):
 
 
 @triton.jit
-def silu_and_slope(z, TANH: tl.constexpr):
-    gate = sigmoid(z, TANH)
-    u = z * gate
-    return u, gate + u * (1 - gate)
+def silu_and_slope(y, TANH: tl.constexpr):
+    """SiLU of z = 2 y, and s with 1 + s twice its derivative: with t = tanh(y), 2 d(u)/dz = 1 + t + u (1 - t)."""
+    u, t = silu_and_tanh(y, TANH)
+    return u, t + u * (1 - t)
 
 
 @triton.jit
@@ -65,9 +63,9 @@ def unit_second(
     ]
 )  # fmt: skip
 def rows_kernel(
-    x, grad, weights, embed, gains, out_gain, out_weight, states, scales, grad_x, grads, partials,
+    x, grad, weights, embed, gains, out_gain, out_weight, states, norms, scales, grad_x, grads, partials,
     first, columns, per_image, depth, features,
-    sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64, gb: tl.int64, gc: tl.int64, gh: tl.int64, gw: tl.int64, eps,
+    sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64, gb: tl.int64, gc: tl.int64, gh: tl.int64, gw: tl.int64,
     H: tl.constexpr, HP: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, BOTH: tl.constexpr, RESIDUAL: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr,
@@ -88,14 +86,12 @@ def rows_kernel(
     channel = tl.arange(0, CP)
     states += local * (depth + 1) * (P * P * H)
     grads += local * (depth + 1) * (P * P * H)
+    norms += local * (depth + 1) * (P * P)
     partials += tl.program_id(0).to(tl.int64) * ((1 + 2 * C) * H)
 
     at, exists = image_places(patch, row, channel, columns, per_image, gb, gc, gh, gw, P, C)
     g_out = tl.load(grad + at, mask=exists, other=0.0).to(OPERAND)
     h = load_tile(states + depth * (P * P * H), row, column, P * P, H, PARTIAL).to(tl.float32)
-    if RESIDUAL:
-        scale = root_mean_square(h, eps, H)
-        h = h * scale[:, None]
     # Rows beyond the patch have a zero gradient, so they add nothing here, whatever their states hold.
     by_out = product(tl.trans(g_out), rounded(h, OPERAND), PRECISION, UPCAST)
     leaving = load_tile(out_weight, channel, column, C, H, True)
@@ -104,15 +100,17 @@ def rows_kernel(
         last_gain = load_vector(out_gain, column, H, HP != H)[None, :]
         tl.store(partials + column, tl.sum(by_out * leaving.to(tl.float32), 0), mask=column < H)
         by_out *= last_gain
-        g = norm_backward(g * last_gain, h, scale, H)
+        g = norm_backward(g * last_gain, h, load_vector(norms + depth * (P * P), row, P * P, PARTIAL), H)
     store_tile(partials + H, channel, column, by_out, C, H, True)
 
     for back in range(depth):
         level = depth - 1 - back
         store_tile(grads + level * (P * P * H), row, column, g, P * P, H, PARTIAL)
-        h = load_tile(states + level * (P * P * H), row, column, P * P, H, PARTIAL).to(tl.float32)
-        gain = load_vector(gains + level * H, column, H, HP != H) if RESIDUAL else 1.0
-        entered = rounded(entering(h, gain, eps, H, RESIDUAL), OPERAND)
+        entered = load_tile(states + level * (P * P * H), row, column, P * P, H, PARTIAL)
+        if RESIDUAL:
+            gain = load_vector(gains + level * H, column, H, HP != H)
+            entered = entered.to(tl.float32) * gain[None, :]
+        entered = rounded(entered, OPERAND)
         block = weights + (patch * depth + level) * (2 * WIDE * H)
         lengths = scales + (local * depth + level) * (WIDE + H)
         if BOTH:
@@ -122,20 +120,20 @@ def rows_kernel(
         into = tl.zeros_like(g)
         for start in range(0, WIDE, SLICE):
             wide = start + tl.arange(0, SLICE)
-            scale1 = load_vector(lengths, wide, WIDE, WIDE % SLICE != 0)
+            half1 = 0.5 * load_vector(lengths, wide, WIDE, WIDE % SLICE != 0)[None, :]
             w1 = load_tile(block, column, wide, H, WIDE, SHAVED).to(OPERAND)
-            slope = silu_and_slope(product(entered, w1, PRECISION, UPCAST) * scale1[None, :], TANH)[1] * scale1[None, :]
+            slope = silu_and_slope(product(entered, w1, PRECISION, UPCAST) * half1, TANH)[1]
             w2 = load_tile(block + H * WIDE, wide, column, WIDE, H, SHAVED).to(OPERAND)
-            g_wide = product(g_in, tl.trans(w2), PRECISION, UPCAST) * slope
-            into += product(rounded(g_wide, OPERAND), tl.trans(w1), PRECISION, UPCAST)
+            g_wide = product(g_in, tl.trans(w2), PRECISION, UPCAST) * half1
+            into += product(rounded(g_wide * slope + g_wide, OPERAND), tl.trans(w1), PRECISION, UPCAST)
         if RESIDUAL:
             # Read again rather than held in registers through the products.
             h = load_tile(states + level * (P * P * H), row, column, P * P, H, PARTIAL).to(tl.float32)
-            scale = root_mean_square(h, eps, H)
+            scale = load_vector(norms + level * (P * P), row, P * P, PARTIAL)
             gain = load_vector(gains + level * H, column, H, HP != H)
             if PARK:
                 g = load_tile(grads + level * (P * P * H), row, column, P * P, H, PARTIAL)
-            g += norm_backward(into * gain[None, :], h * scale[:, None], scale, H)
+            g += norm_backward(into * gain[None, :], h, scale, H)
         else:
             g = into
     store_tile(grads + depth * (P * P * H), row, column, g, P * P, H, PARTIAL)
@@ -152,7 +150,7 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=["first", "depth"])
 def weights_kernel(
-    weights, gains, states, grads, scales, grad_weights, grad_gains, first, depth, eps,
+    weights, gains, states, grads, scales, grad_weights, grad_gains, first, depth,
     H: tl.constexpr, HP: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     BOTH: tl.constexpr, RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     TANH: tl.constexpr,
@@ -179,22 +177,20 @@ def weights_kernel(
         unit1 = unit_first(weights, scales, column, wide, H, WIDE, SLICE, SHAVED)
         if RESIDUAL:
             unit1 *= load_vector(gains + level * H, column, H, HP != H)[:, None]
-        unit1 = rounded(unit1, OPERAND)
-        unit2 = tl.trans(rounded(unit_second(weights, scales, column, wide, H, WIDE, SHAVED, BOTH), OPERAND))
+        # Halved, as silu_and_slope wants z and gives the derivative.
+        unit1 = rounded(0.5 * unit1, OPERAND)
+        unit2 = tl.trans(rounded(0.5 * unit_second(weights, scales, column, wide, H, WIDE, SHAVED, BOTH), OPERAND))
         into1 = tl.zeros((HP, SLICE), tl.float32)
         # Transposed, as then both sums have Hx rows, enough for the widest matrix instruction.
         into2 = tl.zeros((HP, SLICE), tl.float32)
         for top in range(0, P * P, ROWS):
             row = top + tl.arange(0, ROWS)
-            h = load_tile(states, row, column, P * P, H, PARTIAL).to(tl.float32)
-            if RESIDUAL:
-                h = h * root_mean_square(h, eps, H)[:, None]
-            normal = rounded(h, OPERAND)
+            normal = rounded(load_tile(states, row, column, P * P, H, PARTIAL), OPERAND)
             u, slope = silu_and_slope(product(normal, unit1, PRECISION, UPCAST), TANH)
             g = rounded(load_tile(grads, row, column, P * P, H, PARTIAL), OPERAND)
             into2 += product(tl.trans(g), rounded(u, OPERAND), PRECISION, UPCAST)
-            g_wide = rounded(product(g, unit2, PRECISION, UPCAST) * slope, OPERAND)
-            into1 += product(tl.trans(normal), g_wide, PRECISION, UPCAST)
+            g_wide = product(g, unit2, PRECISION, UPCAST)
+            into1 += product(tl.trans(normal), rounded(g_wide * slope + g_wide, OPERAND), PRECISION, UPCAST)
         unit = unit_first(weights, scales, column, wide, H, WIDE, SLICE, SHAVED)
         if RESIDUAL:
             along_gain += tl.sum(into1 * unit, 1)

@@ -1,8 +1,8 @@
 """Triton forward of the neural field: a program takes some pixels of one patch through all blocks, on chip.
 
 The generated weights stream over their wide axis in slices, so the registers a program needs do not grow with r Hx. The lengths of
-their columns scale the products, and no normalised weight is ever stored; a kernel of its own finds the lengths, once a patch, as
-in each tile of a patch anew they would cost as many instructions as all the rest.
+their columns scale the products, and no normalised weight is ever stored; a program finds the lengths once for several tiles of a
+patch, as in each tile anew they would cost as many instructions as all the rest.
 """
 
 import triton
@@ -21,13 +21,16 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(z, TANH: tl.constexpr):
+def silu_and_tanh(y, TANH: tl.constexpr):
+    """SiLU of z = 2 y, and tanh(y). Whoever scales z halves its scale; y tanh(y) + y is one fused step."""
     # One instruction of the special-function unit instead of two, which bound the whole chain at 16 bit. Its relative error, 2^-11,
     # is under what rounding to bf16 does next.
     if TANH:
-        half = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [0.5 * z], tl.float32, True, 1)
-        return 0.5 * half + 0.5
-    return 1 / (1 + tl.exp(-z))
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [y], tl.float32, True, 1)
+        return y * t + y, t
+    else:
+        gate = 2 / (1 + tl.exp(-2 * y))
+        return y * gate, gate - 1
 
 
 @triton.jit
@@ -59,10 +62,12 @@ def load_vector(base, index, SIZE: tl.constexpr, MASKED: tl.constexpr):
 @triton.jit
 def image_places(patch, row, channel, columns, per_image, sb, sc, sh, sw, P: tl.constexpr, C: tl.constexpr):
     """Offsets (rows, channels) of pixels of a patch in an image tensor of any strides, and which of them exist."""
-    cell = tl.cast(patch % per_image, tl.int32)
+    # A count of patches fits 32 bits, in which a division is a third as long.
+    image = tl.cast(patch, tl.int32) // per_image
+    cell = tl.cast(patch, tl.int32) - image * per_image
     down = (cell // columns) * P + row // P
     right = (cell % columns) * P + row % P
-    pixel = tl.cast(patch // per_image, tl.int64) * sb + down.to(tl.int64) * sh + right.to(tl.int64) * sw
+    pixel = image.to(tl.int64) * sb + down.to(tl.int64) * sh + right.to(tl.int64) * sw
     at = pixel[:, None] + channel.to(tl.int64)[None, :] * sc
     return at, (row < P * P)[:, None] & (channel < C)[None, :]
 
@@ -98,59 +103,75 @@ def root_mean_square(h, eps, H: tl.constexpr):
     return tl.rsqrt(tl.sum(h * h, 1) / H + eps)
 
 
-@triton.jit(do_not_specialize=["first"])
-def lengths_kernel(
-    weights,
-    scales,
-    first,
-    H: tl.constexpr,
-    HP: tl.constexpr,
-    WIDE: tl.constexpr,
-    SLICE: tl.constexpr,
-    BOTH: tl.constexpr,
-):
-    """Reciprocal lengths (n, r Hx + Hx) of the columns of W1 and W2 of one block, the `first` or a later one of all patches."""
-    SHAVED: tl.constexpr = HP != H or WIDE % SLICE != 0
-    local = tl.program_id(0).to(tl.int64)
-    weights += (first + local) * (2 * WIDE * H)
-    scales += local * (WIDE + H)
-    column = tl.arange(0, HP)
-    squares = tl.zeros((SLICE, HP), tl.float32)
-    for start in range(0, WIDE, SLICE):
-        wide = start + tl.arange(0, SLICE)
-        w1 = load_tile(weights, column, wide, H, WIDE, SHAVED).to(tl.float32)
-        tl.store(scales + wide, 1 / tl.maximum(tl.sqrt(tl.sum(w1 * w1, 0)), 1e-12), mask=wide < WIDE)
-        if BOTH:
-            w2 = load_tile(weights + H * WIDE, wide, column, WIDE, H, SHAVED).to(tl.float32)
-            squares += w2 * w2
-    if BOTH:
-        tl.store(scales + WIDE + column, 1 / tl.maximum(tl.sqrt(tl.sum(squares, 0)), 1e-12), mask=column < H)
+@triton.jit
+def reciprocal_lengths(matrix, found, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BAND: tl.constexpr, WP: tl.constexpr):
+    """Into `found`, 1 over the lengths of the columns of a contiguous matrix, of which BAND rows are taken at a time."""
+    MASKED: tl.constexpr = WP != WIDTH or HEIGHT % BAND != 0
+    column = tl.arange(0, WP)
+    squares = tl.zeros((BAND, WP), tl.float32)
+    for top in range(0, HEIGHT, BAND):
+        part = load_tile(matrix, top + tl.arange(0, BAND), column, HEIGHT, WIDTH, MASKED).to(tl.float32)
+        squares += part * part
+    tl.store(found + column, tl.rsqrt(tl.maximum(tl.sum(squares, 0), 1e-24)), mask=column < WIDTH)
 
 
 @triton.jit
-def entering(h, gain, eps, H: tl.constexpr, RESIDUAL: tl.constexpr):
-    """What a block multiplies with W1."""
+def block_lengths(
+    block, found, H: tl.constexpr, HP: tl.constexpr, WIDE: tl.constexpr, WIDEP: tl.constexpr, AREA: tl.constexpr,
+    BOTH: tl.constexpr,
+):  # fmt: skip
+    """Into `found` (r Hx + Hx), those of W1 and, where BOTH are normalised, of W2 of one block, AREA elements at a time."""
+    reciprocal_lengths(block, found, H, WIDE, min(HP, AREA // WIDEP), WIDEP)
+    if BOTH:
+        reciprocal_lengths(block + H * WIDE, found + WIDE, WIDE, H, min(WIDEP, AREA // HP), HP)
+
+
+@triton.jit
+def normalised(h, eps, H: tl.constexpr, RESIDUAL: tl.constexpr):
+    """h over its root mean square by rows, and 1 over that; h itself in the plain form."""
     if RESIDUAL:
-        h = h * root_mean_square(h, eps, H)[:, None] * gain[None, :]
-    return h
+        scale = root_mean_square(h, eps, H)
+        return h * scale[:, None], scale
+    else:
+        return h, 1.0
+
+
+@triton.jit
+def keep(
+    states,
+    norms,
+    at,
+    normal,
+    scale,
+    row,
+    column,
+    P: tl.constexpr,
+    H: tl.constexpr,
+    PARTIAL: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Store the `at`-th state, normalised, and what normalised it."""
+    store_tile(states + at * (P * P * H), row, column, normal, P * P, H, PARTIAL)
+    if RESIDUAL:
+        tl.store(norms + at * (P * P) + row, scale, mask=row < P * P)
 
 
 @triton.jit
 def block_step(
-    h, gain, block, lengths, column, eps,
+    h, entered, block, lengths, column,
     H: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, SHAVED: tl.constexpr, BOTH: tl.constexpr,
     RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
-    """h after one block, whose weights begin at `block` and their reciprocal column lengths at `lengths`."""
-    entered = rounded(entering(h, gain, eps, H, RESIDUAL), OPERAND)
+    """h after one block that `entered` goes into; its weights begin at `block`, their reciprocal column lengths at `lengths`."""
+    entered = rounded(entered, OPERAND)
     out = tl.zeros_like(h)
     for start in range(0, WIDE, SLICE):
         wide = start + tl.arange(0, SLICE)
-        scale1 = load_vector(lengths, wide, WIDE, WIDE % SLICE != 0)
+        half1 = 0.5 * load_vector(lengths, wide, WIDE, WIDE % SLICE != 0)
         w1 = load_tile(block, column, wide, H, WIDE, SHAVED).to(OPERAND)
-        z = product(entered, w1, PRECISION, UPCAST) * scale1[None, :]
+        u = silu_and_tanh(product(entered, w1, PRECISION, UPCAST) * half1[None, :], TANH)[0]
         w2 = load_tile(block + H * WIDE, wide, column, WIDE, H, SHAVED).to(OPERAND)
-        out += product(rounded(z * sigmoid(z, TANH), OPERAND), w2, PRECISION, UPCAST)
+        out += product(rounded(u, OPERAND), w2, PRECISION, UPCAST)
     if BOTH:
         out = out * load_vector(lengths + WIDE, column, H, SHAVED)[None, :]
     if RESIDUAL:
@@ -160,44 +181,57 @@ def block_step(
 
 @triton.jit(do_not_specialize=["first", "columns", "per_image", "depth", "features", "sb", "sc", "sh", "sw"])
 def forward_kernel(
-    x, weights, embed, table, gains, out_gain, out_weight, out_bias, out, states, scales,
+    x, weights, embed, table, gains, out_gain, out_weight, out_bias, out, states, norms, scales,
     first, columns, per_image, depth, features, sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64, eps,
     H: tl.constexpr, HP: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
-    C: tl.constexpr, CP: tl.constexpr, BOTH: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr, OPERAND: tl.constexpr,
+    TOGETHER: tl.constexpr, WIDEP: tl.constexpr, AREA: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    BOTH: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
-    """Velocity of patches from `first`; with KEEP instead their states (n, L + 1, p^2, Hx) before each block and after the last."""
-    TILES: tl.constexpr = (P * P + ROWS - 1) // ROWS
+    """Velocity of patches from `first`; with KEEP instead their states (n, L + 1, p^2, Hx) before each block and after the last,
+    normalised, and what normalised them (n, L + 1, p^2).
+
+    A program takes TOGETHER tiles of a patch one by one, and leaves the reciprocal lengths (n, L, r Hx + Hx) in `scales`."""
+    SHARES: tl.constexpr = (P * P + ROWS * TOGETHER - 1) // (ROWS * TOGETHER)
     SHAVED: tl.constexpr = HP != H or WIDE % SLICE != 0
     PARTIAL: tl.constexpr = HP != H or P * P % ROWS != 0
-    # The tiles of a patch are neighbours in the grid: the second finds the weights in the L2 cache.
-    local = (tl.program_id(0) // TILES).to(tl.int64)
+    local = (tl.program_id(0) // SHARES).to(tl.int64)
     patch = first + local
-    row = (tl.program_id(0) % TILES) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, HP)
     channel = tl.arange(0, CP)
-    at, exists = image_places(patch, row, channel, columns, per_image, sb, sc, sh, sw, P, C)
-    pixels = tl.load(x + at, mask=exists, other=0.0).to(OPERAND)
-    h = embedded(pixels, embed, table, row, column, channel, features, H, P, C, PARTIAL, OPERAND, PRECISION, UPCAST)
+    # Programs that share a patch write the same numbers here.
     for level in range(depth):
-        if KEEP:
-            store_tile(states + (local * (depth + 1) + level) * (P * P * H), row, column, h, P * P, H, PARTIAL)
         block = weights + (patch * depth + level) * (2 * WIDE * H)
-        gain = load_vector(gains + level * H, column, H, HP != H) if RESIDUAL else 1.0
-        lengths = scales + (local * depth + level) * (WIDE + H)
-        h = block_step(
-            h, gain, block, lengths, column, eps,
-            H, WIDE, SLICE, SHAVED, BOTH, RESIDUAL, OPERAND, PRECISION, UPCAST, TANH,
-        )  # fmt: skip
-    if KEEP:
-        store_tile(states + (local * (depth + 1) + depth) * (P * P * H), row, column, h, P * P, H, PARTIAL)
-    else:
-        gain = load_vector(out_gain, column, H, HP != H) if RESIDUAL else 1.0
-        last = rounded(entering(h, gain, eps, H, RESIDUAL), OPERAND)
-        leaving = tl.trans(load_tile(out_weight, channel, column, C, H, True).to(OPERAND))
-        velocity = product(last, leaving, PRECISION, UPCAST) + load_vector(out_bias, channel, C, True)[None, :]
-        at, exists = dense_places(patch, row, channel, columns, per_image, P, C)
-        tl.store(out + at, rounded(velocity, out.dtype.element_ty), mask=exists)
+        block_lengths(block, scales + (local * depth + level) * (WIDE + H), H, HP, WIDE, WIDEP, AREA, BOTH)
+    tl.debug_barrier()
+    for tile in range(TOGETHER):
+        row = ((tl.program_id(0) % SHARES) * TOGETHER + tile) * ROWS + tl.arange(0, ROWS)
+        at, exists = image_places(patch, row, channel, columns, per_image, sb, sc, sh, sw, P, C)
+        pixels = tl.load(x + at, mask=exists, other=0.0).to(OPERAND)
+        h = embedded(pixels, embed, table, row, column, channel, features, H, P, C, PARTIAL, OPERAND, PRECISION, UPCAST)
+        for level in range(depth):
+            entered, scale = normalised(h, eps, H, RESIDUAL)
+            if KEEP:
+                keep(states, norms, local * (depth + 1) + level, entered, scale, row, column, P, H, PARTIAL, RESIDUAL)
+            if RESIDUAL:
+                entered = entered * load_vector(gains + level * H, column, H, HP != H)[None, :]
+            block = weights + (patch * depth + level) * (2 * WIDE * H)
+            lengths = scales + (local * depth + level) * (WIDE + H)
+            h = block_step(
+                h, entered, block, lengths, column,
+                H, WIDE, SLICE, SHAVED, BOTH, RESIDUAL, OPERAND, PRECISION, UPCAST, TANH,
+            )  # fmt: skip
+        last, scale = normalised(h, eps, H, RESIDUAL)
+        if KEEP:
+            keep(states, norms, local * (depth + 1) + depth, last, scale, row, column, P, H, PARTIAL, RESIDUAL)
+        else:
+            if RESIDUAL:
+                last = last * load_vector(out_gain, column, H, HP != H)[None, :]
+            last = rounded(last, OPERAND)
+            leaving = tl.trans(load_tile(out_weight, channel, column, C, H, True).to(OPERAND))
+            velocity = product(last, leaving, PRECISION, UPCAST) + load_vector(out_bias, channel, C, True)[None, :]
+            at, exists = dense_places(patch, row, channel, columns, per_image, P, C)
+            tl.store(out + at, rounded(velocity, out.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["p", "freqs", "count"])

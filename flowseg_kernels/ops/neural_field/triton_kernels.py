@@ -16,7 +16,7 @@ from ...runtime.registry import COMPILED_CHANNELS
 from ...runtime.triton_forms import INTERPRETED, Variant, compile_options, on_device_of
 from . import reference
 from .triton_backward import rows_kernel, weights_kernel
-from .triton_forward import features_kernel, forward_kernel, lengths_kernel
+from .triton_forward import features_kernel, forward_kernel
 
 __all__ = ["Settings", "form", "launch_settings", "neural_field", "neural_field_bwd", "patches_at_once", "variants"]
 
@@ -25,7 +25,9 @@ _OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float
 _SMALLEST = 16
 #: The kernels hold rows of up to this many hidden units on chip.
 _LARGEST_HIDDEN = 128
-#: Programs of rows_kernel that run at once on the largest GPUs: fewer would leave some of it idle.
+#: Elements of a weight matrix that a program squares at a time.
+_AREA = 2048
+#: Programs of rows_kernel in a round, two waves of it on the largest GPUs; of forward_kernel at least half as many.
 _PROGRAMS_AT_ONCE = 512
 
 
@@ -41,33 +43,57 @@ class Settings(NamedTuple):
 #: By kernel, 16-bit operands or not, Hx above 64 or not. Chosen so that nothing spills on sm_80, 90, 100 and 120, which
 #: tests/flowseg_kernels/static/test_field_forms.py holds; the figures are in docs/notes/performance.md.
 _SETTINGS = {
-    ("lengths", True, False): Settings(16, 32, 4, 2),
-    ("lengths", True, True): Settings(16, 32, 4, 2),
-    ("lengths", False, False): Settings(16, 32, 4, 2),
-    ("lengths", False, True): Settings(16, 32, 8, 2),
-    ("forward", True, False): Settings(64, 32, 4, 2),
+    ("forward", True, False): Settings(64, 64, 4, 2),
     ("forward", True, True): Settings(64, 32, 8, 1),
-    ("forward", False, False): Settings(32, 32, 4, 2),
-    ("forward", False, True): Settings(16, 16, 8, 1),
-    ("rows", True, False): Settings(64, 32, 4, 2),
-    ("rows", True, True): Settings(32, 32, 8, 1),
+    ("forward", False, False): Settings(32, 32, 8, 1),
+    ("forward", False, True): Settings(16, 16, 16, 1),
+    ("rows", True, False): Settings(64, 64, 4, 2),
+    ("rows", True, True): Settings(16, 32, 8, 1),
     ("rows", False, False): Settings(32, 32, 8, 1),
     ("rows", False, True): Settings(16, 16, 8, 1),
     ("weights", True, False): Settings(64, 32, 4, 1),
     ("weights", True, True): Settings(32, 16, 8, 1),
     ("weights", False, False): Settings(32, 32, 8, 1),
-    ("weights", False, True): Settings(16, 32, 8, 1),
+    ("weights", False, True): Settings(32, 16, 8, 1),
+}
+#: Instead of these where a product's operands pass through registers: on GPUs without warp-group products.
+_SETTINGS_IN_REGISTERS = {
+    ("forward", True, False): Settings(64, 32, 4, 2),
+    ("forward", False, True): Settings(16, 16, 8, 2),
+    ("rows", True, False): Settings(64, 32, 4, 2),
+    ("rows", False, False): Settings(16, 32, 4, 1),
+    ("weights", True, False): Settings(32, 32, 4, 2),
+    ("weights", False, False): Settings(32, 16, 8, 1),
 }
 
 
-def launch_settings(kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype) -> Settings:
+@functools.cache
+def warp_group_products(device: int) -> bool:
+    """Whether matrix instructions of a GPU take their operands from shared memory: NVIDIA's sm_90 and sm_10x."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def launch_settings(
+    kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype, warp_groups: bool = True
+) -> Settings:
     """Settings of "forward", "states" (the forward kernel in the backward), "rows" or "weights" for Hx, r Hx, p^2."""
-    name = "forward" if kernel == "states" else kernel
-    chosen = _SETTINGS[name, operand != torch.float32, hidden > 64]
+    key = ("forward" if kernel == "states" else kernel, operand != torch.float32, hidden > 64)
+    chosen = _SETTINGS[key] if warp_groups else _SETTINGS_IN_REGISTERS.get(key, _SETTINGS[key])
     rows = min(chosen.rows, max(_SMALLEST, triton.next_power_of_2(pixels)))
     # Few pixels are no work for many warps, except where the warps share out the generated weights.
-    warps = chosen.num_warps if kernel in ("lengths", "weights") else max(1, chosen.num_warps * rows // chosen.rows)
+    warps = chosen.num_warps if kernel == "weights" else max(1, chosen.num_warps * rows // chosen.rows)
     return Settings(rows, min(chosen.slice, max(_SMALLEST, triton.next_power_of_2(wide))), warps, chosen.num_stages)
+
+
+def tiles_of(kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype, warp_groups: bool) -> int:
+    """Steps that a kernel takes the pixels of a patch in."""
+    return -(-pixels // launch_settings(kernel, hidden, wide, pixels, operand, warp_groups).rows)
+
+
+def tiles_together(patches: int, pixels: int, rows: int) -> int:
+    """Tiles of a patch that a program of forward_kernel takes one after another: 1, 2 or 4, as the number of patches allows."""
+    tiles = -(-pixels // rows)
+    return next(n for n in (4, 2, 1) if n == 1 or (n <= tiles and patches * tiles >= n * _PROGRAMS_AT_ONCE // 2))
 
 
 def patches_at_once(patches: int, tiles: int) -> int:
@@ -85,9 +111,11 @@ def constants(
     both: bool,
     residual: bool,
     precision: str,
+    patches: int,
+    warp_groups: bool,
 ) -> dict:
-    """The constexpr arguments of a kernel; what the products round to is `operand`."""
-    chosen = launch_settings(kernel, hidden, wide, p * p, operand)
+    """The constexpr arguments of a kernel; what the products round to is `operand`; `patches` are those of one launch."""
+    chosen = launch_settings(kernel, hidden, wide, p * p, operand, warp_groups)
     found = {
         "H": hidden,
         "HP": max(_SMALLEST, triton.next_power_of_2(hidden)),
@@ -102,36 +130,45 @@ def constants(
         "UPCAST": INTERPRETED and operand != torch.float32,
         "TANH": operand == torch.bfloat16 and not INTERPRETED and torch.version.hip is None,
     }
-    if kernel == "lengths":
-        return {name: found[name] for name in ("H", "HP", "WIDE", "SLICE", "BOTH")}
     if kernel == "weights":
         return found
     if kernel != "rows":
-        found["KEEP"] = kernel == "states"
+        found |= {
+            "KEEP": kernel == "states",
+            "TOGETHER": tiles_together(patches, p * p, chosen.rows),
+            "WIDEP": max(_SMALLEST, triton.next_power_of_2(wide)),
+            "AREA": _AREA,
+        }
     return found | {"C": channels, "CP": max(_SMALLEST, triton.next_power_of_2(channels))}
 
 
 _KERNELS = {
-    "lengths": lengths_kernel,
     "forward": forward_kernel,
     "states": forward_kernel,
     "rows": rows_kernel,
     "weights": weights_kernel,
 }
 #: Arguments that are fp32 in memory whatever the operands are.
-_FP32 = ("table", "scales", "partials", "grad_gains")
+_FP32 = ("table", "norms", "scales", "partials", "grad_gains")
 _INT32 = ("first", "columns", "per_image", "depth", "features")
 _STRIDES = ("sb", "sc", "sh", "sw", "gb", "gc", "gh", "gw")
-_UNUSED = {"forward": ("states",), "states": ("out",)}
+_UNUSED = {"forward": ("states", "norms"), "states": ("out",)}
 
 
 def form(
     kernel: str, dtype: str = "bf16", hidden: int = 64, ratio: int = 2, p: int = 16, channels: int = 3, *, both: bool = True,
-    residual: bool = True, precision: str = "ieee",
+    residual: bool = True, precision: str = "ieee", patches: int = 1024, warp_groups: bool = True,
 ) -> Variant:  # fmt: skip
-    """The compiled form of a kernel that a call with inputs of one dtype ("fp32", "bf16" or "fp16") launches on an NVIDIA GPU."""
+    """The compiled form of a kernel that a call on `patches` of one dtype ("fp32", "bf16" or "fp16") launches on an NVIDIA GPU."""
     operand = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    found = constants(kernel, hidden, ratio * hidden, p, channels, operand, both, residual, precision)
+    launched = (
+        patches
+        if kernel == "forward"
+        else patches_at_once(patches, tiles_of("rows", hidden, ratio * hidden, p * p, operand, warp_groups))
+    )
+    found = constants(
+        kernel, hidden, ratio * hidden, p, channels, operand, both, residual, precision, launched, warp_groups
+    )
     if "TANH" in found:
         found |= {"UPCAST": False, "TANH": dtype == "bf16"} | dict.fromkeys(_UNUSED.get(kernel, ()))
 
@@ -146,21 +183,23 @@ def form(
             return "fp32"
         return "*fp32" if argument in _FP32 or (argument == "grads" and hidden > 64) else f"*{dtype}"
 
-    chosen = launch_settings(kernel, hidden, ratio * hidden, p * p, operand)
+    chosen = launch_settings(kernel, hidden, ratio * hidden, p * p, operand, warp_groups)
     signature = {argument: kind(argument) for argument in _KERNELS[kernel].arg_names}
     options = compile_options(chosen.num_warps, stages=chosen.num_stages)
     name = f"neural_field {kernel} {dtype} Hx={hidden} r={ratio} p={p} C={channels}"
     return Variant(name + (" tf32" if precision == "tf32" else ""), _KERNELS[kernel], signature, found, options)
 
 
-def variants() -> Iterator[Variant]:
+def variants(warp_groups: bool = True) -> Iterator[Variant]:
     for kernel in _KERNELS:
-        yield form(kernel)
-        yield form(kernel, "fp16", 128, 4, 32, 16)
-        yield form(kernel, "bf16", 16, 1, 4, 1, both=False, residual=False)
-        yield form(kernel, "fp32")
-        yield form(kernel, "fp32", precision="tf32")
-        yield form(kernel, "fp32", 128, 1)
+        made = functools.partial(form, kernel, warp_groups=warp_groups)
+        yield made()
+        yield made("bf16", 32, 4, 8)
+        yield made("fp16", 128, 4, 32, 16)
+        yield made("bf16", 16, 1, 4, 1, both=False, residual=False)
+        yield made("fp32")
+        yield made("fp32", precision="tf32")
+        yield made("fp32", 128, 1)
 
 
 class _Call:
@@ -185,6 +224,7 @@ class _Call:
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
         # rows_kernel has no room for its gradient in registers when Hx is large: it goes to scratch whole.
         self.parked = torch.float32 if self.hidden > 64 else self.operand
+        self.warp_groups = not x.is_cuda or warp_group_products(x.device.index)
         self.residual = form == "residual"
         self.options = (normalise == "both", self.residual, precision)
 
@@ -192,28 +232,35 @@ class _Call:
         """Whether these kernels take the call."""
         return self.operand in _OPERANDS and self.hidden <= _LARGEST_HIDDEN and self.x.shape[1] <= COMPILED_CHANNELS
 
-    def launch(self, kernel: str) -> dict:
-        """Keyword arguments of a launch: constants and compiler options."""
-        chosen = launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand)
-        found = constants(kernel, self.hidden, self.wide, self.p, self.x.shape[1], self.operand, *self.options)
+    def launch(self, kernel: str, patches: int) -> dict:
+        """Keyword arguments of a launch on some patches: constants and compiler options."""
+        chosen = launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand, self.warp_groups)
+        found = constants(
+            kernel,
+            self.hidden,
+            self.wide,
+            self.p,
+            self.x.shape[1],
+            self.operand,
+            *self.options,
+            patches,
+            self.warp_groups,
+        )
         return found | compile_options(chosen.num_warps, stages=chosen.num_stages)
 
     def tiles(self, kernel: str) -> int:
         """Programs that share a patch."""
-        return -(-(self.p**2) // launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand).rows)
+        return tiles_of(kernel, self.hidden, self.wide, self.p**2, self.operand, self.warp_groups)
 
-    def forward(self, kernel: str, patches: int, table, out, states, scales, first: int) -> None:
+    def forward(self, kernel: str, patches: int, table, out, states, norms, scales, first: int) -> None:
         """Run forward_kernel as "forward" or "states" on some patches; the other's outputs may be None."""
-        forward_kernel[(patches * self.tiles(kernel),)](
+        launch = self.launch(kernel, patches)
+        shares = -(-self.tiles(kernel) // launch["TOGETHER"])
+        forward_kernel[(patches * shares,)](
             self.x, self.weights, self.embed, table, self.gains, self.out_gain, self.out_weight, self.out_bias, out, states,
-            scales, first, self.columns, self.per_image, self.depth, self.embed.shape[1], *self.x.stride(), self.eps,
-            **self.launch(kernel),
+            norms, scales, first, self.columns, self.per_image, self.depth, self.embed.shape[1], *self.x.stride(), self.eps,
+            **launch,
         )  # fmt: skip
-
-    def lengths(self, scales: Tensor, first: int, patches: int) -> None:
-        """Fill `scales` (patches, L, r Hx + Hx) for patches from `first`."""
-        if blocks := patches * self.depth:
-            lengths_kernel[(blocks,)](self.weights, scales, first * self.depth, **self.launch("lengths"))
 
     def features(self) -> Tensor:
         """reference.cosine_features in one launch."""
@@ -239,8 +286,7 @@ def neural_field(x: Tensor, weights: Tensor, embed_weight: Tensor, embed_bias: T
     with on_device_of(x):
         table = call.table(embed_bias, call.features())
         scales = x.new_empty(call.patches, call.depth, call.wide + call.hidden, dtype=torch.float32)
-        call.lengths(scales, 0, call.patches)
-        call.forward("forward", call.patches, table, out, None, scales, 0)
+        call.forward("forward", call.patches, table, out, None, None, scales, 0)
     return out
 
 
@@ -256,6 +302,7 @@ def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
     scratch = functools.partial(torch.empty, device=x.device)
     states = scratch(count, depth + 1, call.p**2, hidden, dtype=call.operand)
     grads = torch.empty_like(states, dtype=call.parked)
+    norms = scratch(count, depth + 1, call.p**2, dtype=torch.float32)
     scales = scratch(count, depth, call.wide + hidden, dtype=torch.float32)
     sizes = (hidden, channels * hidden, hidden * channels)
     partials = scratch(count * tiles, sum(sizes), dtype=torch.float32)
@@ -269,20 +316,19 @@ def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
         table = call.table(inputs[3], features)
         for first in range(0, call.patches, max(count, 1)):
             now = min(count, call.patches - first)
-            call.lengths(scales, first, now)
-            call.forward("states", now, table, None, states, scales, first)
+            call.forward("states", now, table, None, states, norms, scales, first)
             rows_kernel[(now * tiles,)](
-                x, grad, call.weights, call.embed, call.gains, call.out_gain, call.out_weight, states, scales, grad_x, grads,
+                x, grad, call.weights, call.embed, call.gains, call.out_gain, call.out_weight, states, norms, scales, grad_x, grads,
                 partials, first, call.columns, call.per_image, depth, call.embed.shape[1], *x.stride(), *grad.stride(),
-                call.eps, **call.launch("rows"),
+                **call.launch("rows", now),
             )  # fmt: skip
             # Sums over patches in a fixed order: the programs of a round, then the rounds.
             sums += partials[: now * tiles].sum(0)
             by_position += grads[:now, depth].sum(0, dtype=torch.float32)
             if depth and (needs[1] or needs[4]):
                 weights_kernel[(now * depth,)](
-                    call.weights, call.gains, states, grads, scales, grad_weights, gains_partials, first, depth, call.eps,
-                    **call.launch("weights"),
+                    call.weights, call.gains, states, grads, scales, grad_weights, gains_partials, first, depth,
+                    **call.launch("weights", now),
                 )  # fmt: skip
                 if call.residual:
                     grad_gains += gains_partials[:now].sum(0)

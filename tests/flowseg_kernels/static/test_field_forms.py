@@ -1,10 +1,11 @@
 """The field's Triton kernels, compiled ahead of time: no spills, tensor cores, a budget of registers and shared memory.
 
 By default the forms PixNerd's sizes launch in bf16, for every target; `--every-variant` compiles all variants for all targets
-(about 5 minutes). Pointers are declared aligned, as tensors are: a launch compiles that form.
+(about 3 minutes). Pointers are declared aligned, as tensors are: a launch compiles that form.
 """
 
 import importlib.util
+import itertools
 import re
 
 import pytest
@@ -19,41 +20,35 @@ if INTERPRETED:
     pytest.skip("interpreted kernels do not compile", allow_module_level=True)
 
 import torch
-from triton import compile as compile_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from flowseg_kernels.ops.neural_field.triton_kernels import form, launch_settings, patches_at_once, variants
+from flowseg_kernels.ops.neural_field.triton_kernels import (
+    form,
+    launch_settings,
+    patches_at_once,
+    tiles_together,
+    variants,
+)
+
+from . import field_roof
+from .field_roof import compiled
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 #: For sm_90: the most registers a thread may use, so that at least this many programs share a multiprocessor; instructions of the
 #: innermost loop; kilobytes of shared memory.
 BUDGET = {
-    "lengths": {"registers": 64, "programs": 8, "loop": 0, "kilobytes": 8},
-    "forward": {"registers": 168, "programs": 3, "loop": 180, "kilobytes": 24},
-    "states": {"registers": 168, "programs": 3, "loop": 180, "kilobytes": 24},
-    "rows": {"registers": 255, "programs": 2, "loop": 280, "kilobytes": 32},
-    "weights": {"registers": 255, "programs": 2, "loop": 430, "kilobytes": 32},
+    "forward": {"registers": 255, "programs": 2, "loop": 250, "kilobytes": 40},
+    "states": {"registers": 255, "programs": 2, "loop": 250, "kilobytes": 40},
+    "rows": {"registers": 255, "programs": 2, "loop": 400, "kilobytes": 48},
+    "weights": {"registers": 255, "programs": 2, "loop": 230, "kilobytes": 32},
 }
 #: The instruction that multiplies matrices, in the machine code of each target.
 PRODUCT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
 
 
-def compiled(variant, target):
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(variant.signature.values()) if kind[0] == "*"}
-    constants, options = dict(variant.constants), dict(variant.options)
-    if target.startswith("gfx"):
-        gpu = GPUTarget("hip", target, 64)
-        if "TANH" in constants:  # NVIDIA's instruction
-            constants["TANH"] = False
-    else:
-        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    return compile_kernel(ASTSource(variant.kernel, variant.signature, constants, aligned), target=gpu, options=options)
-
-
 def spilled_bytes(kernel, target):
     if target.startswith("gfx"):
-        spilled = re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
+        # A scalar register is saved to a lane of a vector register, not to memory.
+        spilled = re.findall(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
         assert spilled
         return sum(map(int, spilled))
     (used,) = sass.resources(kernel.asm["cubin"]).values()
@@ -78,15 +73,22 @@ def test_within_its_budget_on_sm_90(name):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_spills_and_tensor_cores_on_every_target(target, request):
-    every = request.config.getoption("--every-variant", default=False)
-    for variant in variants() if every else [form(name) for name in ("forward", "rows", "weights")]:
+    every, wide = request.config.getoption("--every-variant", default=False), target in ("sm_90", "sm_100")
+    forms = variants(wide) if every else [form(name, warp_groups=wide) for name in ("forward", "rows", "weights")]
+    for variant in forms:
         kernel = compiled(variant, target)
-        # fp32 products at Hx = 128 hold whole rows of both operands; what spills there lies outside the loops.
-        allowed = 16 if variant.name.startswith("neural_field rows fp32 Hx=128") else 0
+        allowed = 16 if "rows" in variant.name and "Hx=128" in variant.name else 0
         assert spilled_bytes(kernel, target) <= allowed, variant.name
-        if target in PRODUCT and "Hx=64" in variant.name and "bf16" in variant.name and "lengths" not in variant.name:
+        if target in PRODUCT and "Hx=64" in variant.name and "bf16" in variant.name:
             (code,) = sass.disassemble(kernel.asm["cubin"]).values()
             assert any(i.opcode == PRODUCT[target] for i in code), variant.name
+
+
+def test_at_least_half_of_the_roof_forward_and_what_was_reached_backward():
+    """A prediction from machine code, no measurement."""
+    found = field_roof.shares()
+    assert min(found["L"][0], found["XL"][0]) >= 0.5
+    assert found["L"][1] >= 0.44 and found["XL"][1] >= 0.475
 
 
 def test_settings_fit_every_size():
@@ -94,10 +96,16 @@ def test_settings_fit_every_size():
         for hidden in (7, 16, 32, 64, 128):
             for ratio in (1, 2, 4):
                 for p in (2, 4, 8, 16, 32):
-                    for operand in (torch.float32, torch.bfloat16):
-                        rows, width, warps, _ = launch_settings(kernel, hidden, ratio * hidden, p * p, operand)
-                        assert 16 <= rows <= 64 and 16 <= width <= 64 and 1 <= warps <= 8
+                    for operand, groups in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+                        rows, width, warps, _ = launch_settings(kernel, hidden, ratio * hidden, p * p, operand, groups)
+                        assert 16 <= rows <= 64 and 16 <= width <= 64 and 1 <= warps <= 16
                         assert rows < 2 * max(16, p * p) and width < 2 * max(16, ratio * hidden)
+
+
+def test_programs_of_the_forward_fill_a_gpu():
+    assert tiles_together(1024, 256, 64) == 4 and tiles_together(256, 256, 64) == 4
+    assert tiles_together(128, 256, 64) == 2 and tiles_together(64, 256, 64) == 1
+    assert tiles_together(1024, 16, 16) == 1 and tiles_together(64, 1024, 64) == 4
 
 
 def test_scratch_of_the_backward_is_bounded():
