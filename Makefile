@@ -54,7 +54,7 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Our kernels against their peers, on an otherwise idle machine: about 10 minutes. Stores the results and renders README and pictures.
+# Our kernels against their peers, on an otherwise idle machine: about 15 minutes. Stores the results and renders README and pictures.
 bench: $(VENV)/.bench
 	$(RUN) -m pytest bench --benchmark-json=bench/latest.json
 	$(RUN) -m bench.results bench/latest.json

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -78,4 +79,21 @@ def why_no_cuda_kernels() -> str | None:
     """None when the CUDA kernels are loaded (loading them at the first call), else the reason in one sentence."""
     if not torch.version.cuda:
         return f"torch {torch.__version__} is built without CUDA"
-    return CUDA.load()
+    return CUDA.load() or _why_not_this_gpu(CUDA.facts().get("architectures", ""))
+
+
+def _why_not_this_gpu(architectures: str) -> str | None:
+    """None when the library holds code for the current GPU ("sm_90"), or PTX of an older one ("compute_90"), or there is no GPU to
+    ask."""
+    if not architectures or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    for kind, number in re.findall(r"(sm|compute)_(\d+)", architectures):
+        built = divmod(int(number), 10)
+        # Machine code of a generation runs on its later members, PTX on everything that is newer.
+        if built <= (major, minor) and (kind == "compute" or built[0] == major):
+            return None
+    return (
+        f"the CUDA kernels were compiled for {architectures} and this GPU is sm_{major}{minor}; rebuild them with "
+        f"TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import math
 import os
+import shutil
 import struct
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ __all__ = [
     "STRIDED",
     "VECTOR",
     "Variant",
+    "aligned",
     "compile_options",
     "on_device_of",
     "pixel_strides",
@@ -100,7 +102,11 @@ def _why_not_here() -> str | None:
         importlib.import_module("triton")
     except Exception as error:  # a broken Triton must not break the ops that can do without it
         return f"Triton does not import here ({type(error).__name__}: {error})"
-    if INTERPRETED or torch.version.hip:
+    if INTERPRETED:
+        return None
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+        return "Triton compiles a launcher for each kernel and finds no C compiler (gcc, clang, or set CC)"
+    if torch.version.hip:
         return None
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no GPU"
@@ -135,6 +141,12 @@ def pixel_strides(x: Tensor) -> tuple[tuple[int, ...], int]:
     if strides[-1] == 1 and all(s % 16 == 0 for s in (*strides[:-2], height * width)):
         return tuple(strides), VECTOR
     return tuple(strides), PLANE
+
+
+def aligned(codes: Tensor) -> Tensor:
+    """Contiguous codes at an 8-byte boundary: kernels read two fp32 numbers at once."""
+    codes = codes.contiguous()
+    return codes if codes.data_ptr() % 8 == 0 else codes.clone()
 
 
 def two_floats(value: float) -> tuple[float, float]:

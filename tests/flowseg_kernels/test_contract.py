@@ -155,12 +155,12 @@ def test_exports(backend, codes150):
 def test_autocast_leaves_the_pixel_ops_alone_and_casts_the_field(backend, codes150):
     x, source, labels, t = image_batch(codes150.centroids)
     want = step(x, source, labels, t, codes150)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         got = step(x, source, labels, t, codes150)
     for a, b in zip(got, want):
         assert a.dtype == b.dtype and torch.equal(a, b)
     field = [v.detach() for v in field_inputs(dtype=torch.float32)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
         out = fk.neural_field(*field, patch_size=4)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out, fk.neural_field(*(v.bfloat16() for v in field), patch_size=4))

@@ -7,6 +7,7 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.runtime.backend import backend_reasons
 
+from ..conftest import REQUIRED, ran
 from .samples import image_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -19,7 +20,8 @@ def gpu(request):
     for op in OPS:
         reason = backend_reasons(op, "cuda")[request.param]
         if reason:
-            pytest.skip(f"{op}: {reason}")
+            (pytest.fail if request.param in REQUIRED else pytest.skip)(f"{op}: {reason}")
+    ran.add(request.param)
     with fk.use_backend(request.param):
         yield request.param
 
@@ -108,7 +110,7 @@ def test_labels_out_of_range_count_as_ignored(gpu):
 
 
 def test_more_than_two_to_the_31_elements(gpu):
-    """Above 2^31 elements in all, in planes whose flat positions need 64 bits; compared at both ends with a small call."""
+    """Above 2^31 elements in all, so that the last channel lies beyond 32 bits; compared at both ends with a small call."""
     rows, columns = 27_000, 27_000  # 3 planes of 729 million
     needed = rows * columns * (3 * 2 * 2 + 2)
     if torch.cuda.mem_get_info()[0] < 1.3 * needed:

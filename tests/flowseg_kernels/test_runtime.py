@@ -129,3 +129,27 @@ def test_imports_point_one_way():
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flowseg_kernels"):
                 assert node.module == "flowseg_kernels", f"{file}: imports {node.module}"
                 assert {a.name for a in node.names} <= public, f"{file}: imports names that are not public"
+
+
+@pytest.mark.parametrize(
+    "built, gpu, runs",
+    [
+        ("sm_90", (9, 0), True), ("sm_80", (8, 9), True), ("sm_90", (8, 0), False), ("sm_90", (10, 0), False),
+        ("sm_80, compute_90", (12, 0), True), ("compute_90", (8, 6), False), ("sm_100, sm_120", (12, 0), True),
+    ],
+)  # fmt: skip
+def test_cuda_kernels_of_another_gpu_are_not_chosen(built, gpu, runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+    reason = extension._why_not_this_gpu(built)
+    assert reason is None if runs else f"this GPU is sm_{gpu[0]}{gpu[1]}" in reason and "TORCH_CUDA_ARCH_LIST" in reason
+
+
+def test_triton_kernels_get_codes_on_even_boundaries():
+    from flowseg_kernels.runtime.triton_forms import aligned
+
+    store = torch.arange(41.0)
+    for codes in (store[1:].view(10, 4), store[:40].view(10, 4), store[:40].view(4, 10).T):
+        assert (
+            aligned(codes).data_ptr() % 8 == 0 and aligned(codes).is_contiguous() and torch.equal(aligned(codes), codes)
+        )

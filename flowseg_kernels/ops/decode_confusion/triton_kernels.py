@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...runtime.triton_forms import VECTOR, Variant, on_device_of, pixel_strides, variant
+from ...runtime.triton_forms import VECTOR, Variant, aligned, on_device_of, pixel_strides, variant
 from ..nearest_centroid.triton_kernels import block_of, decode, grid_arguments, options_of
 from ..triton_pixels import load_classes, load_pixels
 
@@ -66,7 +66,7 @@ def decode_confusion(
     counts = torch.zeros((classes, classes), dtype=torch.int64, device=x.device)
     if x.numel() == 0:
         return counts
-    centroids = centroids.contiguous()
+    centroids = aligned(centroids)
     grid, size = grid_arguments(centroids, cells, records, groups)
     x_strides, x_layout = pixel_strides(x)
     l_strides, l_layout = pixel_strides(target)

@@ -17,6 +17,7 @@ from ...runtime.triton_forms import (
     INTERPRETED,
     VECTOR,
     Variant,
+    aligned,
     compile_options,
     on_device_of,
     pixel_strides,
@@ -311,7 +312,7 @@ def distance_correction(
     floats, constants = correction_arguments(temperature, eps, transform, max_norm)
     with on_device_of(xhat):
         _distance_correction[(batch * blocks,)](
-            xhat, labels, centroids.contiguous(), out,
+            xhat, labels, aligned(centroids), out,
             *x_strides, *l_strides, width, height * width, blocks, centroids.shape[0], ignore_index, *floats,
             X_LAYOUT=x_layout, L_LAYOUT=l_layout, OUT_LAYOUT=pixel_strides(out)[1],
             C=channels, FORM=reciprocal_form(centroids.dtype), RUN=how.run, BLOCK=how.block,

@@ -12,6 +12,7 @@ from ...runtime.triton_forms import (
     INTERPRETED,
     VECTOR,
     Variant,
+    aligned,
     compile_options,
     on_device_of,
     pixel_strides,
@@ -93,7 +94,7 @@ def flow_interpolate(
     blocks = triton.cdiv(height * width, block)
     with on_device_of(source):
         _interpolate[(batch * blocks,)](
-            source, labels, t, centroids.contiguous(), out,
+            source, labels, t, aligned(centroids), out,
             *x_strides, *l_strides, t.stride(0), width, height * width, blocks, centroids.shape[0], ignore_index,
             X_LAYOUT=x_layout, L_LAYOUT=l_layout, OUT_LAYOUT=pixel_strides(out)[1], C=channels, BLOCK=block,
             **compile_options(4),
@@ -123,7 +124,7 @@ def flow_interpolate_bwd(
     partial = torch.empty((batch, blocks) if need_t else (0,), dtype=torch.float64, device=source.device)
     with on_device_of(source):
         _interpolate_backward[(batch * blocks,)](
-            grad, source, labels, t, centroids.contiguous(), out, partial,
+            grad, source, labels, t, aligned(centroids), out, partial,
             *g_strides, *x_strides, *l_strides, t.stride(0), width, height * width, blocks, centroids.shape[0], ignore_index,
             G_LAYOUT=g_layout, X_LAYOUT=x_layout, L_LAYOUT=l_layout, OUT_LAYOUT=pixel_strides(out)[1],
             C=channels, NEED_T=need_t, BLOCK=block, **compile_options(4),

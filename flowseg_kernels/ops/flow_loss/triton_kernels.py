@@ -15,6 +15,7 @@ from ...runtime.triton_forms import (
     INTERPRETED,
     VECTOR,
     Variant,
+    aligned,
     compile_options,
     on_device_of,
     pixel_strides,
@@ -188,7 +189,7 @@ def flow_loss(
     with on_device_of(prediction):
         if programs:
             _flow_loss[(programs,)](
-                prediction, source, labels, t, centroids.contiguous(), residual, loss, sums, counts,
+                prediction, source, labels, t, aligned(centroids), residual, loss, sums, counts,
                 *x_strides, *s_strides, *l_strides, t.stride(0), width, height * width, blocks, centroids.shape[0],
                 ignore_index, *floats, *two_floats(correction_weight), *two_floats(t_min),
                 X_LAYOUT=x_layout, S_LAYOUT=s_layout, L_LAYOUT=l_layout,

@@ -12,7 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ...runtime.triton_forms import INTERPRETED, VECTOR, Variant, compile_options, on_device_of, pixel_strides, variant
+from ...runtime.triton_forms import (
+    INTERPRETED,
+    VECTOR,
+    Variant,
+    aligned,
+    compile_options,
+    on_device_of,
+    pixel_strides,
+    variant,
+)
 from ..common import compute_dtype
 from ..triton_pixels import any_nan, difference_from, load_pair, load_pixels, squared_norm
 
@@ -195,7 +204,7 @@ def nearest_centroid(
     margin = torch.empty(shape if return_margin else (0,), dtype=dtype, device=x.device)
     if labels.numel() == 0:
         return labels, distance, margin
-    centroids = centroids.contiguous()
+    centroids = aligned(centroids)
     grid, size = grid_arguments(centroids, cells, records, groups)
     if return_distance or return_margin:
         size = 0

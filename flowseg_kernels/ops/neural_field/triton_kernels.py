@@ -332,7 +332,8 @@ def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
                 )  # fmt: skip
                 if call.residual:
                     grad_gains += gains_partials[:now].sum(0)
-    grad_out_gain, grad_out_weight, by_pixel = sums.split(sizes)
+    # Copies: an output of an op must not be a view of a larger tensor.
+    grad_out_gain, grad_out_weight, by_pixel = (part.clone() for part in sums.split(sizes))
     if not call.residual:
         grad_gains, grad_out_gain = call.gains, call.out_gain
     found = (

@@ -89,7 +89,7 @@ def test_vanilla_gradcheck(backend, reduction):
     )
 
 
-@pytest.mark.many_forms(4)
+@pytest.mark.many_forms(3)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_any_strides_give_the_same(backend, dtype, reduction, codes19):
@@ -156,7 +156,7 @@ def test_bitwise_repeatable_over_threads(backend, codes19):
             results.append(fk.flow_loss(x, source, labels, t, codes19))
     finally:
         torch.set_num_threads(threads)
-    if backend == "cpu":
+    if backend != "reference":
         assert results[0] == results[1] == results[2]
     torch.testing.assert_close(results[0], results[2])
 

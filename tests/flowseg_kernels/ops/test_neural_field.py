@@ -326,7 +326,7 @@ def test_chunks_compile_whole_cast_and_honour_frozen_inputs(brief):
     decoder.requires_grad_(False)
     (grad,) = torch.autograd.grad(decoder(x.detach(), s).sin().sum(), s)
     torch.testing.assert_close(grad, grads[1][0], rtol=1e-4, atol=1e-4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         outs = decoder(x, s), whole(x, s)
     assert outs[0].dtype == outs[1].dtype == torch.bfloat16
     for a, b in zip(*(torch.autograd.grad(v.float().sin().sum(), [x, s]) for v in outs)):

@@ -1,4 +1,6 @@
-"""Every Triton kernel compiles ahead of time for every target, without spills, within a budget of registers and instructions.
+"""Every Triton kernel compiles ahead of time for every target, without spills, within a budget of instructions.
+
+Registers are bounded by maxnreg itself: what is left to check is that nothing spills for it.
 
 `pytest tests/flowseg_kernels/static --every-variant` compiles every variant for every target (minutes); by default all
 variants are compiled for sm_90 and one of each kernel for the others.
@@ -59,8 +61,8 @@ def assert_no_spills(kernel, target):
 def instructions_a_candidate(kernel, mark, loop_mark):
     """Instructions for each `mark` (one a pixel and centroid) in the loop that has most of `loop_mark`.
 
-    Where the loop goes one of two ways, with or without the search for a pixel's own class, the longer way is left out: only
-    runs of centroids that hold the class of one of the block's pixels go it.
+    Where the loop goes one of two ways, with the search for a pixel's own class (runs of centroids that hold the class of one of
+    the block's pixels) or without: those of the shorter way, and of the longer.
     """
     (code,) = sass.disassemble(kernel.asm["cubin"]).values()
     loop = max(sass.loops(code), key=lambda loop: sum(loop_mark in i.text for i in loop.body) - len(loop) / 1e6)
@@ -74,18 +76,15 @@ def instructions_a_candidate(kernel, mark, loop_mark):
             blocks.append([])
     marks = [sum(mark in i.text for i in block) for block in blocks]
     ways = [k for k, n in enumerate(marks) if n > max(marks) / 2]
-    if len(ways) > 1:
-        slower = max(ways, key=lambda k: len(blocks[k]))
-        del blocks[slower], marks[slower]
-    return sum(map(len, blocks)) / sum(marks)
+    lengths, counts = sum(map(len, blocks)), sum(marks)
+    if len(ways) == 1:
+        return [lengths / counts] * 2
+    return sorted((lengths - len(blocks[k])) / (counts - marks[k]) for k in ways)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_compiles_for_sm_90_without_spills_within_its_registers(name):
-    kernel = compiled(name, "sm_90")
-    assert_no_spills(kernel, "sm_90")
-    (used,) = sass.resources(kernel.asm["cubin"]).values()
-    assert used["REG"] <= BUDGET["registers"][VARIANTS[name].kernel.__name__]
+def test_compiles_for_sm_90_without_spills(name):
+    assert_no_spills(compiled(name, "sm_90"), "sm_90")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -98,5 +97,5 @@ def test_every_kernel_compiles_for_every_target(target, request):
 @pytest.mark.parametrize("name", BUDGET["instructions"])
 def test_inner_loop_within_its_instructions(name):
     budget = BUDGET["instructions"][name]
-    count = instructions_a_candidate(compiled(name, "sm_90"), budget["mark"], budget["loop_mark"])
-    assert count <= budget["most"], count
+    shorter, longer = instructions_a_candidate(compiled(name, "sm_90"), budget["mark"], budget["loop_mark"])
+    assert shorter <= budget["most"] and longer <= budget["most_with_own_class"], (shorter, longer)
