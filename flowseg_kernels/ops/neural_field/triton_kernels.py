@@ -335,7 +335,7 @@ def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
     # Copies: an output of an op must not be a view of a larger tensor.
     grad_out_gain, grad_out_weight, by_pixel = (part.clone() for part in sums.split(sizes))
     if not call.residual:
-        grad_gains, grad_out_gain = call.gains, call.out_gain
+        grad_gains, grad_out_gain = torch.zeros_like(call.gains), torch.zeros_like(call.out_gain)
     found = (
         grad_x,
         grad_weights,
