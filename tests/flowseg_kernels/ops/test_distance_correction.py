@@ -57,12 +57,13 @@ def test_fp32_error_is_at_most_twice_plain_pytorch(backend, transform, tau, spre
     assert largest_error(got, exact) <= max(2 * largest_error(plain, exact), floor)
 
 
+@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_error_is_at_most_twice_plain_pytorch(backend, dtype, codes150):
+def test_half_precision_error_is_at_most_twice_plain_pytorch(backend, dtype, transform, codes150):
     x, _, labels, _ = image_batch(codes150.centroids, 1, 40, 48, 0.1, dtype)
-    exact = exact_correction(x, labels, codes150.centroids, eps=codes150.default_eps)
-    plain = naive_correction(x, labels, codes150.centroids, eps=codes150.default_eps)
-    got = fk.distance_correction(x, labels, codes150)
+    exact = exact_correction(x, labels, codes150.centroids, eps=codes150.default_eps, transform=transform)
+    plain = naive_correction(x, labels, codes150.centroids, eps=codes150.default_eps, transform=transform)
+    got = fk.distance_correction(x, labels, codes150, transform=transform)
     assert got.dtype == dtype
     assert largest_error(got, exact) <= 2 * largest_error(plain, exact)
     # And no more than rounding the exact answer to the dtype costs.

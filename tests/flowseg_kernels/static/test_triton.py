@@ -99,3 +99,14 @@ def test_inner_loop_within_its_instructions(name):
     budget = BUDGET["instructions"][name]
     shorter, longer = instructions_a_candidate(compiled(name, "sm_90"), budget["mark"], budget["loop_mark"])
     assert shorter <= budget["most"] and longer <= budget["most_with_own_class"], (shorter, longer)
+
+
+@pytest.mark.parametrize("name", FIRST_OF_KERNEL.values())
+def test_new_shapes_do_not_recompile(name):
+    """Triton compiles anew when a size becomes 1 or a multiple of 16, unless told not to look at it."""
+    kernel = VARIANTS[name].kernel
+    sizes = [
+        p for p in kernel.params if VARIANTS[name].signature[p.name] in ("i32", "i64", "fp32") and not p.is_constexpr
+    ]
+    assert sizes or "second stage" in name
+    assert all(p.do_not_specialize for p in sizes), [p.name for p in sizes if not p.do_not_specialize]
