@@ -216,6 +216,20 @@ def predict(
         raise typer.Exit(1)
 
 
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="YAML with arms, seeds and steps.")],
+    out: Annotated[Path, typer.Option(help="Folder of the study; finished runs in it are kept.")],
+    root: Annotated[Optional[Path], typer.Option(help="Folder of the data.")] = None,  # noqa: UP045
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, sharing the cores.")] = 1,
+) -> None:
+    """Train and score many settings over several seeds; write one table and one picture."""
+    from flowseg.study import load_study, run_study
+
+    table = run_study(load_study(file), out, root=root, jobs=jobs, console=Console(stderr=True))
+    typer.echo(table.read_text())
+
+
 def _absolute(path: Path | None) -> str | None:
     # The run folder keeps the settings; a relative root would only hold from one working directory.
     return None if path is None else str(path.resolve())

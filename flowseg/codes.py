@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from flowseg.config import CodesConfig
+from flowseg.errors import UserError
 from flowseg_kernels import Codebook, grid_centroids, kronecker_centroids
 
 IGNORE_INDEX = 255
@@ -10,7 +13,14 @@ IGNORE_INDEX = 255
 
 def build_codebook(codes: CodesConfig, num_classes: int) -> Codebook:
     """Centroids ``(num_classes, C)`` in [-1, 1] by the configured sequence, with ignore index 255."""
-    if codes.sequence == "grid":
+    if codes.sequence == "one_hot":
+        if codes.channels != num_classes:
+            raise UserError(
+                f"codes.channels must be the number of classes, {num_classes}, when codes.sequence is 'one_hot', got "
+                f"{codes.channels}; add --set codes.channels={num_classes}"
+            )
+        centroids = 2 * torch.eye(num_classes) - 1
+    elif codes.sequence == "grid":
         centroids = grid_centroids(num_classes, codes.channels)
     else:
         centroids = kronecker_centroids(num_classes, codes.channels, sequence=codes.sequence)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +14,9 @@ from flowseg.errors import UserError
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+Parsed = TypeVar("Parsed", bound="Section")
 
 
 class Section(BaseModel):
@@ -43,7 +46,8 @@ class CodesConfig(Section):
     """The points in code space that stand for the classes."""
 
     channels: Count = 3
-    sequence: Literal["sqrt_primes", "r_sequence", "searched", "grid"] = "sqrt_primes"
+    sequence: Literal["sqrt_primes", "r_sequence", "searched", "grid", "one_hot"] = "sqrt_primes"
+    """``one_hot``: a channel a class (``channels`` must be their number); nearest code and largest channel agree."""
 
 
 class FlowConfig(Section):
@@ -65,6 +69,9 @@ class FlowConfig(Section):
 class LossConfig(Section):
     """The distance-aware correction; weight 0 is plain flow matching."""
 
+    kind: Literal["flow", "cross_entropy"] = "flow"
+    """``cross_entropy`` reads the prediction's channels as class scores: a softmax head on the same network, the
+    yardstick of a study. Wants ``codes.sequence=one_hot``, ``flow.zero_fraction=1`` and ``sample.steps=1``."""
     correction_weight: Annotated[float, Field(ge=0.0)] = 1.0
     schedule: Literal["static", "annealed"] = "static"
     temperature: Positive = 1.0
@@ -175,6 +182,16 @@ class Config(Section):
                 "model.condition_on_image must be true when flow.source is 'noise': "
                 "the network would never see the image"
             )
+        if self.loss.kind == "cross_entropy":
+            wanted = {"codes.sequence": "one_hot", "flow.predicts": "endpoint", "flow.zero_fraction": 1.0}
+            for key, value in (wanted | {"sample.steps": 1}).items():
+                section, leaf = key.split(".")
+                given = getattr(getattr(self, section), leaf)
+                if given != value:
+                    raise ValueError(
+                        f"{key} must be {value} when loss.kind is 'cross_entropy' (a softmax head has no flow to "
+                        f"follow), got {given}; add --set {key}={value}"
+                    )
         return self
 
 
@@ -210,10 +227,15 @@ def load_config(
 
 def config_from_tree(tree: dict[str, Any], origin: str = "settings") -> Config:
     """Validate a nested dictionary; errors become one :class:`UserError` line."""
+    return parse_section(Config, tree, origin)
+
+
+def parse_section(section: type[Parsed], tree: dict[str, Any], origin: str) -> Parsed:
+    """Validate ``tree`` as a ``section``; errors become one :class:`UserError` line."""
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: {_explain(error)}") from None
+        raise UserError(f"{origin}: {_explain(error, section)}") from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -254,12 +276,13 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     node[leaf] = value
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, section: type[Section]) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        return f"unknown setting {key!r}; did you mean {_nearest(key)!r}?"
+        near = _nearest(key) if section is Config else _closest(key, list(section.model_fields))
+        return f"unknown setting {key!r}; did you mean {near!r}?"
     message = first["msg"].removeprefix("Value error, ")
     if not key or first["type"] == "value_error":
         return message if not key or "." in message.split(" ")[0] else f"{key}: {message}"
@@ -286,4 +309,8 @@ def _nearest(key: str) -> str:
         close = difflib.get_close_matches(leaf, list(names), n=1, cutoff=0.5)
         if close:
             return names[close[0]]
-    return difflib.get_close_matches(key, keys, n=1, cutoff=0.0)[0]
+    return _closest(key, keys)
+
+
+def _closest(name: str, names: list[str]) -> str:
+    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint, save_weights
-from flowseg.codes import build_codebook
+from flowseg.codes import IGNORE_INDEX, build_codebook
 from flowseg.config import Config, OptimConfig, save_config
 from flowseg.data import open_data, training_batches
 from flowseg.errors import UserError
@@ -95,6 +96,11 @@ def flow_step(
     x_t = flow_interpolate(source, labels, t, codebook)
     # The correction weighs distances to codes, so the loss is taken in float32 whatever autocast gave.
     prediction = model(x_t, t, images if config.model.condition_on_image else None).float()
+    parts = {"prediction": prediction.detach(), "source": source, "labels": labels, "t": t}
+    if loss.kind == "cross_entropy":
+        total = F.cross_entropy(prediction, labels.long(), ignore_index=IGNORE_INDEX, reduction="sum")
+        # The mean over an all-ignored batch is 0 here, as flow_loss has it.
+        return total / (labels != IGNORE_INDEX).sum().clamp(min=1), parts
     value = flow_loss(
         prediction,
         source,
@@ -110,7 +116,7 @@ def flow_step(
         transform=loss.transform,
         max_norm=loss.max_norm,
     )
-    return value, {"prediction": prediction.detach(), "source": source, "labels": labels, "t": t}
+    return value, parts
 
 
 @torch.no_grad()
