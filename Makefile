@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 SOURCES := $(shell find csrc build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') setup.py pyproject.toml
 
-.PHONY: install demo test test-library test-kernels lint format bench bench-compare gpu-report clean
+.PHONY: install demo docs figures test test-library test-kernels lint format bench bench-compare gpu-report clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,15 @@ test-kernels:
 	  tests/flowseg_kernels/ops tests/flowseg_kernels/test_contract.py tests/test_last.py
 	FLOWSEG_REQUIRE_EMULATION=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/flowseg_kernels/cuda tests/flowseg_kernels/static
 
+# The site, in build/docs; a warning (a link that leads nowhere, a name without an entry) is an error. 20 s.
+docs: $(VENV)/.docs
+	$(RUN) -m sphinx -b html -E -W --keep-going -q docs build/docs
+	@echo "open build/docs/index.html"
+
+# Draws the pictures of docs/method.md anew, from our own ops.
+figures: install
+	$(RUN) -m docs.figures
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,6 +80,10 @@ gpu-report:
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --editable '.[bench]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 clean:

@@ -136,10 +136,16 @@ def grid_centroids(
 ) -> Tensor:
     """Centroids on the smallest regular grid over [-1, 1]^C with at least K points, K of them taken evenly in order.
 
-    Args and raises as in kronecker_centroids. Smallest distance at K = 150, C = 3: 0.400.
+    Args:
+        num_classes: K, 1 to 65536.
+        channels: C, at least 1.
+        dtype, device: as in kronecker_centroids.
 
     Returns:
-        (K, C) tensor in [-1, 1].
+        (K, C) tensor in [-1, 1]. Smallest distance at K = 150, C = 3: 0.400.
+
+    Raises:
+        ValueError: for a count outside those.
     """
     _check_counts(num_classes, channels)
     side = 1

@@ -88,8 +88,8 @@ class NeuralFieldDecoder(nn.Module):
         patch_chunk: generate the weights of at most about so many patches at a time (whole rows of patches, at least one) and
             again in backward: memory for generated weights is that of one chunk. None (default): of all patches at once.
 
-    Parameter names are PixNerd's (x_embedder.embedder.0, blocks.I.param_generator1, blocks.I.norm, final_layer.norm,
-    final_layer.linear), so `load_pixnerd` takes its state dict. The last layer starts at zero: so does the output.
+    Parameter names follow PixNerd's (x_embedder.embedder.0, blocks.I.param_generator1, blocks.I.norm, final_layer.norm,
+    final_layer.linear), and `load_pixnerd` takes its state dict. The last layer starts at zero: so does the output.
     """
 
     def __init__(
@@ -154,12 +154,15 @@ class NeuralFieldDecoder(nn.Module):
             return functional.neural_field(x, generate(s, generators), *shared, **options)
         return chunked_field(self.patch_chunk, x, s, shared, generators, options)
 
-    def load_pixnerd(self, state_dict: dict[str, Tensor], *, first_block: int) -> None:
+    def load_pixnerd(self, state_dict: dict[str, Tensor], *, first_block: int, prefix: str = "") -> None:
         """Load x_embedder, the field blocks and final_layer from a PixNerd state dict, in which every block is `blocks.I`.
+
+        PixNerd keeps the generator of a block as the only layer of a Sequential, `param_generator1.0`; both names are read.
 
         Args:
             state_dict: of the whole PixNerd model, or of these layers.
             first_block: index in it of the first field block (22 for L/16, 26 for XL/16).
+            prefix: of all names in it, such as "ema_denoiser." in a training checkpoint of PixNerd.
 
         Raises:
             KeyError: naming the missing keys.
@@ -172,10 +175,12 @@ class NeuralFieldDecoder(nn.Module):
             if name.startswith("blocks."):
                 _, index, rest = name.split(".", 2)
                 theirs = f"blocks.{first_block + int(index)}.{rest}"
-            if theirs in state_dict:
-                own[name] = state_dict[theirs]
+            wrapped = theirs.replace("param_generator1.", "param_generator1.0.")
+            found = next((key for key in (prefix + theirs, prefix + wrapped) if key in state_dict), None)
+            if found is None:
+                missing.append(prefix + wrapped)
             else:
-                missing.append(theirs)
+                own[name] = state_dict[found]
         if missing:
             raise KeyError(f"state_dict: wanted the keys {', '.join(missing)}; they are not in it")
         self.load_state_dict(own)

@@ -345,7 +345,9 @@ def test_a_denser_grid_agrees_where_points_are_shared(backend):
     torch.testing.assert_close(fine.view(dense.shape)[:, :, :, ::2, :, ::2].reshape(coarse.shape), coarse)
 
 
-def test_decoder_starts_at_zero_and_loads_pixnerd():
+@pytest.mark.parametrize("generator", ["param_generator1.0", "param_generator1"])
+@pytest.mark.parametrize("prefix", ["", "ema_denoiser."])
+def test_decoder_starts_at_zero_and_loads_pixnerd(prefix, generator):
     decoder = fk.NeuralFieldDecoder(10, hidden=8, depth=2, patch_size=4, max_freqs=2)
     x, s = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 10)
     assert decoder(x, s).shape == x.shape and not decoder(x, s).any()
@@ -354,13 +356,13 @@ def test_decoder_starts_at_zero_and_loads_pixnerd():
         parts = name.split(".")
         if parts[0] == "blocks":
             parts[1] = str(int(parts[1]) + 22)
-        theirs[".".join(parts)] = torch.randn_like(value)
-    theirs["blocks.0.attn.qkv.weight"] = torch.zeros(1)
-    assert "blocks.22.param_generator1.weight" in theirs and "x_embedder.embedder.0.weight" in theirs
-    decoder.load_pixnerd(theirs, first_block=22)
-    assert torch.equal(decoder.blocks[1].norm.weight, theirs["blocks.23.norm.weight"]) and decoder(x, s).any()
-    with pytest.raises(KeyError, match=r"state_dict: wanted the keys blocks\.20\.param_generator1\.weight"):
-        decoder.load_pixnerd(theirs, first_block=20)
+        theirs[prefix + ".".join(parts).replace("param_generator1", generator)] = torch.randn_like(value)
+    theirs[prefix + "blocks.0.attn.qkv.weight"] = torch.zeros(1)
+    decoder.load_pixnerd(theirs, first_block=22, prefix=prefix)
+    assert torch.equal(decoder.blocks[1].norm.weight, theirs[prefix + "blocks.23.norm.weight"]) and decoder(x, s).any()
+    assert torch.equal(decoder.blocks[0].param_generator1.bias, theirs[f"{prefix}blocks.22.{generator}.bias"])
+    with pytest.raises(KeyError, match=rf"state_dict: wanted the keys {prefix}blocks\.20\.param_generator1\.0\.weight"):
+        decoder.load_pixnerd(theirs, first_block=20, prefix=prefix)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""Sphinx settings: `make docs` builds the site from the same Markdown that is read on GitHub; a warning is an error.
+
+Nothing is fetched when a page is viewed: fonts are the system's, formulas become MathML while building.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from latex2mathml.converter import convert
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from flowseg_kernels import __version__  # noqa: E402
+
+project, author, release = "FlowSeg", "The FlowSeg authors", __version__
+copyright = "The FlowSeg authors, Apache-2.0"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
+
+root_doc = "README"
+html_theme = "furo"
+html_title = f"FlowSeg {release}"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_additional_pages = {"index": "redirect.html"}
+templates_path = ["static"]
+html_show_sphinx = False
+html_copy_source = False
+keep_warnings = True
+
+myst_enable_extensions = ["dollarmath"]
+myst_fence_as_directive = ["math"]
+myst_heading_anchors = 3
+html_math_renderer = "mathml"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True}
+# A colon in "Returns" is punctuation, not the end of a type.
+napoleon_custom_sections = [("Returns", "as text")]
+copybutton_prompt_text = ">>> |\\.\\.\\. "
+copybutton_prompt_is_regexp = True
+
+#: The side bar: titles and the pages below them. README.md stays free of directives, as it is read on GitHub too.
+NAVIGATION = {
+    "Start": ["installing", "method", "codes"],
+    "Guides": ["guides/drop_in", "guides/pixnerd", "guides/training", "guides/adding_an_op"],
+    "Ops": [
+        "ops/flow_interpolate",
+        "ops/distance_correction",
+        "ops/flow_loss",
+        "ops/nearest_centroid",
+        "ops/decode_confusion",
+        "ops/neural_field",
+    ],
+    "Reference": ["api/flowseg_kernels", "api/flowseg", "api/command_line", "environment", "troubleshooting"],
+    "Results": ["results/camvid", "notes/performance"],
+}
+
+
+def _add_navigation(app, docname, source):
+    if docname == root_doc:
+        for title, pages in NAVIGATION.items():
+            source[0] += "\n".join(["", "```{toctree}", ":hidden:", f":caption: {title}", "", *pages, "```", ""])
+
+
+def _add_options(app, docname, source):
+    if docname != "api/command_line":
+        return
+    import typer
+
+    from flowseg.cli import app as command_line
+
+    for name, command in typer.main.get_command(command_line).commands.items():
+        source[0] += f"\n## flowseg {name}\n\n{command.help}\n\n| option | default | meaning |\n|---|---|---|\n"
+        for option in command.params:
+            default = (
+                "required" if option.required else "" if option.default in (None, False, []) else f"`{option.default}`"
+            )
+            shown = " ".join(option.opts) if option.param_type_name == "option" else option.name.upper()
+            source[0] += f"| `{shown}` | {default} | {option.help} |\n"
+
+
+def _plain(app, what, name, obj, options, lines):
+    """Docstrings are plain text, in which |x| is a norm; reStructuredText would look for a substitution."""
+    lines[:] = [re.sub(r"(?<![`\\])\|", r"\\|", line) if "``" not in line else line for line in lines]
+
+
+def _mathml(self, node):
+    """MathML, which browsers draw by themselves."""
+    block = node.tagname == "math_block"
+    formula = convert(node.astext(), display="block" if block else "inline")
+    self.body.append(f'<div class="formula">{formula}</div>' if block else formula)
+    raise nodes.SkipNode
+
+
+def setup(app):
+    app.connect("source-read", _add_navigation)
+    app.connect("source-read", _add_options)
+    app.connect("autodoc-process-docstring", _plain, priority=400)
+    app.add_html_math_renderer("mathml", (_mathml, None), (_mathml, None))
+    return {"parallel_read_safe": True}

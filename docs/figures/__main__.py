@@ -1,0 +1,10 @@
+"""Draw the pictures that are named, or all."""
+
+import sys
+
+from . import convergence, correction, decoding, path
+
+DRAWN = {"path": path.draw, "correction": correction.draw, "decoding": decoding.draw, "convergence": convergence.draw}
+
+for name in sys.argv[1:] or DRAWN:
+    DRAWN[name]()
