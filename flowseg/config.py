@@ -23,11 +23,19 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The network. ``size`` names a preset; every other field but two overrides one number of that preset."""
+    """The network. ``size`` names a preset; the fields that default to ``None`` each override one number of it."""
 
     size: str = "nano"
     condition_on_image: bool = True
     """Concatenate the image to ``x_t`` at the patch embedding."""
+    pixnerd: Path | None = None
+    """A PixNerd checkpoint to start from (``flowseg/model/pixnerd.py``)."""
+    compile: bool = False
+    """Compile the network with ``torch.compile``, as one graph."""
+    activation_checkpointing: bool = False
+    """Compute each block again in backward: less memory, about a third more time."""
+    field_chunk: Count | None = None
+    """Generate neural-field weights of about so many patches at a time (less memory); ``None``: of all at once."""
     patch_size: Count | None = None
     dim: Count | None = None
     heads: Count | None = None
