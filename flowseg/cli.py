@@ -33,6 +33,10 @@ class DataName(str, Enum):
 
     digits = "digits"
     camvid = "camvid"
+    ade20k = "ade20k"
+    cocostuff = "cocostuff"
+    cityscapes = "cityscapes"
+    voc = "voc"
     folder = "folder"
 
 

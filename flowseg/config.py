@@ -87,12 +87,15 @@ class LossConfig(Section):
 class DataConfig(Section):
     """Where images and labels come from, and the size the network sees."""
 
-    name: Literal["digits", "camvid", "folder"] = "digits"
+    name: Literal["digits", "camvid", "ade20k", "cocostuff", "cityscapes", "voc", "folder"] = "digits"
     root: Path | None = None
     height: Count = 64
     width: Count = 64
-    train_split: str = "train"
-    val_split: str = "val"
+    train_split: str | None = None
+    """The data set's own name of the split; ``None``: its usual one, such as ``training`` of ADE20K."""
+    val_split: str | None = None
+    check: Literal["full", "headers", "none"] | None = None
+    """What to look at before training: label values, sizes, or nothing; ``None``: values up to 6000 pairs, then sizes."""
     classes: list[str] | None = None
     palette: list[tuple[int, int, int]] | None = None
     ignore: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
@@ -102,6 +105,10 @@ class DataConfig(Section):
     flip: bool = False
     color_jitter: Fraction = 0.0
     """Largest relative change of brightness and of contrast in training."""
+    photometric: bool = False
+    """Random brightness, contrast, saturation and hue, each in half of the examples, as is usual for segmentation."""
+    max_class_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Draw a crop again, up to ten times, while one class covers more than this of its labelled pixels."""
     workers: Annotated[int, Field(ge=0)] = 0
     digits_train: Count = 4000
     """Scenes of one pass over the embedded data."""

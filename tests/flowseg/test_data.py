@@ -164,6 +164,16 @@ def test_batches_depend_on_seed_and_place_alone():
         assert torch.equal(ours[0], theirs[0])
 
 
+def test_a_broken_file_is_named_by_a_worker_too(folder_data):
+    config = DataConfig(**folder_section(folder_data), check="none", workers=1)
+    (folder_data / "labels" / "train" / "b.png").write_bytes(b"no")
+    with pytest.raises(UserError) as error:
+        next(training_batches(open_data(config).train, config, 4, seed=0))
+    assert (
+        str(error.value).startswith(f"{folder_data}") and "\n" not in str(error.value) and "b.png" in str(error.value)
+    )
+
+
 def test_worker_processes_change_nothing():
     config = tiny_config()
     pairs = open_data(config.data).train
