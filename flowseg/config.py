@@ -157,10 +157,20 @@ class TrainConfig(Section):
 
 
 class SampleConfig(Section):
-    """The ODE solver from source to code field, and how the field reaches native resolution."""
+    """The ODE solver from source to code field, the views of an image, and how the result reaches native resolution."""
 
     method: Literal["euler", "heun", "midpoint"] = "euler"
     steps: Annotated[int, Field(ge=1, le=100)] = 2
+    resize: Literal["fit", "cover", "native"] = "fit"
+    """Size at which an image is seen: inside the training size, covering it, or its own; padded to whole patches."""
+    window: Literal["whole", "slide"] = "whole"
+    """The whole image at once, or windows of the training size whose class probabilities are averaged."""
+    stride: Annotated[float, Field(gt=0.0, le=1.0)] = 2 / 3
+    """Distance of the windows as a share of their size."""
+    flip: bool = False
+    """Also segment the mirrored image and average."""
+    scales: Annotated[list[Positive], Field(min_length=1)] = [1.0]
+    """Segment at each of these multiples of the size and average."""
     upsample: Literal["codes", "labels", "probabilities"] = "labels"
     weights: Literal["ema", "model"] = "ema"
     batch_size: Count = 16

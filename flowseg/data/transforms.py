@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from flowseg.codes import IGNORE_INDEX
 from flowseg.config import DataConfig
+from flowseg.views import pad_to
 
 # How often a crop is drawn when one class covers too much of it.
 CROP_TRIES = 10
@@ -112,25 +112,23 @@ def _window(native: int, wanted: int, scale: float, offset: float) -> tuple[floa
     return 0.0, float(native), int(offset * (wanted - paste + 1)), paste
 
 
-def model_size(native: tuple[int, int], config: DataConfig) -> tuple[int, int]:
-    """Size ``(h, w)`` at which the network sees an image of ``native`` ``(H, W)``: the largest with its proportions
-    that fits the training size.
+def model_size(native: tuple[int, int], config: DataConfig, resize: str = "fit", scale: float = 1.0) -> tuple[int, int]:
+    """Size ``(h, w)`` at which the network sees an image of ``native`` ``(H, W)``, with its proportions.
+
+    ``"fit"``: the largest inside the training size; ``"cover"``: the smallest that covers it, as in training;
+    ``"native"``: its own. ``scale`` multiplies it.
     """
-    scale = min(config.height / native[0], config.width / native[1])
+    ratios = config.height / native[0], config.width / native[1]
+    scale *= {"fit": min(ratios), "cover": max(ratios), "native": 1.0}[resize]
     return max(1, round(native[0] * scale)), max(1, round(native[1] * scale))
 
 
-def prepare(image: Image.Image, config: DataConfig, patch_size: int) -> tuple[Tensor, tuple[int, int]]:
-    """An image for inference: resized to :func:`model_size`, then padded at the right and bottom to whole patches.
-
-    The padding repeats the edge, which looks less like an object than a black bar does.
+def prepare(image: Image.Image, size: tuple[int, int], patch_size: int) -> Tensor:
+    """An image for inference: resized to ``size`` ``(h, w)``, its edge repeated up to whole patches.
 
     Returns:
-        ``(3, h', w')`` float32 in [-1, 1], and ``(h, w)``, the part of it that is image.
+        ``(3, h', w')`` float32 in [-1, 1].
     """
-    height, width = model_size(image.size[::-1], config)
-    pixels = to_tensor(image.resize((width, height), BILINEAR))
-    pad_w, pad_h = -width % patch_size, -height % patch_size
-    if pad_w or pad_h:
-        pixels = F.pad(pixels[None], (0, pad_w, 0, pad_h), mode="replicate")[0]
-    return pixels, (height, width)
+    height, width = size
+    pixels = to_tensor(image if image.size == (width, height) else image.resize((width, height), BILINEAR))
+    return pad_to(pixels, height + -height % patch_size, width + -width % patch_size)

@@ -138,11 +138,11 @@ def test_augmentation_keeps_pixels_and_labels_together(scales):
 
 def test_inference_size_keeps_proportions_and_pads_to_patches():
     config = DataConfig(height=64, width=64)
-    assert model_size((30, 60), config) == (32, 64)
-    pixels, (height, width) = prepare(Image.new("RGB", (100, 37), (255, 0, 0)), config, 8)
-    assert (height, width) == (24, 64) and pixels.shape == (3, 24, 64)
-    pixels, size = prepare(Image.new("RGB", (61, 64), (255, 0, 0)), config, 8)
-    assert size == (64, 61) and pixels.shape == (3, 64, 64) and (pixels[0] == 1).all() and (pixels[1] == -1).all()
+    assert model_size((30, 60), config) == (32, 64) and model_size((37, 100), config) == (24, 64)
+    assert model_size((30, 60), config, "cover") == (64, 128) and model_size((30, 60), config, "native") == (30, 60)
+    assert model_size((30, 60), config, "fit", 1.5) == (48, 96)
+    pixels = prepare(Image.new("RGB", (61, 64), (255, 0, 0)), (64, 61), 8)
+    assert pixels.shape == (3, 64, 64) and (pixels[0] == 1).all() and (pixels[1] == -1).all()
 
 
 def test_batches_depend_on_seed_and_place_alone():
