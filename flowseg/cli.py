@@ -33,6 +33,10 @@ class DataName(str, Enum):
 
     digits = "digits"
     camvid = "camvid"
+    ade20k = "ade20k"
+    cocostuff = "cocostuff"
+    cityscapes = "cityscapes"
+    voc = "voc"
     folder = "folder"
 
 
@@ -145,21 +149,36 @@ def evaluate(
     json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write the scores here.")] = None,  # noqa: UP045
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Score a run on a split: mIoU, pixel accuracy, a table by class."""
+    """Score a run on a split: mIoU, pixel accuracy, a table by class. Under `accelerate launch` processes share the work."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import reduce
+
     from flowseg.checkpoint import read_run_config
     from flowseg.data import open_data
     from flowseg.evaluate import chosen_indices
     from flowseg.evaluate import evaluate as score
     from flowseg.segment import Segmenter
 
+    state = PartialState(cpu=not torch.accelerator.is_available())
     settings = read_run_config(
         run, sets, {"data.root": _absolute(root), "sample.steps": steps, "sample.method": method}
     )
     data = open_data(settings.data, (split.value,), seed=settings.train.seed)
     pairs = data.train if split is Split.train else data.val
     segmenter = Segmenter.from_run(run, settings, checkpoint)
-    with _bar("evaluate", len(chosen_indices(len(pairs), limit))) as advance:
-        scores = score(segmenter, pairs, limit=limit, on_batch=advance)
+    with _bar("evaluate", len(chosen_indices(len(pairs), limit)), shown=state.is_main_process) as advance:
+        scores = score(
+            segmenter,
+            pairs,
+            limit=limit,
+            on_batch=lambda count: advance(count * state.num_processes),
+            rank=state.process_index,
+            world=state.num_processes,
+            add_up=reduce if state.num_processes > 1 else None,
+        )
+    if not state.is_main_process:
+        return
     table = Table("class", "IoU %", title=f"{run} on {split.value} ({scores.images} images)")
     for name, value in zip(data.labels.classes, scores.iou):
         table.add_row(name, "absent" if value is None else f"{value:.2f}")
@@ -235,7 +254,7 @@ def _absolute(path: Path | None) -> str | None:
     return None if path is None else str(path.resolve())
 
 
-def _bar(title: str, total: int):
+def _bar(title: str, total: int, shown: bool = True):
     """A progress bar as a context manager that gives ``advance(count)``."""
     import contextlib
 
@@ -243,7 +262,7 @@ def _bar(title: str, total: int):
 
     @contextlib.contextmanager
     def bar():
-        with Progress(console=Console(stderr=True)) as progress:
+        with Progress(console=Console(stderr=True), disable=not shown) as progress:
             task = progress.add_task(title, total=total)
             yield lambda count: progress.advance(task, count)
 

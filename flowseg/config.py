@@ -26,11 +26,19 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The network. ``size`` names a preset; every other field but two overrides one number of that preset."""
+    """The network. ``size`` names a preset; the fields that default to ``None`` each override one number of it."""
 
     size: str = "nano"
     condition_on_image: bool = True
     """Concatenate the image to ``x_t`` at the patch embedding."""
+    pixnerd: Path | None = None
+    """A PixNerd checkpoint to start from (``flowseg/model/pixnerd.py``)."""
+    compile: bool = False
+    """Compile the network with ``torch.compile``, as one graph."""
+    activation_checkpointing: bool = False
+    """Compute each block again in backward: less memory, about a third more time."""
+    field_chunk: Count | None = None
+    """Generate neural-field weights of about so many patches at a time (less memory); ``None``: of all at once."""
     patch_size: Count | None = None
     dim: Count | None = None
     heads: Count | None = None
@@ -86,12 +94,15 @@ class LossConfig(Section):
 class DataConfig(Section):
     """Where images and labels come from, and the size the network sees."""
 
-    name: Literal["digits", "camvid", "folder"] = "digits"
+    name: Literal["digits", "camvid", "ade20k", "cocostuff", "cityscapes", "voc", "folder"] = "digits"
     root: Path | None = None
     height: Count = 64
     width: Count = 64
-    train_split: str = "train"
-    val_split: str = "val"
+    train_split: str | None = None
+    """The data set's own name of the split; ``None``: its usual one, such as ``training`` of ADE20K."""
+    val_split: str | None = None
+    check: Literal["full", "headers", "none"] | None = None
+    """What to look at before training: label values, sizes, or nothing; ``None``: values up to 6000 pairs, then sizes."""
     classes: list[str] | None = None
     palette: list[tuple[int, int, int]] | None = None
     ignore: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
@@ -101,6 +112,10 @@ class DataConfig(Section):
     flip: bool = False
     color_jitter: Fraction = 0.0
     """Largest relative change of brightness and of contrast in training."""
+    photometric: bool = False
+    """Random brightness, contrast, saturation and hue, each in half of the examples, as is usual for segmentation."""
+    max_class_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Draw a crop again, up to ten times, while one class covers more than this of its labelled pixels."""
     workers: Annotated[int, Field(ge=0)] = 0
     digits_train: Count = 4000
     """Scenes of one pass over the embedded data."""
@@ -149,10 +164,20 @@ class TrainConfig(Section):
 
 
 class SampleConfig(Section):
-    """The ODE solver from source to code field, and how the field reaches native resolution."""
+    """The ODE solver from source to code field, the views of an image, and how the result reaches native resolution."""
 
     method: Literal["euler", "heun", "midpoint"] = "euler"
     steps: Annotated[int, Field(ge=1, le=100)] = 2
+    resize: Literal["fit", "cover", "native"] = "fit"
+    """Size at which an image is seen: inside the training size, covering it, or its own; padded to whole patches."""
+    window: Literal["whole", "slide"] = "whole"
+    """The whole image at once, or windows of the training size whose class probabilities are averaged."""
+    stride: Annotated[float, Field(gt=0.0, le=1.0)] = 2 / 3
+    """Distance of the windows as a share of their size."""
+    flip: bool = False
+    """Also segment the mirrored image and average."""
+    scales: Annotated[list[Positive], Field(min_length=1)] = [1.0]
+    """Segment at each of these multiples of the size and average."""
     upsample: Literal["codes", "labels", "probabilities"] = "labels"
     weights: Literal["ema", "model"] = "ema"
     batch_size: Count = 16

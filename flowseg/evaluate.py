@@ -76,6 +76,9 @@ def evaluate(
     *,
     limit: int | None = None,
     on_batch: Callable[[int], None] | None = None,
+    rank: int = 0,
+    world: int = 1,
+    add_up: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
     """Segment a split and compare with its labels; label 255 is left out.
 
@@ -84,12 +87,15 @@ def evaluate(
         pairs: images and labels at native size.
         limit: only this many images, evenly spread over the split.
         on_batch: called with the number of images of each finished batch.
+        rank, world: this process among how many; each takes every ``world``-th image.
+        add_up: sums a tensor over the processes. Counts are summed, so the scores are those of one process: a mean of the
+            processes' mIoU would not be the mIoU.
     """
     classes = segmenter.codebook.num_classes
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     labelled = torch.zeros(classes, dtype=torch.int64)
     count = 0
-    for images, targets in _batches(pairs, limit, segmenter.config.sample.batch_size):
+    for images, targets in _batches(pairs, limit, segmenter.config.sample.batch_size, rank, world):
         field = segmenter.native_field(images)
         target = torch.from_numpy(np.stack([np.array(t, np.uint8) for t in targets])).to(field.device)
         confusion += decode_confusion(field, target, segmenter.codebook, ignore_index=IGNORE_INDEX).cpu()
@@ -97,6 +103,11 @@ def evaluate(
         count += len(images)
         if on_batch:
             on_batch(len(images))
+    if add_up:
+        sums = torch.cat([confusion.flatten(), labelled, torch.tensor([count])])
+        sums = add_up(sums.to(segmenter.device)).cpu()
+        confusion, labelled = sums[: classes**2].view(classes, classes), sums[classes**2 : -1]
+        count = int(sums[-1])
     # A pixel that is not a number is in no column of the matrix; a diverged network must not gain by it.
     return scores_from_confusion(confusion, count, labelled - confusion.sum(1))
 
@@ -108,11 +119,13 @@ def chosen_indices(size: int, limit: int | None) -> list[int]:
     return [round(i * (size - 1) / max(limit - 1, 1)) for i in range(limit)]
 
 
-def _batches(pairs: Pairs, limit: int | None, batch_size: int) -> Iterator[tuple[list[Image.Image], list[Image.Image]]]:
-    """Neighbouring pairs of equal size."""
+def _batches(
+    pairs: Pairs, limit: int | None, batch_size: int, rank: int, world: int
+) -> Iterator[tuple[list[Image.Image], list[Image.Image]]]:
+    """Neighbouring pairs of equal size, of this process's share."""
     images: list[Image.Image] = []
     targets: list[Image.Image] = []
-    for index in chosen_indices(len(pairs), limit):
+    for index in chosen_indices(len(pairs), limit)[rank::world]:
         image, target = pairs[index]
         if images and (len(images) == batch_size or image.size != images[0].size):
             yield images, targets

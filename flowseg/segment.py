@@ -15,9 +15,10 @@ from flowseg.checkpoint import find_weights, load_weights
 from flowseg.codes import build_codebook
 from flowseg.config import Config
 from flowseg.data.datasets import resolve_labels
-from flowseg.data.transforms import prepare
+from flowseg.data.transforms import model_size, prepare
 from flowseg.flow import integrate, make_source
 from flowseg.model import FlowSegModel, build_model
+from flowseg.views import class_probabilities, mean_over_windows, pad_to, resize_labels, windows
 from flowseg_kernels import Codebook, nearest_centroid
 
 
@@ -73,42 +74,87 @@ class Segmenter:
         self.model.train(was_training)
         return result
 
-    def prepare_batch(self, images: Sequence[Image.Image]) -> tuple[Tensor, tuple[int, int]]:
+    def prepare_batch(self, images: Sequence[Image.Image], scale: float = 1.0) -> tuple[Tensor, tuple[int, int]]:
         """Equal-sized images as one batch, and the part ``(h, w)`` of it that is image."""
-        prepared = [prepare(image, self.config.data, self.model.size.patch_size) for image in images]
-        return torch.stack([pixels for pixels, _ in prepared]), prepared[0][1]
+        size = model_size(images[0].size[::-1], self.config.data, self.config.sample.resize, scale)
+        return torch.stack([prepare(image, size, self.model.size.patch_size) for image in images]), size
 
     def native_field(self, images: Sequence[Image.Image]) -> Tensor:
         """Fields whose nearest codes are the labels at native resolution, for equal-sized images.
 
-        ``sample.upsample`` decides how: ``"codes"`` interpolates the code field bilinearly, ``"labels"`` repeats its
-        nearest pixel (the same labels as decoding first), ``"probabilities"`` interpolates class probabilities
-        ``1/(d_k + eps)``, normalised, and gives the code of the likeliest class.
+        With one view of an image ``sample.upsample`` decides how: ``"codes"`` interpolates the code field bilinearly,
+        ``"labels"`` repeats its nearest pixel (the same labels as decoding first), ``"probabilities"`` interpolates class
+        probabilities ``1/(d_k + eps)``, normalised, and gives the code of the likeliest class. Windows, mirrored images and
+        scales are averaged as probabilities: the mean of two codes is the code of neither class.
 
         Returns:
             ``(B, C, H, W)`` float32.
         """
-        pixels, (height, width) = self.prepare_batch(images)
+        sample = self.config.sample
         native = images[0].size[::-1]
+        if sample.window == "slide" or sample.flip or list(sample.scales) != [1.0]:
+            return torch.stack([self._as_codes(self._averaged(image), native) for image in images])
+        pixels, (height, width) = self.prepare_batch(images)
         field = self.sample(pixels)[..., :height, :width]
         if field.shape[-2:] == native:
             return field
-        mode = self.config.sample.upsample
-        if mode == "codes":
+        if sample.upsample == "codes":
             return F.interpolate(field, size=native, mode="bilinear", align_corners=False)
-        if mode == "labels":
+        if sample.upsample == "labels":
             return F.interpolate(field, size=native, mode="nearest-exact")
-        # One image at a time: K maps at native size are the largest arrays of the whole program.
-        return torch.cat([self._by_probability(one[None], native) for one in field])
+        return torch.stack([self._as_codes(self._probabilities(one[None])[0], native) for one in field])
 
-    def _by_probability(self, field: Tensor, native: tuple[int, int]) -> Tensor:
-        centroids = self.codebook.centroids
-        eps = self.config.loss.eps or 0.2 * self.codebook.min_distance**2
-        distance = (field[:, None] - centroids[None, :, :, None, None]).square().sum(2)
-        weight = 1 / (distance + eps)
-        weight = weight / weight.sum(1, keepdim=True)
-        labels = F.interpolate(weight, size=native, mode="bilinear", align_corners=False).argmax(1)
-        return centroids[labels].movedim(-1, 1)
+    def _probabilities(self, field: Tensor) -> Tensor:
+        return class_probabilities(field, self.codebook.centroids, self.config.loss.eps or self.codebook.default_eps)
+
+    def _averaged(self, image: Image.Image) -> Tensor:
+        """Mean class probabilities ``(K, h, w)`` of all views of one image, at the size of the first scale."""
+        sample = self.config.sample
+        total: Tensor | None = None
+        for scale in sample.scales:
+            pixels, (height, width) = self.prepare_batch([image], scale)
+            for mirrored in (False, True) if sample.flip else (False,):
+                # Mirrored before it is padded, so that the padding is at the same sides.
+                seen = pixels[0, :, :height, :width].flip(-1) if mirrored else pixels[0]
+                if sample.window == "slide":
+                    part = self._slide(seen[:, :height, :width])
+                else:
+                    seen = pad_to(seen, *pixels.shape[-2:])
+                    part = self._probabilities(self.sample(seen[None])[..., :height, :width])[0]
+                part = part.flip(-1) if mirrored else part
+                if total is None:
+                    total = part
+                elif part.shape == total.shape:
+                    total = total + part
+                else:
+                    total = total + F.interpolate(part[None], size=total.shape[-2:], mode="bilinear", antialias=True)[0]
+        return total / (len(sample.scales) * (1 + sample.flip))
+
+    def _slide(self, pixels: Tensor) -> Tensor:
+        """Mean class probabilities ``(K, h, w)`` of windows over ``pixels`` ``(3, h, w)``."""
+        data, sample = self.config.data, self.config.sample
+        height, width = pixels.shape[-2:]
+        window = data.height, data.width
+        stride = tuple(max(1, round(size * sample.stride)) for size in window)
+        padded = pad_to(pixels, *window)
+        places = windows(*padded.shape[-2:], window, stride)
+
+        def parts():
+            for first in range(0, len(places), sample.batch_size):
+                some = places[first : first + sample.batch_size]
+                batch = torch.stack([padded[:, rows, columns] for rows, columns in some])
+                yield from zip(some, self._probabilities(self.sample(batch)))
+
+        return mean_over_windows(parts(), *padded.shape[-2:])[:, :height, :width]
+
+    def _as_codes(self, probabilities: Tensor, native: tuple[int, int]) -> Tensor:
+        """Codes ``(C, H, W)`` of the likeliest classes at native size."""
+        if self.config.sample.upsample == "labels":
+            labels = probabilities.argmax(0)[None, None].float()
+            labels = F.interpolate(labels, size=native, mode="nearest-exact")[0, 0].long()
+        else:
+            labels = resize_labels(probabilities, native)
+        return self.codebook.centroids[labels].movedim(-1, 0)
 
     def labels(self, image: Image.Image, *, with_margin: bool = False):
         """Label map ``(H, W)`` uint8 of one image at its own size; with ``with_margin`` also the margin ``(H, W)``

@@ -31,7 +31,7 @@ from flowseg.errors import UserError
 from flowseg.evaluate import Scores, evaluate
 from flowseg.flow import make_source, sample_times
 from flowseg.memory import keep_freed_memory
-from flowseg.model import build_model
+from flowseg.model import build_model, load_pixnerd
 from flowseg.segment import Segmenter, autocast, default_device, resolve_precision
 from flowseg_kernels import Codebook, flow_interpolate, flow_loss
 
@@ -190,13 +190,19 @@ def train(
     codebook = build_codebook(config.codes, data.num_classes).to(accelerator.device)
     bare_model = build_model(config)
     _check_sizes(config, bare_model.size.patch_size)
+    if config.model.pixnerd and not resume:
+        report = load_pixnerd(bare_model, config.model.pixnerd)
+        if console:
+            console.print(f"{config.model.pixnerd}: {report}", highlight=False)
     bare_model.to(accelerator.device)
     ema = Ema(bare_model, config.optim.ema_decay)
     optim = config.optim
     optimizer = torch.optim.AdamW(
         bare_model.parameters(), lr=optim.lr, betas=(optim.beta1, optim.beta2), weight_decay=0.0, fused=True
     )
-    model, optimizer = accelerator.prepare(bare_model, optimizer)
+    # The compiled network shares its parameters with the bare one, which names them in checkpoints.
+    network = torch.compile(bare_model, fullgraph=True) if config.model.compile else bare_model
+    model, optimizer = accelerator.prepare(network, optimizer)
     state = TrainState()
     if resume:
         found = list_checkpoints(out)

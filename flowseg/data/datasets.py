@@ -11,7 +11,8 @@ from PIL import Image
 from flowseg.config import DataConfig
 from flowseg.data.digits import CELL, DigitScenes
 from flowseg.data.folder import FolderPairs
-from flowseg.data.presets import CAMVID, DIGITS, Labels, spread_palette
+from flowseg.data.layouts import SPLITS, find_pairs
+from flowseg.data.presets import PRESETS, Labels, spread_palette
 from flowseg.errors import UserError
 
 
@@ -44,7 +45,7 @@ def resolve_labels(config: DataConfig) -> Labels:
     Raises:
         UserError: no class names for a folder, repeated names, or a palette of another length.
     """
-    preset = {"camvid": CAMVID, "digits": DIGITS}.get(config.name)
+    preset = PRESETS.get(config.name)
     if config.name == "digits" and (config.classes or config.ignore or config.root):
         raise UserError("data.classes, data.ignore and data.root do not apply to digits; set data.name=folder")
     classes = config.classes or (preset.classes if preset else None)
@@ -56,27 +57,32 @@ def resolve_labels(config: DataConfig) -> Labels:
     if not 2 <= len(classes) <= 255:
         raise UserError(f"data.classes must hold 2 to 255 names, got {len(classes)}")
     ignore = config.ignore if config.ignore is not None else (preset.ignore if preset else ())
-    taken = [value for value in ignore if value < len(classes)]
+    values = preset.values if preset and preset.values and len(preset.values) == len(classes) else None
+    meaning = dict(zip(values or range(len(classes)), classes))
+    taken = [value for value in ignore if value in meaning]
     if taken:
-        raise UserError(f"data.ignore: value {taken[0]} is the class {classes[taken[0]]!r}")
+        raise UserError(f"data.ignore: value {taken[0]} is the class {meaning[taken[0]]!r}")
     palette = config.palette
     if palette is None:
         palette = preset.palette if preset and len(preset.palette) == len(classes) else spread_palette(len(classes))
     if len(palette) != len(classes):
         raise UserError(f"data.palette must hold one colour for each of {len(classes)} classes, got {len(palette)}")
-    return Labels(tuple(classes), tuple(tuple(color) for color in palette), tuple(ignore))
+    return Labels(tuple(classes), tuple(tuple(color) for color in palette), tuple(ignore), values)
 
 
-def open_data(config: DataConfig, splits: Sequence[str] = ("train", "val"), *, seed: int = 0) -> SegmentationData:
+def open_data(
+    config: DataConfig, splits: Sequence[str] = ("train", "val"), *, seed: int = 0, check: bool = True
+) -> SegmentationData:
     """Open the configured data.
 
     Args:
         config: the data section.
         splits: any of ``"train"`` and ``"val"``.
         seed: of the embedded scenes; folders do not use it.
+        check: look at the files now, as far as ``config.check`` says; of several processes one is enough.
 
     Raises:
-        UserError: see :class:`FolderPairs`.
+        UserError: see :func:`find_pairs` and :class:`FolderPairs`.
     """
     labels = resolve_labels(config)
     opened: dict[str, Pairs] = {}
@@ -91,6 +97,8 @@ def open_data(config: DataConfig, splits: Sequence[str] = ("train", "val"), *, s
         else:
             if config.root is None:
                 raise UserError(f"data.root is missing: --root must name the folder of the {config.name} data")
-            folder = config.train_split if split == "train" else config.val_split
-            opened[split] = FolderPairs(config.root, folder, labels)
+            names = SPLITS.get(config.name, ("train", "val"))
+            name = (config.train_split or names[0]) if split == "train" else (config.val_split or names[1])
+            pairs = find_pairs(config.name, config.root, name)
+            opened[split] = FolderPairs(pairs, labels, check=config.check if check else "none")
     return SegmentationData(labels, opened.get("train"), opened.get("val"))

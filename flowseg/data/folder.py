@@ -1,54 +1,51 @@
-"""A folder of images and label maps: ``images/SPLIT/NAME.{jpg,jpeg,png}`` and ``labels/SPLIT/NAME.png``."""
+"""Pairs of image files and label maps on disk, checked when opened."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from flowseg.codes import IGNORE_INDEX
+from flowseg.data.layouts import IMAGE_SUFFIXES, Pair
 from flowseg.data.presets import Labels
 from flowseg.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+__all__ = ["IMAGE_SUFFIXES", "FolderPairs", "read_image"]
+
+# Sets up to this size have every label map decoded at the start; of larger ones only the headers are read.
+FULL_CHECK = 6000
+_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class FolderPairs:
-    """Image and label pairs of one split, checked file by file when opened.
+    """Image and label pairs of one split.
 
     Args:
-        root: folder that holds ``images`` and ``labels``.
-        split: sub-folder of both.
-        labels: names of the values; values in ``labels.ignore`` and 255 become 255.
-        check: read every file now; training should not fail at the last file of an epoch.
+        pairs: files of each example.
+        labels: meaning of the values; values in ``labels.ignore`` and 255 become 255.
+        check: ``"full"`` decodes every label map now, ``"headers"`` reads the sizes, ``"none"`` nothing: training should
+            not fail at the last file of an epoch. ``None``: full up to ``FULL_CHECK`` pairs, then headers.
 
     Raises:
-        UserError: naming the folder or file and what is wrong with it.
+        UserError: naming the file and what is wrong with it, now or when it is read.
     """
 
-    def __init__(self, root: Path, split: str, labels: Labels, *, check: bool = True):
-        root = Path(root)
-        folder = root / "images" / split
-        if not root.is_dir():
-            raise UserError(f"data.root {root}: no such folder; it should hold images/{split} and labels/{split}")
-        if not folder.is_dir():
-            found = sorted(p.name for p in (root / "images").glob("*") if p.is_dir())
-            hint = f"found {', '.join(found)}" if found else f"{root / 'images'} has no sub-folders"
-            raise UserError(f"data split {split!r}: no folder {folder}; {hint}")
-        self.images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not self.images:
-            raise UserError(f"{folder}: no images; put .jpg or .png files there")
-        self.labels = [root / "labels" / split / f"{image.stem}.png" for image in self.images]
-        for image, label in zip(self.images, self.labels):
-            if not label.is_file():
-                raise UserError(f"{image}: no label map; wanted {label}")
+    def __init__(self, pairs: Sequence[Pair], labels: Labels, *, check: str | None = None):
+        self.images = [image for image, _ in pairs]
+        self.labels = [label for _, label in pairs]
         self.names = [image.stem for image in self.images]
         self._table = _value_table(labels)
-        self._num_classes = len(labels.classes)
-        if check:
-            for index in range(len(self)):
-                self._check(index)
+        self._wanted = _describe(labels)
+        check = check or ("full" if len(pairs) <= FULL_CHECK else "headers")
+        if check != "none":
+            # Decoding releases the interpreter's lock.
+            with ThreadPoolExecutor() as pool:
+                for _ in pool.map(lambda index: self._check(index, check == "full"), range(len(self))):
+                    pass
 
     def __len__(self) -> int:
         return len(self.images)
@@ -56,29 +53,28 @@ class FolderPairs:
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
         """RGB image and 8-bit label map with values in ``[0, K)`` or 255, both at native size."""
         image = read_image(self.images[index])
-        return image, Image.fromarray(self._table[_read_labels(self.labels[index])].astype(np.uint8))
+        return image, Image.fromarray(self._classes(index, image.size))
 
-    def _check(self, index: int) -> None:
-        # The header is enough for an image's size; a full decode happens when it is trained on.
-        path = self.images[index]
-        try:
-            with Image.open(path) as image:
-                size = image.size
-        except (OSError, SyntaxError) as error:
-            raise UserError(f"{path}: cannot be read as an image ({error})") from None
-        values = _read_labels(self.labels[index])
-        if size != values.shape[::-1]:
+    def _classes(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        path = self.labels[index]
+        values = _read_labels(path)
+        _same_size(path, values.shape[::-1], size)
+        classes = self._table[values]
+        if classes.min(initial=0) < 0:
+            unknown = np.unique(values[classes < 0]).tolist()
             raise UserError(
-                f"{self.labels[index]}: label map is {values.shape[1]}x{values.shape[0]} but its image is "
-                f"{size[0]}x{size[1]}; both must have the same size"
-            )
-        unknown = sorted(set(np.unique(values[self._table[values] < 0]).tolist()))
-        if unknown:
-            shown = ", ".join(map(str, unknown[:8]))
-            raise UserError(
-                f"{self.labels[index]}: label values {shown} are neither a class (0..{self._num_classes - 1}) nor "
+                f"{path}: label values {', '.join(map(str, unknown[:8]))} are neither a class ({self._wanted}) nor "
                 f"ignored; name more classes in data.classes or list them in data.ignore"
             )
+        return classes.astype(np.uint8)
+
+    def _check(self, index: int, full: bool) -> None:
+        # The header is enough for an image's size; a full decode happens when it is trained on.
+        size = _size(self.images[index], "an image")
+        if full:
+            self._classes(index, size)
+        else:
+            _same_size(self.labels[index], _size(self.labels[index], "a label map"), size)
 
 
 def read_image(path: Path) -> Image.Image:
@@ -90,26 +86,52 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except _BROKEN as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 
 
+def _size(path: Path, kind: str) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except _BROKEN as error:
+        raise UserError(f"{path}: cannot be read as {kind} ({error})") from None
+
+
+def _same_size(path: Path, labels: tuple[int, int], image: tuple[int, int]) -> None:
+    if labels != image:
+        raise UserError(
+            f"{path}: label map is {labels[0]}x{labels[1]} but its image is {image[0]}x{image[1]}; "
+            f"both must have the same size"
+        )
+
+
 def _read_labels(path: Path) -> np.ndarray:
+    """Values ``(H, W)``; of a palette picture the indices, never its colours."""
     try:
         with Image.open(path) as image:
             values = np.asarray(image)
-    except (OSError, SyntaxError) as error:
+    except _BROKEN as error:
         raise UserError(f"{path}: cannot be read as a label map ({error})") from None
     if values.ndim != 2:
         raise UserError(
             f"{path}: label map must have one channel of class indices, got {values.shape[-1]} (mode {image.mode})"
         )
-    return values.astype(np.int64)
+    if values.dtype.kind not in "bui" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+        raise UserError(f"{path}: label values must be whole numbers in 0..65535 (mode {image.mode})")
+    return values.astype(np.uint16)
 
 
 def _value_table(labels: Labels) -> np.ndarray:
     """Label value (0..65535) to class; 255 for ignored, -1 for unknown."""
-    table = np.full(65536, -1, np.int64)
-    table[: len(labels.classes)] = np.arange(len(labels.classes))
+    table = np.full(65536, -1, np.int16)
     table[[IGNORE_INDEX, *labels.ignore]] = IGNORE_INDEX
+    values = labels.values or range(len(labels.classes))
+    table[list(values)] = np.arange(len(labels.classes))
     return table
+
+
+def _describe(labels: Labels) -> str:
+    values = labels.values or tuple(range(len(labels.classes)))
+    consecutive = values[-1] - values[0] == len(values) - 1
+    return f"{values[0]}..{values[-1]}" if consecutive else f"{len(values)} values in {values[0]}..{values[-1]}"

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from flowseg.config import DataConfig
 from flowseg.data.datasets import Pairs
 from flowseg.data.transforms import augment
+from flowseg.errors import UserError
 
 
 class _Augmented(Dataset):
@@ -69,15 +70,20 @@ def training_batches(
         first_batch: number of batches this process has already had.
         rank, world: this process among how many.
 
+    Raises:
+        UserError: a file that cannot be used, named, when its turn comes.
+
     Yields:
         images ``(B, 3, H, W)`` float32 in [-1, 1] and labels ``(B, H, W)`` uint8.
     """
-    return iter(
-        DataLoader(
-            _Augmented(pairs, config, seed),
-            batch_sampler=_Draws(len(pairs), batch_size, seed, first_batch, rank, world),
-            num_workers=config.workers,
-            persistent_workers=False,
-            pin_memory=torch.cuda.is_available(),
-        )
+    loader = DataLoader(
+        _Augmented(pairs, config, seed),
+        batch_sampler=_Draws(len(pairs), batch_size, seed, first_batch, rank, world),
+        num_workers=config.workers,
+        pin_memory=torch.cuda.is_available(),
     )
+    try:
+        yield from loader
+    except UserError as error:
+        # From a worker process the message arrives below that process's traceback.
+        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None

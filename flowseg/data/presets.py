@@ -1,9 +1,11 @@
-"""Class names, colours and ignored label values of known data sets."""
+"""What the label values of known data sets mean: class names, colours, and which values carry no class."""
 
 from __future__ import annotations
 
 import colorsys
 import dataclasses
+
+from flowseg.data import class_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,14 +13,32 @@ class Labels:
     """What label values mean.
 
     Attributes:
-        classes: names; label value ``k`` is ``classes[k]``.
+        classes: names, in the order of the class indices.
         palette: one RGB colour (0..255) a class.
         ignore: values without a class, besides 255.
+        values: label value of each class in the files; ``None``: 0, 1, 2, ...
     """
 
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     ignore: tuple[int, ...] = ()
+    values: tuple[int, ...] | None = None
+
+
+def spread_palette(count: int) -> tuple[tuple[int, int, int], ...]:
+    """``count`` colours: hues by the golden ratio, three brightness levels in turn."""
+    colors = []
+    for k in range(count):
+        rgb = colorsys.hsv_to_rgb(k * 0.61803398875 % 1.0, 0.75, (1.0, 0.8, 0.6)[k % 3])
+        colors.append(tuple(round(255 * value) for value in rgb))
+    return tuple(colors)
+
+
+def voc_palette(count: int) -> tuple[tuple[int, int, int], ...]:
+    """Pascal VOC's colours: bit ``3 j + c`` of the index is bit ``7 - j`` of channel ``c``."""
+    return tuple(
+        tuple(sum((k >> (3 * j + c) & 1) << (7 - j) for j in range(8)) for c in range(3)) for k in range(count)
+    )
 
 
 CAMVID = Labels(
@@ -32,16 +52,38 @@ CAMVID = Labels(
     ignore=(11,),
 )  # fmt: skip
 
-
-def spread_palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """``count`` colours: hues by the golden ratio, three brightness levels in turn."""
-    colors = []
-    for k in range(count):
-        rgb = colorsys.hsv_to_rgb(k * 0.61803398875 % 1.0, 0.75, (1.0, 0.8, 0.6)[k % 3])
-        colors.append(tuple(round(255 * value) for value in rgb))
-    return tuple(colors)
-
-
 DIGITS = Labels(
     classes=("background", *(str(digit) for digit in range(10))), palette=((40, 40, 40), *spread_palette(10))
 )
+
+ADE20K = Labels(class_names.ADE20K, spread_palette(150), ignore=(0,), values=tuple(range(1, 151)))
+
+_USED = tuple(k for k in range(182) if k not in class_names.COCO_STUFF_UNUSED)
+COCO_STUFF = Labels(
+    tuple(class_names.COCO_STUFF[k] for k in _USED),
+    spread_palette(len(_USED)),
+    ignore=class_names.COCO_STUFF_UNUSED,
+    values=_USED,
+)
+
+CITYSCAPES = Labels(
+    class_names.CITYSCAPES,
+    palette=(
+        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
+        (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142),
+        (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
+    ),
+    ignore=tuple(k for k in range(34) if k not in class_names.CITYSCAPES_VALUES),
+    values=class_names.CITYSCAPES_VALUES,
+)  # fmt: skip
+
+VOC = Labels(class_names.VOC, voc_palette(21))
+
+PRESETS = {
+    "digits": DIGITS,
+    "camvid": CAMVID,
+    "ade20k": ADE20K,
+    "cocostuff": COCO_STUFF,
+    "cityscapes": CITYSCAPES,
+    "voc": VOC,
+}

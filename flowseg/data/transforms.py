@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from flowseg.codes import IGNORE_INDEX
 from flowseg.config import DataConfig
+from flowseg.views import pad_to
 
+# How often a crop is drawn when one class covers too much of it.
+CROP_TRIES = 10
 BILINEAR, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 
 
@@ -26,7 +28,8 @@ def augment(
     """Random scale, crop, flip and colour; then the training size.
 
     At scale 1 the pair just covers ``config.height x config.width``. Below it the rest of the canvas is
-    mid-grey with ignored labels. Labels are only ever taken from the nearest pixel.
+    mid-grey with ignored labels. A crop that one class covers by more than ``config.max_class_share`` is drawn again, ten
+    times at most. Labels are only ever taken from the nearest pixel.
 
     Returns:
         image ``(3, h, w)`` float32 in [-1, 1] and labels ``(h, w)`` uint8.
@@ -39,11 +42,18 @@ def augment(
     offsets = rng.uniform(size=2)
     flip, brightness, contrast = rng.uniform() < 0.5, *(1 + config.color_jitter * rng.uniform(-1, 1, 2))
 
-    x0, x1, left, paste_w = _window(width, out_w, scale, offsets[0])
-    y0, y1, top, paste_h = _window(height, out_h, scale, offsets[1])
-    box = (x0, y0, x1, y1)
+    for _ in range(CROP_TRIES):
+        x0, x1, left, paste_w = _window(width, out_w, scale, offsets[0])
+        y0, y1, top, paste_h = _window(height, out_h, scale, offsets[1])
+        box = (x0, y0, x1, y1)
+        cropped = labels.resize((paste_w, paste_h), NEAREST, box=box)
+        if config.max_class_share == 1 or _largest_share(cropped) <= config.max_class_share:
+            break
+        offsets = rng.uniform(size=2)
+    labels = cropped
     image = image.resize((paste_w, paste_h), BILINEAR, box=box)
-    labels = labels.resize((paste_w, paste_h), NEAREST, box=box)
+    if config.photometric:
+        image = distort(image, rng)
     if config.color_jitter:
         image = ImageEnhance.Contrast(ImageEnhance.Brightness(image).enhance(brightness)).enhance(contrast)
     if (paste_w, paste_h) != (out_w, out_h):
@@ -58,6 +68,40 @@ def augment(
     return pixels, target
 
 
+def distort(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Photometric distortion (SSD, arXiv 1512.02325): brightness by up to 32 of 255, contrast and saturation by 0.5 to 1.5,
+    hue by up to 18 degrees, each with probability one half, contrast before or after the colours.
+    """
+    apply = rng.uniform(size=5) < 0.5
+    shift, contrast, saturation, hue = rng.uniform((-32, 0.5, 0.5, -18), (32, 1.5, 1.5, 18))
+    pixels = np.asarray(image, np.float32)
+    if apply[0]:
+        pixels = pixels + np.float32(shift)
+    if apply[1] and apply[4]:
+        pixels = pixels * np.float32(contrast)
+    if apply[2] or apply[3]:
+        h, s, v = np.moveaxis(np.array(_picture(pixels).convert("HSV")), -1, 0)
+        if apply[2]:
+            s = np.clip(s * np.float32(saturation), 0, 255).astype(np.uint8)
+        if apply[3]:
+            # Pillow's hue is 256 to the circle and wraps around as bytes do.
+            h = h + np.uint8(round(hue * 256 / 360) % 256)
+        bands = [Image.fromarray(np.ascontiguousarray(band)) for band in (h, s, v)]
+        pixels = np.asarray(Image.merge("HSV", bands).convert("RGB"), np.float32)
+    if apply[1] and not apply[4]:
+        pixels = pixels * np.float32(contrast)
+    return _picture(pixels)
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.clip(pixels, 0, 255).round().astype(np.uint8))
+
+
+def _largest_share(labels: Image.Image) -> float:
+    counts = np.bincount(np.asarray(labels).ravel(), minlength=256)[:IGNORE_INDEX]
+    return counts.max() / max(counts.sum(), 1)
+
+
 def _window(native: int, wanted: int, scale: float, offset: float) -> tuple[float, float, int, int]:
     """Along one axis: the native interval to read, where to paste it, and its length once scaled."""
     length = wanted / scale
@@ -68,25 +112,23 @@ def _window(native: int, wanted: int, scale: float, offset: float) -> tuple[floa
     return 0.0, float(native), int(offset * (wanted - paste + 1)), paste
 
 
-def model_size(native: tuple[int, int], config: DataConfig) -> tuple[int, int]:
-    """Size ``(h, w)`` at which the network sees an image of ``native`` ``(H, W)``: the largest with its proportions
-    that fits the training size.
+def model_size(native: tuple[int, int], config: DataConfig, resize: str = "fit", scale: float = 1.0) -> tuple[int, int]:
+    """Size ``(h, w)`` at which the network sees an image of ``native`` ``(H, W)``, with its proportions.
+
+    ``"fit"``: the largest inside the training size; ``"cover"``: the smallest that covers it, as in training;
+    ``"native"``: its own. ``scale`` multiplies it.
     """
-    scale = min(config.height / native[0], config.width / native[1])
+    ratios = config.height / native[0], config.width / native[1]
+    scale *= {"fit": min(ratios), "cover": max(ratios), "native": 1.0}[resize]
     return max(1, round(native[0] * scale)), max(1, round(native[1] * scale))
 
 
-def prepare(image: Image.Image, config: DataConfig, patch_size: int) -> tuple[Tensor, tuple[int, int]]:
-    """An image for inference: resized to :func:`model_size`, then padded at the right and bottom to whole patches.
-
-    The padding repeats the edge, which looks less like an object than a black bar does.
+def prepare(image: Image.Image, size: tuple[int, int], patch_size: int) -> Tensor:
+    """An image for inference: resized to ``size`` ``(h, w)``, its edge repeated up to whole patches.
 
     Returns:
-        ``(3, h', w')`` float32 in [-1, 1], and ``(h, w)``, the part of it that is image.
+        ``(3, h', w')`` float32 in [-1, 1].
     """
-    height, width = model_size(image.size[::-1], config)
-    pixels = to_tensor(image.resize((width, height), BILINEAR))
-    pad_w, pad_h = -width % patch_size, -height % patch_size
-    if pad_w or pad_h:
-        pixels = F.pad(pixels[None], (0, pad_w, 0, pad_h), mode="replicate")[0]
-    return pixels, (height, width)
+    height, width = size
+    pixels = to_tensor(image if image.size == (width, height) else image.resize((width, height), BILINEAR))
+    return pad_to(pixels, height + -height % patch_size, width + -width % patch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flowseg.config import Config
 from flowseg.model.blocks import Block, TimeEmbedding, rotary_table
@@ -19,13 +20,26 @@ class FlowSegModel(nn.Module):
         size: widths and depths.
         channels: code channels C.
         condition_on_image: concatenate the image (3 channels) to ``x_t`` at the patch embedding.
+        activation_checkpointing: keep only each block's input for backward and compute the rest again.
+        field_chunk: generate the weights of the neural fields of about so many patches at a time; ``None``: of all.
+        align_dim: width of another network's features; adds the projector that REPA trains to meet them.
     """
 
-    def __init__(self, size: ModelSize, channels: int = 3, *, condition_on_image: bool = True):
+    def __init__(
+        self,
+        size: ModelSize,
+        channels: int = 3,
+        *,
+        condition_on_image: bool = True,
+        activation_checkpointing: bool = False,
+        field_chunk: int | None = None,
+        align_dim: int | None = None,
+    ):
         super().__init__()
         self.size = size
         self.channels = channels
         self.condition_on_image = condition_on_image
+        self.activation_checkpointing = activation_checkpointing
         inputs = channels + (3 if condition_on_image else 0)
         self.patch_embed = (ConvStem if size.stem_width else PatchEmbedding)(inputs, size)
         self.time_embed = TimeEmbedding(size.dim)
@@ -36,19 +50,24 @@ class FlowSegModel(nn.Module):
             hidden=size.field_hidden,
             depth=size.field_depth,
             patch_size=size.patch_size,
+            patch_chunk=field_chunk,
         )
+        self.projector = None if align_dim is None else Projector(size.dim, align_dim)
         self._tables: dict[tuple, Tensor] = {}
 
-    def forward(self, x: Tensor, t: Tensor, image: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, image: Tensor | None = None, *, align_after: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict at ``x`` and time ``t``.
 
         Args:
             x: ``(B, C, H, W)``; H and W multiples of the patch size.
             t: ``(B,)`` in [0, 1].
             image: ``(B, 3, H, W)`` in [-1, 1]; needed when the model is conditioned on it.
+            align_after: also give the projected patch features behind so many blocks.
 
         Returns:
-            ``(B, C, H, W)``, zeros from a new model.
+            ``(B, C, H, W)``, zeros from a new model; with ``align_after`` also ``(B, N, align_dim)``.
 
         Raises:
             ValueError: a size that the patch does not divide, or a missing image.
@@ -66,15 +85,29 @@ class FlowSegModel(nn.Module):
         time = self.time_embed(t)
         condition = F.silu(time)
         table = self._rotary(height // patch, width // patch, x.device)
-        for block in self.blocks:
-            features = block(features, condition, table)
-        return self.decoder(x, F.silu(time[:, None] + features))
+        aligned = None
+        for number, block in enumerate(self.blocks, 1):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                features = checkpoint(block, features, condition, table, use_reentrant=False)
+            else:
+                features = block(features, condition, table)
+            if number == align_after:
+                aligned = self.projector(features)
+        out = self.decoder(x, F.silu(time[:, None] + features))
+        return out if align_after is None else (out, aligned)
 
     def _rotary(self, rows: int, columns: int, device: torch.device) -> Tensor:
         key = (rows, columns, device)
         if key not in self._tables:
             self._tables[key] = rotary_table(rows, columns, self.size.dim // self.size.heads).to(device)
         return self._tables[key]
+
+
+class Projector(nn.Sequential):
+    """Patch features to another network's width by three linear layers (REPA, arXiv 2410.06940)."""
+
+    def __init__(self, dim: int, out: int):
+        super().__init__(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, out))
 
 
 class PatchEmbedding(nn.Module):
@@ -124,13 +157,19 @@ class ConvStem(nn.Module):
         return x.flatten(2).transpose(1, 2)
 
 
-def build_model(config: Config) -> FlowSegModel:
+def build_model(config: Config, *, align_dim: int | None = None) -> FlowSegModel:
     """The network of a run, with initial weights that depend on ``config.train.seed`` and the model settings alone.
 
-    The global random state is left as it was.
+    The global random state is left as it was. ``align_dim`` adds the projector that training with REPA needs.
     """
+    model = config.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         return FlowSegModel(
-            resolve_size(config.model), config.codes.channels, condition_on_image=config.model.condition_on_image
+            resolve_size(model),
+            config.codes.channels,
+            condition_on_image=model.condition_on_image,
+            activation_checkpointing=model.activation_checkpointing,
+            field_chunk=model.field_chunk,
+            align_dim=align_dim,
         )

@@ -138,11 +138,11 @@ def test_augmentation_keeps_pixels_and_labels_together(scales):
 
 def test_inference_size_keeps_proportions_and_pads_to_patches():
     config = DataConfig(height=64, width=64)
-    assert model_size((30, 60), config) == (32, 64)
-    pixels, (height, width) = prepare(Image.new("RGB", (100, 37), (255, 0, 0)), config, 8)
-    assert (height, width) == (24, 64) and pixels.shape == (3, 24, 64)
-    pixels, size = prepare(Image.new("RGB", (61, 64), (255, 0, 0)), config, 8)
-    assert size == (64, 61) and pixels.shape == (3, 64, 64) and (pixels[0] == 1).all() and (pixels[1] == -1).all()
+    assert model_size((30, 60), config) == (32, 64) and model_size((37, 100), config) == (24, 64)
+    assert model_size((30, 60), config, "cover") == (64, 128) and model_size((30, 60), config, "native") == (30, 60)
+    assert model_size((30, 60), config, "fit", 1.5) == (48, 96)
+    pixels = prepare(Image.new("RGB", (61, 64), (255, 0, 0)), (64, 61), 8)
+    assert pixels.shape == (3, 64, 64) and (pixels[0] == 1).all() and (pixels[1] == -1).all()
 
 
 def test_batches_depend_on_seed_and_place_alone():
@@ -162,6 +162,16 @@ def test_batches_depend_on_seed_and_place_alone():
     first, second = take(2, rank=0, world=2), take(2, rank=1, world=2)
     for ours, theirs in zip((first[0], second[0], first[1], second[1]), straight):
         assert torch.equal(ours[0], theirs[0])
+
+
+def test_a_broken_file_is_named_by_a_worker_too(folder_data):
+    config = DataConfig(**folder_section(folder_data), check="none", workers=1)
+    (folder_data / "labels" / "train" / "b.png").write_bytes(b"no")
+    with pytest.raises(UserError) as error:
+        next(training_batches(open_data(config).train, config, 4, seed=0))
+    assert (
+        str(error.value).startswith(f"{folder_data}") and "\n" not in str(error.value) and "b.png" in str(error.value)
+    )
 
 
 def test_worker_processes_change_nothing():

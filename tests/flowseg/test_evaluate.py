@@ -10,6 +10,7 @@ from flowseg.codes import build_codebook
 from flowseg.data.transforms import to_tensor
 from flowseg.evaluate import chosen_indices, evaluate, scores_from_confusion
 from flowseg.segment import Segmenter
+from flowseg.views import resize_labels, window_starts
 
 from .tiny import tiny_config
 
@@ -66,21 +67,64 @@ def make_segmenter(**sections):
 
 
 def test_evaluation_agrees_with_torchmetrics():
-    from torchmetrics.classification import MulticlassJaccardIndex
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
     pairs = make_pairs([(32, 32)] * 5)
     segmenter = make_segmenter(sample={"batch_size": 2})
     scores = evaluate(segmenter, pairs)
     metric = MulticlassJaccardIndex(num_classes=11, ignore_index=255, average="none")
+    accuracy = MulticlassAccuracy(num_classes=11, ignore_index=255, average="micro")
     for image, target in pairs:
         predicted = segmenter.model(None, None, to_tensor(image)[None])
-        metric.update(segmenter.codebook.decode(predicted), torch.from_numpy(np.array(target)).long()[None])
+        for one in (metric, accuracy):
+            one.update(segmenter.codebook.decode(predicted), torch.from_numpy(np.array(target)).long()[None])
     expected = metric.compute() * 100
     present = [k for k, value in enumerate(scores.iou) if value is not None]
     assert set(range(8)) <= set(present)
     np.testing.assert_allclose([scores.iou[k] for k in present], expected[present].numpy(), rtol=1e-5)
     assert scores.miou == pytest.approx(float(expected[present].mean()), rel=1e-5)
+    assert scores.pixel_accuracy == pytest.approx(100 * float(accuracy.compute()))
     assert 60 < scores.pixel_accuracy < 90 and scores.images == 5
+
+
+def official_ade20k(predictions, truths, classes):
+    """The challenge's own sums: areas of intersection and union, values 1..K, 0 left out, prediction masked where truth is 0."""
+    intersection, union, right, labelled = np.zeros(classes), np.zeros(classes), 0, 0
+    for predicted, truth in zip(predictions, truths):
+        predicted = predicted * (truth > 0)
+        both = predicted * (predicted == truth)
+        areas = [np.histogram(area, bins=classes, range=(1, classes))[0] for area in (both, predicted, truth)]
+        intersection += areas[0]
+        union += areas[1] + areas[2] - areas[0]
+        right, labelled = right + (both > 0).sum(), labelled + (truth > 0).sum()
+    return intersection, union, right / labelled
+
+
+def test_evaluation_agrees_with_the_official_formula_of_ade20k():
+    pairs = make_pairs([(32, 32), (32, 48), (24, 64)], seed=3)
+    segmenter = make_segmenter()
+    scores = evaluate(segmenter, pairs)
+    predictions = [segmenter.labels(image).numpy().astype(int) + 1 for image, _ in pairs]
+    truths = [np.where(np.array(target) == 255, 0, np.array(target).astype(int) + 1) for _, target in pairs]
+    intersection, union, accuracy = official_ade20k(predictions, truths, 11)
+    for k, value in enumerate(scores.iou):
+        assert (value is None) == (union[k] == 0)
+        assert value is None or value == pytest.approx(100 * intersection[k] / union[k])
+    assert scores.pixel_accuracy == pytest.approx(100 * accuracy)
+
+
+def test_processes_add_up_counts_not_scores():
+    pairs = make_pairs([(32, 32)] * 3 + [(64, 64)] * 2 + [(32, 48)] * 2)
+    segmenter = make_segmenter(sample={"batch_size": 2})
+    alone = evaluate(segmenter, pairs)
+    parts = []
+    for rank in range(2):
+        evaluate(segmenter, pairs, rank=rank, world=2, add_up=lambda sums: parts.append(sums.clone()) or sums)
+    both = evaluate(segmenter, pairs, rank=0, world=2, add_up=lambda sums: parts[0] + parts[1])
+    assert torch.equal(both.confusion, alone.confusion) and both.images == alone.images == 7
+    assert both.miou == alone.miou
+    means = [evaluate(segmenter, pairs, rank=rank, world=2).miou for rank in range(2)]
+    assert sum(means) / 2 != pytest.approx(alone.miou, abs=1e-6)
 
 
 @pytest.mark.parametrize("upsample", ["codes", "labels", "probabilities"])
@@ -130,3 +174,81 @@ def test_pixels_that_are_not_numbers_count_as_wrong():
     assert after.undecided > 0 and int(after.confusion.sum()) + after.undecided == labelled
     assert after.pixel_accuracy < before.pixel_accuracy and after.miou < before.miou
     assert after.summary(tuple("abcdefghijk"))["undecided_pixels"] == after.undecided
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {"window": "slide"},
+        {"window": "slide", "stride": 1.0, "resize": "cover"},
+        {"flip": True},
+        {"scales": [1.0, 2.0]},
+        {"window": "slide", "resize": "native", "flip": True, "scales": [1.0, 0.5], "upsample": "probabilities"},
+    ],
+)
+@pytest.mark.parametrize("size", [(72, 40), (40, 24), (33, 70)])
+def test_views_of_a_pixelwise_network_change_nothing(sample, size):
+    # The oracle answers every pixel by itself, so windows, mirrors and scales must bring each answer back to its pixel.
+    labels = np.kron(np.arange(6).reshape(2, 3), np.ones((size[0] // 2 + 1, size[1] // 3 + 1)))[: size[0], : size[1]]
+    pixels = np.zeros((*size, 3), np.uint8)
+    pixels[..., 0] = np.round(labels * (255 / 12))
+    image = Image.fromarray(pixels)
+    segmenter = make_segmenter(sample=sample)
+    seen = []
+    segmenter.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-2:]))
+    found = segmenter.labels(image).numpy()
+    # Where an edge falls when sizes change is a matter of a pixel or two.
+    inner = np.ones(size, bool)
+    for axis in (0, 1):
+        changes = np.flatnonzero(np.diff(labels, axis=axis).any(1 - axis))
+        for change in changes:
+            inner[(slice(None),) * axis + (slice(max(change - 3, 0), change + 5),)] = False
+    assert (found == labels)[inner].all() and inner.mean() > 0.2
+    if sample.get("window") == "slide":
+        assert set(seen) == {(32, 32)}
+    else:
+        assert all(height % 8 == 0 and width % 8 == 0 for height, width in seen)
+
+
+def test_windows_cover_everything_with_the_last_at_the_edge():
+    for length in range(1, 90):
+        starts = window_starts(length, 32, 21)
+        covered = {place for start in starts for place in range(start, start + 32)}
+        assert set(range(length)) <= covered and (length <= 32 or starts[-1] == length - 32)
+        assert len(set(starts)) == len(starts)
+
+
+def test_views_are_averaged_as_probabilities_and_the_mean_decides():
+    segmenter = make_segmenter(sample={"flip": True})
+    codes, eps = segmenter.codebook.centroids, segmenter.codebook.default_eps
+
+    class TwoMinds(Oracle):
+        # Close to class 2 when it sees the picture, nearly undecided between 5 and 2 when it sees it mirrored.
+        def forward(self, x, t, image):
+            point = codes[2] if image[0, 0, 0, 0] < 0 else 0.55 * codes[5] + 0.45 * codes[2]
+            return point[None, :, None, None].expand(len(x), -1, *x.shape[-2:])
+
+    segmenter.model = TwoMinds(segmenter.codebook)
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:, 16:, 0] = 255
+    image = Image.fromarray(pixels)
+    assert (segmenter.labels(image) == 2).all()
+    mean = segmenter._averaged(image)[:, 0, 0]
+    parts = [1 / ((codes - point).square().sum(1) + eps) for point in (codes[2], 0.55 * codes[5] + 0.45 * codes[2])]
+    torch.testing.assert_close(mean, sum(part / part.sum() for part in parts) / 2)
+
+
+def test_labels_of_strips_are_those_of_the_whole():
+    probabilities = torch.rand(5, 9, 7)
+    whole = torch.nn.functional.interpolate(probabilities[None], size=(31, 20), mode="bilinear")[0].argmax(0)
+    for strip in (1, 5 * 20 * 4, 10**9):
+        assert torch.equal(resize_labels(probabilities, (31, 20), strip), whole)
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_every_solver_and_step_count_segments(method, steps):
+    pairs = make_pairs([(32, 32)])
+    segmenter = make_segmenter(sample={"method": method, "steps": steps})
+    # The oracle's end point does not depend on x, so every solver must land on it.
+    assert evaluate(segmenter, pairs).confusion.equal(evaluate(make_segmenter(), pairs).confusion)

@@ -2,23 +2,17 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from flowseg.config import ModelConfig
 from flowseg.errors import UserError
-from flowseg.model import FlowSegModel, build_model
+from flowseg.model import build_model
 from flowseg.model.blocks import rotary_table, rotate
 from flowseg.model.sizes import resolve_size
+from flowseg_kernels import Codebook, flow_interpolate, flow_loss, kronecker_centroids
 
 from .tiny import TINY_MODEL, tiny_config
-
-
-@pytest.mark.parametrize(("size", "millions"), [("L/16", 452), ("XL/16", 701)])
-def test_parameter_counts_are_pixnerds(size, millions):
-    with torch.device("meta"):
-        model = FlowSegModel(resolve_size(ModelConfig(size=size)), condition_on_image=False)
-    # PixNerd also embeds 1000 ImageNet classes.
-    count = sum(p.numel() for p in model.parameters()) + 1000 * model.size.dim
-    assert count / 1e6 == pytest.approx(millions, rel=0.005)
 
 
 @pytest.mark.parametrize("stem", [0, 8])
@@ -89,3 +83,92 @@ def test_initial_weights_follow_the_seed_and_nothing_else():
     third = build_model(tiny_config(train={"seed": 1})).state_dict()
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert not all(torch.equal(first[k], third[k]) for k in first)
+
+
+def lively(**model):
+    """A small network none of whose layers is zero, with inputs."""
+    built = build_model(tiny_config(model={**TINY_MODEL, **model}))
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    generator = torch.Generator().manual_seed(4)
+    x, image = torch.randn(2, 2, 3, 16, 24, generator=generator)
+    return built, (x, torch.tensor([0.1, 0.7]), image)
+
+
+def saved_bytes(run):
+    total = 0
+
+    def pack(tensor):
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return total
+
+
+@pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"field_chunk": 2}])
+def test_saving_memory_changes_no_gradient(options):
+    gradients, kept = [], []
+    for given in ({}, options):
+        model, inputs = lively(**given, field_hidden=32)
+        kept.append(saved_bytes(lambda m=model, i=inputs: m(*i)))
+        model(*inputs).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    assert kept[1] < 0.9 * kept[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, {"field_chunk": 4}])
+def test_compiles_as_one_graph_with_the_ops_inside(options):
+    model, (x, t, image) = lively(**options)
+    codebook = Codebook(kronecker_centroids(11))
+    labels = torch.randint(0, 11, (2, 16, 24))
+
+    def step(x, t, image, labels):
+        x_t = flow_interpolate(x, labels, t, codebook)
+        return flow_loss(model(x_t, t, image), x, labels, t, codebook, predicts="endpoint")
+
+    expected = step(x, t, image, labels)
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    got = torch.compile(step, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)(
+        x, t, image, labels
+    )
+    torch.testing.assert_close(got, expected)
+    for ours, theirs in zip(torch.autograd.grad(got, list(model.parameters())), wanted):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    inside = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert any("flowseg.flow_loss" in name for name in inside) and any(
+        "flowseg.neural_field" in name for name in inside
+    )
+
+
+def test_attention_is_pytorchs_fused_one(monkeypatch):
+    shapes = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def record(q, k, v):
+        shapes.append(q.shape)
+        return original(q, k, v)
+
+    monkeypatch.setattr("flowseg.model.blocks.F.scaled_dot_product_attention", record)
+    model, inputs = lively()
+    model(*inputs)
+    assert shapes == [(2, 2, 6, 16)] * 2
+
+
+def test_positions_span_the_same_angles_at_every_resolution():
+    small, large = rotary_table(4, 4, 16), rotary_table(7, 7, 16)
+    corner = [table[:, [0, table.shape[1] - 1]] for table in (small, large)]
+    torch.testing.assert_close(*corner)
+    # Every second position of the larger grid is one of the smaller.
+    torch.testing.assert_close(large.view(2, 7, 7, 8)[:, ::2, ::2].reshape(2, 16, 8), small)
