@@ -7,12 +7,7 @@
 
 namespace flowseg::cpu {
 
-// A (B, H, W) view of any strides.
-struct Labels {
-  const void* data;
-  Integer type;
-  int64_t stride[3];
-  int64_t ignore;
+struct Labels : LabelMap {
   // Smallest flat position of a label outside [0, K) that is not `ignore`; INT64_MAX while there is none. Set atomically.
   int64_t* first_bad;
 };
@@ -25,19 +20,9 @@ struct Codes {
   double reach;  // largest magnitude of a coordinate
 };
 
-struct Correction {
-  double temperature, eps, max_norm;
-  int transform;
-};
-
-// The decode grid (flowseg_kernels/decode_grid.py); cells is null when there is none.
-struct Grid {
-  const int32_t* cells;
-  const float* records;
-  const int32_t* groups;
-  float low, scale;
-  int size;
-  const float* columns;    // centroids by channel, (3, column_length), padded at infinity, for points outside the grid
+// With the centroids by channel, (3, column_length), padded at infinity, for points outside the grid.
+struct GridAndCodes : Grid {
+  const float* columns;
   int64_t column_length;
 };
 
@@ -94,7 +79,7 @@ struct Scale {
 struct Decode {
   Image x;
   Codes codes;
-  Grid grid;
+  GridAndCodes grid;
   int64_t ignore;
   void* labels;  // contiguous (B, H, W); null when not needed
   Integer label_type;

@@ -28,9 +28,7 @@ class LabelArgument {
  public:
   LabelArgument(const Tensor& t, const Image& image, int64_t classes, int64_t ignore, const char* name)
       : tensor_(t), classes_(classes), name_(name) {
-    FLOWSEG_CHECK(t.dim() == 3 && t.size(0) == image.batch && t.size(1) == image.height && t.size(2) == image.width, name,
-                  ": wanted shape (B, H, W) of the image");
-    labels = {t.data_ptr(), integer_of(t, name), {t.stride(0), t.stride(1), t.stride(2)}, ignore, &first_bad_};
+    labels = {label_map_of(t, image, ignore, name), &first_bad_};
   }
   LabelArgument(const LabelArgument&) = delete;
 
@@ -63,11 +61,9 @@ class LabelArgument {
 class CodeArgument {
  public:
   CodeArgument(const Tensor& t, const Image& image) {
+    check_codes(t, image);
     const int64_t classes = t.size(0), channels = t.size(1);
     const bool wide = image.type == Real::f64;
-    FLOWSEG_CHECK(channels == image.channels && channels >= 1 && channels <= 16, "centroids: wanted 1 to 16 channels, as many as the image has");
-    FLOWSEG_CHECK(t.is_contiguous() && t.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float),
-                  "centroids: wanted them contiguous in the compute dtype");
     const int padded = channels <= 2 ? 2 : channels <= 4 ? static_cast<int>(channels) : channels <= 8 ? 8 : 16;
     codes = {t.data_ptr(), classes, padded, 0};
     for (int64_t i = 0; i < classes * channels; ++i) {

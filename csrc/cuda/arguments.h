@@ -21,12 +21,9 @@ struct Target : Output {
   bool vector;
 };
 
-// A (B, H, W) view of any strides. A label outside [0, K) counts as ignored.
-struct Labels {
-  const void* data;
-  Integer type;
-  int64_t stride[3];
-  int64_t width, ignore;
+// A label outside [0, K) counts as ignored.
+struct Labels : LabelMap {
+  int64_t width;
   Layout layout;
 };
 
@@ -41,20 +38,6 @@ struct Times {
 struct Codes {
   const void* data;
   int classes, channels;
-};
-
-struct Correction {
-  double temperature, eps, max_norm;
-  int transform;
-};
-
-// The decode grid (flowseg_kernels/decode_grid.py); cells is null when there is none.
-struct Grid {
-  const int32_t* cells;
-  const float* records;
-  const int32_t* groups;
-  float low, scale;
-  int size;
 };
 
 inline bool starts_at_16_bytes(const void* data, int64_t stride, int64_t size) {
@@ -81,10 +64,9 @@ inline Target target_of(const Output& out, int64_t channels, int64_t pixels) {
   return {out, channels, pixels, starts_at_16_bytes(out.data, pixels, size_of(out.type))};
 }
 
-inline Labels labels_of(const void* data, Integer type, const int64_t (&shape)[3], const int64_t (&stride)[3], int64_t ignore) {
-  Labels labels{data, type, {stride[0], stride[1], stride[2]}, shape[2], ignore, {}};
-  labels.layout.flat = is_flat(shape[1], shape[2], stride[1], stride[2]);
-  labels.layout.vector = labels.layout.flat && starts_at_16_bytes(data, shape[0] > 1 ? stride[0] : 0, size_of(type));
+inline Labels labels_of(const LabelMap& map, int64_t batch, int64_t height, int64_t width) {
+  Labels labels{map, width, {is_flat(height, width, map.stride[1], map.stride[2]), false}};
+  labels.layout.vector = labels.layout.flat && starts_at_16_bytes(map.data, batch > 1 ? map.stride[0] : 0, size_of(map.type));
   return labels;
 }
 

@@ -16,7 +16,7 @@ Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional
   const Confusion a{source_of(image),
                     labels_of(target, image, ignore_index, "target"),
                     codes,
-                    grid_of(centroids, cells, records, groups, grid_low, grid_scale),
+                    grid_for_vectors(centroids, cells, records, groups, grid_low, grid_scale),
                     static_cast<unsigned long long*>(counts.data_ptr()),
                     0,
                     0};

@@ -15,7 +15,7 @@ void nearest_centroid(Tensor x, Tensor centroids, std::optional<Tensor> cells, s
   Decode a{};
   a.x = source_of(image);
   a.codes = codes_of(centroids, image);
-  a.grid = grid_of(centroids, cells, records, groups, grid_low, grid_scale);
+  a.grid = grid_for_vectors(centroids, cells, records, groups, grid_low, grid_scale);
   a.ignore = ignore_index;
   a.labels = labels.data_ptr();
   a.label_type = integer_of(labels, "out_dtype");

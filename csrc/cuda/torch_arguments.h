@@ -22,17 +22,11 @@ inline Target target_of(const Tensor& result, const Image& image) {
 }
 
 inline Labels labels_of(const Tensor& t, const Image& image, int64_t ignore, const char* name) {
-  FLOWSEG_CHECK(t.dim() == 3 && t.size(0) == image.batch && t.size(1) == image.height && t.size(2) == image.width, name,
-                ": wanted shape (B, H, W) of the image");
-  return labels_of(t.data_ptr(), integer_of(t, name), {t.size(0), t.size(1), t.size(2)}, {t.stride(0), t.stride(1), t.stride(2)},
-                   ignore);
+  return labels_of(label_map_of(t, image, ignore, name), image.batch, image.height, image.width);
 }
 
 inline Codes codes_of(const Tensor& t, const Image& image) {
-  FLOWSEG_CHECK(t.size(1) == image.channels && image.channels >= 1 && image.channels <= 16 && t.size(0) <= INT32_MAX,
-                "centroids: wanted 1 to 16 channels, as many as the image has");
-  FLOWSEG_CHECK(t.is_contiguous() && t.scalar_type() == (image.type == Real::f64 ? ScalarType::Double : ScalarType::Float),
-                "centroids: wanted them contiguous in the compute dtype");
+  check_codes(t, image);
   return {t.data_ptr(), static_cast<int>(t.size(0)), static_cast<int>(t.size(1))};
 }
 
@@ -41,17 +35,11 @@ inline Times times_of(const Tensor& t, const Image& image) {
   return {t.data_ptr(), real_of(t, "t"), t.stride(0)};
 }
 
-// Without a grid, or where its kernels cannot read the codes in vectors, every centroid is searched.
-inline Grid grid_of(const Tensor& centroids, const std::optional<Tensor>& cells, const std::optional<Tensor>& records,
-                    const std::optional<Tensor>& groups, double low, double scale) {
-  if (!cells || centroids.scalar_type() != ScalarType::Float || centroids.size(1) != 3) return {};
-  if (!starts_at_16_bytes(centroids.data_ptr(), 0, 0)) return {};
-  FLOWSEG_CHECK(cells->is_contiguous() && records && records->is_contiguous() && groups && groups->is_contiguous() &&
-                    cells->is_cuda() && records->is_cuda() && groups->is_cuda(),
-                "codebook: wanted its decode grid contiguous and on the device of its centroids");
-  return {static_cast<const int32_t*>(cells->data_ptr()), static_cast<const float*>(records->data_ptr()),
-          static_cast<const int32_t*>(groups->data_ptr()), static_cast<float>(low), static_cast<float>(scale),
-          static_cast<int>(cells->size(0))};
+// Where the kernels of the grid cannot read the codes in vectors, every centroid is searched.
+inline Grid grid_for_vectors(const Tensor& centroids, const std::optional<Tensor>& cells, const std::optional<Tensor>& records,
+                             const std::optional<Tensor>& groups, double low, double scale) {
+  const Grid grid = grid_of(centroids, cells, records, groups, low, scale);
+  return starts_at_16_bytes(centroids.data_ptr(), 0, 0) ? grid : Grid{};
 }
 
 // Launches on the device of a tensor and on the current stream there; nothing waits for the device.

@@ -34,7 +34,7 @@ inline Target target(const Array& a) {
   return target_of({a.size() ? a.data : nullptr, real_of(a)}, n == 4 ? a.shape[1] : 1, n >= 3 ? a.shape[n - 2] * a.shape[n - 1] : 1);
 }
 inline Labels labels(const Array& a, int64_t ignore) {
-  return labels_of(a.data, integer_of(a), {a.shape[0], a.shape[1], a.shape[2]}, {a.stride[0], a.stride[1], a.stride[2]}, ignore);
+  return labels_of({a.data, integer_of(a), {a.stride[0], a.stride[1], a.stride[2]}, ignore}, a.shape[0], a.shape[1], a.shape[2]);
 }
 inline Times times(const Array& a) { return {a.data, real_of(a), a.stride[0]}; }
 inline Codes codes(const Array& a) { return {a.data, static_cast<int>(a.shape[0]), static_cast<int>(a.shape[1])}; }

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -49,6 +50,33 @@ inline Image view_of(const Tensor& t, const char* name) {
   Image image{t.data_ptr(), real_of(t, name), t.size(0), t.size(1), t.size(2), t.size(3), {}};
   for (int i = 0; i < 4; ++i) image.stride[i] = t.stride(i);
   return image;
+}
+
+inline LabelMap label_map_of(const Tensor& t, const Image& image, int64_t ignore, const char* name) {
+  FLOWSEG_CHECK(t.dim() == 3 && t.size(0) == image.batch && t.size(1) == image.height && t.size(2) == image.width, name,
+                ": wanted shape (B, H, W) of the image");
+  return {t.data_ptr(), integer_of(t, name), {t.stride(0), t.stride(1), t.stride(2)}, ignore};
+}
+
+inline void check_codes(const Tensor& t, const Image& image) {
+  FLOWSEG_CHECK(t.size(1) == image.channels && image.channels >= 1 && image.channels <= 16 && t.size(0) <= INT32_MAX,
+                "centroids: wanted 1 to 16 channels, as many as the image has");
+  FLOWSEG_CHECK(t.is_contiguous() && t.scalar_type() == (image.type == Real::f64 ? ScalarType::Double : ScalarType::Float),
+                "centroids: wanted them contiguous in the compute dtype");
+}
+
+// The grid holds fp32 codes of three channels; other points meet every centroid.
+inline Grid grid_of(const Tensor& centroids, const std::optional<Tensor>& cells, const std::optional<Tensor>& records,
+                    const std::optional<Tensor>& groups, double low, double scale) {
+  if (!cells || centroids.scalar_type() != ScalarType::Float || centroids.size(1) != 3) return {};
+  const auto is_here = [&](const std::optional<Tensor>& t) {
+    return t && t->is_contiguous() && t->is_cuda() == centroids.is_cuda();
+  };
+  FLOWSEG_CHECK(is_here(cells) && is_here(records) && is_here(groups),
+                "codebook: wanted its decode grid contiguous and on the device of its centroids");
+  return {static_cast<const int32_t*>(cells->data_ptr()), static_cast<const float*>(records->data_ptr()),
+          static_cast<const int32_t*>(groups->data_ptr()), static_cast<float>(low), static_cast<float>(scale),
+          static_cast<int>(cells->size(0))};
 }
 
 inline Output output_of(const Tensor& t) { return {t.data_ptr(), real_of(t, "output")}; }

@@ -94,7 +94,7 @@ FLOWSEG_INLINE F8 distance8(float x, float y, float z, const float* xs, const fl
   return d + dz * dz;
 }
 
-FLOWSEG_INLINE int search_one(const Grid& grid, float x, float y, float z) {
+FLOWSEG_INLINE int search_one(const GridAndCodes& grid, float x, float y, float z) {
   if (x != x || y != y || z != z) return -1;
   const float* columns = grid.columns;
   const int64_t n = grid.column_length;
@@ -186,7 +186,7 @@ FLOWSEG_INLINE void search_lists(const Grid& grid, const Block<float, 3>& x, int
   for (; j < count; ++j) search(open[j]);
 }
 
-void look_up_block(const Grid& grid, const Block<float, 3>& x, Found<float>& found) {
+void look_up_block(const GridAndCodes& grid, const Block<float, 3>& x, Found<float>& found) {
   alignas(64) int32_t cell[kBlock];
   int16_t open[kBlock + kAhead], outside[kBlock];
   for (int i = 0; i < kBlock; ++i) {
