@@ -26,6 +26,13 @@ def rounded(v, dtype: tl.constexpr):
 
 
 @triton.jit
+def block_of_program(pixels, blocks, BLOCK: tl.constexpr):
+    """Image and first pixel of this program's block, `blocks` of them an image, and which of its pixels (BLOCK,) are inside."""
+    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    return (tl.program_id(0) // blocks).to(tl.int64), start, start + tl.arange(0, BLOCK) < pixels
+
+
+@triton.jit
 def pixel_offsets(start, stride_h, stride_w, width, layout: tl.constexpr, BLOCK: tl.constexpr):
     """Offsets (BLOCK,) of the pixels start, start + 1, ... within a plane."""
     i = tl.arange(0, BLOCK)
@@ -133,6 +140,23 @@ def load_pair(at):
     """Two neighbouring floats with one load, from a pointer to int64."""
     both = tl.load(at)
     return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_row(at, N: tl.constexpr, FORM: tl.constexpr):
+    """N neighbouring floats that every pixel sees; with FORM "ptx" from a 16-byte boundary, four with one load, where Triton's own
+    loads of single numbers take 8 bytes at most."""
+    row = ()
+    if FORM == "ptx":
+        for i in tl.static_range(N // 4):
+            row = row + tl.inline_asm_elementwise(
+                "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [at.to(tl.int64) + 16 * i],
+                dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
+            )  # fmt: skip
+    else:
+        for i in tl.static_range(N):
+            row = row + (tl.load(at + i),)
+    return row
 
 
 @triton.jit

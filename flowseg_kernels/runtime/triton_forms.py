@@ -26,6 +26,7 @@ __all__ = [
     "aligned",
     "compile_options",
     "on_device_of",
+    "over_blocks",
     "pixel_strides",
     "reciprocal_form",
     "triton_kernel",
@@ -143,10 +144,22 @@ def pixel_strides(x: Tensor) -> tuple[tuple[int, ...], int]:
     return tuple(strides), PLANE
 
 
+def over_blocks(block: int, **inputs: Tensor) -> tuple[tuple[int], tuple[int, ...], dict[str, int]]:
+    """How programs that take `block` pixels of one image each go over inputs (B, ..., H, W): the grid; their strides in order,
+    width, pixels and blocks of an image; and the constants X_LAYOUT and so on for inputs named X and so on."""
+    strides, layouts = [], {}
+    for name, tensor in inputs.items():
+        found, layouts[f"{name}_LAYOUT"] = pixel_strides(tensor)
+        strides += found
+    height, width = tensor.shape[-2:]
+    blocks = -(-height * width // block)
+    return (tensor.shape[0] * blocks,), (*strides, width, height * width, blocks), layouts
+
+
 def aligned(codes: Tensor) -> Tensor:
-    """Contiguous codes at an 8-byte boundary: kernels read two fp32 numbers at once."""
+    """Contiguous codes at a 16-byte boundary: kernels read up to four fp32 numbers at once."""
     codes = codes.contiguous()
-    return codes if codes.data_ptr() % 8 == 0 else codes.clone()
+    return codes if codes.data_ptr() % 16 == 0 else codes.clone()
 
 
 def two_floats(value: float) -> tuple[float, float]:

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...runtime.triton_forms import VECTOR, Variant, aligned, on_device_of, pixel_strides, variant
+from ...runtime.triton_forms import VECTOR, Variant, aligned, on_device_of, over_blocks, variant
 from ..nearest_centroid.triton_kernels import block_of, decode, grid_arguments, options_of
-from ..triton_pixels import load_classes, load_pixels
+from ..triton_pixels import block_of_program, load_classes, load_pixels
 
 __all__ = ["decode_confusion", "variants"]
 
@@ -30,9 +30,7 @@ def _decode_confusion(
     X_LAYOUT: tl.constexpr, L_LAYOUT: tl.constexpr, C: tl.constexpr, GRID_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     classes = tl.cast(classes, tl.int32)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    inside = start + tl.arange(0, BLOCK) < pixels
+    image, start, inside = block_of_program(pixels, blocks, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     point = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     y = load_classes(target, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)
@@ -61,23 +59,18 @@ def decode_confusion(
     ignore_index: int,
 ) -> torch.Tensor:
     """counts[truth, prediction], as the reference gives them. Integers: the order of the atomics does not matter."""
-    batch, channels, height, width = x.shape
-    classes = centroids.shape[0]
+    channels, classes = x.shape[1], centroids.shape[0]
     counts = torch.zeros((classes, classes), dtype=torch.int64, device=x.device)
     if x.numel() == 0:
         return counts
     centroids = aligned(centroids)
     grid, size = grid_arguments(centroids, cells, records, groups)
-    x_strides, x_layout = pixel_strides(x)
-    l_strides, l_layout = pixel_strides(target)
     block = block_of(channels, size > 0)
-    blocks = triton.cdiv(height * width, block)
+    programs, sizes, layouts = over_blocks(block, X=x, L=target)
     with on_device_of(x):
-        _decode_confusion[(batch * blocks,)](
-            x, target, centroids, *grid, counts,
-            *x_strides, *l_strides, width, height * width, blocks, classes, ignore_index, grid_low, grid_scale,
-            X_LAYOUT=x_layout, L_LAYOUT=l_layout, C=channels, GRID_SIZE=size,
-            BLOCK=block, **options_of(centroids.dtype, registers=128),
+        _decode_confusion[programs](
+            x, target, centroids, *grid, counts, *sizes, classes, ignore_index, grid_low, grid_scale,
+            **layouts, C=channels, GRID_SIZE=size, BLOCK=block, **options_of(centroids.dtype, registers=128),
         )  # fmt: skip
     return counts
 

@@ -20,6 +20,7 @@ from ...runtime.triton_forms import (
     aligned,
     compile_options,
     on_device_of,
+    over_blocks,
     pixel_strides,
     reciprocal_form,
     two_floats,
@@ -27,10 +28,12 @@ from ...runtime.triton_forms import (
 )
 from ..triton_pixels import (
     add,
+    block_of_program,
     difference_from,
     gather_codes,
     load_classes,
     load_pixels,
+    load_row,
     squared_norm,
     store_pixels,
     subtract,
@@ -60,20 +63,64 @@ def _reciprocal(d, FORM: tl.constexpr):
 
 
 @triton.jit
-def _add_rival(rivals, pull, x, y, centroid, k, eps, C: tl.constexpr, MAY_BE_OWN: tl.constexpr, FORM: tl.constexpr):
-    """Add one centroid's r = 1 / (d + eps) and r^2 (x - mu) to the sums, unless it is the pixel's own."""
-    diff = difference_from(x, centroid, C)
+def _add_unless(y, k, total, a, b, FORM: tl.constexpr):
+    """total + a b, or total where y == k. As predicated instructions, which a select is not compiled to, that costs nothing but
+    the comparison. The language of AMD's machines has no predicates."""
+    if FORM == "ptx":
+        return tl.inline_asm_elementwise(
+            "{.reg .pred p; .reg .f32 t; setp.ne.s32 p, $1, $2; mov.f32 t, $3; @p fma.rn.f32 t, $4, $5, t; mov.f32 $0, t;}",
+            "=f,r,r,f,f,f", [y, k, total, a, b], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.where(y == k, total, total + a * b)
+
+
+@triton.jit
+def _rival(x, code, eps, C: tl.constexpr, FORM: tl.constexpr):
+    """r = 1 / (d + eps) and x - mu of one centroid."""
+    diff = subtract(x, code, C)
     d = diff[0] * diff[0] + eps
     for c in tl.static_range(1, C):
         d += diff[c] * diff[c]
-    r = _reciprocal(d, FORM)
-    if MAY_BE_OWN:
-        r = tl.where(y == k, 0.0, r)
+    return _reciprocal(d, FORM), diff
+
+
+@triton.jit
+def _add_rival(rivals, pull, x, y, code, k, eps, C: tl.constexpr, MAY_BE_OWN: tl.constexpr, FORM: tl.constexpr):
+    """Add one centroid's r and r^2 (x - mu) to the sums, unless it is the pixel's own."""
+    r, diff = _rival(x, code, eps, C, FORM)
     weight = r * r
     out = ()
-    for c in tl.static_range(C):
-        out = out + (pull[c] + weight * diff[c],)
-    return rivals + r, out
+    if MAY_BE_OWN:
+        for c in tl.static_range(C):
+            out = out + (_add_unless(y, k, pull[c], weight, diff[c], FORM),)
+        rivals = _add_unless(y, k, rivals, r, 1.0, FORM)
+    else:
+        for c in tl.static_range(C):
+            out = out + (pull[c] + weight * diff[c],)
+        rivals += r
+    return rivals, out
+
+
+@triton.jit
+def _sum_run(
+    x, y, centroid, eps, C: tl.constexpr, RUN: tl.constexpr, MAY_BE_OWN: tl.constexpr, FORM: tl.constexpr
+):  # fmt: skip
+    """The sums of RUN centroids from the pointer `centroid` on; y counts from there."""
+    for j in tl.static_range(RUN):
+        if j % 4 == 0:  # four centroids of any C end at a 16-byte boundary
+            codes = load_row(centroid + j * C, 4 * C, FORM)
+        code = codes[j % 4 * C : (j % 4 + 1) * C]
+        if j == 0:
+            run, diff = _rival(x, code, eps, C, FORM)
+            if MAY_BE_OWN:
+                run = tl.where(y == 0, 0.0, run)
+            run_pull = ()
+            for c in tl.static_range(C):
+                run_pull = run_pull + (run * run * diff[c],)
+        else:
+            run, run_pull = _add_rival(run, run_pull, x, y, code, j, eps, C, MAY_BE_OWN, FORM)
+    return run, run_pull
 
 
 @triton.jit
@@ -97,21 +144,17 @@ def _by_reciprocals(
     held = tl.reduce(tl.where(y >= 0, tl.full(y.shape, 1, tl.int64) << ((y // RUN) & 63), 0), 0, _either)
     centroid = centroids
     for first in range(0, whole, RUN):
-        run = tl.zeros_like(x[0])
-        run_pull = zeros_like(x, C)
         if (held >> ((first // RUN) & 63)) & 1:
-            for j in tl.static_range(RUN):
-                run, run_pull = _add_rival(run, run_pull, x, y, centroid + j * C, first + j, eps, C, True, FORM)
+            run, run_pull = _sum_run(x, y - first, centroid, eps, C, RUN, True, FORM)
         else:
-            for j in tl.static_range(RUN):
-                run, run_pull = _add_rival(run, run_pull, x, y, centroid + j * C, first + j, eps, C, False, FORM)
+            run, run_pull = _sum_run(x, y, centroid, eps, C, RUN, False, FORM)
         rivals += run
         pull = add(pull, run_pull, C)
         centroid += RUN * C
     run = tl.zeros_like(x[0])
     run_pull = zeros_like(x, C)
     for k in range(whole, classes):
-        run, run_pull = _add_rival(run, run_pull, x, y, centroid, k, eps, C, True, FORM)
+        run, run_pull = _add_rival(run, run_pull, x, y, load_row(centroid, C, "single"), k, eps, C, True, FORM)
         centroid += C
     rivals += run
     pull = add(pull, run_pull, C)
@@ -238,9 +281,7 @@ def _distance_correction(
     FORM: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     classes = tl.cast(classes, tl.int32)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    inside = start + tl.arange(0, BLOCK) < pixels
+    image, start, inside = block_of_program(pixels, blocks, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     point = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     y = load_classes(labels, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)
@@ -270,11 +311,11 @@ def launch(channels: int, dtype: torch.dtype, interpreted: bool, registers: int 
     Programs are small, two warps, so that as many fit on a multiprocessor as the registers allow: six at 168.
     """
     if interpreted:
-        return Launch(4096, 8, compile_options(1))
+        return Launch(4096, 16, compile_options(1))
     if dtype == torch.float64:
         return Launch(64, 8, compile_options(2))
     pixels_a_thread = 4 if channels <= 3 else 2 if channels <= 8 else 1
-    return Launch(64 * pixels_a_thread, 8 if channels <= 8 else 4, compile_options(2, registers))
+    return Launch(64 * pixels_a_thread, 16 if channels <= 8 else 4, compile_options(2, registers))
 
 
 def correction_arguments(
@@ -304,18 +345,15 @@ def distance_correction(
     out = torch.empty(xhat.shape, dtype=xhat.dtype, device=xhat.device)
     if out.numel() == 0:
         return out
-    batch, channels, height, width = xhat.shape
-    x_strides, x_layout = pixel_strides(xhat)
-    l_strides, l_layout = pixel_strides(labels)
+    channels = xhat.shape[1]
     how = launch(channels, centroids.dtype, INTERPRETED)
-    blocks = triton.cdiv(height * width, how.block)
+    grid, sizes, layouts = over_blocks(how.block, X=xhat, L=labels)
     floats, constants = correction_arguments(temperature, eps, transform, max_norm)
     with on_device_of(xhat):
-        _distance_correction[(batch * blocks,)](
-            xhat, labels, aligned(centroids), out,
-            *x_strides, *l_strides, width, height * width, blocks, centroids.shape[0], ignore_index, *floats,
-            X_LAYOUT=x_layout, L_LAYOUT=l_layout, OUT_LAYOUT=pixel_strides(out)[1],
-            C=channels, FORM=reciprocal_form(centroids.dtype), RUN=how.run, BLOCK=how.block,
+        _distance_correction[grid](
+            xhat, labels, aligned(centroids), out, *sizes, centroids.shape[0], ignore_index, *floats,
+            **layouts, OUT_LAYOUT=pixel_strides(out)[1], C=channels,
+            FORM=reciprocal_form(centroids.dtype), RUN=how.run, BLOCK=how.block,
             **constants, **how.options,
         )  # fmt: skip
     return out

@@ -15,10 +15,11 @@ from ...runtime.triton_forms import (
     aligned,
     compile_options,
     on_device_of,
+    over_blocks,
     pixel_strides,
     variant,
 )
-from ..triton_pixels import gather_codes, load_classes, load_pixels, store_pixels
+from ..triton_pixels import block_of_program, gather_codes, load_classes, load_pixels, store_pixels
 
 __all__ = ["flow_interpolate", "flow_interpolate_bwd", "variants"]
 
@@ -30,12 +31,10 @@ _G_STRIDES = ["g_b", "g_c", "g_h", "g_w"]
 @triton.jit(do_not_specialize=[*_X_STRIDES, *_SIZES])
 def _interpolate(
     x, labels, t, centroids, out,
-    x_b, x_c, x_h, x_w, l_b, l_h, l_w, t_b, width, pixels, blocks, classes, ignore_index,
+    x_b, x_c, x_h, x_w, l_b, l_h, l_w, width, pixels, blocks, t_b, classes, ignore_index,
     X_LAYOUT: tl.constexpr, L_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    inside = start + tl.arange(0, BLOCK) < pixels
+    image, start, inside = block_of_program(pixels, blocks, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     source = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     y = load_classes(labels, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)
@@ -50,14 +49,12 @@ def _interpolate(
 @triton.jit(do_not_specialize=[*_X_STRIDES, *_G_STRIDES, *_SIZES])
 def _interpolate_backward(
     grad, x, labels, t, centroids, grad_source, partial,
-    g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w, l_b, l_h, l_w, t_b, width, pixels, blocks, classes, ignore_index,
+    g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w, l_b, l_h, l_w, width, pixels, blocks, t_b, classes, ignore_index,
     G_LAYOUT: tl.constexpr, X_LAYOUT: tl.constexpr, L_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     C: tl.constexpr, NEED_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partial (B, blocks) fp64: each block's share of grad t; summed by a second stage, so the result never changes."""
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    inside = start + tl.arange(0, BLOCK) < pixels
+    image, start, inside = block_of_program(pixels, blocks, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     g = load_pixels(grad, image, g_b, g_c, g_h, g_w, start, width, inside, G_LAYOUT, C, acc, BLOCK)
     y = load_classes(labels, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)
@@ -87,17 +84,12 @@ def flow_interpolate(
     out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     if out.numel() == 0:
         return out
-    batch, channels, height, width = source.shape
-    x_strides, x_layout = pixel_strides(source)
-    l_strides, l_layout = pixel_strides(labels)
-    block = block_of(channels)
-    blocks = triton.cdiv(height * width, block)
+    block = block_of(source.shape[1])
+    grid, sizes, layouts = over_blocks(block, X=source, L=labels)
     with on_device_of(source):
-        _interpolate[(batch * blocks,)](
-            source, labels, t, aligned(centroids), out,
-            *x_strides, *l_strides, t.stride(0), width, height * width, blocks, centroids.shape[0], ignore_index,
-            X_LAYOUT=x_layout, L_LAYOUT=l_layout, OUT_LAYOUT=pixel_strides(out)[1], C=channels, BLOCK=block,
-            **compile_options(4),
+        _interpolate[grid](
+            source, labels, t, aligned(centroids), out, *sizes, t.stride(0), centroids.shape[0], ignore_index,
+            **layouts, OUT_LAYOUT=pixel_strides(out)[1], C=source.shape[1], BLOCK=block, **compile_options(4),
         )  # fmt: skip
     return out
 
@@ -115,19 +107,13 @@ def flow_interpolate_bwd(
     out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     if out.numel() == 0:
         return out, t.new_zeros(t.shape if need_t else (0,))
-    batch, channels, height, width = source.shape
-    g_strides, g_layout = pixel_strides(grad)
-    x_strides, x_layout = pixel_strides(source)
-    l_strides, l_layout = pixel_strides(labels)
-    block = block_of(channels)
-    blocks = triton.cdiv(height * width, block)
-    partial = torch.empty((batch, blocks) if need_t else (0,), dtype=torch.float64, device=source.device)
+    block = block_of(source.shape[1])
+    grid, sizes, layouts = over_blocks(block, G=grad, X=source, L=labels)
+    partial = torch.empty((source.shape[0], sizes[-1]) if need_t else (0,), dtype=torch.float64, device=source.device)
     with on_device_of(source):
-        _interpolate_backward[(batch * blocks,)](
-            grad, source, labels, t, aligned(centroids), out, partial,
-            *g_strides, *x_strides, *l_strides, t.stride(0), width, height * width, blocks, centroids.shape[0], ignore_index,
-            G_LAYOUT=g_layout, X_LAYOUT=x_layout, L_LAYOUT=l_layout, OUT_LAYOUT=pixel_strides(out)[1],
-            C=channels, NEED_T=need_t, BLOCK=block, **compile_options(4),
+        _interpolate_backward[grid](
+            grad, source, labels, t, aligned(centroids), out, partial, *sizes, t.stride(0), centroids.shape[0], ignore_index,
+            **layouts, OUT_LAYOUT=pixel_strides(out)[1], C=source.shape[1], NEED_T=need_t, BLOCK=block, **compile_options(4),
         )  # fmt: skip
     return out, partial.sum(dim=1).to(t.dtype) if need_t else t.new_empty(0)
 

@@ -18,6 +18,7 @@ from ...runtime.triton_forms import (
     aligned,
     compile_options,
     on_device_of,
+    over_blocks,
     pixel_strides,
     reciprocal_form,
     two_floats,
@@ -26,7 +27,16 @@ from ...runtime.triton_forms import (
 from ..common import compute_dtype
 from ..distance_correction.triton_kernels import correct, correction_arguments, launch
 from ..flow_interpolate.triton_kernels import block_of
-from ..triton_pixels import gather_codes, load_classes, load_pixels, pixel_offsets, store_pixels, subtract, wide
+from ..triton_pixels import (
+    block_of_program,
+    gather_codes,
+    load_classes,
+    load_pixels,
+    pixel_offsets,
+    store_pixels,
+    subtract,
+    wide,
+)
 
 __all__ = ["flow_loss", "flow_loss_bwd", "variants"]
 
@@ -40,7 +50,7 @@ __all__ = ["flow_loss", "flow_loss_bwd", "variants"]
 )  # fmt: skip
 def _flow_loss(
     x, source, labels, t, centroids, residual, per_pixel, sums, counts,
-    x_b, x_c, x_h, x_w, s_b, s_c, s_h, s_w, l_b, l_h, l_w, t_b, width, pixels, blocks, classes, ignore_index,
+    x_b, x_c, x_h, x_w, s_b, s_c, s_h, s_w, l_b, l_h, l_w, width, pixels, blocks, t_b, classes, ignore_index,
     eps, eps_low, inverse_temperature, inverse_temperature_low, max_norm, max_norm_low,
     weight, weight_low, t_min, t_min_low,
     X_LAYOUT: tl.constexpr, S_LAYOUT: tl.constexpr, L_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
@@ -50,12 +60,11 @@ def _flow_loss(
     FORM: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     classes = tl.cast(classes, tl.int32)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    inside = start + tl.arange(0, BLOCK) < pixels
+    image, start, inside = block_of_program(pixels, blocks, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     y = load_classes(labels, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)
-    rest = 1.0 - tl.load(t + image * t_b).to(acc)
+    time = tl.load(t + image * t_b).to(acc)
+    rest = 1.0 - time
     scale = rest * 0.0 + 1.0
     if ENDPOINT and not ENDPOINT_SPACE:
         scale = 1.0 / tl.maximum(rest, wide(t_min, t_min_low, acc))
@@ -68,7 +77,7 @@ def _flow_loss(
             code = gather_codes(centroids, y, C)
             moved = ()
             for c in tl.static_range(C):
-                moved = moved + (rest * (x0[c] + xhat[c]) + (1.0 - rest) * code[c],)
+                moved = moved + (rest * (x0[c] + xhat[c]) + time * code[c],)
             xhat = moved
         grad = correct(
             xhat, y, centroids, classes,
@@ -134,9 +143,7 @@ def _scale(
     R_LAYOUT: tl.constexpr, G_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr,
     EACH: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    inside = start + tl.arange(0, BLOCK) < pixels
+    image, start, inside = block_of_program(pixels, blocks, BLOCK)
     r = load_pixels(residual, image, r_b, r_c, r_h, r_w, start, width, inside, R_LAYOUT, C, ACC, BLOCK)
     if EACH:
         at = image * g_b + pixel_offsets(start, g_h, g_w, width, G_LAYOUT, BLOCK)
@@ -171,18 +178,14 @@ def flow_loss(
     need_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, residual and count, as the reference gives them. Labels out of range count as ignored."""
-    batch, channels, height, width = prediction.shape
+    channels = prediction.shape[1]
     device = prediction.device
     each = reduction == "none"
     residual = torch.empty(prediction.shape if need_grad else (0,), dtype=prediction.dtype, device=device)
     loss = torch.empty(labels.shape if each else (), dtype=compute_dtype(prediction.dtype), device=device)
     count = torch.empty((), dtype=torch.int64, device=device)
-    x_strides, x_layout = pixel_strides(prediction)
-    s_strides, s_layout = pixel_strides(source)
-    l_strides, l_layout = pixel_strides(labels)
     how = launch(channels, centroids.dtype, INTERPRETED, registers=176)
-    blocks = triton.cdiv(height * width, how.block)
-    programs = batch * blocks
+    (programs,), sizes, layouts = over_blocks(how.block, X=prediction, S=source, L=labels)
     sums = torch.empty(programs, dtype=torch.float64, device=device)
     counts = torch.empty(programs, dtype=torch.int32, device=device)
     floats, constants = correction_arguments(temperature, eps, transform, max_norm)
@@ -190,10 +193,9 @@ def flow_loss(
         if programs:
             _flow_loss[(programs,)](
                 prediction, source, labels, t, aligned(centroids), residual, loss, sums, counts,
-                *x_strides, *s_strides, *l_strides, t.stride(0), width, height * width, blocks, centroids.shape[0],
+                *sizes, t.stride(0), centroids.shape[0],
                 ignore_index, *floats, *two_floats(correction_weight), *two_floats(t_min),
-                X_LAYOUT=x_layout, S_LAYOUT=s_layout, L_LAYOUT=l_layout,
-                OUT_LAYOUT=pixel_strides(residual)[1] if need_grad else 0,
+                **layouts, OUT_LAYOUT=pixel_strides(residual)[1] if need_grad else 0,
                 C=channels, ENDPOINT=predicts == "endpoint", ENDPOINT_SPACE=loss_space == "endpoint",
                 CORRECTED=correction_weight != 0, ANNEALED=schedule == "annealed", NEED_GRAD=need_grad, EACH=each,
                 FORM=reciprocal_form(centroids.dtype), RUN=how.run, BLOCK=how.block, **constants, **how.options,
@@ -211,17 +213,18 @@ def flow_loss_bwd(
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     if out.numel() == 0:
         return out
-    batch, channels, height, width = residual.shape
+    channels = residual.shape[1]
     each = reduction == "none"
-    r_strides, r_layout = pixel_strides(residual)
-    g_strides, g_layout = pixel_strides(grad_loss) if each else ((0, 0, 0), 0)
     block = block_of(channels)
-    blocks = triton.cdiv(height * width, block)
+    # One number for all pixels stands for a map of them.
+    grid, sizes, layouts = over_blocks(
+        block, R=residual, G=grad_loss if each else grad_loss.expand(residual[:, 0].shape)
+    )
     with on_device_of(residual):
-        _scale[(batch * blocks,)](
-            grad_loss, residual, count, out, *r_strides, *g_strides, width, height * width, blocks,
-            R_LAYOUT=r_layout, G_LAYOUT=g_layout, OUT_LAYOUT=pixel_strides(out)[1], C=channels, MEAN=reduction == "mean",
-            EACH=each, ACC=tl.float64 if residual.dtype == torch.float64 else tl.float32, BLOCK=block, **compile_options(4),
+        _scale[grid](
+            grad_loss, residual, count, out, *sizes,
+            **layouts, OUT_LAYOUT=pixel_strides(out)[1], C=channels, MEAN=reduction == "mean", EACH=each,
+            ACC=tl.float64 if residual.dtype == torch.float64 else tl.float32, BLOCK=block, **compile_options(4),
         )  # fmt: skip
     return out
 

@@ -19,11 +19,11 @@ from ...runtime.triton_forms import (
     aligned,
     compile_options,
     on_device_of,
-    pixel_strides,
+    over_blocks,
     variant,
 )
 from ..common import compute_dtype
-from ..triton_pixels import any_nan, difference_from, load_pair, load_pixels, squared_norm
+from ..triton_pixels import any_nan, block_of_program, difference_from, load_pair, load_pixels, squared_norm, subtract
 
 __all__ = ["block_of", "decode", "grid_arguments", "nearest_centroid", "options_of", "variants"]
 
@@ -60,12 +60,7 @@ def _search_all(x, centroids, classes, C: tl.constexpr, MARGIN: tl.constexpr):
 
 @triton.jit
 def _keep_nearest_listed(x, a, b, c, j, place, nearest):
-    dx = x[0] - a
-    dy = x[1] - b
-    dz = x[2] - c
-    d = dx * dx
-    d += dy * dy
-    d += dz * dz
+    d = squared_norm(subtract(x, (a, b, c), 3), 3)
     closer = d < nearest
     return tl.where(closer, j, place), tl.where(closer, d, nearest)
 
@@ -141,9 +136,7 @@ def _nearest_centroid(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     classes = tl.cast(classes, tl.int32)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
-    inside = start + tl.arange(0, BLOCK) < pixels
+    image, start, inside = block_of_program(pixels, blocks, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     point = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     label, nearest, second = decode(
@@ -208,14 +201,12 @@ def nearest_centroid(
     grid, size = grid_arguments(centroids, cells, records, groups)
     if return_distance or return_margin:
         size = 0
-    x_strides, x_layout = pixel_strides(x)
     block = block_of(channels, size > 0)
-    blocks = triton.cdiv(height * width, block)
+    programs, sizes, layouts = over_blocks(block, X=x)
     with on_device_of(x):
-        _nearest_centroid[(batch * blocks,)](
-            x, centroids, *grid, labels, distance, margin,
-            *x_strides, width, height * width, blocks, centroids.shape[0], ignore_index, grid_low, grid_scale,
-            X_LAYOUT=x_layout, C=channels, GRID_SIZE=size, DISTANCE=return_distance, MARGIN=return_margin, BLOCK=block,
+        _nearest_centroid[programs](
+            x, centroids, *grid, labels, distance, margin, *sizes, centroids.shape[0], ignore_index, grid_low, grid_scale,
+            **layouts, C=channels, GRID_SIZE=size, DISTANCE=return_distance, MARGIN=return_margin, BLOCK=block,
             **options_of(centroids.dtype),
         )  # fmt: skip
     return labels, distance, margin
