@@ -165,10 +165,11 @@ def cpu_ninja_file(compiler: str, torch_folder: Path, target: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        # No rpath and no Python: torch is already in the process when the library is loaded.
+        # No rpath and no Python: torch is already in the process when the library is loaded. No libc10: it would lend copies of C++
+        # library functions that another torch may not have.
         f"  command = {compiler} -shared {os.environ.get('FLOWSEG_LDFLAGS', '')} $in -o $out "
         # libgcc first: its half-precision conversions are linked in, as older systems lack them in their shared one.
-        f"-L{quoted(torch_folder / 'lib')} -ltorch -ltorch_cpu -lc10 -lgcc",
+        f"-L{quoted(torch_folder / 'lib')} -ltorch -ltorch_cpu -lgcc",
     ]
     objects = []
     for name in (*CPU_OPS, "dispatch"):
@@ -199,7 +200,7 @@ def cuda_ninja_file(nvcc: str, torch_folder: Path, target: Path) -> str:
         # The CUDA runtime is linked in: torch's own may be of another major version. libtorch brings libtorch_cuda with it at load
         # time, so it must be kept although nothing here is found in it.
         f"  command = {quoted(nvcc)} -shared -cudart=static $in -o $out -L{quoted(torch_folder / 'lib')} "
-        "-Xlinker=--no-as-needed -ltorch -ltorch_cpu -lc10",
+        "-Xlinker=--no-as-needed -ltorch -ltorch_cpu",
     ]
     for name in CUDA_OPS:
         lines.append(f"build {name}.o: compile {escaped(ROOT / 'csrc' / 'cuda' / name)}.cu")

@@ -12,6 +12,7 @@ import torch
 from . import __version__
 from .runtime import backend, extension
 from .runtime.preferences import gpu_preference
+from .runtime.triton_forms import why_no_triton
 
 __all__ = ["report"]
 
@@ -42,6 +43,7 @@ def report() -> str:
     ]
     lines.append(_library(extension.CPU, extension.why_no_cpu_kernels(), _instruction_set))
     lines.append(_library(extension.CUDA, extension.why_no_cuda_kernels(), _architectures))
+    lines.append(f"Triton kernels: {why_no_triton('cuda') or 'ready for CUDA tensors'}")
     variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith("FLOWSEG_")}
     lines.append(
         "Settings: " + (", ".join(f"{k}={v}" for k, v in variables.items()) or "none (FLOWSEG_* in the environment)")

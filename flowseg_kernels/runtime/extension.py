@@ -50,14 +50,33 @@ class Library:
         floor = facts.get("torch_target", "2.10")
         if _version(torch.__version__) < _version(floor):
             return f"the library needs torch {floor} or newer and this is torch {torch.__version__}; upgrade torch"
+        if not _whole(self.path):
+            return f"{self.path.name} is not a whole library: it was cut short or is of another kind; {rebuild}"
         try:
             torch.ops.load_library(str(self.path))
         except (OSError, RuntimeError) as error:
             return (
                 f"{self.path.name}, built with torch {facts.get('torch', '?')} for stable ABI {floor}, "
-                f"does not load into torch {torch.__version__} ({error}); {rebuild}"
+                f"does not load into torch {torch.__version__} ({error.__cause__ or error}); {rebuild}"
             )
+        without = self._ops_without_kernel()
+        if without:
+            return f"{self.path.name} is of another version: it has no kernel for {without[0]}; {rebuild}"
         return None
+
+    def _ops_without_kernel(self) -> list[str]:
+        """Ops defined in Python for this library for which no library has brought a kernel."""
+        namespace, key = f"flowseg_{self.build}::", self.build.upper()
+        names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(namespace)]
+        return sorted(n for n in names if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(n, key))
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file is an ELF library to its end: the loader does not look, and reading what is missing kills the process."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    sections_at, size, count = (int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
+    return len(header) == 64 and header[:4] == b"\x7fELF" and sections_at + size * count <= path.stat().st_size
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -82,7 +82,7 @@ def test_load_failures_are_readable(tmp_path):
     assert "were not compiled" in library.load()
     library.path.write_bytes(b"not a library")
     reason = library.load()
-    assert "does not load into torch" in reason and "rebuild it with" in reason
+    assert "is not a whole library" in reason and "rebuild it with" in reason
     library.path.with_suffix(".json").write_text('{"torch_target": "99.0"}')
     assert "needs torch 99.0 or newer" in library.load()
 

@@ -1,0 +1,89 @@
+"""What the packaging tests share: building as pip does, and environments with nothing but torch in them."""
+
+import importlib.metadata
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+#: Encodes and decodes labels, which calls one op, and prints the backend that it took.
+ONE_OP = """
+import torch, flowseg_kernels as fk
+book = fk.Codebook(fk.kronecker_centroids(9))
+labels = torch.randint(0, 9, (1, 8, 8))
+assert torch.equal(book.decode(book.encode(labels)), labels)
+x = book.encode(labels).requires_grad_()
+fk.flow_loss(x, torch.zeros_like(x), labels, torch.zeros(1), book).backward()
+print(fk.available_backends("flow_loss")[0], x.grad.abs().sum() > 0)
+"""
+
+
+def build(sources, out, *, python=sys.executable, **variables):
+    """`pip wheel` as an installer runs it; returns (completed process, wheel or None)."""
+    command = [
+        sys.executable, "-m", "pip", "--python", python, "wheel", "-v", "--no-deps", "--no-index", "--no-build-isolation",
+        "-w", out, sources,
+    ]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, **variables})
+    wheels = list(pathlib.Path(out).glob("*.whl"))
+    return done, wheels[0] if wheels else None
+
+
+def no_compiler(folder):
+    """Variables for a PATH with the build tools but no C++ compiler, no nvcc and no C compiler."""
+    tools = folder / "tools"
+    tools.mkdir()
+    for name in ("ninja", "git", "sh"):
+        found = shutil.which(name)
+        if found:
+            (tools / name).symlink_to(found)
+    return {"PATH": str(tools), "CXX": "", "CC": "", "CUDA_HOME": "", "CUDA_PATH": ""}
+
+
+def _required(name, found):
+    """Distributions that `name` needs to run, by name, without Triton and without optional ones."""
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return
+    found[name] = distribution
+    for line in distribution.requires or ():
+        wanted = re.match(r"[\w.-]+", line)[0]
+        if "extra ==" not in line and wanted != "triton" and wanted not in found:
+            _required(wanted, found)
+
+
+class FreshEnvironment:
+    """A virtual environment that holds torch and what it needs (linked, not copied), setuptools, and no Triton, NumPy or pytest."""
+
+    def __init__(self, folder):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+        self.python = folder / "bin" / "python"
+        (self.site,) = (folder / "lib").glob("python*/site-packages")
+        wanted = {}
+        for name in ("torch", "setuptools"):
+            _required(name, wanted)
+        for distribution in wanted.values():
+            for top in {f.parts[0] for f in distribution.files if f.parts[0] not in ("..", "__pycache__")}:
+                (self.site / top).symlink_to(distribution.locate_file(top))
+
+    def install(self, path, **variables):
+        """`pip install` of a wheel or source distribution; returns what it printed."""
+        command = [sys.executable, "-m", "pip", "--python", self.python, "install", "-v", "--no-deps", "--no-index",
+                   "--no-build-isolation", path]  # fmt: skip
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, **variables})
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+        return done.stdout + done.stderr
+
+    def run(self, *arguments, **variables):
+        """The output of its Python, away from the checkout."""
+        environment = {**os.environ, **variables}
+        environment.pop("PYTHONPATH", None)
+        done = subprocess.run(
+            [str(self.python), *arguments], capture_output=True, text=True, env=environment, cwd=self.site
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        return done.stdout

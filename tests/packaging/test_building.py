@@ -1,0 +1,70 @@
+"""What the build says and leaves out when something is missing or asked for in vain."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from .environment import ROOT, build, no_compiler
+
+
+def test_kernels_of_an_earlier_build_are_not_packed(sources, tmp_path):
+    folder = tmp_path / "a folder with spaces"
+    shutil.copytree(sources, folder)
+    library = folder / "flowseg_kernels" / "lib" / "libflowseg_cpu.so"
+    library.write_bytes(b"stale")
+    for variables in ({"FLOWSEG_BUILD": "none"}, no_compiler(tmp_path)):
+        out = tmp_path / f"out{len(variables)}"
+        _, wheel = build(folder, out, **variables)
+        assert wheel.name.endswith("-py3-none-any.whl")
+        assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
+
+
+def test_a_torch_that_does_not_import_leaves_the_kernels_out(sources, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart is missing')")
+    done, wheel = build(sources, tmp_path / "out", PYTHONPATH=str(tmp_path))
+    assert wheel is not None, done.stdout[-2000:]
+    assert "left out: torch does not import here (ImportError: libcudart is missing)" in done.stdout + done.stderr
+
+
+def test_asking_for_kernels_without_a_compiler_is_an_error(sources, tmp_path):
+    done, wheel = build(sources, tmp_path / "out", FLOWSEG_BUILD="cpu", **no_compiler(tmp_path))
+    assert done.returncode and wheel is None
+    assert "FLOWSEG_BUILD=cpu: no C++ compiler was found" in done.stdout + done.stderr
+
+
+def test_an_unknown_build_mode_says_what_is_wrong(sources, tmp_path):
+    done, wheel = build(sources, tmp_path / "out", FLOWSEG_BUILD="gpu")
+    assert done.returncode and wheel is None
+    assert "wanted auto, cpu, cuda or none; got 'gpu'" in done.stdout + done.stderr
+
+
+def test_asking_for_cuda_kernels_without_a_compiler_is_an_error(sources, tmp_path):
+    done, wheel = build(sources, tmp_path / "out", FLOWSEG_BUILD="cuda", **no_compiler(tmp_path))
+    assert done.returncode and wheel is None
+    assert "FLOWSEG_BUILD=cuda: no C++ compiler was found" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.parametrize("entry, words", [("9.0", ""), ("newest", "TORCH_CUDA_ARCH_LIST: wanted entries such as 9.0")])
+def test_architectures_to_compile_for(monkeypatch, tmp_path, entry, words):
+    code = "import sys; sys.argv = ['setup.py', '--name']; import setup; print(setup.code_flags(setup.find_nvcc()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TORCH_CUDA_ARCH_LIST": entry},
+    )
+    assert words in done.stderr and (bool(words) or done.stdout.endswith("-gencode=arch=compute_90,code=sm_90\n"))
+
+
+def test_nothing_compiled_on_request_gives_a_wheel_for_every_platform(sources, tmp_path):
+    _, wheel = build(sources, tmp_path / "out", FLOWSEG_BUILD="none")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {n.split("/")[0] for n in names if ".dist-info" not in n}
+    assert tops == {"flowseg", "flowseg_kernels"}
