@@ -32,10 +32,13 @@ def _cpu_arguments(features, x, weights, embed_weight, embed_bias, norm, out_nor
     embed, bias, norm, out_norm, out_weight, out_bias = (
         v.detach().float().contiguous() for v in (embed_weight, embed_bias, norm, out_norm, out_weight, out_bias)
     )
+    if weights.stride(-1) != 1:
+        # contiguous() leaves the strides of a tensor without elements as they are.
+        weights = weights.clone(memory_format=torch.contiguous_format)
     channels = x.shape[1]
     table = embed[:, channels:] @ features.T + bias[:, None]
     return (
-        x, weights if weights.stride(-1) == 1 else weights.contiguous(), table.contiguous(), embed[:, :channels].contiguous(),
+        x, weights, table.contiguous(), embed[:, :channels].contiguous(),
         norm, out_norm, out_weight, out_bias, patch_size, mlp_ratio, eps, normalise == "both", form == "residual",
     )  # fmt: skip
 

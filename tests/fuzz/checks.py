@@ -1,0 +1,358 @@
+"""Runs a case on a backend and compares everything that comes out with fp64."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+
+import torch
+
+import flowseg_kernels as fk
+from flowseg_kernels.ops.common import compute_dtype
+
+from . import exact
+from .cases import Field, Pixels
+from .exact import Answer
+from .inputs import laid_out, tensors
+
+#: Numbers compared, and those of them of which nothing was promised.
+seen: collections.Counter[str] = collections.Counter()
+
+
+class Wrong(AssertionError):
+    """A result outside what is promised."""
+
+
+def agree(name: str, got: torch.Tensor, want: Answer) -> None:
+    """got lies within want.bound and one rounding to its dtype of want.value; NaN and infinities are where they belong."""
+    kind = torch.finfo(got.dtype)
+    value = got.detach().double()
+    off = (value - want.value).abs()
+    half = 0.501 * kind.eps * want.value.abs() + 0.51 * kind.tiny * kind.eps
+    near = off <= want.bound + half
+    same = (value == want.value) | (value.isnan() & want.value.isnan())
+    # What rounds beyond the dtype is infinite.
+    too_large = want.value.abs() + want.bound >= kind.max * (1 + kind.eps / 4) * (1 - kind.eps / 2)
+    over = value.isinf() & too_large & (value.sign() == want.value.sign())
+    right = near | same | over | want.free
+    seen["numbers"] += got.numel()
+    seen["free"] += int(want.free.sum())
+    if not bool(right.all()):
+        at = tuple((~right).nonzero()[0].tolist())
+        raise Wrong(
+            f"{name} at {at}: got {value[at].item():.9g}, wanted {want.value[at].item():.9g} within "
+            f"{want.bound[at].item():.3g}; {int((~right).sum())} of {right.numel()} are wrong"
+        )
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Memory that torch hands out uninitialised is full of NaN, so that what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def unchanged(inputs, before) -> None:
+    for tensor, kept in zip(inputs, before):
+        if not torch.equal(tensor.detach().nan_to_num(), kept.nan_to_num()):
+            raise Wrong("an input was changed")
+
+
+def check(op: str, case: Pixels | Field, backend: str) -> None:
+    """Raises Wrong when the op's result or gradients on `backend` are not what the contract promises.
+
+    Whatever else a call raises is a failure too, but for a bad label, which is an error on the CPU.
+    """
+    with poisoned(), fk.use_backend(backend):
+        if isinstance(case, Field):
+            return check_field(case)
+        globals()[f"check_{op}"](case, backend)
+
+
+class _Call:
+    """What the checks of the per-pixel ops share: inputs as given and in fp64."""
+
+    def __init__(self, case: Pixels, backend: str, leader: str):
+        self.case, self.backend = case, backend
+        self.book, self.x, self.source, self.labels, self.t, self.grad = tensors(case)
+        dtype = compute_dtype((self.x if leader == "x" else self.source).dtype)
+        self.u = torch.finfo(dtype).eps
+        self.codes = self.book.centroids if case.bare else self.book
+        self.mu = self.book.centroids.to(dtype).double()
+        self.time = self.t.to(dtype).double()
+        # float64 images are compared with fp64 of another order.
+        self.before = [v.clone() for v in (self.x, self.source, self.labels, self.t)]
+
+    @property
+    def eps(self):
+        eps = self.case.options.get("eps")
+        return self.book.default_eps if eps is None else eps
+
+    def given(self):
+        """The options as the public function takes them."""
+        options = {**self.case.options, "ignore_index": self.case.ignore}
+        if self.case.bare and "eps" in options:
+            options["eps"] = self.eps
+        return options
+
+    def has_bad_label(self) -> bool:
+        y = self.labels.long()
+        return bool((((y < 0) | (y >= self.case.classes)) & (y != self.case.ignore)).any())
+
+    def run(self, call):
+        """call(), which must raise for a bad label on the CPU; None if it did."""
+        if self.backend in ("cpu", "reference") and self.has_bad_label():
+            try:
+                call()
+            except ValueError as error:
+                if "wanted values in [0, " not in str(error):
+                    raise
+                return None
+            raise Wrong("a label that is no class raised nothing")
+        result = call()
+        unchanged((self.x, self.source, self.labels, self.t), self.before)
+        return result
+
+
+def check_flow_interpolate(case: Pixels, backend: str) -> None:
+    c = _Call(case, backend, "source")
+    source, t = c.source.requires_grad_(), c.t.requires_grad_()
+    out = c.run(lambda: fk.flow_interpolate(source, c.labels, t, c.codes, ignore_index=case.ignore))
+    if out is None:
+        return
+    x0 = source.detach().double()
+    agree("x_t", out, exact.interpolate(x0, c.labels, c.time, c.mu, case.ignore, c.u))
+    by_source, by_time = torch.autograd.grad(out, (source, t), c.grad)
+    want_source, want_time = exact.interpolate_backward(c.grad.double(), x0, c.labels, c.time, c.mu, case.ignore, c.u)
+    agree("grad_source", by_source, want_source)
+    agree("grad_t", by_time, want_time)
+
+
+def _correction_options(c: _Call) -> dict:
+    options = c.case.options
+    return {
+        "temperature": options["temperature"], "eps": c.eps, "transform": options["transform"], "max_norm": options["max_norm"],
+    }  # fmt: skip
+
+
+def check_distance_correction(case: Pixels, backend: str) -> None:
+    c = _Call(case, backend, "x")
+    got = c.run(lambda: fk.distance_correction(c.x, c.labels, c.codes, **c.given()))
+    if got is None:
+        return
+    if got.dtype != c.x.dtype or not got.is_contiguous() or got.requires_grad:
+        raise Wrong("dtype, layout or requires_grad of the correction")
+    agree(
+        "correction",
+        got,
+        exact.correction(c.x.double(), c.labels, c.mu, ignore=case.ignore, u=c.u, **_correction_options(c)),
+    )
+
+
+def check_flow_loss(case: Pixels, backend: str) -> None:
+    c = _Call(case, backend, "x")
+    x, options = c.x.requires_grad_(), case.options
+    got = c.run(lambda: fk.flow_loss(x, c.source, c.labels, c.t, c.codes, **c.given()))
+    if got is None:
+        return
+    each, residual, valid = exact.loss(
+        x.detach().double(), c.source.double().to(compute_dtype(x.dtype)).double(), c.labels, c.time, c.mu,
+        predicts=options["predicts"], space=options["loss_space"] or options["predicts"], weight=options["correction_weight"],
+        schedule=options["schedule"], t_min=options["t_min"], ignore=case.ignore, u=c.u, **_correction_options(c),
+    )  # fmt: skip
+    count = max(int(valid.sum()), 1)
+    kind = options["reduction"]
+    share = 1 / count if kind == "mean" else 1.0
+    if kind == "none":
+        agree("loss", got, each)
+        arrives = laid_out(torch.randn(got.shape, generator=torch.Generator().manual_seed(case.seed)), case.layouts[3])
+        arrives = arrives.to(got.dtype)
+        factor = arrives.double()[:, None]
+    else:
+        total = each.value.sum() * share
+        off = each.bound.sum() * share + (4 * c.u + each.value.numel() * exact.ROUNDING) * total.abs()
+        agree("loss", got, Answer(total, off.nan_to_num(), each.free.any()))
+        arrives = torch.tensor(0.7, dtype=got.dtype)
+        factor = arrives.double() * share
+    (grad,) = torch.autograd.grad(got, x, arrives)
+    # The residual is kept in the dtype of the prediction: one rounding, and its range, of their own.
+    stored = torch.finfo(x.dtype)
+    rounding = 0.501 * stored.eps * residual.value.abs() + 0.51 * stored.tiny * stored.eps
+    free = residual.free | ((residual.value.abs() + residual.bound > stored.max * 0.99) & residual.value.isfinite())
+    want = Answer(
+        residual.value * factor,
+        ((residual.bound + rounding) * factor.abs() + 4 * c.u * (residual.value * factor).abs()).nan_to_num(posinf=0),
+        free,
+    )
+    agree("grad_prediction", grad, want)
+
+
+def _allowed(c: _Call, d: torch.Tensor) -> torch.Tensor:
+    """Which classes (B, K, H, W) fp32 distances may take for the nearest: all whose distance is the smallest but for rounding.
+
+    Where every operation is exact there is no rounding, and equal distances go to the lowest index.
+    """
+    small = c.u > 1e-10
+    finite = d.nan_to_num(nan=torch.inf)
+    if small:
+        finite = torch.where(finite > exact.HUGE, torch.inf, finite)
+    nearest = finite.amin(1, keepdim=True)
+    first = torch.zeros_like(d, dtype=torch.bool).scatter_(1, (finite == nearest).int().argmax(1, keepdim=True), True)
+    off = 2 * (c.case.channels + 3) * c.u
+    close = finite <= nearest * (1 + off) + (8 * c.case.channels * exact.SMALLEST if small else 0)
+    # Multiples of 2^-6 of at most 32: squares and their sums have few bits.
+    x, mu = c.x.double(), c.mu
+    whole = ((x * 64).round() == x * 64).all(1, keepdim=True) & (x.abs() <= 32).all(1, keepdim=True)
+    whole = whole & bool(((mu * 64).round() == mu * 64).all() and (mu.abs() <= 32).all())
+    # Equal codes are equally far in any arithmetic; of them only the first.
+    same = (mu[:, None] == mu[None]).all(-1)
+    is_first = (same.int().argmax(1) == torch.arange(len(mu)))[None, :, None, None]
+    overflow = nearest.isinf() & ~(d.isinf().all(1, keepdim=True)) & small
+    return torch.where(whole | (nearest.isinf() & ~overflow), first, close & is_first | first)
+
+
+def check_nearest_centroid(case: Pixels, backend: str) -> None:
+    c = _Call(case, backend, "x")
+    dtype = getattr(torch, case.options["out_dtype"])
+    wants = [case.options["return_distance"], case.options["return_margin"]]
+    options = {"out_dtype": dtype, "return_distance": wants[0], "return_margin": wants[1]}
+    found = fk.nearest_centroid(c.x, c.codes, **options)
+    unchanged((c.x,), c.before)
+    labels, *more = found if any(wants) else (found,)
+    x = c.x.double()
+    if labels.dtype != dtype or labels.shape != (x.shape[0], *x.shape[2:]):
+        raise Wrong("dtype or shape of the labels")
+    _, d = exact.distances(x, c.mu)
+    unknown = x.isnan().any(1)
+    y = labels.long()
+    ignore = 255 if case.bare else case.ignore
+    inside = (y >= 0) & (y < case.classes)
+    right = torch.where(
+        unknown, y == ignore, inside & _allowed(c, d).gather(1, torch.where(inside, y, 0)[:, None])[:, 0]
+    )
+    seen["numbers"] += y.numel()
+    if not bool(right.all()):
+        at = tuple((~right).nonzero()[0].tolist())
+        raise Wrong(f"label at {at}: got {y[at].item()}; distances {d[at[0], :, at[1], at[2]].tolist()[:20]}")
+    smallest = d.topk(min(2, case.classes), dim=1, largest=False).values
+    root = smallest.sqrt()
+    off = (case.channels + 4) * c.u * root + (2e-22 * case.channels if c.u > 1e-10 else 0)
+    # An infinite coordinate is infinitely far from all; near the end of fp32 the square may or may not overflow.
+    free = (
+        (smallest > exact.HUGE * 0.9) & smallest.isfinite()
+        if c.u > 1e-10
+        else torch.zeros_like(smallest, dtype=torch.bool)
+    )
+    if wants[0]:
+        value = root[:, 0].masked_fill(unknown, torch.nan)
+        agree("distance", more[0], Answer(value, off[:, 0].nan_to_num(posinf=0), free[:, 0] & ~unknown))
+    if wants[1]:
+        if case.classes == 1:
+            value, bound = torch.full_like(root[:, 0], torch.inf), torch.zeros_like(root[:, 0])
+            value = value.masked_fill(root[:, 0].isinf(), torch.nan)
+        else:
+            value, bound = root[:, 1] - root[:, 0], (off[:, 0] + off[:, 1]).nan_to_num(posinf=0)
+        value = value.masked_fill(unknown, torch.nan)
+        agree("margin", more[-1], Answer(value, bound, free.any(1) & ~unknown))
+
+
+def check_decode_confusion(case: Pixels, backend: str) -> None:
+    c = _Call(case, backend, "x")
+    counts = c.run(lambda: fk.decode_confusion(c.x, c.labels, c.codes, ignore_index=case.ignore))
+    if counts is None:
+        return
+    k = case.classes
+    valid, truth = exact.split_labels(c.labels, k, case.ignore)
+    x = c.x.double()
+    _, d = exact.distances(x, c.mu)
+    counted = valid & ~x.isnan().any(1)
+    allowed = _allowed(c, d).movedim(1, -1)[counted]  # (pixels, K)
+    truth = truth[counted]
+    sure = allowed.sum(1) == 1
+    least = torch.zeros(k, k, dtype=torch.int64)
+    least.index_put_((truth[sure], allowed[sure].int().argmax(1)), torch.tensor(1), accumulate=True)
+    most = torch.zeros(k, k, dtype=torch.int64)
+    rows, columns = allowed.nonzero(as_tuple=True)
+    most.index_put_((truth[rows], columns), torch.tensor(1), accumulate=True)
+    seen["numbers"] += counts.numel()
+    by_truth = torch.bincount(truth, minlength=k)
+    if counts.shape != (k, k) or not bool(((counts >= least) & (counts <= most)).all()):
+        raise Wrong(
+            f"counts {counts.tolist() if k < 9 else counts.sum()}; at least {least.tolist() if k < 9 else least.sum()}"
+        )
+    if not torch.equal(counts.sum(1), by_truth):
+        raise Wrong(f"{counts.sum(1).tolist()} pixels counted by class; there are {by_truth.tolist()}")
+
+
+def _field_inputs(case: Field) -> list[torch.Tensor | None]:
+    make = torch.Generator().manual_seed(case.seed)
+    normal = lambda *shape: torch.randn(*shape, generator=make, dtype=torch.float64)  # noqa: E731
+    hidden, channels, depth = case.hidden, case.channels, case.depth
+    patches = case.down * case.across
+    image = (case.batch, channels, case.down * case.patch, case.across * case.patch)
+    x, weights = normal(*image), normal(case.batch, patches, depth, 2 * case.ratio * hidden**2) * case.scale
+    shared = [normal(hidden, channels + case.freqs**2) * 0.3, normal(hidden) * 0.3]
+    if case.form == "residual":
+        shared += [normal(depth, hidden), normal(hidden)]
+    else:
+        shared += [None, None]
+    shared += [normal(channels, hidden) * 0.3, normal(channels) * 0.3]
+    kinds = [getattr(torch, name) for name in case.dtypes]
+    x = laid_out(x.to(kinds[0]), case.layouts[0])
+    weights = laid_out(weights.to(kinds[1]), case.layouts[1])
+    return [x, weights, *(v if v is None else v.to(kinds[2]) for v in shared)]
+
+
+def _field_run(case: Field, inputs, weighting, call) -> list[torch.Tensor]:
+    """The output, then the gradients of those that want one."""
+    leaves = [v if v is None else v.detach().requires_grad_(bool(case.needs >> i & 1)) for i, v in enumerate(inputs)]
+    out = call(*leaves)
+    wanted = [v for v in leaves if v is not None and v.requires_grad]
+    grads = torch.autograd.grad(out, wanted, weighting.to(out.dtype)) if wanted else ()
+    return [out.detach(), *grads]
+
+
+def check_field(case: Field) -> None:
+    """In the norm of the output and of each gradient, against what a rounding of every input does to the answer."""
+    inputs = _field_inputs(case)
+    weighting = torch.randn(
+        inputs[0].shape, generator=torch.Generator().manual_seed(case.seed + 1), dtype=torch.float64
+    )
+    weighting = laid_out(weighting.to(inputs[0].dtype), case.layouts[2])
+    options = {"patch_size": case.patch, "mlp_ratio": case.ratio, "normalise": case.normalise, "form": case.form}
+    before = [v.clone() for v in inputs if v is not None]
+    got = _field_run(case, inputs, weighting, lambda *v: fk.neural_field(*v, **options))
+    unchanged([v for v in inputs if v is not None], before)
+    lowest = max((v.dtype for v in inputs if v is not None), key=lambda d: torch.finfo(d).eps)
+    u = max(torch.finfo(lowest).eps, torch.finfo(compute_dtype(inputs[0].dtype)).eps)
+    wide = [v if v is None else v.double() for v in inputs]
+
+    def plainly(values):
+        with fk.use_backend("reference"):
+            return _field_run(case, values, weighting, lambda *v: fk.neural_field(*v, **options))
+
+    want = plainly(wide)
+    make = torch.Generator().manual_seed(case.seed + 2)
+    off = [torch.zeros((), dtype=torch.float64) for _ in want]
+    for _ in range(2):
+        moved = [
+            v if v is None else v * (1 + u * (2 * torch.rand(v.shape, generator=make, dtype=torch.float64) - 1))
+            for v in wide
+        ]
+        off = [torch.maximum(a, (b - c).norm()) for a, b, c in zip(off, plainly(moved), want)]
+    # What cancels inside, as the gradient along the direction that a norm takes away, is in no input's rounding.
+    off = [a + (b.double() - c).norm() / 4 for a, b, c in zip(off, plainly(inputs), want)]
+    names = ["out", *(f"gradient {i}" for i in range(8) if inputs[i] is not None and case.needs >> i & 1)]
+    for name, a, b, sensitivity in zip(names, got, want, off):
+        kind = torch.finfo(a.dtype)
+        seen["numbers"] += a.numel()
+        error, norm = (a.double() - b).norm(), b.norm()
+        allowed = 40 * sensitivity + 40 * max(u, kind.eps) * norm + kind.tiny * kind.eps * a.numel()
+        if bool((b.abs() > kind.max * 0.5).any()):
+            seen["free"] += a.numel()
+            continue
+        if a.shape != b.shape or not bool(error <= allowed):
+            raise Wrong(f"{name}: |error| {error.item():.3g} of {norm.item():.3g}, allowed {allowed.item():.3g}")

@@ -1,0 +1,187 @@
+"""The formulas in fp64, each with a bound on what the same arithmetic may lose in the compute dtype.
+
+The bounds are first-order forward error analysis: every operation is off by one unit `u` of the last place, conversions of a
+distance to a logit by what its slope makes of it. They are what is promised, so they are written down here and nowhere fitted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..flowseg_kernels.samples import logits_and_slope
+
+#: fp32; beyond it a distance overflows, below `TINY` a number loses digits.
+HUGE, TINY, SMALLEST = 3.4028234e38, 1.1754944e-38, 1.5e-45
+#: What a sum in fp64 may lose a term, here and there.
+ROUNDING = 2.3e-16
+
+
+@dataclasses.dataclass
+class Answer:
+    """What is promised of a result.
+
+    value, bound: fp64; got is right when |got - value| <= bound, before it is rounded to its dtype.
+    free:         where nothing is promised but that no other number is touched: ranges that overflow half way, or an answer that
+                  the rounding of its inputs decides.
+    """
+
+    value: Tensor
+    bound: Tensor
+    free: Tensor
+
+
+def split_labels(labels: Tensor, classes: int, ignore: int) -> tuple[Tensor, Tensor]:
+    y = labels.long()
+    valid = (y != ignore) & (y >= 0) & (y < classes)
+    return valid, torch.where(valid, y, 0)
+
+
+def distances(x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences (B, K, C, H, W) and squared distances (B, K, H, W)."""
+    diff = x[:, None] - mu[None, :, :, None, None]
+    return diff, diff.square().sum(2)
+
+
+def correction(
+    x: Tensor, labels: Tensor, mu: Tensor, *, temperature: float, eps: float, transform: str, max_norm: float | None,
+    ignore: int, u: float, slack: Tensor | None = None,
+) -> Answer:  # fmt: skip
+    """grad Phi, with 1 - p_y summed from the other classes. `slack` (B, C, H, W): how far off x itself may be."""
+    classes, channels = mu.shape
+    valid, y = split_labels(labels, classes, ignore)
+    single = u > 1e-10
+    diff, d = distances(x, mu)
+    size = diff.abs()
+    hot = torch.zeros_like(d, dtype=torch.bool).scatter_(1, y[:, None], True)
+
+    def gradient(diff, d):
+        logits, slope = logits_and_slope(d, eps, transform)
+        rivals = torch.softmax(logits / temperature, 1).masked_fill(hot, 0)
+        home = (slope[:, :, None] * diff).gather(1, y[:, None, None].expand(-1, 1, *diff.shape[2:]))
+        pull = slope[:, :, None] * diff
+        return (
+            (2 / temperature) * (rivals[:, :, None] * (pull - home)).sum(1),
+            logits / temperature,
+            slope,
+            rivals,
+            pull,
+            home,
+        )
+
+    grad, logits, slope, rivals, pull, home = gradient(diff, d)
+    d_off = (channels + 3) * u * d + (SMALLEST if single else 0)
+    logit_off = (slope.abs() * d_off + 3 * u * logits.abs() * temperature + 2 * u) / temperature + u * logits.abs()
+    nearest = logits.amax(1, keepdim=True)
+    relative = (
+        logit_off + logit_off.gather(1, logits.argmax(1, keepdim=True)) + 2 * u * (logits - nearest).abs() + 8 * u
+    )
+    sums = (min(classes, 32 + classes // 32) + 4) * u
+    p = torch.softmax(logits, 1)
+    relative = relative + (p * relative).sum(1, keepdim=True) + sums + (2 * channels + 12) * u
+    weight = rivals * relative + (2e-38 if single else 0)
+    if single:
+        # Slopes below the normal range are lost whole.
+        weight = weight + (slope.abs() < TINY) * rivals
+    bound = (2 / temperature) * (weight[:, :, None] * (pull.abs() + home.abs())).sum(1) + 4 * u * grad.abs() + SMALLEST
+
+    biggest = d.amax(1)
+    nan = x.isnan().any(1) | x.isinf().any(1)
+    lost = x.square().sum(1) > HUGE * 1.01 if single else torch.zeros_like(nan)
+    free = (relative.amax(1) > 0.3) & ~nan & ~lost
+    if single:
+        near_overflow = (torch.maximum(x.square().sum(1), biggest) > HUGE * 0.5) & ~lost
+        free |= near_overflow | ((pull.abs().amax((1, 2)) > 1e18) | (slope.abs().amax(1) > 1e37))
+    if slack is not None:
+        steepest = (2 * slope.abs()[:, :, None] * size).amax((1, 2)) / temperature
+        reach = slack.amax(1)
+        free |= (reach * steepest > 0.05) | (reach > 0.02 * (d.amin(1) + eps).sqrt())
+        for c in range(channels):
+            for sign in (1, -1):
+                moved = diff.clone()
+                moved[:, :, c] += sign * slack[:, None, c]
+                bound = bound + (gradient(moved, moved.square().sum(2))[0] - grad).abs()
+    if max_norm is not None:
+        norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
+        grad = grad * (max_norm / norm.clamp_min(max_norm))
+        # Projection on a ball moves no two points apart.
+        bound = torch.linalg.vector_norm(bound, dim=1, keepdim=True).expand_as(grad) + 8 * u * grad.abs()
+    grad = grad.masked_fill((nan | lost)[:, None], torch.nan)
+    inside = valid[:, None]
+    return Answer(torch.where(inside, grad, 0), torch.where(inside, bound, 0), (free & valid)[:, None].expand_as(grad))
+
+
+def interpolate(x0: Tensor, labels: Tensor, t: Tensor, mu: Tensor, ignore: int, u: float) -> Answer:
+    valid, y = split_labels(labels, mu.shape[0], ignore)
+    code = mu[y].movedim(-1, 1)
+    time = t[:, None, None, None]
+    moved = (1 - time) * x0 + time * code
+    bound = 4 * u * ((1 - time) * x0.abs() + time * code.abs())
+    inside = valid[:, None]
+    value = torch.where(inside, moved, x0)
+    return Answer(value, torch.where(inside, bound, 0).nan_to_num(), torch.zeros_like(value, dtype=torch.bool))
+
+
+def interpolate_backward(grad: Tensor, x0: Tensor, labels: Tensor, t: Tensor, mu: Tensor, ignore: int, u: float):
+    """Answers for the gradients of source and of t."""
+    valid, y = split_labels(labels, mu.shape[0], ignore)
+    inside = valid[:, None]
+    time = t[:, None, None, None]
+    by_source = torch.where(inside, (1 - time) * grad, grad)
+    code = mu[y].movedim(-1, 1)
+    slope = torch.where(inside, code - x0, 0)
+    by_time = (grad * slope).sum((1, 2, 3))
+    # A difference that rounds to zero, times a gradient.
+    terms = grad[0].numel() if len(grad) else 0
+    off = (4 * u + terms * ROUNDING) * (grad.abs() * torch.where(inside, code.abs() + x0.abs(), 0)).sum((1, 2, 3))
+    no = torch.zeros_like
+    return (
+        Answer(by_source, 4 * u * by_source.abs(), no(by_source, dtype=torch.bool)),
+        Answer(by_time, off.nan_to_num(), no(by_time, dtype=torch.bool) | ~off.isfinite() & ~by_time.isnan()),
+    )
+
+
+def loss(
+    out: Tensor, x0: Tensor, labels: Tensor, t: Tensor, mu: Tensor, *, predicts: str, space: str, weight: float,
+    schedule: str, t_min: float, ignore: int, u: float, **options,
+) -> tuple[Answer, Answer, Tensor]:  # fmt: skip
+    """Answers for the loss of each pixel (B, H, W) and for the residual (B, C, H, W), and the valid pixels."""
+    valid, y = split_labels(labels, mu.shape[0], ignore)
+    inside = valid[:, None]
+    x1 = mu[y].movedim(-1, 1)
+    time = t[:, None, None, None]
+    xhat, slack = out, None
+    if predicts == "velocity":
+        xhat = (1 - time) * (x0 + out) + time * x1
+        slack = (4 * u * ((1 - time) * (x0.abs() + out.abs()) + time * x1.abs())).nan_to_num(posinf=0)
+    scale = torch.ones_like(time)
+    if predicts != space:
+        scale = 1 - time if space == "endpoint" else 1 / (1 - time).clamp_min(t_min)
+    target = x1 - x0 if predicts == "velocity" else x1
+    error = scale * (out - target)
+    bound = 6 * u * scale * (out.abs() + x1.abs() + (x0.abs() if predicts == "velocity" else 0))
+    free = torch.zeros_like(error, dtype=torch.bool)
+    if weight:
+        g = correction(xhat, labels, mu, ignore=ignore, u=u, slack=slack, **options)
+        by = weight * (1 - time if schedule == "annealed" else 1)
+        error = error + by * g.value
+        bound = bound + by * (g.bound + 4 * u * g.value.abs())
+        free = g.free
+    if u > 1e-10:
+        # Sums of inputs that overflow before they are scaled down again.
+        middle = torch.maximum(xhat.abs(), out.abs() + x0.abs())
+        free = free | ((middle > HUGE * 0.5) | (error.abs() > HUGE * 0.5)) & middle.isfinite()
+    error = torch.where(inside, error, 0)
+    bound = torch.where(inside, bound, 0).nan_to_num(posinf=0)
+    free = free & inside
+    channels = mu.shape[1]
+    square = error.square().mean(1)
+    square_off = (2 * error.abs() * bound + bound.square()).mean(1) + (channels + 4) * u * square + SMALLEST
+    any_free = free.any(1)
+    if u > 1e-10:
+        any_free = any_free | (square > HUGE * 0.5) & (square.isfinite())
+    back = scale * (2 / channels)
+    residual = Answer(error * back, bound * back + 6 * u * (error * back).abs(), free)
+    return Answer(square, square_off.nan_to_num(posinf=0), any_free), residual, valid

@@ -1,0 +1,84 @@
+"""A short run of the fuzzer on each backend, and every case that ever failed. The long one: python -m tests.fuzz."""
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from flowseg_kernels.runtime.triton_forms import INTERPRETED
+
+from .backends import quick_reduction
+from .cases import PIXEL_OPS, Field, Pixels, cases
+from .checks import Wrong, agree, check
+from .exact import Answer
+
+#: Cases that failed once: (op, case, what was wrong).
+FOUND = [
+    (
+        "distance_correction",
+        Pixels(height=63, options={"temperature": 1.0, "eps": None, "transform": "neg_sq", "max_norm": None}),
+        "the reference took 1 - p_y by subtraction: 2 % off next to a code",
+    ),
+    (
+        "neural_field",
+        Field(down=0, layouts=("contiguous", "every_second", "contiguous")),
+        "the C++ kernel refused strided weights without elements",
+    ),
+]
+
+
+@pytest.fixture
+def slow(backend):
+    if backend == "triton" and INTERPRETED:
+        quick_reduction()
+    return backend == "triton" and INTERPRETED
+
+
+@pytest.mark.parametrize("op", [*PIXEL_OPS, "neural_field"])
+def test_any_call_is_within_its_bound_of_fp64(backend, slow, op):
+    if backend == "cuda" and op == "neural_field":
+        pytest.skip("the neural field has no CUDA kernel")
+    most = 12 if slow else 40 if backend == "cuda" else 120
+
+    @settings(
+        max_examples=most, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink), report_multiple_bugs=False,
+    )  # fmt: skip
+    @given(cases(op, slow=slow))
+    def every_case(case):
+        check(op, case, backend)
+
+    every_case()
+
+
+@pytest.mark.parametrize("op, case", [(op, case) for op, case, _ in FOUND], ids=[why for _, _, why in FOUND])
+def test_what_failed_once(backend, slow, op, case):
+    if backend == "cuda" and op == "neural_field":
+        pytest.skip("the neural field has no CUDA kernel")
+    check(op, case, backend)
+
+
+def test_a_wrong_result_is_seen():
+    """One number off by more than its bound, NaN for a number, and a number for NaN."""
+    import torch
+
+    want = torch.tensor([1.0, 2.0, float("nan")], dtype=torch.float64)
+    answer = Answer(want, torch.full_like(want, 1e-6), torch.zeros(3, dtype=torch.bool))
+    agree("same", want.float(), answer)
+    for place, value in ((0, 1.00001), (1, float("nan")), (1, float("inf")), (2, 0.0)):
+        wrong = want.float().clone()
+        wrong[place] = value
+        with pytest.raises(Wrong, match="1 of 3 are wrong"):
+            agree("changed", wrong, answer)
+
+
+def test_long_images_are_among_the_cases():
+    found = set()
+
+    @settings(max_examples=300, derandomize=True, database=None, phases=(Phase.generate,), deadline=None)
+    @given(st.data())
+    def collect(data):
+        case = data.draw(cases("flow_loss"))
+        found.add(case.height * case.width)
+
+    collect()
+    assert 0 in found and 1 in found and max(found) > 4096
