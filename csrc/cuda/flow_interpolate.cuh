@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) interpolate_backward(const Interpola
   double sum = 0;
   for (int c = 0; c < a.codes.channels; ++c) {
     T grad[P];
-    load_plane(a.grad, c, place, grad_offsets, grad);
+    load_plane<true>(a.grad, c, place, grad_offsets, grad);
     if (a.sums) {
       T x[P], code[P];
       load_plane(a.source, c, place, offsets, x);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) interpolate_backward(const Interpola
 // One block an image.
 static __global__ void __launch_bounds__(kThreads) finish_grad_time(const InterpolateBackward a) {
   const double sum[1] = {sum_parts(a.sums + static_cast<int64_t>(blockIdx.x) * a.blocks, a.blocks, 1)};
-  if (threadIdx.x == 0) store_plane(a.grad_time, 0, {blockIdx.x, 0, 1}, sum);
+  if (threadIdx.x == 0) store_plane<true>(a.grad_time, 0, {blockIdx.x, 0, 1}, sum);
 }
 
 template <class Launch>

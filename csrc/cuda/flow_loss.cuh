@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1) loss(const Loss a) {
       V out, x0{}, x1;
       load_plane(a.prediction, c, place, offsets, out.at);
       load_code(a.codes, y.at, c, x1.at);
-      if (!a.predicts_endpoint) load_plane(a.source, c, place, source_offsets, x0.at);
+      if (!a.predicts_endpoint) load_plane<true>(a.source, c, place, source_offsets, x0.at);
       xhat[c] = a.predicts_endpoint ? out : rest * (x0 + out) + t * x1;
       error[c] = scale * (out - (x1 - x0));
     } else {
@@ -90,7 +90,7 @@ static __global__ void __launch_bounds__(kThreads) finish_loss(const Loss a) {
   if (threadIdx.x != 0) return;
   *a.count = static_cast<int64_t>(count);
   const double value[1] = {a.mean && count > 0 ? sum / count : sum};
-  if (a.loss.data) store_plane(a.loss, 0, {0, 0, 1}, value);
+  if (a.loss.data) store_plane<true>(a.loss, 0, {0, 0, 1}, value);
 }
 
 struct Scale {

@@ -92,17 +92,23 @@ __device__ __forceinline__ void load_plane_as(const Source& from, int64_t channe
   load_run<S, P>(plane, place, offsets, from.layout.vector, [&](int p, S v) { to[p] = static_cast<T>(widen(v)); });
 }
 
-// One channel of a run of pixels; 0 past the end.
-template <class T, int P>
+// One channel of a run of pixels; 0 past the end. An image of doubles is computed in double, every other one in float; kAny: the
+// dtype does not depend on T.
+template <bool kAny = false, class T, int P>
 __device__ __forceinline__ void load_plane(const Source& from, int64_t channel, const Place& place, const Offsets<P>& offsets,
                                            T (&to)[P]) {
 #pragma unroll
   for (int p = 0; p < P; ++p) to[p] = 0;
-  switch (from.type) {
-    case Real::f32: return load_plane_as<float>(from, channel, place, offsets, to);
-    case Real::f64: return load_plane_as<double>(from, channel, place, offsets, to);
-    case Real::f16: return load_plane_as<Half>(from, channel, place, offsets, to);
-    case Real::bf16: return load_plane_as<BFloat>(from, channel, place, offsets, to);
+  if constexpr (kAny || sizeof(T) == 8) {
+    if (!kAny || from.type == Real::f64) return load_plane_as<double>(from, channel, place, offsets, to);
+  }
+  if constexpr (kAny || sizeof(T) == 4) {
+    switch (from.type) {
+      case Real::f32: return load_plane_as<float>(from, channel, place, offsets, to);
+      case Real::f16: return load_plane_as<Half>(from, channel, place, offsets, to);
+      case Real::bf16: return load_plane_as<BFloat>(from, channel, place, offsets, to);
+      case Real::f64: return;
+    }
   }
 }
 
@@ -126,13 +132,18 @@ __device__ __forceinline__ void store_plane_as(const Target& to, int64_t channel
   store_run<S, P>(static_cast<S*>(to.data) + (place.image * to.channels + channel) * to.pixels, to.vector, place, run);
 }
 
-template <class T, int P>
+template <bool kAny = false, class T, int P>
 __device__ __forceinline__ void store_plane(const Target& to, int64_t channel, const Place& place, const T (&from)[P]) {
-  switch (to.type) {
-    case Real::f32: return store_plane_as<float>(to, channel, place, from);
-    case Real::f64: return store_plane_as<double>(to, channel, place, from);
-    case Real::f16: return store_plane_as<Half>(to, channel, place, from);
-    case Real::bf16: return store_plane_as<BFloat>(to, channel, place, from);
+  if constexpr (kAny || sizeof(T) == 8) {
+    if (!kAny || to.type == Real::f64) return store_plane_as<double>(to, channel, place, from);
+  }
+  if constexpr (kAny || sizeof(T) == 4) {
+    switch (to.type) {
+      case Real::f32: return store_plane_as<float>(to, channel, place, from);
+      case Real::f16: return store_plane_as<Half>(to, channel, place, from);
+      case Real::bf16: return store_plane_as<BFloat>(to, channel, place, from);
+      case Real::f64: return;
+    }
   }
 }
 
