@@ -243,6 +243,7 @@ def build_cuda(folder: Path, work: Path, forced: bool) -> None:
     facts = {
         "compiler": f"nvcc {release[1] if release else '?'}",
         "architectures": ", ".join(architectures),
+        **({"cuda_runtime": release[1]} if release else {}),
         "torch": version,
     }
     write_facts(folder / CUDA_LIBRARY, facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import json
@@ -98,7 +99,9 @@ def why_no_cuda_kernels() -> str | None:
     """None when the CUDA kernels are loaded (loading them at the first call), else the reason in one sentence."""
     if not torch.version.cuda:
         return f"torch {torch.__version__} is built without CUDA"
-    return CUDA.load() or _why_not_this_gpu(CUDA.facts().get("architectures", ""))
+    facts = CUDA.facts()
+    architectures, runtime = facts.get("architectures", ""), facts.get("cuda_runtime", "")
+    return CUDA.load() or _why_not_this_gpu(architectures) or _why_not_this_driver(runtime)
 
 
 def _why_not_this_gpu(architectures: str) -> str | None:
@@ -115,4 +118,28 @@ def _why_not_this_gpu(architectures: str) -> str | None:
     return (
         f"the CUDA kernels were compiled for {architectures} and this GPU is sm_{major}{minor}; rebuild them with "
         f"TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
+
+
+def _driver_version(library: str = "libcuda.so.1") -> tuple[int, int] | None:
+    """CUDA version that the installed driver is made for, None without one. Neither initialises the driver nor makes a context."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(version)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def _why_not_this_driver(runtime: str) -> str | None:
+    """None when the driver takes the CUDA runtime that is linked into the library ("13.0"), or there is no GPU to ask. A runtime of
+    the same major version runs on any of its drivers."""
+    driver = _driver_version() if runtime and torch.cuda.is_available() else None
+    if driver is None or driver[0] >= _version(runtime)[0]:
+        return None
+    return (
+        f"the CUDA kernels were built with CUDA {runtime} and this NVIDIA driver is for CUDA {driver[0]}.{driver[1]}; update the "
+        f"driver, or rebuild them with nvcc {driver[0]}.x: CUDA_HOME=FOLDER FLOWSEG_BUILD=cuda pip install "
+        f"--no-build-isolation --force-reinstall --no-deps ."
     )

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -143,6 +144,45 @@ def test_cuda_kernels_of_another_gpu_are_not_chosen(built, gpu, runs, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
     reason = extension._why_not_this_gpu(built)
     assert reason is None if runs else f"this GPU is sm_{gpu[0]}{gpu[1]}" in reason and "TORCH_CUDA_ARCH_LIST" in reason
+
+
+@pytest.mark.parametrize(
+    "runtime, driver, runs",
+    [
+        ("13.0", (13, 0), True), ("13.1", (13, 0), True), ("13.0", (12, 9), False), ("12.6", (13, 1), True),
+        ("13.0", None, True), ("", (12, 9), True),
+    ],
+)  # fmt: skip
+def test_a_driver_older_than_the_linked_runtime_is_named(runtime, driver, runs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(extension, "_driver_version", lambda: driver)
+    reason = extension._why_not_this_driver(runtime)
+    assert reason is None if runs else "CUDA 13.0" in reason and "driver is for CUDA 12.9" in reason
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ was not found")
+@pytest.mark.parametrize("answer, version", [("*v = 12080; return 0;", (12, 8)), ("*v = 0; return 100;", None)])
+def test_the_driver_is_asked_for_its_version(answer, version, tmp_path):
+    driver = tmp_path / "libcuda.so.1"
+    code = f'extern "C" int cuDriverGetVersion(int* v) {{ {answer} }}'
+    subprocess.run(["g++", "-x", "c++", "-shared", "-fPIC", "-", "-o", driver], input=code, text=True, check=True)
+    assert extension._driver_version(str(driver)) == version
+    assert extension._driver_version(str(tmp_path / "none.so")) is None
+
+
+def test_the_import_asks_neither_driver_nor_device():
+    script = """
+import ctypes, torch
+def refused(*_, **__): raise AssertionError("asked at import")
+for name in ("is_available", "device_count", "get_device_capability", "current_device", "init"):
+    setattr(torch.cuda, name, refused)
+asked, load = [], ctypes.CDLL
+ctypes.CDLL = lambda name, *a, **k: (asked.append(str(name)), load(name, *a, **k))[1]
+import flowseg_kernels
+assert not [name for name in asked if "libcuda" in name], asked
+"""
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
 
 
 def test_triton_kernels_get_codes_on_wide_boundaries():
