@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from flowseg_kernels.runtime.triton_forms import INTERPRETED
 
-from .backends import quick_reduction
 from .cases import PIXEL_OPS, Field, Pixels, cases
 from .checks import Wrong, agree, check
 from .exact import Answer
@@ -28,8 +27,6 @@ FOUND = [
 
 @pytest.fixture
 def slow(backend):
-    if backend == "triton" and INTERPRETED:
-        quick_reduction()
     return backend == "triton" and INTERPRETED
 
 
