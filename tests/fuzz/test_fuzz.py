@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from flowseg_kernels.runtime.triton_forms import INTERPRETED
 
-from .backends import quick_reduction
 from .cases import PIXEL_OPS, Field, Pixels, cases
 from .checks import Wrong, agree, check
 from .exact import Answer
@@ -23,13 +22,21 @@ FOUND = [
         Field(down=0, layouts=("contiguous", "every_second", "contiguous")),
         "the C++ kernel refused strided weights without elements",
     ),
+    (
+        "neural_field",
+        Field(
+            dtypes=("bfloat16", "bfloat16", "float32"),
+            layouts=("contiguous", "expanded_3", "contiguous"),
+            scale=1e3,
+            normalise="first",
+        ),
+        "equal generated weights: a gradient that all but cancels, which the bound left out",
+    ),
 ]
 
 
 @pytest.fixture
 def slow(backend):
-    if backend == "triton" and INTERPRETED:
-        quick_reduction()
     return backend == "triton" and INTERPRETED
 
 

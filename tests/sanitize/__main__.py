@@ -1,0 +1,100 @@
+"""The C++ kernels under a sanitizer: python -m tests.sanitize address | undefined | thread | all
+
+Builds the library with it, sees that it finds a fault planted for it, and runs the ops' tests on it. Exit code 1 for a finding, or
+for a fault that was not found.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import torch
+
+from ..native import ROOT, build
+
+FOLDER = ROOT / "build" / "sanitize"
+FLAGS = {
+    "address": "-fsanitize=address",
+    "undefined": "-fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all",
+    "thread": "-fsanitize=thread -DFLOWSEG_OWN_THREADS",
+}
+#: What each says of the fault planted for it.
+WORDS = {"address": "heap-buffer-overflow", "undefined": "misaligned address", "thread": "data race"}
+PRELOADED = {"address": "libasan.so", "thread": "libtsan.so"}
+OPTIONS = {
+    # Python does not free everything at its end.
+    "ASAN_OPTIONS": "detect_leaks=0:exitcode=66:detect_stack_use_after_return=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=66",
+    # Only the kernels are compiled for it; what they hand to libraries that are not is none of its business.
+    "TSAN_OPTIONS": "exitcode=66:ignore_noninstrumented_modules=1:halt_on_error=1:report_signal_unsafe=0",
+}
+TESTS = ["tests/flowseg_kernels/ops", "tests/fuzz", "-k", "cpu and not ten_million and not vanish"]
+PLANT = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1]).flowseg_planted_fault(sys.argv[2].encode())"
+
+
+def compiled(name: str) -> pathlib.Path:
+    folder = FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = f"-O1 -g1 -fno-omit-frame-pointer {FLAGS[name]}"
+    extra = folder / "faults.o"
+    include = f"-I{ROOT}/csrc -I{ROOT}/csrc/include -isystem {pathlib.Path(torch.__file__).parent}/include"
+    target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    source = pathlib.Path(__file__).with_name("faults.cpp")
+    command = f"g++ -std=c++20 -fPIC -fvisibility=hidden {flags} {include} {target} -c {source} -o {extra}"
+    subprocess.run(command.split(), check=True)
+    return build(folder, flags, f"{FLAGS[name]} {extra}")
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    """This Python with the sanitizer's runtime in it, without address randomisation: older runtimes do not know newer layouts."""
+    environment = {**os.environ, **OPTIONS, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["FLOWSEG_TEST_LIBRARY"] = str(FOLDER / name / "libflowseg_cpu.so")
+    if name in PRELOADED:
+        path = subprocess.run(
+            ["g++", f"-print-file-name={PRELOADED[name]}"], capture_output=True, text=True
+        ).stdout.strip()
+        environment["LD_PRELOAD"] = str(pathlib.Path(path).resolve())
+    no_random = ["setarch", "-R"] if shutil.which("setarch") else []
+    command = [*no_random, sys.executable, *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def check(name: str) -> bool:
+    start = time.monotonic()
+    library = compiled(name)
+    built = time.monotonic() - start
+    planted = run(name, "-c", PLANT, str(library), name)
+    if planted.returncode == 0 or WORDS[name] not in planted.stderr:
+        print(f"{name}: the planted fault was not found\n{planted.stdout[-1000:]}{planted.stderr[-3000:]}")
+        return False
+    harmless = run(name, "-c", PLANT, str(library), "none")
+    if harmless.returncode:
+        print(f"{name}: it finds a fault where none is\n{harmless.stderr[-3000:]}")
+        return False
+    print(f"{name}: built in {built:.0f} s; the planted fault was found ({WORDS[name]})", flush=True)
+    tested = run(
+        name, "-m", "pytest", "-q", "-x", "-p", "tests.native", "-p", "no:cacheprovider", "--durations=0", *TESTS
+    )
+    tail = tested.stdout.strip().splitlines()[-1:] or ["no output"]
+    print(f"{name}: {tail[0]}; {time.monotonic() - start:.0f} s in all", flush=True)
+    if tested.returncode:
+        print(tested.stdout[-6000:] + tested.stderr[-6000:])
+    return tested.returncode == 0
+
+
+def main() -> int:
+    names = sys.argv[1:]
+    if not names or any(name not in (*FLAGS, "all") for name in names):
+        print(__doc__, file=sys.stderr)
+        return 2
+    results = [check(name) for name in (FLAGS if "all" in names else names)]
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
