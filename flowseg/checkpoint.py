@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flowseg.config import Config, load_config
+from flowseg.config import Config, load_config, override
 from flowseg.errors import UserError
+from flowseg.parallel import sharded_like, whole
 
 PREFIX = "step-"
 
@@ -38,17 +39,33 @@ class TrainState:
 
 
 def save_checkpoint(
-    run: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer, state: TrainState, keep: int
+    run: Path,
+    model: nn.Module,
+    ema: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    keep: int,
+    *,
+    write: bool = True,
 ) -> Path:
-    """Write ``run/checkpoints/step-NNNNNNNN`` under a temporary name, rename it, drop all but the ``keep`` newest."""
+    """Write ``run/checkpoints/step-NNNNNNNN`` under a temporary name, rename it, drop all but the ``keep`` newest.
+
+    With sharded parameters every process must call this; those without ``write`` only give their parts.
+    """
+    files = {
+        "model.safetensors": _plain(model.state_dict()),
+        "ema.safetensors": _plain(model.state_dict() | ema),
+        "optimizer.safetensors": _optimizer_tensors(model, optimizer),
+    }
     folder = run / "checkpoints"
     final = folder / f"{PREFIX}{state.step:08d}"
+    if not write:
+        return final
     temporary = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(_plain(model.state_dict()), temporary / "model.safetensors")
-    save_file(_plain(model.state_dict() | ema), temporary / "ema.safetensors")
-    save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+    for name, tensors in files.items():
+        save_file(tensors, temporary / name)
     (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
     for file in temporary.iterdir():
         with file.open("rb") as handle:
@@ -85,22 +102,21 @@ def load_checkpoint(
     with torch.no_grad():
         for name, value in read_tensors(path / "ema.safetensors").items():
             if name in ema:
-                ema[name].copy_(value)
+                ema[name].copy_(sharded_like(value, ema[name]))
     template = optimizer.state_dict()
-    names = [name for name, _ in model.named_parameters()]
     per_parameter = {}
-    for index, name in enumerate(names):
+    for index, (name, parameter) in enumerate(model.named_parameters()):
         fields = {key.split("/", 1)[0]: value for key, value in tensors.items() if key.split("/", 1)[1] == name}
         if fields:
-            per_parameter[index] = fields
+            per_parameter[index] = {field: sharded_like(value, parameter) for field, value in fields.items()}
     optimizer.load_state_dict({"state": per_parameter, "param_groups": template["param_groups"]})
     return state
 
 
-def save_weights(path: Path, model: nn.Module, ema: dict[str, Tensor], **facts: Any) -> None:
-    """Write averaged weights as one file with ``facts`` in its header, through a temporary name."""
+def save_weights(path: Path, model: nn.Module, **facts: Any) -> None:
+    """Write the weights of ``model`` as one file with ``facts`` in its header, through a temporary name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(_plain(model.state_dict() | ema), temporary, metadata={key: str(value) for key, value in facts.items()})
+    save_file(_plain(model.state_dict()), temporary, metadata={key: str(value) for key, value in facts.items()})
     os.replace(temporary, path)
 
 
@@ -128,7 +144,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: names or shapes of another model.
     """
-    tensors = read_tensors(path)
+    own = model.state_dict()
+    tensors = {
+        name: sharded_like(value, own[name]) if name in own else value
+        for name, value in read_tensors(path).items()
+        # Only training with REPA has the projector.
+        if name in own or not name.startswith("projector.")
+    }
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -171,18 +193,19 @@ def find_weights(run: Path, checkpoint: str = "latest", weights: str = "ema") ->
 
 
 def read_run_config(run: Path, pairs: list[str] | None = None, flags: dict[str, Any] | None = None) -> Config:
-    """The settings of a run with some replaced.
+    """The settings of a run, of its last stage where it has several, with some replaced.
 
     Raises:
         UserError: not a run folder.
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"--run {run}: no config.yaml there; give a folder written by 'flowseg train --out'")
-    return load_config(run / "config.yaml", pairs, flags)
+    config = load_config(run / "config.yaml")
+    return override(config.at_step(config.train.steps).model_dump(mode="json"), pairs, flags)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return {name: whole(value.detach()).cpu().contiguous() for name, value in tensors.items()}
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -91,6 +91,16 @@ class LossConfig(Section):
     """``None``: the space of the prediction."""
 
 
+class RepaConfig(Section):
+    """Alignment with a frozen image encoder while training; weight 0 is without."""
+
+    weight: Annotated[float, Field(ge=0.0)] = 0.0
+    encoder: str = "facebook/dinov2-base"
+    """Name on the hub, or a folder with the encoder's files."""
+    block: Count = 8
+    """The transformer block behind which features are compared."""
+
+
 class DataConfig(Section):
     """Where images and labels come from, and the size the network sees."""
 
@@ -129,24 +139,39 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW without weight decay, warm-up, and the schedule after it."""
+    """AdamW, warm-up, and the schedule after it."""
 
     lr: Positive = 1e-3
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
     warmup: Annotated[int, Field(ge=0)] = 100
-    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     lr_end: Fraction = 0.02
-    """Final learning rate as a share of ``lr`` (cosine only)."""
+    """Final learning rate as a share of ``lr``, unless the schedule is constant."""
     grad_clip: Positive = 1.0
     ema_decay: Fraction = 0.9999
     """Upper limit of the averaging; early on it is ``(1 + n) / (10 + n)`` after ``n`` steps."""
+
+
+class Stage(Section):
+    """A later part of a run at another resolution; what is ``None`` stays as it was."""
+
+    at: Count
+    """First step of the stage."""
+    height: Count
+    width: Count
+    batch_size: Count | None = None
+    lr: Positive | None = None
 
 
 class TrainConfig(Section):
     """Length, batch and bookkeeping of a run."""
 
     steps: Count = 2000
+    """All optimiser steps, those of later stages included."""
+    stages: list[Stage] = []
+    """Later stages in order, e.g. ``[{at: 80000, height: 512, width: 512, batch_size: 8}]``."""
     max_minutes: Positive | None = None
     """Stop after this much training time; the learning rate then follows the time used when that is further on."""
     batch_size: Count = 32
@@ -161,6 +186,19 @@ class TrainConfig(Section):
     checkpoint_every: Count = 500
     keep: Count = 2
     """Checkpoints kept, besides the best."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: a copy of the parameters in each, or the parameters spread over them (FSDP2)."""
+    trackers: list[Literal["tensorboard", "wandb"]] = []
+    """Where metrics go besides ``metrics.jsonl``."""
+    project: str = "flowseg"
+    """Name of the project for the trackers."""
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> TrainConfig:
+        starts = [stage.at for stage in self.stages]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"stages must begin one after the other, got at = {starts}")
+        return self
 
 
 class SampleConfig(Section):
@@ -190,6 +228,7 @@ class Config(Section):
     codes: CodesConfig = CodesConfig()
     flow: FlowConfig = FlowConfig()
     loss: LossConfig = LossConfig()
+    repa: RepaConfig = RepaConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -219,6 +258,16 @@ class Config(Section):
                     )
         return self
 
+    def at_step(self, step: int) -> Config:
+        """A copy with the size, batch and learning rate of the stage that holds ``step``."""
+        config = self.model_copy(deep=True)
+        for stage in self.train.stages:
+            if stage.at <= step:
+                config.data.height, config.data.width = stage.height, stage.width
+                config.train.batch_size = stage.batch_size or config.train.batch_size
+                config.optim.lr = stage.lr or config.optim.lr
+        return config
+
 
 def load_config(
     file: Path | str | None = None, pairs: list[str] | None = None, flags: dict[str, Any] | None = None
@@ -234,7 +283,16 @@ def load_config(
         UserError: unreadable file, unknown key (the nearest known one is named), or a value out of range.
     """
     tree = _read_yaml(Path(file)) if file is not None else {}
-    origin = str(file) if file is not None else "settings"
+    return override(tree, pairs, flags, str(file) if file is not None else "settings")
+
+
+def override(
+    tree: dict[str, Any],
+    pairs: list[str] | None = None,
+    flags: dict[str, Any] | None = None,
+    origin: str = "settings",
+) -> Config:
+    """Settings of a tree of plain values with flags and pairs laid over it, as :func:`load_config` does."""
     for key, value in (flags or {}).items():
         if value is not None:
             _assign(tree, key, value)
@@ -302,7 +360,8 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError, section: type[Section]) -> str:
-    first = error.errors()[0]
+    # A misspelt field is also a missing one; its name says more.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
@@ -320,6 +379,9 @@ def known_keys() -> list[str]:
 
 
 def _nearest(key: str) -> str:
+    if key.startswith("train.stages."):
+        leaf = key.rsplit(".", 1)[-1]
+        return f"train.stages: {difflib.get_close_matches(leaf, list(Stage.model_fields), n=1, cutoff=0.0)[0]}"
     keys = known_keys()
     sections = list(Config.model_fields)
     section = key.split(".", 1)[0]

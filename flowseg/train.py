@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -15,25 +16,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from flowseg.align import ImageFeatures
 from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint, save_weights
 from flowseg.codes import IGNORE_INDEX, build_codebook
 from flowseg.config import Config, OptimConfig, save_config
-from flowseg.data import open_data, training_batches
+from flowseg.data import SegmentationData, open_data, training_batches
 from flowseg.errors import UserError
 from flowseg.evaluate import Scores, evaluate
-from flowseg.flow import make_source, sample_times
 from flowseg.memory import keep_freed_memory
-from flowseg.model import build_model, load_pixnerd
+from flowseg.model import FlowSegModel, build_model, load_pixnerd
+from flowseg.objective import flow_step, squared_error
+from flowseg.parallel import Peers, shard, whole
+from flowseg.progress import training_bar
 from flowseg.segment import Segmenter, autocast, default_device, resolve_precision
-from flowseg_kernels import Codebook, flow_interpolate, flow_loss
 
 
 @dataclasses.dataclass
@@ -54,90 +55,20 @@ class TrainResult:
 
 
 def learning_rate(optim: OptimConfig, step: int, progress: float) -> float:
-    """Rate of step ``step`` (from 0): linear warm-up, then cosine in ``progress`` (0..1) down to ``lr * lr_end``."""
+    """Rate of step ``step`` (from 0): linear warm-up, then cosine or linear in ``progress`` (0..1) down to ``lr * lr_end``."""
     rate = optim.lr
-    if optim.schedule == "cosine":
-        rate *= optim.lr_end + (1 - optim.lr_end) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    progress = min(progress, 1.0)
+    if optim.schedule != "constant":
+        left = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        rate *= optim.lr_end + (1 - optim.lr_end) * left
     return rate * min(1.0, (step + 1) / optim.warmup) if optim.warmup else rate
 
 
-def flow_step(
-    model: nn.Module,
-    codebook: Codebook,
-    config: Config,
-    images: Tensor,
-    labels: Tensor,
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one batch.
-
-    Args:
-        model: ``(x_t, t, image) -> prediction``.
-        codebook: codes on the device of ``images``.
-        config: flow, loss and code settings.
-        images: ``(B, 3, H, W)`` in [-1, 1].
-        labels: ``(B, H, W)``, 255 is ignored.
-        generator: CPU generator of times and noise.
-
-    Returns:
-        The scalar loss, and what :func:`squared_error` needs to judge the same prediction.
-    """
-    flow, loss = config.flow, config.loss
-    t = sample_times(
-        images.shape[0],
-        sampler=flow.time_sampler,
-        mean=flow.time_mean,
-        std=flow.time_std,
-        shift=flow.time_shift,
-        zero_fraction=flow.zero_fraction,
-        generator=generator,
-    ).to(images.device)
-    source = make_source(images, config.codes.channels, flow.source, generator)
-    x_t = flow_interpolate(source, labels, t, codebook)
-    # The correction weighs distances to codes, so the loss is taken in float32 whatever autocast gave.
-    prediction = model(x_t, t, images if config.model.condition_on_image else None).float()
-    parts = {"prediction": prediction.detach(), "source": source, "labels": labels, "t": t}
-    if loss.kind == "cross_entropy":
-        total = F.cross_entropy(prediction, labels.long(), ignore_index=IGNORE_INDEX, reduction="sum")
-        # The mean over an all-ignored batch is 0 here, as flow_loss has it.
-        return total / (labels != IGNORE_INDEX).sum().clamp(min=1), parts
-    value = flow_loss(
-        prediction,
-        source,
-        labels,
-        t,
-        codebook,
-        predicts=flow.predicts,
-        loss_space=loss.space,
-        correction_weight=loss.correction_weight,
-        schedule=loss.schedule,
-        temperature=loss.temperature,
-        eps=loss.eps,
-        transform=loss.transform,
-        max_norm=loss.max_norm,
-    )
-    return value, parts
-
-
-@torch.no_grad()
-def squared_error(parts: dict[str, Tensor], codebook: Codebook, config: Config) -> float:
-    """Plain squared error of a prediction: unlike the loss, it can be compared between correction settings."""
-    return float(
-        flow_loss(
-            parts["prediction"],
-            parts["source"],
-            parts["labels"],
-            parts["t"],
-            codebook,
-            predicts=config.flow.predicts,
-            loss_space=config.loss.space,
-            correction_weight=0.0,
-        )
-    )
-
-
 class Ema:
-    """Moving average of the parameters, float32; decay after ``n`` updates is ``min(limit, (1 + n) / (10 + n))``."""
+    """Moving average of the parameters, float32; decay after ``n`` updates is ``min(limit, (1 + n) / (10 + n))``.
+
+    Of sharded parameters each process averages its own part.
+    """
 
     def __init__(self, model: nn.Module, limit: float):
         self.limit = limit
@@ -147,8 +78,8 @@ class Ema:
     def update(self, model: nn.Module, updates: int) -> None:
         """Move towards ``model``; ``updates`` is how many came before."""
         decay = min(self.limit, (1 + updates) / (10 + updates))
-        current = [value.detach().float() for value in model.parameters()]
-        torch._foreach_lerp_(list(self.tensors.values()), current, 1 - decay)
+        current = [_own_part(value.detach()).float() for value in model.parameters()]
+        torch._foreach_lerp_([_own_part(value) for value in self.tensors.values()], current, 1 - decay)
 
 
 def train(
@@ -163,8 +94,11 @@ def train(
     """Train until ``train.steps`` or ``train.max_minutes``, whichever comes first.
 
     Writes to ``out``: ``config.yaml`` (resolved), ``metrics.jsonl``, ``checkpoints/``, and ``best.safetensors``, the
-    averaged weights with the highest validation mIoU. SIGTERM and SIGINT end the run after the current step, with a
-    checkpoint.
+    weights with the highest validation mIoU (averaged ones unless ``sample.weights`` says otherwise). SIGTERM and SIGINT end
+    the run after the current step, with a checkpoint.
+
+    The loss of a step is the mean over all labelled pixels of all its examples, so that it does not matter how they are
+    spread over accumulated batches and processes.
 
     Args:
         config: all settings.
@@ -182,51 +116,61 @@ def train(
         keep_freed_memory()
     config = config.model_copy(deep=True)
     config.train.mixed_precision = resolve_precision(config.train.mixed_precision, default_device())
-    # Autocast is ours: accelerate keeps the first precision for the life of the process, and a demo may want two.
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     out = Path(out)
+    # Autocast is ours: accelerate keeps the first precision for the life of the process, and a demo may want two.
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=not torch.accelerator.is_available(),
+        log_with=config.train.trackers or None,
+        project_dir=out,
+    )
+    main, device = accelerator.is_main_process, accelerator.device
+    peers = Peers(accelerator.num_processes)
     _check_out(out, resume)
-    data = open_data(config.data, seed=config.train.seed)
-    codebook = build_codebook(config.codes, data.num_classes).to(accelerator.device)
-    bare_model = build_model(config)
-    _check_sizes(config, bare_model.size.patch_size)
+    data = open_data(config.data, seed=config.train.seed, check=main)
+    codebook = build_codebook(config.codes, data.num_classes).to(device)
+    encoder = ImageFeatures.from_pretrained(config.repa.encoder).to(device) if config.repa.weight else None
+    bare_model = build_model(config, align_dim=encoder.dim if encoder else None)
+    _check_sizes(config, bare_model)
     if config.model.pixnerd and not resume:
-        report = load_pixnerd(bare_model, config.model.pixnerd)
+        report = load_pixnerd(bare_model, config.model.pixnerd, strict=encoder is None)
         if console:
             console.print(f"{config.model.pixnerd}: {report}", highlight=False)
-    bare_model.to(accelerator.device)
+    bare_model.to(device)
+    ema_model = copy.deepcopy(bare_model).requires_grad_(False)
+    ema_model.projector = None
+    sharded = config.train.strategy == "fsdp" and peers.world > 1
+    if sharded:
+        shard(bare_model)
     ema = Ema(bare_model, config.optim.ema_decay)
     optim = config.optim
     optimizer = torch.optim.AdamW(
-        bare_model.parameters(), lr=optim.lr, betas=(optim.beta1, optim.beta2), weight_decay=0.0, fused=True
+        bare_model.parameters(),
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        weight_decay=optim.weight_decay,
+        fused=True,
     )
     # The compiled network shares its parameters with the bare one, which names them in checkpoints.
-    network = torch.compile(bare_model, fullgraph=True) if config.model.compile else bare_model
-    model, optimizer = accelerator.prepare(network, optimizer)
+    model = torch.compile(bare_model, fullgraph=not sharded) if config.model.compile else bare_model
+    if not sharded:
+        model = accelerator.prepare_model(model)
     state = TrainState()
     if resume:
         found = list_checkpoints(out)
         if not found:
             raise UserError(f"--resume: no checkpoint in {out / 'checkpoints'}; leave --resume out to start anew")
-        state = load_checkpoint(found[-1], bare_model, ema.tensors, optimizer.optimizer)
-    if accelerator.is_main_process:
+        state = load_checkpoint(found[-1], bare_model, ema.tensors, optimizer)
+    if main:
         out.mkdir(parents=True, exist_ok=True)
         save_config(config, out / "config.yaml")
         if resume:
             _truncate_metrics(out / "metrics.jsonl", state.step)
+    if config.train.trackers:
+        accelerator.init_trackers(config.train.project, config=_flat(config.model_dump(mode="json")))
 
-    ema_model = copy.deepcopy(bare_model).requires_grad_(False)
-    segmenter = Segmenter(ema_model, codebook, config, accelerator.device)
+    segmenter = Segmenter(ema_model, codebook, config, device)
     accumulation = config.train.accumulation
-    batches = training_batches(
-        data.train,
-        config.data,
-        config.train.batch_size,
-        seed=config.train.seed,
-        first_batch=state.step * accumulation,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
     result = TrainResult(state, None, "steps", [])
     started = time.monotonic() - state.seconds
     window_start, window_images = time.monotonic(), 0
@@ -235,22 +179,30 @@ def train(
     def validate() -> None:
         nonlocal window_start
         begin = time.monotonic()
-        if accelerator.is_main_process:
-            weights = ema.tensors if config.sample.weights == "ema" else dict(bare_model.named_parameters())
-            _copy_into(ema_model, weights)
-            scores = evaluate(segmenter, data.val, limit=config.train.eval_images)
-            result.scores = scores
+        weights = ema.tensors if config.sample.weights == "ema" else dict(bare_model.named_parameters())
+        _copy_into(ema_model, weights)
+        segmenter.config = config.at_step(state.step - 1)
+        result.scores = scores = evaluate(
+            segmenter,
+            data.val,
+            limit=config.train.eval_images,
+            rank=accelerator.process_index,
+            world=peers.world,
+            add_up=peers.add_up_counts,
+        )
+        if main:
             result.curve.append((state.step, scores.miou))
             log(event="validation", step=state.step, miou=scores.miou, pixel_accuracy=scores.pixel_accuracy)
             if scores.miou > state.best_miou:
-                state.best_miou = scores.miou
-                save_weights(out / "best.safetensors", bare_model, weights, step=state.step, miou=scores.miou)
+                save_weights(out / "best.safetensors", ema_model, step=state.step, miou=scores.miou)
             if on_validation:
                 on_validation(state.step, scores)
+        state.best_miou = max(state.best_miou, scores.miou)
         window_start += time.monotonic() - begin
 
     def check_finite(*values: Tensor) -> None:
-        if not all(bool(torch.isfinite(value).all()) for value in values):
+        wrong = not all(bool(torch.isfinite(_own_part(value)).all()) for value in values)
+        if peers.add_up(wrong)[0]:
             raise UserError(
                 f"the loss is no longer finite at step {state.step}; lower optim.lr or raise loss.eps, then "
                 f"--resume from the last checkpoint"
@@ -259,37 +211,53 @@ def train(
     def save() -> None:
         # The newest checkpoint is what a run goes on from: it must not hold weights that are not numbers.
         check_finite(*bare_model.parameters())
-        if accelerator.is_main_process:
-            state.seconds = time.monotonic() - started
-            save_checkpoint(out, bare_model, ema.tensors, optimizer.optimizer, state, config.train.keep)
+        state.seconds = time.monotonic() - started
+        if main or sharded:
+            save_checkpoint(out, bare_model, ema.tensors, optimizer, state, config.train.keep, write=main)
 
     with (
-        _metrics_log(out / "metrics.jsonl", accelerator.is_main_process) as log,
+        _metrics_log(out / "metrics.jsonl", accelerator) as log,
         _stop_on_signal() as stop,
-        _progress(console if accelerator.is_main_process else None, title, config, state) as show,
+        training_bar(console if main else None, title, config.train.steps, lambda: state.step) as show,
     ):
         model.train()
+        batches, batches_of = iter(()), None
         while state.step < config.train.steps:
-            elapsed = time.monotonic() - started
+            now = config.at_step(state.step)
+            if batches_of != (now.data, now.train.batch_size):
+                batches = _batches(config, now, data, state.step, accelerator)
+                batches_of = now.data, now.train.batch_size
+            batch = [next(batches) for _ in range(accumulation)]
+            valid = sum(int((labels != IGNORE_INDEX).sum()) for _, labels, _ in batch)
+            # Times differ between processes; the first one's decides, or learning rates would differ too.
+            elapsed = time.monotonic() - started if main else 0.0
+            elapsed, valid, stopping = peers.add_up(elapsed, valid, len(stop))
+            if stopping:
+                result.stopped_by = stop[0] if stop else signal.SIGTERM
+                break
             if elapsed >= limit:
                 result.stopped_by = "time"
                 break
             progress = max(state.step / config.train.steps, elapsed / limit)
-            rate = learning_rate(optim, state.step, progress)
+            rate = learning_rate(now.optim, state.step, progress)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            total = 0.0
-            for micro in range(accumulation):
-                images, labels = (part.to(accelerator.device, non_blocking=True) for part in next(batches))
-                generator = _generator(config, state.step, micro, accelerator.process_index)
+            total, aligned = torch.zeros((), device=device), torch.zeros((), device=device)
+            for micro, (images, labels, draws) in enumerate(batch):
+                images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
                 last = micro == accumulation - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    with autocast(config.train.mixed_precision, accelerator.device):
-                        value, parts = flow_step(model, codebook, config, images, labels, generator)
-                    accelerator.backward(value / accumulation)
-                total = total + value.detach() / accumulation
-                window_images += images.shape[0] * accelerator.num_processes
-            norm = accelerator.clip_grad_norm_(model.parameters(), optim.grad_clip)
+                    with autocast(config.train.mixed_precision, device):
+                        step = flow_step(model, codebook, config, images, labels, draws, encoder)
+                    # Processes' gradients are averaged, so each counts its share of the sum as many times as there are.
+                    value = step.flow * (peers.world / max(valid, 1.0))
+                    total += value.detach()
+                    if encoder:
+                        aligned += step.align.detach() / accumulation
+                        value = value + step.align * (config.repa.weight / accumulation)
+                    accelerator.backward(value)
+                window_images += images.shape[0] * peers.world
+            norm = whole(accelerator.clip_grad_norm_(model.parameters(), optim.grad_clip))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.update(bare_model, state.step)
@@ -297,46 +265,84 @@ def train(
             at_end = state.step == config.train.steps
             if state.step % config.train.log_every == 0 or at_end:
                 check_finite(total, norm)
-                loss = float(total)
+                error = squared_error(step, codebook, config)
+                sums = peers.add_up(float(total), float(error), float(aligned))
+                loss, error, align = (value / peers.world for value in sums)
                 speed = window_images / max(time.monotonic() - window_start, 1e-9)
                 window_start, window_images = time.monotonic(), 0
                 log(
                     event="train",
                     step=state.step,
                     loss=loss,
-                    squared_error=squared_error(parts, codebook, config),
+                    squared_error=error,
+                    **({"align": align} if encoder else {}),
                     grad_norm=float(norm),
                     lr=rate,
                     images_per_second=speed,
                     seconds=time.monotonic() - started,
                 )
                 show(loss=loss, speed=speed, fraction=progress, miou=result.scores and result.scores.miou)
-            if state.step % config.train.eval_every == 0 and not at_end:
-                validate()
-            if stop:
+            # Alone, a signal is seen at once; of several processes each waits for the others to see it.
+            if stop and peers.world == 1:
                 result.stopped_by = stop[0]
                 break
+            if state.step % config.train.eval_every == 0 and not at_end:
+                validate()
             if state.step % config.train.checkpoint_every == 0 and not at_end:
                 save()
-        if not stop:
+        if not isinstance(result.stopped_by, int):
             validate()
             show(fraction=1.0, miou=result.scores and result.scores.miou)
         save()
     accelerator.wait_for_everyone()
+    if config.train.trackers:
+        accelerator.end_training()
     return result
 
 
-def _generator(config: Config, step: int, micro: int, rank: int) -> torch.Generator:
-    """Times and noise of one batch as a function of its place in the run alone."""
-    # SeedSequence mixes the numbers, so that neighbouring steps do not get related streams.
-    words = np.random.SeedSequence((config.train.seed, 2, step, micro, rank)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0]) >> 1)
+def _batches(config: Config, now: Config, data: SegmentationData, step: int, accelerator: Accelerator) -> Iterator:
+    """Batches from ``step`` on: each stage goes on with the draws where the one before it ended."""
+    ends = [stage.at for stage in config.train.stages if stage.at <= step]
+    per_step = config.train.accumulation * accelerator.num_processes
+    draws = sum(
+        (last - first) * config.at_step(first).train.batch_size * per_step
+        for first, last in itertools.pairwise([0, *ends, step])
+    )
+    return training_batches(
+        data.train,
+        now.data,
+        now.train.batch_size,
+        seed=config.train.seed,
+        first_draw=draws,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that is here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to numbers and texts, which is what trackers take."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+    return flat
 
 
 @torch.no_grad()
 def _copy_into(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[name])
+    own = dict(model.named_parameters())
+    # All processes walk through all names: gathering a sharded tensor is a joint act.
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if name in own:
+            own[name].copy_(value)
 
 
 def _check_out(out: Path, resume: bool) -> None:
@@ -346,12 +352,20 @@ def _check_out(out: Path, resume: bool) -> None:
         raise UserError(f"--out {out}: holds a run already; add --resume to go on with it, or give another folder")
 
 
-def _check_sizes(config: Config, patch: int) -> None:
-    for name in ("height", "width"):
-        value = getattr(config.data, name)
-        if value % patch:
-            near = max(patch, round(value / patch) * patch)
-            raise UserError(f"data.{name} must be a multiple of the patch size {patch}, got {value}; try {near}")
+def _check_sizes(config: Config, model: FlowSegModel) -> None:
+    patch = model.size.patch_size
+    for step in (0, *(stage.at for stage in config.train.stages)):
+        data = config.at_step(step).data
+        for name in ("height", "width"):
+            value = getattr(data, name)
+            if value % patch:
+                near = max(patch, round(value / patch) * patch)
+                place = f"train.stages at {step}: {name}" if step else f"data.{name}"
+                raise UserError(f"{place} must be a multiple of the patch size {patch}, got {value}; try {near}")
+    if config.repa.weight and config.repa.block > model.size.depth:
+        raise UserError(
+            f"repa.block must be at most the {model.size.depth} blocks of the model, got {config.repa.block}"
+        )
 
 
 def _truncate_metrics(path: Path, step: int) -> None:
@@ -372,8 +386,9 @@ def _step_of(line: str) -> float:
 
 
 @contextlib.contextmanager
-def _metrics_log(path: Path, active: bool) -> Iterator[Callable[..., None]]:
-    if not active:
+def _metrics_log(path: Path, accelerator: Accelerator) -> Iterator[Callable[..., None]]:
+    """Write metrics as a line of JSON, and to the trackers; only the first process does."""
+    if not accelerator.is_main_process:
         yield lambda **_: None
         return
     with path.open("a") as file:
@@ -381,6 +396,9 @@ def _metrics_log(path: Path, active: bool) -> Iterator[Callable[..., None]]:
         def log(**fields: Any) -> None:
             file.write(json.dumps(fields) + "\n")
             file.flush()
+            event, step = fields.pop("event"), fields.pop("step")
+            if accelerator.trackers:
+                accelerator.log({f"{event}/{name}": value for name, value in fields.items()}, step=step)
 
         yield log
 
@@ -406,39 +424,3 @@ def _stop_on_signal() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _progress(console: Console | None, title: str, config: Config, state: TrainState) -> Iterator[Callable[..., None]]:
-    if console is None:
-        yield lambda **_: None
-        return
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        total = config.train.steps
-        task = progress.add_task(title, total=total, completed=state.step, facts="")
-        facts: dict[str, str] = {}
-
-        def show(
-            loss: float | None = None, speed: float | None = None, fraction: float = 0.0, miou: float | None = None
-        ) -> None:
-            if loss is not None:
-                facts["loss"] = f"loss {loss:.4f}"
-            if speed is not None:
-                facts["speed"] = f"{speed:.1f} img/s"
-            if miou is not None:
-                facts["miou"] = f"mIoU {miou:.1f}"
-            # A time limit may end the run before the steps do; the bar then shows where the steps will have got to.
-            likely = round(state.step / fraction) if 0 < fraction < 1 else state.step if fraction else total
-            progress.update(
-                task, completed=state.step, total=max(state.step, min(total, likely)), facts="  ".join(facts.values())
-            )
-
-        yield show

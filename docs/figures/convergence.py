@@ -17,7 +17,11 @@ ARMS = {
 
 def network(outputs):
     return torch.nn.Sequential(
-        torch.nn.Linear(FEATURES, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(), torch.nn.Linear(64, outputs)
+        torch.nn.Linear(FEATURES, 64),
+        torch.nn.SiLU(),
+        torch.nn.Linear(64, 64),
+        torch.nn.SiLU(),
+        torch.nn.Linear(64, outputs),
     )
 
 
@@ -47,7 +51,13 @@ def run(weight, seed, book):
         else:
             image = out.T[None, :, None]
             loss = fk.flow_loss(
-                image, torch.zeros_like(image), labels, torch.zeros(1), book, predicts="endpoint", correction_weight=weight
+                image,
+                torch.zeros_like(image),
+                labels,
+                torch.zeros(1),
+                book,
+                predicts="endpoint",
+                correction_weight=weight,
             )
         optimiser.zero_grad()
         loss.backward()

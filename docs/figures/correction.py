@@ -45,7 +45,8 @@ def descend(book, probability, weight, start, steps=900, rate=0.03):
     source, t = torch.zeros(1, 2, 1, 1), torch.zeros(1)
     for _ in range(steps):
         loss = sum(
-            p * fk.flow_loss(x, source, torch.full((1, 1, 1), k), t, book, predicts="endpoint", correction_weight=weight)
+            p
+            * fk.flow_loss(x, source, torch.full((1, 1, 1), k), t, book, predicts="endpoint", correction_weight=weight)
             for k, p in enumerate(probability)
         )
         (grad,) = torch.autograd.grad(loss, x)

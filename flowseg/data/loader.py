@@ -24,30 +24,37 @@ class _Augmented(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         draw, index = key
         image, labels = self.pairs[index]
-        return augment(image, labels, self.config, np.random.default_rng((self.seed, 1, draw)))
+        return *augment(image, labels, self.config, np.random.default_rng((self.seed, 1, draw))), draw
 
 
 class _Draws:
     """Batches of ``(draw, index)``: one shuffled pass after another, cut into this process's share."""
 
-    def __init__(self, size: int, batch: int, seed: int, first: int, rank: int, world: int):
-        self.size, self.batch, self.seed, self.first, self.rank, self.world = size, batch, seed, first, rank, world
+    def __init__(self, size: int, batch: int, seed: int, first_draw: int, rank: int, world: int):
+        self.size, self.batch, self.seed, self.first_draw, self.rank, self.world = (
+            size,
+            batch,
+            seed,
+            first_draw,
+            rank,
+            world,
+        )
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order, order_epoch = None, -1
-        number = self.first * self.world + self.rank
+        first = self.first_draw + self.rank * self.batch
         while True:
             keys = []
-            for draw in range(number * self.batch, (number + 1) * self.batch):
+            for draw in range(first, first + self.batch):
                 epoch, place = divmod(draw, self.size)
                 if epoch != order_epoch:
                     order, order_epoch = np.random.default_rng((self.seed, 0, epoch)).permutation(self.size), epoch
                 keys.append((draw, int(order[place])))
             yield keys
-            number += self.world
+            first += self.world * self.batch
 
 
 def training_batches(
@@ -56,10 +63,10 @@ def training_batches(
     batch_size: int,
     *,
     seed: int,
-    first_batch: int = 0,
+    first_draw: int = 0,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Endless batches for one process.
 
     Args:
@@ -67,18 +74,18 @@ def training_batches(
         config: size, augmentation and number of worker processes.
         batch_size: examples a batch in this process.
         seed: of order and augmentation.
-        first_batch: number of batches this process has already had.
+        first_draw: number of examples that all processes together have already had.
         rank, world: this process among how many.
 
     Raises:
         UserError: a file that cannot be used, named, when its turn comes.
 
     Yields:
-        images ``(B, 3, H, W)`` float32 in [-1, 1] and labels ``(B, H, W)`` uint8.
+        images ``(B, 3, H, W)`` float32 in [-1, 1], labels ``(B, H, W)`` uint8, and the number ``(B,)`` of each draw.
     """
     loader = DataLoader(
         _Augmented(pairs, config, seed),
-        batch_sampler=_Draws(len(pairs), batch_size, seed, first_batch, rank, world),
+        batch_sampler=_Draws(len(pairs), batch_size, seed, first_draw, rank, world),
         num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
     )

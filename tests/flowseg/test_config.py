@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flowseg.config import Config, load_config, save_config
+from flowseg.config import Config, known_keys, load_config, save_config
 from flowseg.errors import UserError
 from flowseg.model.sizes import resolve_size
 
@@ -70,16 +70,45 @@ def test_noise_needs_the_image_at_the_patch_embedding():
         load_config(None, ["flow.source=noise", "model.condition_on_image=false"])
 
 
-def test_shipped_configs_are_valid():
-    from pathlib import Path
-
-    files = list((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-    assert files
-    for file in files:
-        assert load_config(file).model_dump() and yaml.safe_load(file.read_text())
-
-
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_settings_are_valid_and_build_a_model(file):
     config = load_config(file)
     assert resolve_size(config.model).patch_size and config.data.height % resolve_size(config.model).patch_size == 0
+
+
+RECIPES = Path(__file__).parents[2] / "configs"
+
+
+def test_the_published_recipe_is_the_papers():
+    config = load_config(RECIPES / "ade20k_l16.yaml")
+    assert (config.flow.predicts, config.flow.time_sampler, config.loss.schedule) == (
+        "velocity",
+        "logit_normal",
+        "static",
+    )
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.ema_decay) == (1e-4, 0.0, 0.9999)
+    assert (config.sample.method, config.sample.steps, config.repa.weight, config.repa.block) == ("euler", 10, 0.5, 8)
+    sizes = [(now.data.height, now.train.batch_size) for now in (config.at_step(0), config.at_step(config.train.steps))]
+    assert sizes == [(256, 32), (512, 8)]
+    assert resolve_size(load_config(RECIPES / "ade20k_xl16.yaml").model).depth == 26
+
+
+def test_every_field_can_be_set_from_the_command_line():
+    changed = {
+        "bool": lambda v: not v, "int": lambda v: v + 1, "float": lambda v: v * 0.5, "str": lambda v: v,
+        "NoneType": lambda v: None, "list": lambda v: v,
+    }  # fmt: skip
+    config = Config()
+    for key in known_keys():
+        section, field = key.split(".")
+        value = getattr(getattr(config, section), field)
+        wanted = {"codes.channels": 8, "data.scale_max": 2.0}.get(key, changed[type(value).__name__](value))
+        got = load_config(None, [f"{key}={yaml.safe_dump(wanted, default_flow_style=True).splitlines()[0]}"])
+        assert getattr(getattr(got, section), field) == wanted, key
+
+
+def test_stages_must_come_in_order():
+    with pytest.raises(UserError, match="one after the other"):
+        load_config(None, ["train.stages=[{at: 9, height: 16, width: 16}, {at: 4, height: 16, width: 16}]"])
+    with pytest.raises(UserError, match=r"train.stages.0.hieght'; did you mean 'train.stages: height'"):
+        load_config(None, ["train.stages=[{at: 9, hieght: 16, width: 16}]"])

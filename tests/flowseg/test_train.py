@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import flowseg.objective as objective
 import flowseg.train as training
 from flowseg.checkpoint import find_weights, list_checkpoints
 from flowseg.config import save_config
@@ -97,13 +98,13 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, accumulation):
 
 def test_both_arms_see_the_same_batches_and_draws(tmp_path, monkeypatch):
     seen = {}
-    original = training.flow_interpolate
+    original = objective.flow_interpolate
 
     def record(source, labels, t, codebook):
         seen[current].append((source.clone(), labels.clone(), t.clone()))
         return original(source, labels, t, codebook)
 
-    monkeypatch.setattr(training, "flow_interpolate", record)
+    monkeypatch.setattr(objective, "flow_interpolate", record)
     for current, weight in (("vanilla", 0.0), ("flowseg", 1.0)):
         seen[current] = []
         train(tiny_config(loss={"correction_weight": weight}, train={"steps": 3}), tmp_path / current)
