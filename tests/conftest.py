@@ -19,6 +19,11 @@ import flowseg_kernels as fk
 from flowseg_kernels.runtime.backend import BACKENDS, backend_reasons
 from flowseg_kernels.runtime.triton_forms import INTERPRETED
 
+if INTERPRETED:
+    from .gpu_arithmetic import install
+
+    install()
+
 REQUIRED = [name for name in os.environ.get("FLOWSEG_REQUIRE_BACKENDS", "").split(",") if name]
 ran: set[str] = set()
 
