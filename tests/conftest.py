@@ -19,10 +19,11 @@ import flowseg_kernels as fk
 from flowseg_kernels.runtime.backend import BACKENDS, backend_reasons
 from flowseg_kernels.runtime.triton_forms import INTERPRETED
 
-from .quick_interpreter import speed_up
+from . import gpu_arithmetic, quick_interpreter
 
 if INTERPRETED:
-    speed_up()
+    quick_interpreter.speed_up()
+    gpu_arithmetic.install()
 
 REQUIRED = [name for name in os.environ.get("FLOWSEG_REQUIRE_BACKENDS", "").split(",") if name]
 ran: set[str] = set()

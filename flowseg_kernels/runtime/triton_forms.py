@@ -171,12 +171,9 @@ def two_floats(value: float) -> tuple[float, float]:
 
 
 def reciprocal_form(dtype: torch.dtype) -> str:
-    """How a reciprocal is taken: "ptx" and "gcn" are the bare machine instructions, right to 1 ulp. The interpreter
-    errs by that much on purpose, so that what passes there holds for them."""
-    if dtype == torch.float64:
+    """How a reciprocal is taken: "ptx" and "gcn" are the bare machine instructions, right to 1 ulp."""
+    if INTERPRETED or dtype == torch.float64:
         return "divide"
-    if INTERPRETED:
-        return "off_by_one"
     return "gcn" if torch.version.hip else "ptx"
 
 

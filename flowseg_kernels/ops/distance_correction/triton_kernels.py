@@ -55,9 +55,6 @@ def _reciprocal(d, FORM: tl.constexpr):
         )
     elif FORM == "gcn":
         return tl.inline_asm_elementwise("v_rcp_f32 $0, $1", "=v,v", [d], dtype=tl.float32, is_pure=True, pack=1)
-    elif FORM == "off_by_one":
-        bits = (1.0 / d).to(tl.int32, bitcast=True)
-        return (bits + d.to(tl.int32, bitcast=True) % 3 - 1).to(tl.float32, bitcast=True)
     else:
         return 1.0 / d
 
@@ -160,8 +157,8 @@ def _by_reciprocals(
     pull = add(pull, run_pull, C)
     # Gathered only now: held through the loop the codes would cost C registers a pixel.
     diff = subtract(x, gather_codes(centroids, y, C), C)
-    r = 1.0 / (squared_norm(diff, C) + eps)
-    share = 1.0 / (rivals + r)
+    r = _reciprocal(squared_norm(diff, C) + eps, FORM)
+    share = _reciprocal(rivals + r, FORM)
     grad = ()
     for c in tl.static_range(C):
         grad = grad + (2.0 * (diff[c] * (r * (rivals * share)) - pull[c] * share),)

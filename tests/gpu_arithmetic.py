@@ -1,0 +1,67 @@
+"""Makes interpreted Triton kernels err as a GPU may: NumPy rounds correctly, the GPU's fast instructions do not.
+
+Triton compiles fp32 `/`, exp and sqrt of NVIDIA GPUs to div.full, ex2.approx of the rounded product with log2(e), and
+sqrt.approx.ftz; log comes from libdevice. Each result is moved by up to the largest error that the PTX ISA (for log: libdevice)
+documents, up for some values and down for others. What passes so does not rest on luck with the interpreter's arithmetic.
+"""
+
+import numpy as np
+
+__all__ = ["install"]
+
+_SMALLEST = np.finfo(np.float32).tiny
+
+
+def _side(v):
+    """-1, 0 or 1 for each number, by its bits."""
+    return (v.view(np.uint32) * np.uint32(2654435769) >> np.uint32(16)).astype(np.int32) % 3 - 1
+
+
+def _moved(v, steps=0, share=0.0):
+    """v, moved by so many units in the last place or by this share of it; zeros, NaN and infinities stay."""
+    v = np.asarray(v, np.float32)
+    side = _side(v)
+    away = (v.view(np.int32) + np.int32(steps) * side).view(np.float32)
+    away = (away * (1.0 + share * side.astype(np.float64))).astype(np.float32)
+    return np.where(np.isfinite(v) & (np.abs(v) > 2 * _SMALLEST), away, v)
+
+
+def _quotient(a, b):
+    # By the machine code: a reciprocal, off by 1 ulp, of a divisor scaled by a power of two, then the product. Above 2^126 it is 0.
+    reciprocal = 1 / b
+    found = np.where(np.isfinite(reciprocal), a * _moved(reciprocal, steps=1), a / b)
+    return np.where(np.isfinite(a) & (np.abs(b) > 2.0**126), np.float32(0), found)
+
+
+def _exp(x):
+    y = np.exp2((x * np.float32(1.4426950408889634)).astype(np.float32))
+    return np.where(x == 0, np.float32(1), _moved(y, share=2.0**-22))
+
+
+def _root(x):
+    return _moved(np.sqrt(np.where(np.abs(x) < _SMALLEST, np.float32(0), x)), share=2.0**-23)
+
+
+def _log(x):
+    return _moved(np.log(x), steps=1)
+
+
+def install():
+    """From now on, in this process."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def on_fp32(inexact, exact):
+        def compute(*arguments):
+            return (inexact if all(v.dtype == np.float32 for v in arguments) else exact)(*arguments)
+
+        return compute
+
+    for name, inexact, exact in (
+        ("exp", _exp, np.exp),
+        ("log", _log, np.log),
+        ("sqrt", _root, np.sqrt),
+    ):
+        op = on_fp32(inexact, exact)
+        setattr(InterpreterBuilder, f"create_{name}", lambda self, arg, op=op: self.unary_op(arg, op))
+    divide = on_fp32(_quotient, np.divide)
+    InterpreterBuilder.create_fdiv = lambda self, a, b: self.binary_op(a, b, divide)
