@@ -1,7 +1,7 @@
 """Backends as a test axis: every numeric test runs on each backend that can run here.
 
 FLOWSEG_REQUIRE_BACKENDS (a comma-separated list, set by `make test`) names those that must run; a missing one is then a failure
-instead of a skip.
+instead of a skip. FLOWSEG_REQUIRE_PROOFS does the same for what is shown about GPU kernels without a GPU.
 """
 
 import collections
@@ -26,7 +26,23 @@ if INTERPRETED:
     gpu_arithmetic.install()
 
 REQUIRED = [name for name in os.environ.get("FLOWSEG_REQUIRE_BACKENDS", "").split(",") if name]
+#: What is shown about GPU kernels without a GPU: "emulated" (CUDA kernels run on the CPU), "cuda_code" and "triton_code" (their
+#: machine code). FLOWSEG_REQUIRE_PROOFS names those that must be.
+PROOFS = ("emulated", "cuda_code", "triton_code")
+REQUIRED_PROOFS = [name for name in os.environ.get("FLOWSEG_REQUIRE_PROOFS", "").split(",") if name]
 ran: set[str] = set()
+not_shown: dict[str, str] = {}
+
+
+def proof(name, why_not=None):
+    """Notes that a proof runs. With a reason why it cannot: fails where it is required, else skips, and the run's last lines say so."""
+    if why_not is None:
+        ran.add(name)
+    elif name in REQUIRED_PROOFS:
+        pytest.fail(f"{name} must be shown here and cannot be: {why_not}")
+    else:
+        not_shown[name] = why_not
+        pytest.skip(why_not)
 
 
 def device_of(backend):
@@ -56,6 +72,11 @@ def pytest_addoption(parser):
 
 def pytest_report_header():
     return [f"not tested on {n}: {why_not(n)}" for n in BACKENDS if why_not(n)]
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name, why in not_shown.items():
+        terminalreporter.write_line(f"NOT SHOWN HERE: {name}: {why}", yellow=True, bold=True)
 
 
 @pytest.fixture(params=TESTED)
@@ -128,3 +149,6 @@ def pytest_configure(config):
     unknown = [name for name in REQUIRED if name not in BACKENDS]
     if unknown:
         raise pytest.UsageError(f"FLOWSEG_REQUIRE_BACKENDS: wanted names of {BACKENDS}; got {unknown}")
+    unknown = [name for name in REQUIRED_PROOFS if name not in PROOFS]
+    if unknown:
+        raise pytest.UsageError(f"FLOWSEG_REQUIRE_PROOFS: wanted names of {PROOFS}; got {unknown}")

@@ -1,8 +1,23 @@
 """Sorted to the end by conftest.py."""
 
-from .conftest import REQUIRED, ran
+import pytest
+
+from . import conftest
 
 
 def test_every_required_backend_ran():
-    """`make test` names the backends that must have run; a skipped one is a failure here."""
-    assert set(REQUIRED) <= ran, f"required {REQUIRED}, ran {sorted(ran)}"
+    """`make test` names the backends and proofs that must have run; a skipped one is a failure here."""
+    required = {*conftest.REQUIRED, *conftest.REQUIRED_PROOFS}
+    assert required <= conftest.ran, f"required {sorted(required)}, ran {sorted(conftest.ran)}"
+
+
+def test_a_required_proof_fails_instead_of_skipping(monkeypatch):
+    monkeypatch.setattr(conftest, "ran", set())
+    monkeypatch.setattr(conftest, "not_shown", {})
+    monkeypatch.setattr(conftest, "REQUIRED_PROOFS", ["emulated"])
+    conftest.proof("cuda_code")
+    with pytest.raises(pytest.skip.Exception):
+        conftest.proof("triton_code", "no Triton")
+    with pytest.raises(pytest.fail.Exception, match="no compiler"):
+        conftest.proof("emulated", "no compiler")
+    assert conftest.ran == {"cuda_code"} and conftest.not_shown == {"triton_code": "no Triton"}

@@ -50,7 +50,7 @@ __device__ __forceinline__ void search(const Codes& codes, const Tile<T, C>& til
           d = c ? d + diff * diff : diff * diff;
         }
         const bool closer = d < nearest[p];
-        if constexpr (kSecond) second[p] = closer ? nearest[p] : d < second[p] ? d : second[p];
+        if constexpr (kSecond) second[p] = std::fmax(nearest[p], std::fmin(d, second[p]));  // two instructions, no branch
         nearest[p] = closer ? d : nearest[p];
         label[p] = closer ? first + k : label[p];
       }
@@ -90,7 +90,7 @@ __device__ __forceinline__ int search_list(const Grid& grid, int first, float x,
     for (int i = 0; i < 4; ++i) found.offer(x - xs.at[i], y - ys.at[i], z - zs.at[i], labels.at[i]);
   };
   const auto* record = reinterpret_cast<const Packed<float, 4>*>(grid.records) + static_cast<int64_t>(first) * 8;
-  for (int left = grid.groups[first]; left > 0; --left, record += 8) {
+  for (int left = grid.groups[first] + FLOWSEG_PLANTED(list); left > 0; --left, record += 8) {
     offer_four(record);
     if (record[1].at[0] == infinity<float>()) break;  // most lists have at most four candidates; the rest is padding
     offer_four(record + 1);

@@ -76,7 +76,7 @@ __device__ __forceinline__ void count_pixels(const Confusion& a, Find decode) {
     }
   }
   if constexpr (kShared) {
-    __syncthreads();
+    if (!FLOWSEG_PLANTED(histogram)) __syncthreads();
     for (int i = threadIdx.x; i < size; i += kThreads) {
       const unsigned n = counts[i / 2] >> (i % 2 * 16) & 0xffff;
       if (n) atomicAdd(&a.counts[i], static_cast<unsigned long long>(n));

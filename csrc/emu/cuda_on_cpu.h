@@ -27,7 +27,7 @@
 
 #ifdef FLOWSEG_PLANTS
 namespace flowseg::emu {
-enum class Fault { none, race, overrun };
+enum class Fault { none, race, overrun, histogram, list };
 inline Fault planted = Fault::none;
 }  // namespace flowseg::emu
 #define FLOWSEG_PLANTED(fault) (flowseg::emu::planted == flowseg::emu::Fault::fault)

@@ -1,24 +1,20 @@
 """The `backend` of this folder: the CUDA kernels, run on the CPU."""
 
 import dataclasses
-import os
 
 import pytest
 
 import flowseg_kernels as fk
 from flowseg_kernels.runtime import backend as runtime
 
+from ...conftest import proof
 from . import emulated
 
 
 @pytest.fixture(scope="session")
 def kernels():
-    """Builds the kernels for the CPU, or skips; FLOWSEG_REQUIRE_EMULATION=1 (set by `make test`) makes the skip a failure."""
-    reason = emulated.why_not()
-    if reason:
-        if os.environ.get("FLOWSEG_REQUIRE_EMULATION") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    """Builds the kernels for the CPU."""
+    proof("emulated", emulated.why_not())
     emulated.library()
 
 

@@ -32,9 +32,12 @@ def test_every_kernel_is_clean(driver):
     assert done.returncode == 0 and "every kernel ran" in done.stdout, done.stdout + done.stderr[-3000:]
 
 
-def test_the_planted_fault_is_found(driver):
-    """A barrier that is left out, and a read past the end of an array."""
+@pytest.mark.parametrize("place", ["pixels", "grid"])
+def test_the_planted_fault_is_found(driver, place):
+    """A barrier that is left out, and a read past the end of an array: where pixels are read and codes staged, and where the grid's
+    lists are read and its results counted."""
     sanitizer, run = driver
-    fault, words = {"thread": ("race", "data race"), "address": ("overrun", "heap-buffer-overflow")}[sanitizer]
-    done = run(fault)
+    faults = {"thread": {"pixels": "race", "grid": "histogram"}, "address": {"pixels": "overrun", "grid": "list"}}
+    done = run(faults[sanitizer][place])
+    words = {"thread": "data race", "address": "heap-buffer-overflow"}[sanitizer]
     assert done.returncode == 66 and words in done.stderr, done.stdout + done.stderr[-3000:]
