@@ -24,6 +24,11 @@ FOUND = [
     ),
     (
         "neural_field",
+        Field(dtypes=("float16",) * 3, scale=0.0),
+        "zero weights in fp16: Triton's gradient of x was infinity times zero",
+    ),
+    (
+        "neural_field",
         Field(
             dtypes=("bfloat16", "bfloat16", "float32"),
             layouts=("contiguous", "expanded_3", "contiguous"),

@@ -24,6 +24,14 @@ from .triton_forward import (
 
 
 @triton.jit
+def held(v, dtype: tl.constexpr):
+    """v in another type; in fp16 within its range: over the length of a column of zeros it is infinite, and times these NaN."""
+    if dtype == tl.float16:
+        v = tl.minimum(tl.maximum(v, -65504.0), 65504.0)
+    return rounded(v, dtype)
+
+
+@triton.jit
 def norm_backward(grad, normal, scale, H: tl.constexpr):
     """Gradient of h from that of normal = h * scale, scale = 1 / rms(h)."""
     return scale[:, None] * (grad - normal * (tl.sum(grad * normal, 1) / H)[:, None])
@@ -114,7 +122,7 @@ def rows_kernel(
         block = weights + (patch * depth + level) * (2 * WIDE * H)
         lengths = scales + (local * depth + level) * (WIDE + H)
         if BOTH:
-            g_in = rounded(g * load_vector(lengths + WIDE, column, H, HP != H)[None, :], OPERAND)
+            g_in = held(g * load_vector(lengths + WIDE, column, H, HP != H)[None, :], OPERAND)
         else:
             g_in = rounded(g, OPERAND)
         into = tl.zeros_like(g)
@@ -125,7 +133,7 @@ def rows_kernel(
             slope = silu_and_slope(product(entered, w1, PRECISION, UPCAST) * half1, TANH)[1]
             w2 = load_tile(block + H * WIDE, wide, column, WIDE, H, SHAVED).to(OPERAND)
             g_wide = product(g_in, tl.trans(w2), PRECISION, UPCAST) * half1
-            into += product(rounded(g_wide * slope + g_wide, OPERAND), tl.trans(w1), PRECISION, UPCAST)
+            into += product(held(g_wide * slope + g_wide, OPERAND), tl.trans(w1), PRECISION, UPCAST)
         if RESIDUAL:
             # Read again rather than held in registers through the products.
             h = load_tile(states + level * (P * P * H), row, column, P * P, H, PARTIAL).to(tl.float32)

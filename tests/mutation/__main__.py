@@ -1,0 +1,132 @@
+"""Does the suite see bugs? python -m tests.mutation [--only WORD]
+
+Copies the tree, plants one typical kernel bug after the other in the copy, builds what changed, and runs the tests that are
+about it. Prints which test saw each bug and writes docs/results/mutation.md. Exit code 1 when one survives, when a plant fits no
+more, or when the tests fail without any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from ..native import ROOT, build
+from .plants import PLANTS, Plant
+
+RESULTS = ROOT / "docs" / "results" / "mutation.md"
+HEAD = """# Planted bugs
+
+`python -m tests.mutation` plants typical kernel bugs in a copy of the tree, one after the other, builds what changed and runs
+the tests that are about it. The first test that fails is named; without the bug all of them pass.
+
+| bug | language | planted in | seen by |
+|---|---|---|---|
+"""
+
+
+def copy_tree(to: pathlib.Path) -> None:
+    """Every file that is tracked, or new and not ignored."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in listed.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+
+
+def build_library(root: pathlib.Path) -> None:
+    # One instruction set and little optimisation: the tests are the same, and a header of all of them compiles once.
+    library = build(root / "build" / "mutation", "-O1", root=root, sets=False)
+    shutil.copy2(library, root / "flowseg_kernels" / "lib" / library.name)
+    shutil.copy2(library.with_suffix(".json"), root / "flowseg_kernels" / "lib" / f"{library.stem}.json")
+
+
+def run_tests(root: pathlib.Path, plant: Plant) -> tuple[int, list[str], str]:
+    """(exit code, tests that failed, output)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    environment |= {"FLOWSEG_REQUIRE_BACKENDS": "cpu", "FLOWSEG_REQUIRE_EMULATION": "1"}
+    if plant.language == "Triton":
+        environment |= {"TRITON_INTERPRET": "1", "FLOWSEG_REQUIRE_BACKENDS": "triton"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-rfE",
+        "--durations=0",
+        "-p",
+        "no:cacheprovider",
+        *plant.tests,
+    ]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    return done.returncode, failed, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+def check(root: pathlib.Path, plant: Plant, native: bool) -> tuple[str | None, str]:
+    """(the test that saw the bug or None, what happened otherwise)."""
+    code, _, output = run_tests(root, plant)
+    if code:
+        return None, f"the tests fail without the bug:\n{output}"
+    try:
+        before = plant.apply(root)
+    except ValueError as error:
+        return None, str(error)
+    try:
+        if native:
+            build_library(root)
+        code, failed, output = run_tests(root, plant)
+    finally:
+        (root / plant.path).write_text(before)
+        if native:
+            # The next plant must not be built on this one's objects.
+            os.utime(root / plant.path)
+    if code == 0:
+        return None, "it survived"
+    if code < 0:
+        return f"the tests' process, which ended with signal {-code}", ""
+    return (failed[0], "") if failed else (None, output)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="plants whose bug or language holds this word")
+    only = parser.parse_args().only
+    chosen = [p for p in PLANTS if only.lower() in f"{p.bug} {p.language}".lower()]
+    rows, survived, start = [], 0, time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="flowseg-mutation-") as folder:
+        root = pathlib.Path(folder)
+        copy_tree(root)
+        if any(plant.language in ("C++", "Python") for plant in chosen):
+            build_library(root)
+        print(f"copied and built in {time.monotonic() - start:.0f} s", flush=True)
+        for plant in chosen:
+            began = time.monotonic()
+            seen_by, otherwise = check(root, plant, plant.language == "C++")
+            survived += seen_by is None
+            test = (
+                seen_by.removeprefix("tests/").removeprefix("flowseg_kernels/") if seen_by else f"NOT SEEN: {otherwise}"
+            )
+            print(f"{plant.bug:26} {plant.language:7} {time.monotonic() - began:4.0f} s  {test}", flush=True)
+            rows.append(f"| {plant.bug} | {plant.language} | `{plant.path}` | `{test.splitlines()[0]}` |")
+    took = time.monotonic() - start
+    print(f"{len(chosen) - survived} of {len(chosen)} bugs were seen, in {took:.0f} s")
+    if not only and not survived:
+        RESULTS.write_text(f"{HEAD}{chr(10).join(rows)}\n")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

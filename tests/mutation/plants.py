@@ -1,0 +1,125 @@
+"""Ten bugs that kernels typically have, each planted where one of ours could have it, with the tests that must see it."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+OPS = "tests/flowseg_kernels/ops"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plant:
+    """One bug.
+
+    path:     the file it is planted in.
+    edits:    (old, new) texts; each old stands in the file exactly once.
+    language: "C++", "CUDA", "Triton" or "Python": what has to be built anew and how the tests are run.
+    tests:    arguments of pytest, the smallest part of the suite that is about what was changed.
+    """
+
+    bug: str
+    path: str
+    edits: tuple[tuple[str, str], ...]
+    language: str
+    tests: tuple[str, ...]
+
+    def apply(self, root: pathlib.Path) -> str:
+        """Plant it in the tree `root`; returns the file's text of before. ValueError when it does not fit any more."""
+        file = root / self.path
+        before = text = file.read_text()
+        for old, new in self.edits:
+            if text.count(old) != 1 or old == new:
+                raise ValueError(f"{self.bug}: wanted {old!r} once in {self.path}; it is there {text.count(old)} times")
+            text = text.replace(old, new)
+        file.write_text(text)
+        return before
+
+
+PLANTS = (
+    Plant(
+        "off-by-one tail",
+        "flowseg_kernels/ops/nearest_centroid/triton_kernels.py",
+        (("for k in range(whole, classes):", "for k in range(whole, classes - 1):"),),
+        "Triton",
+        (f"{OPS}/test_nearest_centroid.py", "-k", "brute_force or one_class"),
+    ),
+    Plant(
+        "int32 index",
+        "csrc/cpu/chunk/blocks.h",
+        (("+ p.image * labels.stride[0];", "+ static_cast<int32_t>(p.image * labels.stride[0]);"),),
+        "C++",
+        (f"{OPS}/test_offsets.py",),
+    ),
+    Plant(
+        "swapped stride",
+        "flowseg_kernels/ops/triton_pixels.py",
+        (
+            (
+                "return (p // width) * stride_h + (p % width) * stride_w",
+                "return (p // width) * stride_w + (p % width) * stride_h",
+            ),
+        ),
+        "Triton",
+        (f"{OPS}/test_flow_interpolate.py", "-k", "strides"),
+    ),
+    Plant(
+        "missing mask",
+        "flowseg_kernels/ops/triton_pixels.py",
+        (("valid = inside & (label >= 0)", "valid = (label >= 0)"),),
+        "Triton",
+        (f"{OPS}/test_flow_loss.py", "-k", "reductions_agree or all_ignored"),
+    ),
+    Plant(
+        "wrong eps place",
+        "csrc/include/flowseg/correction.h",
+        (("const V root = square_root(d + eps);", "const V root = square_root(d) + eps;"),),
+        "C++",
+        (f"{OPS}/test_distance_correction.py", "-k", "gradient_of_the_potential and neg_dist"),
+    ),
+    Plant(
+        "missing max subtraction",
+        "flowseg_kernels/ops/distance_correction/triton_kernels.py",
+        (("tl.exp(own_logit - largest)", "tl.exp(own_logit)"), ("tl.exp(logit - largest)", "tl.exp(logit)")),
+        "Triton",
+        (f"{OPS}/test_distance_correction.py", "-k", "far_points or half_precision"),
+    ),
+    Plant(
+        "unreduced ignore mask",
+        "csrc/cuda/flow_loss.cuh",
+        (("count += y.at[p] >= 0;", "count += 1;"),),
+        "CUDA",
+        ("tests/flowseg_kernels/cuda/test_flow_loss.py", "-k", "reductions_agree or all_ignored or another_dtype"),
+    ),
+    Plant(
+        "tie order",
+        "csrc/cpu/chunk/decode.h",
+        (("const I closer = d < best[u];", "const I closer = d <= best[u];"),),
+        "C++",
+        (f"{OPS}/test_nearest_centroid.py", "-k", "ties or one_class"),
+    ),
+    Plant(
+        "lost normalisation",
+        "csrc/cpu/field/chain.h",
+        (
+            (
+                "      reciprocal_lengths(second, a.hidden);\n",
+                "      for (int64_t i = 0; i < a.hidden; ++i) second[i] = 1;\n",
+            ),
+        ),
+        "C++",
+        (f"{OPS}/test_neural_field.py", "-k", "odd_sizes or twice_plain"),
+    ),
+    Plant(
+        "stale backend in backward",
+        "flowseg_kernels/ops/flow_loss/op.py",
+        (
+            (
+                "torch.ops.flowseg.flow_loss_bwd(grad_loss, residual, count, prediction, ctx.reduction, ctx.backend)",
+                "torch.ops.flowseg.flow_loss_bwd(grad_loss, residual, count, prediction, ctx.reduction, requested_backend())",
+            ),
+        ),
+        "Python",
+        ("tests/flowseg_kernels/test_contract.py", "-k", "backend_of_its_forward"),
+    ),
+)
