@@ -66,6 +66,11 @@ def _add_navigation(app, docname, source):
             source[0] += "\n".join(["", "```{toctree}", ":hidden:", f":caption: {title}", "", *pages, "```", ""])
 
 
+def _name_files_outside(app, docname, source):
+    """CONTRIBUTING.md is a link on GitHub; the site names it."""
+    source[0] = re.sub(r"\[[^\]]+\]\((?:\.\./)+((?:CONTRIBUTING|CHANGELOG)\.md)[^)]*\)", r"`\1`", source[0])
+
+
 def _add_options(app, docname, source):
     if docname != "api/command_line":
         return
@@ -98,6 +103,7 @@ def _mathml(self, node):
 
 def setup(app):
     app.connect("source-read", _add_navigation)
+    app.connect("source-read", _name_files_outside)
     app.connect("source-read", _add_options)
     app.connect("autodoc-process-docstring", _plain, priority=400)
     app.add_html_math_renderer("mathml", (_mathml, None), (_mathml, None))
