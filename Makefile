@@ -22,7 +22,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(RUN) -m pip install --quiet --editable '.[train,test]'
+	$(RUN) -m pip install --quiet --editable '.[train,test,docs]'
 	$(RUN) -m flowseg_kernels.info
 	touch $@
 
@@ -30,7 +30,7 @@ demo: install
 	$(RUN) -m flowseg demo --out demo_out
 
 # Two test runs at once, a core each; the second one's output follows the first one's.
-test: install lint
+test: install lint docs
 	mkdir -p build
 	$(MAKE) --no-print-directory test-kernels >build/test-kernels.log 2>&1 & kernels=$$!; \
 	$(MAKE) --no-print-directory test-library; status=$$?; \
@@ -48,10 +48,9 @@ test-kernels:
 	  tests/flowseg_kernels/ops tests/flowseg_kernels/test_contract.py tests/test_last.py
 	FLOWSEG_REQUIRE_PROOFS=$(PROOFS) OMP_NUM_THREADS=1 $(RUN) -m pytest tests/flowseg_kernels/cuda tests/flowseg_kernels/static tests/test_last.py
 
-# The site, in build/docs; a warning (a link that leads nowhere, a name without an entry) is an error. 20 s.
-docs: $(VENV)/.docs
+# The site, in build/docs; a warning (a link that leads nowhere, a name without an entry) is an error.
+docs: install
 	$(RUN) -m sphinx -b html -E -W --keep-going -q docs build/docs
-	@echo "open build/docs/index.html"
 
 # Draws the pictures of docs/method.md anew, from our own ops.
 figures: install
@@ -82,10 +81,6 @@ gpu-report:
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --editable '.[bench]'
-	touch $@
-
-$(VENV)/.docs: $(VENV)/.installed
-	$(RUN) -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 clean:

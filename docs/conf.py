@@ -3,6 +3,7 @@
 Nothing is fetched when a page is viewed: fonts are the system's, formulas become MathML while building.
 """
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_additional_pages = {"index": "redirect.html"}
 templates_path = ["static"]
+smartquotes = False
 html_show_sphinx = False
 html_copy_source = False
 keep_warnings = True
@@ -66,6 +68,11 @@ def _add_navigation(app, docname, source):
             source[0] += "\n".join(["", "```{toctree}", ":hidden:", f":caption: {title}", "", *pages, "```", ""])
 
 
+def _name_files_outside(app, docname, source):
+    """CONTRIBUTING.md is a link on GitHub; the site names it."""
+    source[0] = re.sub(r"\[[^\]]+\]\((?:\.\./)+((?:CONTRIBUTING|CHANGELOG)\.md)[^)]*\)", r"`\1`", source[0])
+
+
 def _add_options(app, docname, source):
     if docname != "api/command_line":
         return
@@ -76,9 +83,8 @@ def _add_options(app, docname, source):
     for name, command in typer.main.get_command(command_line).commands.items():
         source[0] += f"\n## flowseg {name}\n\n{command.help}\n\n| option | default | meaning |\n|---|---|---|\n"
         for option in command.params:
-            default = (
-                "required" if option.required else "" if option.default in (None, False, []) else f"`{option.default}`"
-            )
+            value = getattr(option.default, "value", option.default)
+            default = "required" if option.required else "" if value in (None, False, []) else f"`{value}`"
             shown = " ".join(option.opts) if option.param_type_name == "option" else option.name.upper()
             source[0] += f"| `{shown}` | {default} | {option.help} |\n"
 
@@ -92,13 +98,31 @@ def _mathml(self, node):
     """MathML, which browsers draw by themselves."""
     block = node.tagname == "math_block"
     formula = convert(node.astext(), display="block" if block else "inline")
+    # Bars come in pairs; without a form the first of a pair would be spaced as a relation.
+    forms = itertools.cycle(("prefix", "postfix"))
+    formula = re.sub(r"<mo[^>]*>(?=(?:&#x0007C;|\|)</mo>)", lambda _: f'<mo stretchy="false" form="{next(forms)}">', formula)
     self.body.append(f'<div class="formula">{formula}</div>' if block else formula)
     raise nodes.SkipNode
 
 
+def _fetches_nothing(app, error):
+    """A page must be whole without a network: no style, script, font or picture from elsewhere."""
+    if error or app.builder.name != "html":
+        return
+    for page in (*Path(app.outdir).rglob("*.html"), *Path(app.outdir).rglob("*.css")):
+        text = page.read_text()
+        found = re.search(
+            r"""(?:<(?:script|img|iframe)[^>]*src=|<link[^>]*href=|url\(|@import )["']?(?:https?:)?//[^"')]+""", text
+        )
+        if found:
+            raise RuntimeError(f"{page} fetches {found[0]}")
+
+
 def setup(app):
     app.connect("source-read", _add_navigation)
+    app.connect("source-read", _name_files_outside)
     app.connect("source-read", _add_options)
     app.connect("autodoc-process-docstring", _plain, priority=400)
+    app.connect("build-finished", _fetches_nothing)
     app.add_html_math_renderer("mathml", (_mathml, None), (_mathml, None))
     return {"parallel_read_safe": True}
