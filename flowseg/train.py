@@ -251,6 +251,15 @@ def train(
             state.seconds = time.monotonic() - started
             save_checkpoint(out, bare_model, ema.tensors, optimizer.optimizer, state, config.train.keep)
 
+    def next_batch() -> tuple[Tensor, Tensor]:
+        try:
+            return next(batches)
+        except UserError:
+            # Bad data is no reason to lose the steps since the last checkpoint. Alone: peers would wait for each other.
+            if state.step and accelerator.num_processes == 1:
+                save()
+            raise
+
     with (
         _metrics_log(out / "metrics.jsonl", accelerator.is_main_process) as log,
         _stop_on_signal() as stop,
@@ -268,7 +277,7 @@ def train(
                 group["lr"] = rate
             total = 0.0
             for micro in range(accumulation):
-                images, labels = (part.to(accelerator.device, non_blocking=True) for part in next(batches))
+                images, labels = (part.to(accelerator.device, non_blocking=True) for part in next_batch())
                 generator = _generator(config, state.step, micro, accelerator.process_index)
                 last = micro == accumulation - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(model):
