@@ -136,16 +136,9 @@ def squared_norm(v, C: tl.constexpr):
 
 
 @triton.jit
-def load_pair(at):
-    """Two neighbouring floats with one load, from a pointer to int64."""
-    both = tl.load(at)
-    return both.to(tl.int32).to(tl.float32, bitcast=True), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def load_row(at, N: tl.constexpr, FORM: tl.constexpr):
-    """N neighbouring floats that every pixel sees; with FORM "ptx" from a 16-byte boundary, four with one load, where Triton's own
-    loads of single numbers take 8 bytes at most."""
+    """N neighbouring floats with as few loads as their boundary allows: for FORM "ptx" 16 bytes and whole fours, else 8 bytes if N
+    is even. Triton's own loads of single numbers take 8 bytes at most."""
     row = ()
     if FORM == "ptx":
         for i in tl.static_range(N // 4):
@@ -153,6 +146,11 @@ def load_row(at, N: tl.constexpr, FORM: tl.constexpr):
                 "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [at.to(tl.int64) + 16 * i],
                 dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
             )  # fmt: skip
+    elif N % 2 == 0 and at.dtype.element_ty == tl.float32:
+        for i in tl.static_range(N // 2):
+            pair = tl.load(at.to(tl.pointer_type(tl.int64)) + i)
+            low, high = pair.to(tl.int32), (pair >> 32).to(tl.int32)
+            row = row + (low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
     else:
         for i in tl.static_range(N):
             row = row + (tl.load(at + i),)
@@ -160,18 +158,20 @@ def load_row(at, N: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.jit
+def load_code(centroid, j, before, C: tl.constexpr, FORM: tl.constexpr):
+    """The code of centroid j after the pointer `centroid`, and the codes it was read with: as many as end at a 16-byte boundary.
+    `before` are those read for j - 1."""
+    TOGETHER: tl.constexpr = 1 if C % 4 == 0 else 2 if C % 2 == 0 else 4
+    codes = before
+    if j % TOGETHER == 0:
+        codes = load_row(centroid + j * C, TOGETHER * C, FORM)
+    return codes[j % TOGETHER * C : (j % TOGETHER + 1) * C], codes
+
+
+@triton.jit
 def difference_from(x, centroid, C: tl.constexpr):
     """x - mu for the centroid that the pointer `centroid` is at."""
-    diff = ()
-    if C % 2 == 0 and centroid.dtype.element_ty == tl.float32:
-        pairs = centroid.to(tl.pointer_type(tl.int64))
-        for c in tl.static_range(C // 2):
-            even, odd = load_pair(pairs + c)
-            diff = diff + (x[2 * c] - even, x[2 * c + 1] - odd)
-    else:
-        for c in tl.static_range(C):
-            diff = diff + (x[c] - tl.load(centroid + c),)
-    return diff
+    return subtract(x, load_row(centroid, C, "plain"), C)
 
 
 @triton.jit

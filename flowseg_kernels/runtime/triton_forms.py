@@ -25,10 +25,10 @@ __all__ = [
     "Variant",
     "aligned",
     "compile_options",
+    "machine_form",
     "on_device_of",
     "over_blocks",
     "pixel_strides",
-    "reciprocal_form",
     "triton_kernel",
     "two_floats",
     "variant",
@@ -170,10 +170,11 @@ def two_floats(value: float) -> tuple[float, float]:
     return high, value - high
 
 
-def reciprocal_form(dtype: torch.dtype) -> str:
-    """How a reciprocal is taken: "ptx" and "gcn" are the bare machine instructions, right to 1 ulp."""
+def machine_form(dtype: torch.dtype) -> str:
+    """What kernels in this dtype write in the machine's own language, as Triton has no word for it: "ptx" the reciprocal without
+    a range guard, 16-byte loads and predicates, "gcn" the reciprocal, "plain" nothing."""
     if INTERPRETED or dtype == torch.float64:
-        return "divide"
+        return "plain"
     return "gcn" if torch.version.hip else "ptx"
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...runtime.triton_forms import VECTOR, Variant, aligned, on_device_of, over_blocks, variant
+from ...runtime.triton_forms import VECTOR, Variant, aligned, machine_form, on_device_of, over_blocks, variant
 from ..nearest_centroid.triton_kernels import block_of, decode, grid_arguments, options_of
 from ..triton_pixels import block_of_program, load_classes, load_pixels
 
@@ -27,7 +27,8 @@ _ROUNDS: tl.constexpr = tl.constexpr(4)
 def _decode_confusion(
     x, target, centroids, cells, records, groups, counts,
     x_b, x_c, x_h, x_w, l_b, l_h, l_w, width, pixels, blocks, classes, ignore_index, grid_low, grid_scale,
-    X_LAYOUT: tl.constexpr, L_LAYOUT: tl.constexpr, C: tl.constexpr, GRID_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    X_LAYOUT: tl.constexpr, L_LAYOUT: tl.constexpr, C: tl.constexpr, GRID_SIZE: tl.constexpr, FORM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     classes = tl.cast(classes, tl.int32)
     image, start, inside = block_of_program(pixels, blocks, BLOCK)
@@ -35,7 +36,7 @@ def _decode_confusion(
     point = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     y = load_classes(target, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)
     label, _, _ = decode(
-        point, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, C, GRID_SIZE, False
+        point, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, C, GRID_SIZE, False, FORM
     )
     pair = tl.where((y >= 0) & (label >= 0), y.to(tl.int64) * classes + label, -1)
     # Label maps are piecewise constant: a few pairs make up most blocks, and one atomic for each of them does.
@@ -70,7 +71,8 @@ def decode_confusion(
     with on_device_of(x):
         _decode_confusion[programs](
             x, target, centroids, *grid, counts, *sizes, classes, ignore_index, grid_low, grid_scale,
-            **layouts, C=channels, GRID_SIZE=size, BLOCK=block, **options_of(centroids.dtype, registers=128),
+            **layouts, C=channels, GRID_SIZE=size, FORM=machine_form(centroids.dtype), BLOCK=block,
+            **options_of(centroids.dtype, registers=128),
         )  # fmt: skip
     return counts
 
@@ -82,7 +84,8 @@ def variants() -> Iterator[Variant]:
             "groups": "i32", "counts": "i64",
         }  # fmt: skip
         constants = {
-            "X_LAYOUT": VECTOR, "L_LAYOUT": VECTOR, "C": channels, "GRID_SIZE": grid, "BLOCK": block_of(channels, grid > 0),
+            "X_LAYOUT": VECTOR, "L_LAYOUT": VECTOR, "C": channels, "GRID_SIZE": grid,
+            "FORM": "plain" if dtype == "fp64" else "ptx", "BLOCK": block_of(channels, grid > 0),
         }  # fmt: skip
         form = "grid " if grid else ""
         yield variant(

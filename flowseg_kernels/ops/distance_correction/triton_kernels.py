@@ -19,10 +19,10 @@ from ...runtime.triton_forms import (
     Variant,
     aligned,
     compile_options,
+    machine_form,
     on_device_of,
     over_blocks,
     pixel_strides,
-    reciprocal_form,
     two_floats,
     variant,
 )
@@ -32,6 +32,7 @@ from ..triton_pixels import (
     difference_from,
     gather_codes,
     load_classes,
+    load_code,
     load_pixels,
     load_row,
     squared_norm,
@@ -104,10 +105,9 @@ def _sum_run(
     x, y, centroid, eps, C: tl.constexpr, RUN: tl.constexpr, MAY_BE_OWN: tl.constexpr, FORM: tl.constexpr
 ):  # fmt: skip
     """The sums of RUN centroids from the pointer `centroid` on; y counts from there."""
+    codes = ()
     for j in tl.static_range(RUN):
-        if j % 4 == 0:  # four centroids of any C end at a 16-byte boundary
-            codes = load_row(centroid + j * C, 4 * C, FORM)
-        code = codes[j % 4 * C : (j % 4 + 1) * C]
+        code, codes = load_code(centroid, j, codes, C, FORM)
         if j == 0:
             run, diff = _rival(x, code, eps, C, FORM)
             if MAY_BE_OWN:
@@ -151,7 +151,7 @@ def _by_reciprocals(
     run = tl.zeros_like(x[0])
     run_pull = zeros_like(x, C)
     for k in range(whole, classes):
-        run, run_pull = _add_rival(run, run_pull, x, y, load_row(centroid, C, "single"), k, eps, C, True, FORM)
+        run, run_pull = _add_rival(run, run_pull, x, y, load_row(centroid, C, "plain"), k, eps, C, True, FORM)
         centroid += C
     rivals += run
     pull = add(pull, run_pull, C)
@@ -350,7 +350,7 @@ def distance_correction(
         _distance_correction[grid](
             xhat, labels, aligned(centroids), out, *sizes, centroids.shape[0], ignore_index, *floats,
             **layouts, OUT_LAYOUT=pixel_strides(out)[1], C=channels,
-            FORM=reciprocal_form(centroids.dtype), RUN=how.run, BLOCK=how.block,
+            FORM=machine_form(centroids.dtype), RUN=how.run, BLOCK=how.block,
             **constants, **how.options,
         )  # fmt: skip
     return out
@@ -369,7 +369,7 @@ def variants() -> Iterator[Variant]:
             {"x": dtype, "labels": "u8", "centroids": acc, "out": dtype},
             {
                 "X_LAYOUT": VECTOR, "L_LAYOUT": VECTOR, "OUT_LAYOUT": VECTOR, "C": channels, "KIND": kind,
-                "UNIT_TEMPERATURE": True, "CAPPED": False, "FORM": "ptx" if acc == "fp32" else "divide",
+                "UNIT_TEMPERATURE": True, "CAPPED": False, "FORM": "ptx" if acc == "fp32" else "plain",
                 "RUN": how.run, "BLOCK": how.block,
             },
             how.options,

@@ -17,10 +17,10 @@ from ...runtime.triton_forms import (
     Variant,
     aligned,
     compile_options,
+    machine_form,
     on_device_of,
     over_blocks,
     pixel_strides,
-    reciprocal_form,
     two_floats,
     variant,
 )
@@ -158,6 +158,11 @@ def _scale(
     store_pixels(out, scaled, image, start, pixels, inside, OUT_LAYOUT, C, BLOCK)
 
 
+def _registers(channels: int) -> int:
+    """The most a thread may use: five programs of two warps fit on a multiprocessor with either."""
+    return 176 if channels <= 8 else 200
+
+
 def flow_loss(
     prediction: torch.Tensor,
     source: torch.Tensor,
@@ -184,7 +189,7 @@ def flow_loss(
     residual = torch.empty(prediction.shape if need_grad else (0,), dtype=prediction.dtype, device=device)
     loss = torch.empty(labels.shape if each else (), dtype=compute_dtype(prediction.dtype), device=device)
     count = torch.empty((), dtype=torch.int64, device=device)
-    how = launch(channels, centroids.dtype, INTERPRETED, registers=176)
+    how = launch(channels, centroids.dtype, INTERPRETED, _registers(channels))
     (programs,), sizes, layouts = over_blocks(how.block, X=prediction, S=source, L=labels)
     sums = torch.empty(programs, dtype=torch.float64, device=device)
     counts = torch.empty(programs, dtype=torch.int32, device=device)
@@ -198,7 +203,7 @@ def flow_loss(
                 **layouts, OUT_LAYOUT=pixel_strides(residual)[1] if need_grad else 0,
                 C=channels, ENDPOINT=predicts == "endpoint", ENDPOINT_SPACE=loss_space == "endpoint",
                 CORRECTED=correction_weight != 0, ANNEALED=schedule == "annealed", NEED_GRAD=need_grad, EACH=each,
-                FORM=reciprocal_form(centroids.dtype), RUN=how.run, BLOCK=how.block, **constants, **how.options,
+                FORM=machine_form(centroids.dtype), RUN=how.run, BLOCK=how.block, **constants, **how.options,
             )  # fmt: skip
         _finish[(1,)](
             sums, counts, loss, count, programs, MEAN=reduction == "mean", EACH=each, BLOCK=1024, **compile_options(4)
@@ -236,7 +241,7 @@ def variants() -> Iterator[Variant]:
         (16, 0, False, "bf16"), (3, 0, False, "fp64"),
     ):  # fmt: skip
         acc = "fp64" if dtype == "fp64" else "fp32"
-        how = launch(channels, torch.float64 if acc == "fp64" else torch.float32, interpreted=False, registers=176)
+        how = launch(channels, torch.float64 if acc == "fp64" else torch.float32, False, _registers(channels))
         pointers = {
             "x": dtype, "source": dtype, "labels": "u8", "t": "fp32", "centroids": acc, "residual": dtype,
             "per_pixel": acc, "sums": "fp64", "counts": "i32",
@@ -244,7 +249,7 @@ def variants() -> Iterator[Variant]:
         constants = {
             **layouts, "C": channels, "ENDPOINT": endpoint, "ENDPOINT_SPACE": endpoint, "CORRECTED": True, "ANNEALED": False,
             "NEED_GRAD": True, "EACH": False, "KIND": kind, "UNIT_TEMPERATURE": True, "CAPPED": False,
-            "FORM": "ptx" if acc == "fp32" else "divide", "RUN": how.run, "BLOCK": how.block,
+            "FORM": "ptx" if acc == "fp32" else "plain", "RUN": how.run, "BLOCK": how.block,
         }  # fmt: skip
         form = "endpoint" if endpoint else "velocity"
         yield variant(f"flow_loss C={channels} {form} {kind} {dtype}", _flow_loss, pointers, constants, how.options)

@@ -18,12 +18,13 @@ from ...runtime.triton_forms import (
     Variant,
     aligned,
     compile_options,
+    machine_form,
     on_device_of,
     over_blocks,
     variant,
 )
 from ..common import compute_dtype
-from ..triton_pixels import any_nan, block_of_program, difference_from, load_pair, load_pixels, squared_norm, subtract
+from ..triton_pixels import any_nan, block_of_program, load_code, load_pixels, load_row, squared_norm, subtract
 
 __all__ = ["block_of", "decode", "grid_arguments", "nearest_centroid", "options_of", "variants"]
 
@@ -32,8 +33,8 @@ _RECORD: tl.constexpr = tl.constexpr(8)  # candidates in one record of the decod
 
 
 @triton.jit
-def _keep_nearest(x, centroid, k, label, nearest, second, C: tl.constexpr, MARGIN: tl.constexpr):
-    d = squared_norm(difference_from(x, centroid, C), C)
+def _keep_nearest(x, code, k, label, nearest, second, C: tl.constexpr, MARGIN: tl.constexpr):
+    d = squared_norm(subtract(x, code, C), C)
     closer = d < nearest
     if MARGIN:
         second = tl.where(closer, nearest, tl.where(d < second, d, second))
@@ -41,7 +42,7 @@ def _keep_nearest(x, centroid, k, label, nearest, second, C: tl.constexpr, MARGI
 
 
 @triton.jit
-def _search_all(x, centroids, classes, C: tl.constexpr, MARGIN: tl.constexpr):
+def _search_all(x, centroids, classes, C: tl.constexpr, MARGIN: tl.constexpr, FORM: tl.constexpr):
     """Label, smallest and (with MARGIN) second smallest squared distance over all centroids, in the order of their index."""
     label = tl.zeros(x[0].shape, tl.int32)
     nearest = tl.full(x[0].shape, float("inf"), x[0].dtype)
@@ -49,46 +50,50 @@ def _search_all(x, centroids, classes, C: tl.constexpr, MARGIN: tl.constexpr):
     whole = classes // _RUN * _RUN
     centroid = centroids
     for first in range(0, whole, _RUN):
+        codes = ()
         for j in tl.static_range(_RUN):
-            label, nearest, second = _keep_nearest(x, centroid + j * C, first + j, label, nearest, second, C, MARGIN)
+            code, codes = load_code(centroid, j, codes, C, FORM)
+            label, nearest, second = _keep_nearest(x, code, first + j, label, nearest, second, C, MARGIN)
         centroid += _RUN * C
     for k in range(whole, classes):
-        label, nearest, second = _keep_nearest(x, centroid, k, label, nearest, second, C, MARGIN)
+        code = load_row(centroid, C, "plain")
+        label, nearest, second = _keep_nearest(x, code, k, label, nearest, second, C, MARGIN)
         centroid += C
     return label, nearest, second
 
 
 @triton.jit
-def _keep_nearest_listed(x, a, b, c, j, place, nearest):
-    d = squared_norm(subtract(x, (a, b, c), 3), 3)
+def _keep_nearest_listed(x, code, j, place, nearest):
+    d = squared_norm(subtract(x, code, 3), 3)
     closer = d < nearest
     return tl.where(closer, j, place), tl.where(closer, d, nearest)
 
 
 @triton.jit
-def _search_lists(x, first, records, groups, listed):
+def _search_lists(x, first, records, groups, listed, FORM: tl.constexpr):
     """The nearest of each pixel's candidates. `first` is the first record of its list, 0 for pixels that have none."""
     length = tl.load(groups + first, mask=listed, other=0)
     place = first * (4 * _RECORD)
     nearest = tl.full(first.shape, float("inf"), tl.float32)
-    pairs = records.to(tl.pointer_type(tl.int64))
     for r in range(0, tl.max(length, 0)):
         # A list shorter than the block's longest looks at its last record again, which changes nothing.
         at = first + tl.maximum(tl.minimum(r, length - 1), 0)
-        record = pairs + at * (2 * _RECORD)
-        for j in tl.static_range(_RECORD // 2):
-            a0, a1 = load_pair(record + j)
-            b0, b1 = load_pair(record + _RECORD // 2 + j)
-            c0, c1 = load_pair(record + _RECORD + j)
-            # The place in the list, of which the class is read once at the end: lists are in the order of the classes.
-            here = at * (4 * _RECORD) + 2 * j
-            place, nearest = _keep_nearest_listed(x, a0, b0, c0, here, place, nearest)
-            place, nearest = _keep_nearest_listed(x, a1, b1, c1, here + 1, place, nearest)
+        record = records + at * (4 * _RECORD)
+        for half in tl.static_range(2):
+            a = load_row(record + 4 * half, 4, FORM)
+            b = load_row(record + _RECORD + 4 * half, 4, FORM)
+            c = load_row(record + 2 * _RECORD + 4 * half, 4, FORM)
+            for j in tl.static_range(4):
+                # The place in the list, of which the class is read once at the end: lists are in the order of the classes.
+                here = at * (4 * _RECORD) + 4 * half + j
+                place, nearest = _keep_nearest_listed(x, (a[j], b[j], c[j]), here, place, nearest)
     return tl.load(records + 3 * _RECORD + place).to(tl.int32)
 
 
 @triton.jit
-def _look_up(x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, SIZE: tl.constexpr):
+def _look_up(
+    x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, SIZE: tl.constexpr, FORM: tl.constexpr
+):  # fmt: skip
     """Labels by the decode grid: flowseg_kernels/decode_grid.py says why they are exact."""
     a = (x[0] - grid_low) * grid_scale
     b = (x[1] - grid_low) * grid_scale
@@ -101,10 +106,12 @@ def _look_up(x, inside, centroids, classes, cells, records, groups, grid_low, gr
     label = tl.load(cells + (c * SIZE + b) * SIZE + a)
     listed = in_grid & (label < 0)
     if tl.max(listed.to(tl.int32), 0) > 0:
-        label = tl.where(listed, _search_lists(x, tl.where(listed, -1 - label, 0), records, groups, listed), label)
+        label = tl.where(
+            listed, _search_lists(x, tl.where(listed, -1 - label, 0), records, groups, listed, FORM), label
+        )
     out = inside & ~in_grid
     if tl.max(out.to(tl.int32), 0) > 0:
-        found, _, _ = _search_all(x, centroids, classes, 3, False)
+        found, _, _ = _search_all(x, centroids, classes, 3, False, FORM)
         label = tl.where(out, found, label)
     return label
 
@@ -112,15 +119,15 @@ def _look_up(x, inside, centroids, classes, cells, records, groups, grid_low, gr
 @triton.jit
 def decode(
     x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale,
-    C: tl.constexpr, GRID_SIZE: tl.constexpr, MARGIN: tl.constexpr,
+    C: tl.constexpr, GRID_SIZE: tl.constexpr, MARGIN: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Labels (-1 for NaN), and squared distances where the grid did not answer; GRID_SIZE 0 searches every centroid."""
     if GRID_SIZE > 0:
-        label = _look_up(x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, GRID_SIZE)
+        label = _look_up(x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, GRID_SIZE, FORM)
         nearest = x[0]
         second = x[0]
     else:
-        label, nearest, second = _search_all(x, centroids, classes, C, MARGIN)
+        label, nearest, second = _search_all(x, centroids, classes, C, MARGIN, FORM)
     return tl.where(any_nan(x, C), -1, label), nearest, second
 
 
@@ -133,14 +140,14 @@ def _nearest_centroid(
     x, centroids, cells, records, groups, labels, distance, margin,
     x_b, x_c, x_h, x_w, width, pixels, blocks, classes, ignore_index, grid_low, grid_scale,
     X_LAYOUT: tl.constexpr, C: tl.constexpr, GRID_SIZE: tl.constexpr, DISTANCE: tl.constexpr, MARGIN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    FORM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     classes = tl.cast(classes, tl.int32)
     image, start, inside = block_of_program(pixels, blocks, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     point = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     label, nearest, second = decode(
-        point, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, C, GRID_SIZE, MARGIN
+        point, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, C, GRID_SIZE, MARGIN, FORM
     )
     out = image * pixels + start + tl.arange(0, BLOCK)
     unknown = label < 0
@@ -172,7 +179,7 @@ def grid_arguments(
     """The decode grid's tensors and its size; size 0, with any tensors, where there is none for these points."""
     if cells is None or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
         return (centroids, centroids, centroids), 0
-    return (cells, records, groups), cells.shape[0]
+    return (cells, aligned(records), groups), cells.shape[0]
 
 
 def nearest_centroid(
@@ -206,8 +213,8 @@ def nearest_centroid(
     with on_device_of(x):
         _nearest_centroid[programs](
             x, centroids, *grid, labels, distance, margin, *sizes, centroids.shape[0], ignore_index, grid_low, grid_scale,
-            **layouts, C=channels, GRID_SIZE=size, DISTANCE=return_distance, MARGIN=return_margin, BLOCK=block,
-            **options_of(centroids.dtype),
+            **layouts, C=channels, GRID_SIZE=size, DISTANCE=return_distance, MARGIN=return_margin,
+            FORM=machine_form(centroids.dtype), BLOCK=block, **options_of(centroids.dtype),
         )  # fmt: skip
     return labels, distance, margin
 
@@ -224,7 +231,7 @@ def variants() -> Iterator[Variant]:
         }  # fmt: skip
         constants = {
             "X_LAYOUT": VECTOR, "C": channels, "GRID_SIZE": grid, "DISTANCE": margin, "MARGIN": margin,
-            "BLOCK": block_of(channels, grid > 0),
+            "FORM": "ptx" if acc == "fp32" else "plain", "BLOCK": block_of(channels, grid > 0),
         }  # fmt: skip
         form = ("grid " if grid else "") + ("margin " if margin else "")
         yield variant(
