@@ -59,7 +59,7 @@ __device__ __forceinline__ void count_global(const Confusion& a, const int (&y)[
 template <int P, bool kShared, class Find>
 __device__ __forceinline__ void count_pixels(const Confusion& a, Find decode) {
   FLOWSEG_DYNAMIC_SHARED(unsigned, counts);
-  const int size = a.codes.classes * a.codes.classes;  // used where it fits
+  const int size = kShared ? a.codes.classes * a.codes.classes : 0;
   if constexpr (kShared) {
     for (int i = threadIdx.x; i < (size + 1) / 2; i += kThreads) counts[i] = 0;
     __syncthreads();

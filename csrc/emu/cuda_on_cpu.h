@@ -54,6 +54,7 @@ struct Block {
   }
 };
 inline Block* block = nullptr;
+inline int64_t last_blocks = int64_t{1} << 62;  // so many of a grid run: the end of an image that is too large to run all of it
 
 // Every thread of [first, first + count) shows `own`; then each calls use(values of all of them).
 template <class T, class Use>
@@ -86,7 +87,7 @@ void run(void (*kernel)(Parameters...), int64_t blocks, size_t shared, const Arg
   for (unsigned t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {
       threadIdx.x = t;
-      for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t b = blocks > last_blocks ? blocks - last_blocks : 0; b < blocks; ++b) {
         blockIdx.x = static_cast<unsigned>(b);
         kernel(arguments...);
         state.all.arrive_and_wait();

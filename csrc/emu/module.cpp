@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "emu/cuda_on_cpu.h"
 #include "emu/ops.h"
 
 namespace py = pybind11;
@@ -29,6 +30,7 @@ struct py::detail::type_caster<flowseg::cuda::Array> {
 PYBIND11_MODULE(flowseg_emulated, m) {
   using namespace flowseg::cuda;
   const py::call_guard<py::gil_scoped_release> release;
+  m.def("run_last_blocks", [](int64_t count) { flowseg::emu::last_blocks = count; });
   m.def("flow_interpolate", &emulate_flow_interpolate, release);
   m.def("flow_interpolate_bwd", &emulate_flow_interpolate_bwd, release);
   m.def("distance_correction", &emulate_distance_correction, release);
