@@ -209,9 +209,31 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Option(help="Run folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    checkpoint: Annotated[str, typer.Option(help="latest, best, a step, or a .safetensors file.")] = "latest",
+    scores: Annotated[Optional[Path], typer.Option(help="What 'evaluate --json' wrote, for the card.")] = None,  # noqa: UP045
+    license: Annotated[Optional[str], typer.Option(help="Of the weights, for the card.")] = None,  # noqa: UP045
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """Write weights, settings and a model card that can be shared; `flowseg predict --run` takes the folder too."""
+    from flowseg.checkpoint import read_run_config
+    from flowseg.hub import save_pretrained
+    from flowseg.segment import Segmenter
+
+    segmenter = Segmenter.from_run(run, read_run_config(run, sets), checkpoint, "cpu")
+    try:
+        measured = json.loads(scores.read_text()) if scores else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--scores {scores}: cannot be read as JSON ({error})") from None
+    typer.echo(f"written: {save_pretrained(segmenter, out, scores=measured, license=license)}")
+
+
+@app.command()
 def predict(
     inputs: Annotated[list[str], typer.Argument(help="Images, folders or glob patterns.")],
-    run: Annotated[Path, typer.Option(help="Run folder.")],
+    run: Annotated[str, typer.Option(help="Run folder, folder of 'flowseg export', or a name on the hub.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     checkpoint: Annotated[str, typer.Option(help="latest, best, a step, or a .safetensors file.")] = "latest",
     overlay: Annotated[bool, typer.Option(help="Write overlays too.")] = True,
@@ -223,20 +245,25 @@ def predict(
     """Segment images: a palette PNG each, overlays, and on request margin maps."""
     from flowseg.checkpoint import read_run_config
     from flowseg.data.datasets import resolve_labels
+    from flowseg.hub import from_pretrained, is_shared
     from flowseg.predict import find_images
     from flowseg.predict import predict as segment_files
     from flowseg.segment import Segmenter
 
-    settings = read_run_config(run, sets, {"sample.steps": steps})
+    shared = not (Path(run) / "config.yaml").is_file() and is_shared(run)
+    settings = None if shared else read_run_config(Path(run), sets, {"sample.steps": steps})
     images = find_images(inputs)
-    segmenter = Segmenter.from_run(run, settings, checkpoint)
+    if shared:
+        segmenter = from_pretrained(run, sets + ([] if steps is None else [f"sample.steps={steps}"]))
+    else:
+        segmenter = Segmenter.from_run(Path(run), settings, checkpoint)
     outputs = ["mask"] + ["overlay"] * overlay + ["margin"] * margin
     with _bar("predict", len(images)) as advance:
         result = segment_files(
             segmenter,
             images,
             out,
-            resolve_labels(settings.data).palette,
+            resolve_labels(segmenter.config.data).palette,
             outputs=outputs,
             opacity=opacity,
             on_image=lambda _: advance(1),
