@@ -1,13 +1,14 @@
-"""Checkpoints: safetensors and JSON only, complete or absent, never half written."""
+"""Checkpoints: safetensors and JSON only, complete or absent, never half written, with checksums that reading verifies."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,8 @@ from flowseg.errors import UserError
 from flowseg.parallel import sharded_like, whole
 
 PREFIX = "step-"
+CHECKSUM = "sha256"
+REPLACED = ".replaced"
 
 
 @dataclasses.dataclass
@@ -51,6 +54,9 @@ def save_checkpoint(
     """Write ``run/checkpoints/step-NNNNNNNN`` under a temporary name, rename it, drop all but the ``keep`` newest.
 
     With sharded parameters every process must call this; those without ``write`` only give their parts.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; earlier checkpoints are as they were.
     """
     files = {
         "model.safetensors": _plain(model.state_dict()),
@@ -62,19 +68,26 @@ def save_checkpoint(
     if not write:
         return final
     temporary = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, tensors in files.items():
-        save_file(tensors, temporary / name)
-    (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
-    for file in temporary.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    replaced = folder / f".{final.name}.{os.getpid()}.old"
+    kept = list_checkpoints(run)
+    try:
+        # Also what a killed process left: it may be what fills the disk.
+        for left in folder.glob(f".{PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, tensors in files.items():
+            _write(temporary / name, tensors, {})
+        fields = dataclasses.asdict(state)
+        with (temporary / "state.json").open("w") as file:
+            file.write(json.dumps({**fields, CHECKSUM: _checksum({}, fields)}, indent=1))
+            _to_disk(file)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        good = f"{kept[-1].name} is intact, --resume goes on from it" if kept else "there is no earlier one"
+        raise UserError(f"{final}: cannot be written ({error}); free disk space. {good}") from None
     if final.exists():
-        final.rename(replaced)
+        final.rename(temporary.with_suffix(REPLACED))
     temporary.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(temporary.with_suffix(REPLACED), ignore_errors=True)
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -82,6 +95,11 @@ def save_checkpoint(
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
+    for left in (run / "checkpoints").glob(f".{PREFIX}*{REPLACED}"):
+        # A process was killed between taking this one's place and filling it.
+        place = left.with_name(left.name.split(".")[1])
+        if not place.exists():
+            left.rename(place)
     return sorted(path for path in (run / "checkpoints").glob(f"{PREFIX}*") if (path / "state.json").is_file())
 
 
@@ -94,9 +112,12 @@ def load_checkpoint(
         UserError: a missing or damaged file, or tensors of another model.
     """
     try:
-        state = TrainState(**json.loads((path / "state.json").read_text()))
-        tensors = load_file(path / "optimizer.safetensors")
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        fields = json.loads((path / "state.json").read_text())
+        if CHECKSUM in fields and fields.pop(CHECKSUM) != _checksum({}, fields):
+            raise ValueError(f"state.json: {_OTHER_NUMBERS}")
+        state = TrainState(**fields)
+        tensors = read_tensors(path / "optimizer.safetensors")
+    except (OSError, UserError, ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error}); remove it to go on from the one before") from None
     load_weights(model, path / "model.safetensors")
     with torch.no_grad():
@@ -116,26 +137,32 @@ def load_checkpoint(
 def save_weights(path: Path, model: nn.Module, **facts: Any) -> None:
     """Write the weights of ``model`` as one file with ``facts`` in its header, through a temporary name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(_plain(model.state_dict()), temporary, metadata={key: str(value) for key, value in facts.items()})
-    os.replace(temporary, path)
+    try:
+        _write(temporary, _plain(model.state_dict()), {key: str(value) for key, value in facts.items()})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}); free disk space. An earlier one is as it was") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """All tensors of a safetensors file; one without a checksum is taken as it is.
 
     Raises:
         UserError: a missing or damaged file.
     """
     try:
-        return load_file(path)
+        tensors, facts = load_file(path), _header(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+    if CHECKSUM in facts and facts.pop(CHECKSUM) != _checksum(tensors, facts):
+        raise UserError(f"{path}: damaged, {_OTHER_NUMBERS}; use another checkpoint")
+    return tensors
 
 
 def read_facts(path: Path) -> dict[str, str]:
     """The header facts that :func:`save_weights` wrote."""
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+    return {key: value for key, value in _header(path).items() if key != CHECKSUM}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -202,6 +229,36 @@ def read_run_config(run: Path, pairs: list[str] | None = None, flags: dict[str, 
         raise UserError(f"--run {run}: no config.yaml there; give a folder written by 'flowseg train --out'")
     config = load_config(run / "config.yaml")
     return override(config.at_step(config.train.steps).model_dump(mode="json"), pairs, flags)
+
+
+_OTHER_NUMBERS = "its numbers are not those that its checksum was taken of"
+
+
+def _header(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+    """A safetensors file with ``facts`` and a checksum in its header, on the disk when this returns."""
+    save_file(tensors, path, metadata={**facts, CHECKSUM: _checksum(tensors, facts)})
+    with path.open("rb") as file:
+        _to_disk(file)
+
+
+def _to_disk(file: IO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _checksum(tensors: dict[str, Tensor], facts: dict[str, Any]) -> str:
+    """SHA-256 of facts, names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, NoReturn, Optional
 
 import typer
 from rich.console import Console
@@ -52,8 +53,21 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}")
-        sys.exit(2)
+        _leave(str(error))
+    except OSError as error:
+        # A full disk or a folder that cannot be written can show at any write; other ones are ours to explain.
+        if error.errno not in _NOT_WRITABLE:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        _leave(f"{place}cannot be written ({error.strerror}); free disk space or give another folder, then --resume")
+
+
+_NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+
+
+def _leave(message: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+    sys.exit(2)
 
 
 def _version(value: bool) -> None:

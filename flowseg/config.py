@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -323,7 +324,13 @@ def parse_section(section: type[Parsed], tree: dict[str, Any], origin: str) -> P
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved settings as YAML that :func:`load_config` reads back to the same values."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # On a full disk the settings that were there stay.
+    try:
+        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -215,6 +215,15 @@ def train(
         if main or sharded:
             save_checkpoint(out, bare_model, ema.tensors, optimizer, state, config.train.keep, write=main)
 
+    def next_batch() -> tuple[Tensor, Tensor, Tensor]:
+        try:
+            return next(batches)
+        except UserError:
+            # Bad data is no reason to lose the steps since the last checkpoint. Alone: peers would wait for each other.
+            if state.step and accelerator.num_processes == 1:
+                save()
+            raise
+
     with (
         _metrics_log(out / "metrics.jsonl", accelerator) as log,
         _stop_on_signal() as stop,
@@ -227,7 +236,7 @@ def train(
             if batches_of != (now.data, now.train.batch_size):
                 batches = _batches(config, now, data, state.step, accelerator)
                 batches_of = now.data, now.train.batch_size
-            batch = [next(batches) for _ in range(accumulation)]
+            batch = [next_batch() for _ in range(accumulation)]
             valid = sum(int((labels != IGNORE_INDEX).sum()) for _, labels, _ in batch)
             # Times differ between processes; the first one's decides, or learning rates would differ too.
             elapsed = time.monotonic() - started if main else 0.0

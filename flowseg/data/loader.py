@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -57,6 +59,17 @@ class _Draws:
             first += self.world * self.batch
 
 
+def _with_workers(loader: DataLoader) -> Iterator:
+    """An iterator whose dead workers are noticed at the next batch: torch's signal handler would raise in the middle of a step."""
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    previous = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+
+
 def training_batches(
     pairs: Pairs,
     config: DataConfig,
@@ -78,7 +91,7 @@ def training_batches(
         rank, world: this process among how many.
 
     Raises:
-        UserError: a file that cannot be used, named, when its turn comes.
+        UserError: a file that cannot be used, named, when its turn comes; or a worker process was killed.
 
     Yields:
         images ``(B, 3, H, W)`` float32 in [-1, 1], labels ``(B, H, W)`` uint8, and the number ``(B,)`` of each draw.
@@ -90,7 +103,15 @@ def training_batches(
         pin_memory=torch.cuda.is_available(),
     )
     try:
-        yield from loader
+        yield from _with_workers(loader)
     except UserError as error:
         # From a worker process the message arrives below that process's traceback.
         raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # A dead worker shows by itself, or by a connection that ends while a batch is handed over.
+        if not config.workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+            raise
+        raise UserError(
+            f"data.workers: a worker process died ({''.join(str(error).splitlines()[:1])}); it may have run out of memory: "
+            f"give fewer than {config.workers} workers or smaller images, then --resume"
+        ) from None

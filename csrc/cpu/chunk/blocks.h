@@ -41,8 +41,13 @@ class Places {
 
 FLOWSEG_INLINE float widen(float v) { return v; }
 FLOWSEG_INLINE double widen(double v) { return v; }
+#ifdef __aarch64__
+using Float16 = __fp16;  // GCC has _Float16 in C++ on ARM from version 13 on.
+#else
+using Float16 = _Float16;
+#endif
 struct Half {
-  _Float16 value;
+  Float16 value;
 };
 struct BFloat {
   uint16_t bits;
@@ -61,7 +66,7 @@ FLOWSEG_INLINE void narrow(double v, float& out) { out = static_cast<float>(v); 
 FLOWSEG_INLINE void narrow(float v, double& out) { out = v; }
 template <class T>
 FLOWSEG_INLINE void narrow(T v, Half& out) {
-  out.value = static_cast<_Float16>(v);
+  out.value = static_cast<Float16>(v);
 }
 template <class T>
 FLOWSEG_INLINE void narrow(T v, BFloat& out) {

@@ -1,0 +1,295 @@
+"""Damaged files, full disks and killed processes: one clear error, nothing lost, the last good checkpoint intact."""
+
+import errno
+import itertools
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import flowseg.checkpoint as checkpoint
+import flowseg.train as training
+from flowseg import cli
+from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, read_tensors, save_checkpoint
+from flowseg.config import save_config
+from flowseg.errors import UserError
+from flowseg.model import build_model
+from flowseg.train import Ema, train
+
+from .tiny import folder_section, tiny_config
+
+STEPS = {"train": {"steps": 4, "checkpoint_every": 2, "keep": 2}}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with checkpoints at steps 2 and 4."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    train(tiny_config(**STEPS), run)
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def parts():
+    """What a checkpoint is read into."""
+    model = build_model(tiny_config())
+    return model, Ema(model, 0.9).tensors, torch.optim.AdamW(model.parameters())
+
+
+def step_of(path):
+    return load_checkpoint(path, *parts()).step
+
+
+def same_files(first, second):
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        a, b = load_file(first / name), load_file(second / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+
+
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_cut_short_are_named(run, name):
+    newest, before = list_checkpoints(run)[::-1]
+    whole = (newest / name).read_bytes()
+    for length in (0, 1, 9, len(whole) // 2, len(whole) - 1):
+        (newest / name).write_bytes(whole[:length])
+        with pytest.raises(UserError, match=newest.name):
+            step_of(newest)
+    assert step_of(before) == 2
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_found_or_changes_nothing(run, name):
+    """Anywhere in a file: in numbers, which no reader would notice by itself, as in headers."""
+    newest = list_checkpoints(run)[-1]
+    whole = (newest / name).read_bytes()
+    draw = random.Random(0)
+    header = int.from_bytes(whole[:8], "little") if name.endswith("safetensors") else len(whole)
+    places = [draw.randrange(len(whole)) for _ in range(12)] + [
+        draw.randrange(min(header, len(whole))) for _ in range(12)
+    ]
+    found = 0
+    wanted, state = (
+        (load_file(newest / name), None) if name != "state.json" else (None, load_checkpoint(newest, *parts()))
+    )
+    for place in places:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << draw.randrange(8)
+        (newest / name).write_bytes(flipped)
+        try:
+            if state:
+                assert load_checkpoint(newest, *parts()) == state
+            else:
+                read = read_tensors(newest / name)
+                assert read.keys() == wanted.keys() and all(torch.equal(read[k], wanted[k]) for k in wanted)
+        except UserError as error:
+            assert str(newest) in str(error)
+            found += 1
+    assert found >= 20
+
+
+def test_resuming_from_a_damaged_checkpoint_says_what_to_do(run):
+    path = list_checkpoints(run)[-1] / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged checkpoint .*optimizer.*remove it to go on from the one before"):
+        train(tiny_config(train={"steps": 6}), run, resume=True)
+    shutil.rmtree(path.parent)
+    assert train(tiny_config(train={"steps": 6}), run, resume=True).state.step == 6
+
+
+def test_files_without_a_checksum_are_read(run):
+    """Weights from elsewhere, and checkpoints of earlier versions."""
+    newest = list_checkpoints(run)[-1]
+    for name in FILES[:3]:
+        checkpoint.save_file(load_file(newest / name), newest / name)
+    assert step_of(newest) == 4
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_rubbish(run, monkeypatch, place):
+    """No space at the first, second ... of the four files."""
+    calls = itertools.count()
+    to_disk = checkpoint._to_disk
+
+    def fail(file):
+        if next(calls) == place:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        to_disk(file)
+
+    monkeypatch.setattr(checkpoint, "_to_disk", fail)
+    model, ema, optimizer = parts()
+    with pytest.raises(UserError, match=r"step-00000007: cannot be written \(.*No space left.*step-00000004 is intact"):
+        save_checkpoint(run, model, ema, optimizer, TrainState(step=7), keep=2)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [p.name for p in list_checkpoints(run)]
+    assert [step_of(path) for path in list_checkpoints(run)] == [2, 4]
+
+
+def test_a_file_that_may_not_grow_ends_training_and_resuming_is_exact(trained, tmp_path):
+    """The limit on file sizes stands for the full disk: the error comes from the operating system, in the middle of a write."""
+    config, run = tiny_config(train={"steps": 4, "checkpoint_every": 2}), tmp_path / "run"
+    shutil.copytree(trained, run)
+    shutil.rmtree(list_checkpoints(run)[-1])
+    size = (list_checkpoints(run)[-1] / "model.safetensors").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 4096, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written .*File too large.*step-00000002 is intact"):
+            train(config, run, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in list_checkpoints(run)] == ["step-00000002"]
+    train(config, run, resume=True)
+    same_files(list_checkpoints(run)[-1], list_checkpoints(trained)[-1])
+
+
+def test_the_command_names_a_full_disk_in_one_line(monkeypatch, capsys):
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    monkeypatch.setattr(cli, "app", full)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert "error: metrics.jsonl: cannot be written (No space left on device)" in capsys.readouterr().err
+
+
+def in_child(work):
+    """Run in a forked process; gives its exit code, negative for a signal."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("step", [4, 5], ids=["same_step_again", "new_step"])
+def test_a_process_killed_anywhere_in_a_save_leaves_a_whole_checkpoint(run, step):
+    """Killed at its first, second ... write, rename and removal; a file that is being written is left half."""
+    model, ema, optimizer = parts()
+
+    def save(die_at):
+        calls = itertools.count()
+
+        def deadly(act, torn=None):
+            def call(*args, **kwargs):
+                if next(calls) == die_at:
+                    if torn:
+                        act(*args, **kwargs)
+                        os.truncate(torn(*args), os.path.getsize(torn(*args)) // 2)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return act(*args, **kwargs)
+
+            return call
+
+        checkpoint.save_file = deadly(checkpoint.save_file, torn=lambda tensors, path: path)
+        checkpoint._to_disk = deadly(checkpoint._to_disk)
+        checkpoint.shutil.rmtree = deadly(shutil.rmtree)
+        checkpoint.Path.rename = deadly(checkpoint.Path.rename)
+        save_checkpoint(run, model, ema, optimizer, TrainState(step=step), keep=2)
+
+    for die_at in itertools.count():
+        code = in_child(lambda die_at=die_at: save(die_at))
+        steps = [step_of(path) for path in list_checkpoints(run)]
+        assert steps[-1] in (4, step) and len(steps) >= 2
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert die_at >= 8 and steps[-1] == step
+    assert not list((run / "checkpoints").glob(".*")), "what killed processes left is removed by the next save"
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    config = tiny_config(train={"steps": 100000, "eval_every": 100000, "checkpoint_every": 1, "keep": 2})
+    save_config(config, tmp_path / "c.yaml")
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "flowseg", "train", "--config", str(tmp_path / "c.yaml"), "--out", str(run)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not list_checkpoints(run) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(random.Random().uniform(0, 0.3))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    for path in list_checkpoints(run):
+        assert f"{step_of(path):08d}" in path.name
+    step = step_of(list_checkpoints(run)[-1])
+    assert train(tiny_config(train={"steps": step + 2}), run, resume=True).state.step == step + 2
+
+
+class Fatal:
+    """Pairs that end in a fault at one example: the process that loads it is killed, or its file is spoilt."""
+
+    def __init__(self, pairs, at, fault):
+        self.pairs, self.at, self.fault, self.names = pairs, at, fault, pairs.names
+        self.seen = 0
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        self.seen += 1
+        if self.seen > self.at:
+            self.fault(self.pairs, index)
+        return self.pairs[index]
+
+
+def kill(pairs, index):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def spoil(pairs, index):
+    pairs.images[index].write_bytes(b"not a picture")
+
+
+@pytest.mark.parametrize(
+    "workers, fault, words",
+    [
+        (1, kill, "data.workers: a worker process died .*give fewer than 1 workers"),
+        (1, spoil, r"\.jpg: cannot be read as an image"),
+        (0, spoil, r"\.jpg: cannot be read as an image"),
+    ],
+    ids=["killed_worker", "spoilt_in_worker", "spoilt"],
+)
+def test_a_fault_in_the_data_loses_no_step(tmp_path, folder_data, monkeypatch, workers, fault, words):
+    data = folder_section(folder_data, workers=workers, flip=True)
+    config = tiny_config(data=data, train={"steps": 8, "checkpoint_every": 100, "eval_every": 100, "batch_size": 2})
+    train(config, tmp_path / "whole")
+    shutil.copytree(folder_data, tmp_path / "copy")
+    opened = training.open_data
+
+    def open_fatal(*args, **kwargs):
+        found = opened(*args, **kwargs)
+        found.train = Fatal(found.train, 9, fault)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "open_data", open_fatal)
+        with pytest.raises(UserError, match=words) as error:
+            train(config, tmp_path / "part")
+    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+    step = step_of(list_checkpoints(tmp_path / "part")[-1])
+    assert 1 <= step <= 4
+    shutil.rmtree(folder_data)
+    shutil.copytree(tmp_path / "copy", folder_data)
+    train(config, tmp_path / "part", resume=True)
+    same_files(list_checkpoints(tmp_path / "part")[-1], list_checkpoints(tmp_path / "whole")[-1])
