@@ -1,0 +1,66 @@
+"""Activation checkpointing: the ops run again in backward and give the same numbers."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import flowseg_kernels as fk
+
+from .steps import EveryOp, batch, called
+
+
+def gradients(step, loss):
+    return torch.autograd.grad(loss, list(step.parameters()))
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "plain"])
+def test_checkpointed_step_gives_the_same_gradients(backend, codes19, reentrant):
+    step = EveryOp(codes19)
+    source, labels, t = batch(codes19)
+    source.requires_grad_()
+    want = step(source, labels, t)[0]
+    got = checkpoint(lambda s: step(s, labels, t)[0], source, use_reentrant=reentrant)
+    assert torch.equal(got, want)
+    grads = []
+    for loss in (want, got):
+        step.zero_grad()
+        source.grad = None
+        loss.backward()
+        grads.append([source.grad, *(p.grad.clone() for p in step.parameters())])
+    for a, b in zip(*grads):
+        assert torch.equal(a, b)
+
+
+def test_recomputation_after_the_block_is_right_too(codes19):
+    """Backward, and with it the second forward, may run after a block: on the automatic backend, to rounding the same."""
+    if "cpu" not in fk.available_backends("flow_loss"):
+        pytest.skip("needs two backends")
+    step = EveryOp(codes19)
+    inputs = batch(codes19)
+    with fk.use_backend("reference"):
+        loss = checkpoint(lambda *v: step(*v)[0], *inputs, use_reentrant=False)
+    want = gradients(step, step(*inputs)[0])
+    for a, b in zip(gradients(step, loss), want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_selective_checkpointing_keeps_what_it_is_told(codes19, monkeypatch):
+    """The dear op's result is kept and the cheap ones run again."""
+    kept = {torch.ops.flowseg.neural_field.default}
+
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    step = EveryOp(codes19)
+    inputs = batch(codes19)
+    want = gradients(step, step(*inputs)[0])
+    calls = called(monkeypatch)
+    loss = checkpoint(
+        lambda *v: step(*v)[0],
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    )
+    for a, b in zip(gradients(step, loss), want):
+        assert torch.equal(a, b)
+    assert calls.count("neural_field") == 1 and calls.count("flow_loss") == 2

@@ -1,0 +1,88 @@
+"""DDP and FSDP2 in two processes give the losses and gradients of one process on the whole batch."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import flowseg_kernels as fk
+
+from .steps import EveryOp, batch
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+
+
+def inputs(codes):
+    torch.manual_seed(3)
+    return batch(codes, 4, 8, 12)
+
+
+def build(codes):
+    torch.manual_seed(4)
+    return EveryOp(codes)
+
+
+def trained(step, loss_of, steps=2):
+    """Losses of a few steps of plain descent, then the parameters."""
+    optimizer = torch.optim.SGD(step.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def run_rank(rank, meeting):
+    """One of two processes: trains on its half of the batch and compares with one process on all of it."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    codes = fk.Codebook(fk.kronecker_centroids(19))
+    whole = inputs(codes)
+    half = [v.chunk(2)[rank] for v in whole]
+    alone = build(codes)
+    want = trained(alone, lambda: alone(*whole)[0])
+    for kind in ("ddp", "fsdp"):
+        step = build(codes)
+        if kind == "ddp":
+            wrapped = torch.nn.parallel.DistributedDataParallel(step)
+        else:
+            wrapped = fully_shard(step, mesh=init_device_mesh("cpu", (2,)))
+            here, all_of = (sum(f(p) for p in step.parameters()) for f in (lambda p: p.to_local().numel(), torch.numel))
+            assert here < 0.6 * all_of
+        # Both average gradients over processes, and the loss is a sum over pixels.
+        losses = trained(wrapped, lambda wrapped=wrapped: wrapped(*half)[0] * 2)
+        for got, expected in zip(losses, want):
+            dist.all_reduce(got)
+            torch.testing.assert_close(got / 2, expected, rtol=1e-4, atol=1e-4)
+        for (name, got), expected in zip(step.named_parameters(), alone.parameters()):
+            got = got.full_tensor() if kind == "fsdp" else got
+            torch.testing.assert_close(
+                got, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name, k=kind: f"{k} {n}: {m}"
+            )
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here")
+def test_two_processes_train_as_one(tmp_path):
+    code = f"import sys; from {__name__} import run_rank; run_rank(int(sys.argv[1]), sys.argv[2])"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(tmp_path / "meeting")],
+            stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], said[0][-3000:] + said[1][-3000:]
