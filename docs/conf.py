@@ -100,7 +100,9 @@ def _mathml(self, node):
     formula = convert(node.astext(), display="block" if block else "inline")
     # Bars come in pairs; without a form the first of a pair would be spaced as a relation.
     forms = itertools.cycle(("prefix", "postfix"))
-    formula = re.sub(r"<mo[^>]*>(?=(?:&#x0007C;|\|)</mo>)", lambda _: f'<mo stretchy="false" form="{next(forms)}">', formula)
+    formula = re.sub(
+        r"<mo[^>]*>(?=(?:&#x0007C;|\|)</mo>)", lambda _: f'<mo stretchy="false" form="{next(forms)}">', formula
+    )
     self.body.append(f'<div class="formula">{formula}</div>' if block else formula)
     raise nodes.SkipNode
 

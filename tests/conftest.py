@@ -35,7 +35,7 @@ not_shown: dict[str, str] = {}
 
 
 def proof(name, why_not=None):
-    """Notes that a proof runs. With a reason why it cannot: fails where it is required, else skips, and the run's last lines say so."""
+    """Notes that a proof runs. With a reason why it cannot: fails where required, else skips, and the run's last lines say so."""
     if why_not is None:
         ran.add(name)
     elif name in REQUIRED_PROOFS:
