@@ -19,6 +19,7 @@ PEERS = (
     "torch.compile",
     "KeOps",
     "faiss IndexFlatL2",
+    "faiss-gpu IndexFlatL2",
     "scipy cKDTree",
     "cdist+argmin",
     "cdist+argmin compiled",

@@ -22,6 +22,19 @@ def faiss_search(mu):
     return lambda i: torch.from_numpy(index.search(i["rows"].numpy(), 1)[1][:, 0])
 
 
+def faiss_gpu_search(mu):
+    faiss = peer("faiss")
+    if not hasattr(faiss, "StandardGpuResources"):
+        pytest.skip("this faiss has no GPU support (StandardGpuResources is missing)")
+    if mu.device.type != "cuda":
+        pytest.skip("runs on a GPU only")
+    peer("faiss.contrib.torch_utils")  # lets an index take tensors
+    resources = faiss.StandardGpuResources()
+    index = faiss.GpuIndexFlatL2(resources, mu.shape[1])
+    index.add(mu)
+    return lambda i: index.search(i["rows"], 1)[1][:, 0]
+
+
 def tree_search(mu):
     tree = peer("scipy.spatial").cKDTree(mu.numpy())
     return lambda i: torch.from_numpy(tree.query(i["rows"].numpy(), workers=torch.get_num_threads())[1])
@@ -53,6 +66,7 @@ ENTRIES = (
     *(f"{o} bf16" for o in OURS),
     "ours without grid",
     "faiss IndexFlatL2",
+    "faiss-gpu IndexFlatL2",
     "scipy cKDTree",
     "KeOps",
     "cdist+argmin",
@@ -75,7 +89,8 @@ def search_entry(entry, work):
         return lambda i: compiled(i["x"], mu)
     if entry == "cdist+argmin":
         return lambda i: plain.nearest(i["x"], mu)
-    peers = {"faiss": faiss_search, "scipy": tree_search, "KeOps": keops_search, "Pillow": pillow_search}
+    peers = {"faiss": faiss_search, "faiss-gpu": faiss_gpu_search, "scipy": tree_search, "KeOps": keops_search}
+    peers["Pillow"] = pillow_search
     return peers[entry.split()[0]](mu)
 
 

@@ -1,0 +1,72 @@
+"""The default backend of a GPU follows from what is stored, and says what it rests on."""
+
+import json
+
+import pytest
+
+from bench import preferences
+from flowseg_kernels.runtime.preferences import gpu_preference
+
+
+def stored(folder, entries, op="distance_correction", gpu="Made-up GPU", **more):
+    """A results folder: {group: {entry: milliseconds}}."""
+    rows = [
+        {"group": group, "op": op, "entry": entry, "ms": ms, "commit": "1234abcd9", **more}
+        for group, times in entries.items()
+        for entry, ms in times.items()
+    ]
+    folder.mkdir()
+    (folder / "op.json").write_text(json.dumps({"machine": {"gpu": gpu} if gpu else {}, "rows": rows}))
+
+
+def test_the_checked_in_file_is_what_the_command_writes():
+    assert json.loads(preferences.FILE.read_text()) == preferences.preferences(), "run python -m bench.preferences"
+    for op in preferences.OPS:
+        order, because = gpu_preference(op)
+        assert set(order) == {"cuda", "triton"} and ("no GPU has measured it" in because or "measured on" in because)
+
+
+def test_measured_times_decide(tmp_path):
+    both = {"a": {"ours (cuda)": 4.0, "ours (triton)": 1.0}, "b": {"ours (cuda)": 1.0, "ours (triton)": 1.0}}
+    stored(tmp_path / "gpu", both)
+    found = preferences.preferences(tmp_path)
+    assert found["distance_correction"]["order"] == ["triton", "cuda"]
+    assert found["distance_correction"]["because"] == (
+        "measured on Made-up GPU at 1234abcd9: Triton takes 0.50 of the time of CUDA C++, the geometric mean of 2 workloads"
+    )
+    # Nothing was measured of the others.
+    assert found["nearest_centroid"] == preferences.static("nearest_centroid")
+
+
+def test_times_inside_a_graph_go_before_times_with_launches(tmp_path):
+    stored(tmp_path / "a", {"a": {"ours (cuda)": 1.0}}, graph_ms=0.1)
+    path = tmp_path / "a" / "op.json"
+    result = json.loads(path.read_text())
+    result["rows"].append(result["rows"][0] | {"entry": "ours (triton)", "ms": 0.5, "graph_ms": 0.2})
+    path.write_text(json.dumps(result))
+    assert preferences.preferences(tmp_path)["distance_correction"]["order"] == ["cuda", "triton"]
+
+
+@pytest.mark.parametrize(
+    "entries, gpu",
+    [
+        ({"a": {"ours (cuda)": 4.0}, "b": {"ours (triton)": 1.0}}, "Made-up GPU"),
+        ({"a": {"ours (cuda)": 4.0, "ours (triton)": 1.0}}, None),
+        ({"a": {"ours": 4.0, "eager": 9.0}}, "Made-up GPU"),
+    ],
+)
+def test_one_backend_alone_or_a_cpu_decides_nothing(tmp_path, entries, gpu):
+    stored(tmp_path / "here", entries, gpu=gpu)
+    assert preferences.preferences(tmp_path)["distance_correction"] == preferences.static("distance_correction")
+
+
+def test_static_counts_decide_by_their_budgets(tmp_path, monkeypatch):
+    for name in ("budget.json", "triton_budget.json"):
+        (tmp_path / name).write_text((preferences.BUDGETS / name).read_text())
+    path = tmp_path / "budget.json"
+    budget = json.loads(path.read_text())
+    budget["instructions"]["candidate"] = 20
+    path.write_text(json.dumps(budget))
+    monkeypatch.setattr(preferences, "BUDGETS", tmp_path)
+    found = preferences.static("nearest_centroid")
+    assert found["order"] == ["triton", "cuda"] and "at most 11 in Triton, 20 in CUDA C++" in found["because"]
