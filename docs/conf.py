@@ -27,7 +27,7 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_additional_pages = {"index": "redirect.html"}
 templates_path = ["static"]
-smartquotes = False
+smartquotes_action = "De"  # dashes, not curly quotes: a quoted value is code
 html_show_sphinx = False
 html_copy_source = False
 keep_warnings = True
@@ -80,13 +80,16 @@ def _add_options(app, docname, source):
 
     from flowseg.cli import app as command_line
 
+    def marked(text):
+        return re.sub(r"(--[\w-]+)", r"`\1`", text or "")
+
     for name, command in typer.main.get_command(command_line).commands.items():
-        source[0] += f"\n## flowseg {name}\n\n{command.help}\n\n| option | default | meaning |\n|---|---|---|\n"
+        source[0] += f"\n## flowseg {name}\n\n{marked(command.help)}\n\n| option | default | meaning |\n|---|---|---|\n"
         for option in command.params:
             value = getattr(option.default, "value", option.default)
             default = "required" if option.required else "" if value in (None, False, []) else f"`{value}`"
             shown = " ".join(option.opts) if option.param_type_name == "option" else option.name.upper()
-            source[0] += f"| `{shown}` | {default} | {option.help} |\n"
+            source[0] += f"| `{shown}` | {default} | {marked(option.help)} |\n"
 
 
 def _plain(app, what, name, obj, options, lines):

@@ -175,8 +175,9 @@ def test_public_names_are_documented(module, name, thing):
     assert text.split("\n")[0].rstrip().endswith((".", "]")) or ":" in text.split("\n")[0], f"{name}: {text[:80]!r}"
     if not inspect.isfunction(thing):
         return
-    described = set(re.findall(r"^ {4}(\w[\w, ]*?)(?: \([^)]*\))?:", text, re.MULTILINE))
-    described = {word.strip() for group in described for word in group.split(",")}
+    lines = re.findall(r"^ {4}(\w[\w, ]*?)(?: \([^)]*\))?:", text, re.MULTILINE)
+    # The kernels' functions have a line for each argument; the stack's mention each.
+    described = set(re.findall(r"\w+", " ".join(lines) if module == "flowseg_kernels" else text))
     # A function of one argument may name it in its first sentence.
     parameters = set(inspect.signature(thing).parameters)
     if len(parameters) > 1:
