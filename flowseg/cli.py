@@ -209,6 +209,29 @@ def evaluate(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Optional[Path], typer.Option(help="File to write; default report.html in the run.")] = None,  # noqa: UP045
+    checkpoint: Annotated[str, typer.Option(help="latest, best, a step, or a .safetensors file.")] = "latest",
+    root: Annotated[Optional[Path], typer.Option(help="Folder of the data, if it moved.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Score only this many images.")] = None,  # noqa: UP045
+    speed: Annotated[bool, typer.Option(help="Also time the kernels.")] = True,
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """Write one HTML file about a run: convergence, classes, confusion, examples, trajectories, settings, speed."""
+    from flowseg.checkpoint import read_run_config
+    from flowseg.report.run import write_report
+    from flowseg.segment import Segmenter
+
+    settings = read_run_config(run, sets, {"data.root": _absolute(root)})
+    segmenter = Segmenter.from_run(run, settings, checkpoint)
+    target = out or run / "report.html"
+    with _bar("report", limit) as advance:
+        scores = write_report(run, segmenter, target, limit=limit, kernel_size=256 if speed else None, on_batch=advance)
+    typer.echo(f"report: {target.resolve()}  (mIoU {scores.miou:.2f} on {scores.images} images)")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Option(help="Run folder.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -295,7 +318,7 @@ def _absolute(path: Path | None) -> str | None:
     return None if path is None else str(path.resolve())
 
 
-def _bar(title: str, total: int, shown: bool = True):
+def _bar(title: str, total: int | None, shown: bool = True):
     """A progress bar as a context manager that gives ``advance(count)``."""
     import contextlib
 

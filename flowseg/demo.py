@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import shutil
 import time
 from pathlib import Path
 
-import accelerate
 import numpy as np
 import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flowseg import __version__
 from flowseg.config import Config
 from flowseg.data import open_data
 from flowseg.errors import UserError
 from flowseg.evaluate import Scores, chosen_indices, evaluate
 from flowseg.report import figures
+from flowseg.report.blocks import environment, speed_blocks
 from flowseg.report.page import Page, folded, paragraph, picture, table
 from flowseg.report.speed import measure_kernels
 from flowseg.segment import Segmenter
@@ -261,7 +259,7 @@ def _write_report(
     rows.append(["mIoU", *(_percent(arm.scores.miou) for arm in arms)])
     rows.append(["pixel accuracy", *(_percent(arm.scores.pixel_accuracy) for arm in arms)])
     page.section("Scores by class", table(["class", *(f"{arm.name}, IoU %" for arm in arms)], rows))
-    page.section("Speed of the kernels", *_speed_blocks(speed, size))
+    page.section("Speed of the kernels", *speed_blocks(speed, size))
     page.section(
         "Settings and versions",
         paragraph("; ".join(f"{key} {value}" for key, value in environment().items())),
@@ -272,60 +270,8 @@ def _write_report(
         console.print(verdict(arms), highlight=False)
 
 
-def _speed_blocks(speed: list[dict], size: int) -> list[str]:
-    if not speed:
-        return [
-            paragraph(
-                "No compiled kernels are available here, so every operation ran as plain PyTorch and there is nothing "
-                "to compare. `python -m flowseg_kernels.info` says why."
-            )
-        ]
-    rows = [
-        [
-            f"{row['name']} ({row['backend']})",
-            f"{row['ours_ms']:.2f}",
-            f"{row['eager_ms']:.2f}",
-            f"{row['eager_ms'] / row['ours_ms']:.1f}x",
-            f"{row['max_error']:.1e}",
-        ]
-        for row in speed
-    ]
-    return [
-        paragraph(
-            f"One {size}x{size} image, 150 classes, 3 code channels, float32. Each result was compared with the plain "
-            f"PyTorch reference before it was timed; the two were timed in turn, median of the runs."
-        ),
-        picture(figures.speed_figure(speed), "times of the kernels"),
-        table(["operation", "kernels, ms", "eager PyTorch, ms", "ratio", "difference"], rows),
-        paragraph("Difference: largest, relative to the largest value; for labels the share of pixels that differ."),
-    ]
-
-
 def _percent(value: float | None) -> str:
     return "absent" if value is None else f"{value:.1f}"
-
-
-def environment() -> dict[str, str]:
-    """Machine and versions that numbers belong to."""
-    return {
-        "flowseg": __version__,
-        "torch": torch.__version__,
-        "accelerate": accelerate.__version__,
-        "Python": platform.python_version(),
-        "processor": _processor(),
-        "threads": str(torch.get_num_threads()),
-        "system": platform.platform(terse=True),
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _write_numbers(path: Path, arms: list[Arm], speed: list[dict]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
@@ -70,16 +70,21 @@ def legend_figure(classes: Sequence[str], palette: Sequence[tuple[int, int, int]
     return figure
 
 
-def curve_figure(curves: dict[str, list[tuple[int, float]]], errors: dict[str, list[tuple[int, float]]]) -> Figure:
+def curve_figure(
+    curves: dict[str, list[tuple[int, float]]],
+    errors: dict[str, list[tuple[int, float]]],
+    title: str = "validation mIoU, the same 50 or fewer images for both",
+) -> Figure:
     """Validation mIoU and the plain squared error of training batches against steps."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, points in curves.items():
-        left.plot(*zip(*points), marker="o", markersize=4, color=COLORS.get(name), label=name, linewidth=2)
+        steps, scores = [step for step, _ in points], [miou for _, miou in points]
+        left.plot(steps, scores, marker="o", markersize=4, color=COLORS.get(name), label=name, linewidth=2)
         steps, values = (np.array(part, float) for part in zip(*errors[name]))
         right.plot(steps, values, color=COLORS.get(name), alpha=0.18, linewidth=1)
         right.plot(steps, _smooth(values), color=COLORS.get(name), label=name, linewidth=2)
-    left.set(xlabel="training steps", ylabel="mIoU, %", title="validation mIoU, the same 50 or fewer images for both")
+    left.set(xlabel="training steps", ylabel="mIoU, %", title=title)
     right.set(
         xlabel="training steps", ylabel="mean squared error", title="plain squared error on training batches, mean of 7"
     )
@@ -88,6 +93,110 @@ def curve_figure(curves: dict[str, list[tuple[int, float]]], errors: dict[str, l
     for axis in (left, right):
         _tidy(axis)
         axis.legend(frameon=False)
+    return figure
+
+
+def iou_figure(classes: Sequence[str], iou: Sequence[float | None], palette: Sequence[tuple[int, int, int]]) -> Figure:
+    """IoU of every class that occurs, the best first, in the colours of the masks."""
+    present = sorted((k for k, value in enumerate(iou) if value is not None), key=lambda k: -iou[k])
+    figure = Figure(figsize=(9, 0.6 + 0.2 * len(present)), layout="constrained")
+    axis = figure.subplots()
+    axis.barh(
+        range(len(present)), [iou[k] for k in present], color=[np.array(palette[k]) / 255 for k in present],
+        edgecolor="#777777", linewidth=0.4,
+    )  # fmt: skip
+    axis.set_yticks(range(len(present)), [classes[k] for k in present], fontsize=8)
+    axis.set(xlabel="IoU, %", xlim=(0, 100), ylim=(len(present) - 0.4, -0.6))
+    _tidy(axis)
+    return figure
+
+
+def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
+    """Where the pixels of each true class went: rows sum to 100 %. Classes without labelled pixels are left out.
+
+    Args:
+        confusion: ``(K, K)`` counts ``[truth, prediction]``.
+        classes: names.
+    """
+    present = np.flatnonzero(confusion.sum(1) + confusion.sum(0))
+    counts = confusion[np.ix_(present, present)]
+    shares = 100 * counts / np.maximum(confusion[present].sum(1, keepdims=True), 1)
+    side = min(11.0, 3.5 + 0.25 * len(present))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axis = figure.subplots()
+    # A power below one lets the few per cent of a mistake be seen beside the many of what is right.
+    mesh = axis.imshow(shares, cmap="YlGnBu", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    if len(present) <= 60:
+        names = [classes[k] for k in present]
+        axis.set_xticks(range(len(present)), names, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(present)), names, fontsize=7)
+    axis.set(xlabel="prediction", ylabel="truth")
+    figure.colorbar(mesh, label="% of the true class", shrink=0.8)
+    return figure
+
+
+def grid_figure(rows: Sequence[dict], palette: Sequence[tuple[int, int, int]]) -> Figure:
+    """Images beside truth, prediction, difference and margin.
+
+    Args:
+        rows: ``image`` ``(H, W, 3)`` uint8, ``truth`` and ``labels`` ``(H, W)``, ``margin`` ``(H, W)`` from 0 to 1.
+        palette: class colours.
+    """
+    titles = ("image", "truth", "prediction", "wrong in red", "margin, dark is uncertain")
+    tallest = [row["truth"].shape[0] / row["truth"].shape[1] for row in rows]
+    figure = Figure(figsize=(12.5, 2.5 * sum(tallest) + 0.3), layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=tallest)
+    for line, row in zip(axes, rows):
+        labelled = row["truth"] != 255
+        wrong = np.repeat((row["image"].mean(-1, keepdims=True) * 0.5 + 110).astype(np.uint8), 3, -1)
+        wrong[labelled & (row["labels"] != row["truth"])] = (200, 30, 30)
+        wrong[~labelled] = 0
+        panels = (row["image"], colorize(row["truth"], palette), colorize(row["labels"], palette), wrong, row["margin"])
+        for axis, panel, title in zip(line, panels, titles):
+            axis.imshow(panel, interpolation="nearest", cmap="gray", vmin=0, vmax=1 if panel.ndim == 2 else None)
+            axis.set_axis_off()
+            if line is axes[0]:
+                axis.set_title(title, fontsize=9, color="#333333")
+        right = 100 * (row["labels"] == row["truth"])[labelled].mean() if labelled.any() else 0.0
+        line[2].text(
+            0, -0.02, f"{right:.1f} % right", transform=line[2].transAxes, fontsize=7, va="top", color="#555555"
+        )
+    return figure
+
+
+def trajectory_figure(
+    path: Sequence[tuple[float, Tensor]], truth: np.ndarray, codes: np.ndarray, palette: Sequence[tuple[int, int, int]]
+) -> Figure:
+    """Ways of some pixels through code space, from the image to a code, in the plane where the codes spread most.
+
+    Args:
+        path: ``(t, x)`` with ``x`` ``(C, H, W)``.
+        truth: ``(H, W)`` labels.
+        codes: ``(K, C)``.
+        palette: class colours; a way has the colour of its true class.
+    """
+    centre = codes.mean(0)
+    _, _, axes = np.linalg.svd(codes - centre, full_matrices=False)
+    plane = axes[:2].T
+    figure = Figure(figsize=(7.5, 6.2), layout="constrained")
+    axis = figure.subplots()
+    present = [k for k in np.unique(truth) if k != 255]
+    for k in present:
+        places = np.argwhere(truth == k)
+        # Spread evenly over the class's pixels, so that the picture does not depend on a draw.
+        for y, x in places[np.linspace(0, len(places) - 1, min(12, len(places))).astype(int)]:
+            ways = np.stack([state[:, y, x].cpu().numpy() for _, state in path])
+            ways = (ways - centre) @ plane
+            axis.plot(*ways.T, color=np.array(palette[k]) / 255, linewidth=0.9, alpha=0.7)
+            axis.plot(*ways[-1], ".", color=np.array(palette[k]) / 255, markersize=4)
+    flat = (codes - centre) @ plane
+    axis.scatter(*flat.T, s=14, color="white", edgecolor="#999999", linewidth=0.8, zorder=3)
+    axis.scatter(
+        *flat[present].T, s=70, marker="*", color=[np.array(palette[k]) / 255 for k in present], edgecolor="#222222",
+        linewidth=0.8, zorder=4,
+    )  # fmt: skip
+    axis.set(xlabel="first axis of the codes", ylabel="second axis", aspect="equal")
+    _tidy(axis)
     return figure
 
 

@@ -246,7 +246,7 @@ def test_labels_of_strips_are_those_of_the_whole():
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
-@pytest.mark.parametrize("steps", [1, 7, 100])
+@pytest.mark.parametrize("steps", [1, 100])
 def test_every_solver_and_step_count_segments(method, steps):
     pairs = make_pairs([(32, 32)])
     segmenter = make_segmenter(sample={"method": method, "steps": steps})

@@ -122,7 +122,7 @@ def test_saving_memory_changes_no_gradient(options):
     assert kept[1] < 0.9 * kept[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, {"field_chunk": 4}])
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True, "field_chunk": 4}])
 def test_compiles_as_one_graph_with_the_ops_inside(options):
     model, (x, t, image) = lively(**options)
     codebook = Codebook(kronecker_centroids(11))

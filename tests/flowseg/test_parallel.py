@@ -1,5 +1,6 @@
 """Several processes on gloo give the losses of one; a process killed outright goes on as if it had not been."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 import flowseg.checkpoint as checkpoint
 import flowseg.train as training
+from flowseg import cli
 from flowseg.checkpoint import list_checkpoints
 from flowseg.segment import Segmenter
 from flowseg.train import train
@@ -114,13 +116,29 @@ def test_two_sharded_processes_resume_what_they_saved(tmp_path):
             settings.optim.schedule = "constant"
             train(settings, tmp_path / name, **options)
 
-        go("part", 3)
-        go("part", 5, resume=True)
-        go("whole", 5)
+        go("part", 2)
+        go("part", 3, resume=True)
+        go("whole", 3)
 
     assert forked(run, world=2) == [0, 0]
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(weights(tmp_path / "part")[name], value), name
+
+
+def test_two_processes_evaluate_as_one(alone, tmp_path, monkeypatch):
+    def scores(name):
+        monkeypatch.setattr(sys, "argv", ["flowseg", "evaluate", "--run", str(alone), "--json", str(tmp_path / name)])
+        cli.main()
+
+    def quietly(rank):
+        with contextlib.suppress(SystemExit):
+            scores("both.json")
+
+    assert forked(quietly, world=2) == [0, 0]
+    with pytest.raises(SystemExit):
+        scores("one.json")
+    both, one = (json.loads((tmp_path / name).read_text()) for name in ("both.json", "one.json"))
+    assert both["images"] == 6 and both == one
 
 
 def test_a_signal_to_one_of_two_processes_ends_both_at_the_same_step(tmp_path):

@@ -1,0 +1,175 @@
+"""The report of one run: how it converged, what it gets right and wrong, how pixels move, how fast it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from flowseg.data import SegmentationData, open_data
+from flowseg.errors import UserError
+from flowseg.evaluate import Scores, chosen_indices, evaluate
+from flowseg.report import figures
+from flowseg.report.blocks import environment, speed_blocks
+from flowseg.report.page import Page, folded, paragraph, picture, table
+from flowseg.report.speed import measure_kernels
+from flowseg.segment import Segmenter
+
+
+def write_report(
+    run: Path,
+    segmenter: Segmenter,
+    out: Path,
+    *,
+    limit: int | None = None,
+    examples: int = 4,
+    kernel_size: int | None = 256,
+    on_batch: Callable[[int], None] | None = None,
+) -> Scores:
+    """Score a run on its validation split and write ``out``, one HTML file.
+
+    Args:
+        run: folder written by training; of it ``metrics.jsonl`` is read.
+        segmenter: the run's network.
+        out: file to write.
+        limit: score only this many images.
+        examples: images in the grid, evenly spread over the split.
+        kernel_size: side of the image on which kernels are timed; ``None`` times none.
+        on_batch: called with the number of images of each finished batch.
+
+    Raises:
+        UserError: a run without metrics, or data that cannot be opened.
+    """
+    config = segmenter.config
+    metrics = _read_metrics(run / "metrics.jsonl")
+    data = open_data(config.data, ("val",), seed=config.train.seed)
+    scores = evaluate(segmenter, data.val, limit=limit, on_batch=on_batch)
+    training = [line for line in metrics if line["event"] == "train"]
+    curve = [(line["step"], line["miou"]) for line in metrics if line["event"] == "validation"]
+    labels = data.labels
+    weight = config.loss.correction_weight
+    page = Page(
+        f"FlowSeg run: {run.resolve().name}",
+        f"{config.model.size} on {config.data.name}, {len(labels.classes)} classes, {config.codes.channels} code channels, "
+        + ("plain flow matching" if weight == 0 else f"flow matching with the correction at weight {weight:g}")
+        + f", {config.sample.steps} {config.sample.method.capitalize()} steps.",
+    )
+    speed = float(np.median([line["images_per_second"] for line in training])) if training else 0.0
+    page.cards(
+        [
+            (f"{scores.miou:.1f} %", f"mIoU on {scores.images} validation images"),
+            (f"{scores.pixel_accuracy:.1f} %", "of labelled pixels right"),
+            (f"{training[-1]['step'] if training else 0}", "training steps"),
+            (f"{speed:.1f}", "images a second in training (median)"),
+        ]
+    )
+    if training:
+        errors = [(line["step"], line["squared_error"]) for line in training]
+        used = config.train.eval_images or "all"
+        title = f"validation mIoU while training, {used} images"
+        curves = figures.curve_figure({"run": curve}, {"run": errors}, title)
+        page.section(
+            "Convergence",
+            picture(curves, "convergence"),
+            paragraph(
+                "The loss itself holds the size of the correction and cannot be compared between settings; the plain squared "
+                "error can."
+            ),
+        )
+    page.section(
+        "Scores by class",
+        picture(figures.iou_figure(labels.classes, scores.iou, labels.palette), "IoU by class"),
+        _class_table(scores, labels.classes),
+    )
+    page.section(
+        "What is taken for what",
+        picture(figures.confusion_figure(scores.confusion.numpy(), labels.classes), "confusion matrix"),
+        paragraph("Each row is one true class and sums to 100 %."),
+    )
+    indices = chosen_indices(len(data.val), examples)
+    page.section(
+        "Examples",
+        paragraph("Evenly spread over the validation split, not chosen. Black has no label."),
+        picture(figures.grid_figure([_example(segmenter, data, i) for i in indices], labels.palette), "examples"),
+        *(
+            [picture(figures.legend_figure(labels.classes, labels.palette), "colours of the classes")]
+            if len(labels.classes) <= 25
+            else []
+        ),
+    )
+    page.section(
+        "Through code space",
+        paragraph(
+            "Some pixels of the first example on their way from the image (t = 0) to a code (t = 1), in the plane in which the "
+            "codes spread most. Stars are the codes of the classes that are in the picture, circles the others; a way has the "
+            "colour of its true class. In more than two channels, what looks near in the plane need not be near."
+        ),
+        picture(_trajectories(segmenter, data, indices[0]), "trajectories"),
+    )
+    if kernel_size:
+        page.section("Speed of the kernels", *speed_blocks(measure_kernels(kernel_size, repeats=3), kernel_size))
+    page.section(
+        "Settings and versions",
+        paragraph("; ".join(f"{key} {value}" for key, value in environment().items())),
+        folded("All settings", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)),
+    )
+    page.write(out)
+    return scores
+
+
+def _read_metrics(path: Path) -> list[dict]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); --run must be a folder written by training"
+        ) from None
+    metrics = []
+    for line in lines:
+        try:
+            metrics.append(json.loads(line))
+        except ValueError:
+            # A run that was killed, or is still going, may end in half a line.
+            continue
+    return metrics
+
+
+def _class_table(scores: Scores, classes: tuple[str, ...]) -> str:
+    counts = scores.confusion.double()
+    truth, predicted, hit = counts.sum(1), counts.sum(0), counts.diagonal()
+
+    def percent(part: torch.Tensor, of: torch.Tensor) -> str:
+        return f"{100 * float(part / of):.1f}" if of > 0 else "absent"
+
+    rows = [
+        [
+            name,
+            "absent" if scores.iou[k] is None else f"{scores.iou[k]:.1f}",
+            percent(hit[k], truth[k]),
+            percent(hit[k], predicted[k]),
+            percent(truth[k], truth.sum()),
+        ]
+        for k, name in enumerate(classes)
+    ]
+    return table(["class", "IoU, %", "found, %", "of its predictions right, %", "of all pixels, %"], rows)
+
+
+def _example(segmenter: Segmenter, data: SegmentationData, index: int) -> dict:
+    image, truth = data.val[index]
+    found, margin = segmenter.labels(image, with_margin=True)
+    spacing = segmenter.codebook.min_distance
+    share = np.clip(margin.numpy() / spacing, 0, 1) if np.isfinite(spacing) else np.ones(margin.shape)
+    return {"image": np.asarray(image), "truth": np.asarray(truth), "labels": found.numpy(), "margin": share}
+
+
+def _trajectories(segmenter: Segmenter, data: SegmentationData, index: int):
+    image, truth = data.val[index]
+    pixels, (height, width) = segmenter.prepare_batch([image])
+    _, path = segmenter.sample(pixels, keep_path=True)
+    truth = np.asarray(truth.resize((width, height), 0))
+    states = [(t, x[0, :, :height, :width]) for t, x in path]
+    return figures.trajectory_figure(states, truth, segmenter.codebook.centroids.cpu().numpy(), data.labels.palette)
