@@ -8,7 +8,7 @@ patch, as in each tile anew they would cost as many instructions as all the rest
 import triton
 import triton.language as tl
 
-from ..triton_pixels import rounded
+from ..triton_pixels import _INTERPRETED, rounded
 
 
 @triton.jit
@@ -24,8 +24,11 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 def silu_and_tanh(y, TANH: tl.constexpr):
     """SiLU of z = 2 y, and tanh(y). Whoever scales z halves its scale; y tanh(y) + y is one fused step."""
     # One instruction of the special-function unit instead of two, which bound the whole chain at 16 bit. Its relative error, 2^-11,
-    # is under what rounding to bf16 does next.
-    if TANH:
+    # is under what rounding to bf16 does next. The interpreter errs by that much one way, so that what passes there holds for it.
+    if TANH and _INTERPRETED:
+        t = (2 / (1 + tl.exp(-2 * y)) - 1) * (1 + 2.0**-11)
+        return y * t + y, t
+    elif TANH:
         t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [y], tl.float32, True, 1)
         return y * t + y, t
     else:
@@ -137,23 +140,9 @@ def normalised(h, eps, H: tl.constexpr, RESIDUAL: tl.constexpr):
 
 
 @triton.jit
-def keep(
-    states,
-    norms,
-    at,
-    normal,
-    scale,
-    row,
-    column,
-    P: tl.constexpr,
-    H: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-):
-    """Store the `at`-th state, normalised, and what normalised it."""
-    store_tile(states + at * (P * P * H), row, column, normal, P * P, H, PARTIAL)
-    if RESIDUAL:
-        tl.store(norms + at * (P * P) + row, scale, mask=row < P * P)
+def norm_backward(grad, normal, scale, H: tl.constexpr):
+    """Gradient of h from that of normal = h * scale, scale = 1 / rms(h)."""
+    return scale[:, None] * (grad - normal * (tl.sum(grad * normal, 1) / H)[:, None])
 
 
 @triton.jit
@@ -179,17 +168,23 @@ def block_step(
     return out
 
 
-@triton.jit(do_not_specialize=["first", "columns", "per_image", "depth", "features", "sb", "sc", "sh", "sw"])
+@triton.jit(
+    do_not_specialize=[
+        "first", "columns", "per_image", "depth", "features", "sb", "sc", "sh", "sw", "gb", "gc", "gh", "gw"
+    ]
+)  # fmt: skip
 def forward_kernel(
-    x, weights, embed, table, gains, out_gain, out_weight, out_bias, out, states, norms, scales,
-    first, columns, per_image, depth, features, sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64, eps,
+    x, weights, embed, table, gains, out_gain, out_weight, out_bias, out, grad, states, norms, scales, grads, partials,
+    first, columns, per_image, depth, features,
+    sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64, gb: tl.int64, gc: tl.int64, gh: tl.int64, gw: tl.int64, eps,
     H: tl.constexpr, HP: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     TOGETHER: tl.constexpr, WIDEP: tl.constexpr, AREA: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
     BOTH: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
-    """Velocity of patches from `first`; with KEEP instead their states (n, L + 1, p^2, Hx) before each block and after the last,
-    normalised, and what normalised them (n, L + 1, p^2).
+    """Velocity of patches from `first`; with KEEP instead what their backward starts from: the states (n, L, p^2, Hx) before the
+    blocks, normalised, what normalised them (n, L, p^2), and `grads` (n, p^2, Hx), the gradient of the state after the last, from
+    `grad` of the velocity. A row of `partials` is then a tile's share of the gradients of out_gain (Hx) and out_weight (C, Hx).
 
     A program takes TOGETHER tiles of a patch one by one, and leaves the reciprocal lengths (n, L, r Hx + Hx) in `scales`."""
     SHARES: tl.constexpr = (P * P + ROWS * TOGETHER - 1) // (ROWS * TOGETHER)
@@ -205,14 +200,17 @@ def forward_kernel(
         block_lengths(block, scales + (local * depth + level) * (WIDE + H), H, HP, WIDE, WIDEP, AREA, BOTH)
     tl.debug_barrier()
     for tile in range(TOGETHER):
-        row = ((tl.program_id(0) % SHARES) * TOGETHER + tile) * ROWS + tl.arange(0, ROWS)
+        place = (tl.program_id(0) % SHARES) * TOGETHER + tile
+        row = place * ROWS + tl.arange(0, ROWS)
         at, exists = image_places(patch, row, channel, columns, per_image, sb, sc, sh, sw, P, C)
         pixels = tl.load(x + at, mask=exists, other=0.0).to(OPERAND)
         h = embedded(pixels, embed, table, row, column, channel, features, H, P, C, PARTIAL, OPERAND, PRECISION, UPCAST)
         for level in range(depth):
             entered, scale = normalised(h, eps, H, RESIDUAL)
             if KEEP:
-                keep(states, norms, local * (depth + 1) + level, entered, scale, row, column, P, H, PARTIAL, RESIDUAL)
+                store_tile(states + (local * depth + level) * (P * P * H), row, column, entered, P * P, H, PARTIAL)
+                if RESIDUAL:
+                    tl.store(norms + (local * depth + level) * (P * P) + row, scale, mask=row < P * P)
             if RESIDUAL:
                 entered = entered * load_vector(gains + level * H, column, H, HP != H)[None, :]
             block = weights + (patch * depth + level) * (2 * WIDE * H)
@@ -223,7 +221,21 @@ def forward_kernel(
             )  # fmt: skip
         last, scale = normalised(h, eps, H, RESIDUAL)
         if KEEP:
-            keep(states, norms, local * (depth + 1) + depth, last, scale, row, column, P, H, PARTIAL, RESIDUAL)
+            at, exists = image_places(patch, row, channel, columns, per_image, gb, gc, gh, gw, P, C)
+            g_out = tl.load(grad + at, mask=exists, other=0.0).to(OPERAND)
+            leaving = load_tile(out_weight, channel, column, C, H, True)
+            # Rows beyond the patch have a zero gradient, so they add nothing here, whatever their states hold.
+            by_out = product(tl.trans(g_out), rounded(last, OPERAND), PRECISION, UPCAST)
+            g = product(g_out, leaving.to(OPERAND), PRECISION, UPCAST)
+            into = partials + (local * (SHARES * TOGETHER) + place) * ((1 + C) * H)
+            if RESIDUAL:
+                last_gain = load_vector(out_gain, column, H, HP != H)[None, :]
+                # d(out_gain) is read off the same sum over pixels: with M = dv^T n(h), the sum of M's rows times out_weight's.
+                tl.store(into + column, tl.sum(by_out * leaving.to(tl.float32), 0), mask=column < H)
+                by_out *= last_gain
+                g = norm_backward(g * last_gain, last, scale, H)
+            store_tile(into + H, channel, column, by_out, C, H, True)
+            store_tile(grads + local * (P * P * H), row, column, g, P * P, H, PARTIAL)
         else:
             if RESIDUAL:
                 last = last * load_vector(out_gain, column, H, HP != H)[None, :]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...runtime.registry import COMPILED_CHANNELS
 from ...runtime.triton_forms import INTERPRETED, Variant, compile_options, on_device_of
 from . import reference
-from .triton_backward import rows_kernel, weights_kernel
+from .triton_backward import backward_kernel, enter_kernel
 from .triton_forward import features_kernel, forward_kernel
 
 __all__ = ["Settings", "form", "launch_settings", "neural_field", "neural_field_bwd", "patches_at_once", "variants"]
@@ -27,8 +27,13 @@ _SMALLEST = 16
 _LARGEST_HIDDEN = 128
 #: Elements of a weight matrix that a program squares at a time.
 _AREA = 2048
-#: Programs of rows_kernel in a round, two waves of it on the largest GPUs; of forward_kernel at least half as many.
-_PROGRAMS_AT_ONCE = 512
+#: Elements of the gradient of a weight matrix that a program takes up at a time.
+_BAND_AREA = 2048
+#: Patches in a round of the backward, a program of backward_kernel each: two waves on the largest GPUs. As many programs of the
+#: other kernels at least, where several tiles or patches fall to one.
+_PROGRAMS_AT_ONCE = 256
+#: Patches that a program of enter_kernel sums over.
+_SUMMED = 4
 
 
 class Settings(NamedTuple):
@@ -47,23 +52,20 @@ _SETTINGS = {
     ("forward", True, True): Settings(64, 32, 8, 1),
     ("forward", False, False): Settings(32, 32, 8, 1),
     ("forward", False, True): Settings(16, 16, 16, 1),
-    ("rows", True, False): Settings(64, 64, 4, 2),
-    ("rows", True, True): Settings(16, 32, 8, 1),
-    ("rows", False, False): Settings(32, 32, 8, 1),
-    ("rows", False, True): Settings(16, 16, 8, 1),
-    ("weights", True, False): Settings(64, 32, 4, 1),
-    ("weights", True, True): Settings(32, 16, 8, 1),
-    ("weights", False, False): Settings(32, 32, 8, 1),
-    ("weights", False, True): Settings(32, 16, 8, 1),
+    ("backward", True, False): Settings(256, 32, 8, 1),
+    ("backward", True, True): Settings(32, 16, 8, 1),
+    ("backward", False, False): Settings(32, 32, 8, 1),
+    ("backward", False, True): Settings(16, 16, 8, 1),
+    ("enter", True, False): Settings(64, 16, 4, 1),
+    ("enter", True, True): Settings(64, 16, 4, 1),
+    ("enter", False, False): Settings(32, 16, 4, 1),
+    ("enter", False, True): Settings(32, 16, 4, 1),
 }
 #: Instead of these where a product's operands pass through registers: on GPUs without warp-group products.
 _SETTINGS_IN_REGISTERS = {
     ("forward", True, False): Settings(64, 32, 4, 2),
     ("forward", False, True): Settings(16, 16, 8, 2),
-    ("rows", True, False): Settings(64, 32, 4, 2),
-    ("rows", False, False): Settings(16, 32, 4, 1),
-    ("weights", True, False): Settings(32, 32, 4, 2),
-    ("weights", False, False): Settings(32, 16, 8, 1),
+    ("backward", True, False): Settings(32, 32, 4, 1),
 }
 
 
@@ -76,12 +78,12 @@ def warp_group_products(device: int) -> bool:
 def launch_settings(
     kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype, warp_groups: bool = True
 ) -> Settings:
-    """Settings of "forward", "states" (the forward kernel in the backward), "rows" or "weights" for Hx, r Hx, p^2."""
+    """Settings of "forward", "states" (the forward kernel in the backward), "backward" or "enter" for Hx, r Hx, p^2."""
     key = ("forward" if kernel == "states" else kernel, operand != torch.float32, hidden > 64)
     chosen = _SETTINGS[key] if warp_groups else _SETTINGS_IN_REGISTERS.get(key, _SETTINGS[key])
     rows = min(chosen.rows, max(_SMALLEST, triton.next_power_of_2(pixels)))
     # Few pixels are no work for many warps, except where the warps share out the generated weights.
-    warps = chosen.num_warps if kernel == "weights" else max(1, chosen.num_warps * rows // chosen.rows)
+    warps = max(4 if kernel == "backward" else 1, chosen.num_warps * rows // chosen.rows)
     return Settings(rows, min(chosen.slice, max(_SMALLEST, triton.next_power_of_2(wide))), warps, chosen.num_stages)
 
 
@@ -93,12 +95,12 @@ def tiles_of(kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dt
 def tiles_together(patches: int, pixels: int, rows: int) -> int:
     """Tiles of a patch that a program of forward_kernel takes one after another: 1, 2 or 4, as the number of patches allows."""
     tiles = -(-pixels // rows)
-    return next(n for n in (4, 2, 1) if n == 1 or (n <= tiles and patches * tiles >= n * _PROGRAMS_AT_ONCE // 2))
+    return next(n for n in (4, 2, 1) if tiles % n == 0 and (n == 1 or patches * tiles >= n * _PROGRAMS_AT_ONCE))
 
 
-def patches_at_once(patches: int, tiles: int) -> int:
+def patches_at_once(patches: int) -> int:
     """Patches that one round of the backward takes: what fills a GPU, or an eighth of all if that is more."""
-    return min(patches, max(-(-_PROGRAMS_AT_ONCE // tiles), -(-patches // 8)))
+    return min(patches, max(_PROGRAMS_AT_ONCE, -(-patches // 8)))
 
 
 def constants(
@@ -116,23 +118,30 @@ def constants(
 ) -> dict:
     """The constexpr arguments of a kernel; what the products round to is `operand`; `patches` are those of one launch."""
     chosen = launch_settings(kernel, hidden, wide, p * p, operand, warp_groups)
+    padded = max(_SMALLEST, triton.next_power_of_2(hidden))
     found = {
         "H": hidden,
-        "HP": max(_SMALLEST, triton.next_power_of_2(hidden)),
-        "WIDE": wide,
-        "SLICE": chosen.slice,
+        "HP": padded,
         "P": p,
         "ROWS": chosen.rows,
-        "BOTH": both,
-        "RESIDUAL": residual,
         "OPERAND": _OPERANDS[operand],
         "PRECISION": precision,
         "UPCAST": INTERPRETED and operand != torch.float32,
-        "TANH": operand == torch.bfloat16 and not INTERPRETED and torch.version.hip is None,
     }
-    if kernel == "weights":
-        return found
-    if kernel != "rows":
+    if kernel != "enter":
+        found |= {
+            "WIDE": wide,
+            "SLICE": chosen.slice,
+            "BOTH": both,
+            "RESIDUAL": residual,
+            "TANH": operand == torch.bfloat16 and torch.version.hip is None,
+        }
+    if kernel == "backward":
+        widest = max(_SMALLEST, triton.next_power_of_2(wide))
+        return found | {"BAND": min(widest, max(_SMALLEST, _BAND_AREA // padded))}
+    if kernel == "enter":
+        found |= {"TOGETHER": _SUMMED}
+    else:
         found |= {
             "KEEP": kernel == "states",
             "TOGETHER": tiles_together(patches, p * p, chosen.rows),
@@ -145,14 +154,14 @@ def constants(
 _KERNELS = {
     "forward": forward_kernel,
     "states": forward_kernel,
-    "rows": rows_kernel,
-    "weights": weights_kernel,
+    "backward": backward_kernel,
+    "enter": enter_kernel,
 }
 #: Arguments that are fp32 in memory whatever the operands are.
-_FP32 = ("table", "norms", "scales", "partials", "grad_gains")
-_INT32 = ("first", "columns", "per_image", "depth", "features")
+_FP32 = ("table", "norms", "scales", "sums", "positions", "partials", "grad_gains")
+_INT32 = ("first", "columns", "per_image", "depth", "features", "patches")
 _STRIDES = ("sb", "sc", "sh", "sw", "gb", "gc", "gh", "gw")
-_UNUSED = {"forward": ("states", "norms"), "states": ("out",)}
+_UNUSED = {"forward": ("grad", "states", "norms", "grads", "partials"), "states": ("out", "out_bias")}
 
 
 def form(
@@ -161,16 +170,10 @@ def form(
 ) -> Variant:  # fmt: skip
     """The compiled form of a kernel that a call on `patches` of one dtype ("fp32", "bf16" or "fp16") launches on an NVIDIA GPU."""
     operand = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    launched = (
-        patches
-        if kernel == "forward"
-        else patches_at_once(patches, tiles_of("rows", hidden, ratio * hidden, p * p, operand, warp_groups))
-    )
-    found = constants(
-        kernel, hidden, ratio * hidden, p, channels, operand, both, residual, precision, launched, warp_groups
-    )
-    if "TANH" in found:
-        found |= {"UPCAST": False, "TANH": dtype == "bf16"} | dict.fromkeys(_UNUSED.get(kernel, ()))
+    wide, tiled = ratio * hidden, tiles_of("backward", hidden, ratio * hidden, p * p, operand, warp_groups) > 1
+    launched = patches if kernel == "forward" else patches_at_once(patches)
+    found = constants(kernel, hidden, wide, p, channels, operand, both, residual, precision, launched, warp_groups)
+    found |= {"UPCAST": False} | dict.fromkeys(_UNUSED.get(kernel, ()))
 
     def kind(argument: str) -> str:
         if argument in found:
@@ -181,9 +184,9 @@ def form(
             return "i64"
         if argument == "eps":
             return "fp32"
-        return "*fp32" if argument in _FP32 or (argument == "grads" and hidden > 64) else f"*{dtype}"
+        return "*fp32" if argument in _FP32 or (argument == "grads" and tiled) else f"*{dtype}"
 
-    chosen = launch_settings(kernel, hidden, ratio * hidden, p * p, operand, warp_groups)
+    chosen = launch_settings(kernel, hidden, wide, p * p, operand, warp_groups)
     signature = {argument: kind(argument) for argument in _KERNELS[kernel].arg_names}
     options = compile_options(chosen.num_warps, stages=chosen.num_stages)
     name = f"neural_field {kernel} {dtype} Hx={hidden} r={ratio} p={p} C={channels}"
@@ -222,8 +225,6 @@ class _Call:
         tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
         self.operand = functools.reduce(torch.promote_types, (v.dtype for v in tensors))
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-        # rows_kernel has no room for its gradient in registers when Hx is large: it goes to scratch whole.
-        self.parked = torch.float32 if self.hidden > 64 else self.operand
         self.warp_groups = not x.is_cuda or warp_group_products(x.device.index)
         self.residual = form == "residual"
         self.options = (normalise == "both", self.residual, precision)
@@ -249,17 +250,18 @@ class _Call:
         return found | compile_options(chosen.num_warps, stages=chosen.num_stages)
 
     def tiles(self, kernel: str) -> int:
-        """Programs that share a patch."""
+        """Tiles of a patch."""
         return tiles_of(kernel, self.hidden, self.wide, self.p**2, self.operand, self.warp_groups)
 
-    def forward(self, kernel: str, patches: int, table, out, states, norms, scales, first: int) -> None:
-        """Run forward_kernel as "forward" or "states" on some patches; the other's outputs may be None."""
+    def forward(self, kernel: str, patches: int, table, scales, first: int, *, out=None, grad=None, scratch=(None,) * 4) -> None:
+        """Run forward_kernel on some patches, as "forward" into `out` or as "states" from `grad` into `scratch`."""
         launch = self.launch(kernel, patches)
-        shares = -(-self.tiles(kernel) // launch["TOGETHER"])
-        forward_kernel[(patches * shares,)](
-            self.x, self.weights, self.embed, table, self.gains, self.out_gain, self.out_weight, self.out_bias, out, states,
-            norms, scales, first, self.columns, self.per_image, self.depth, self.embed.shape[1], *self.x.stride(), self.eps,
-            **launch,
+        states, norms, grads, partials = scratch
+        forward_kernel[(patches * self.tiles(kernel) // launch["TOGETHER"],)](
+            self.x, self.weights, self.embed, table, self.gains, self.out_gain, self.out_weight,
+            None if out is None else self.out_bias, out, grad, states, norms, scales, grads, partials,
+            first, self.columns, self.per_image, self.depth, self.embed.shape[1], *self.x.stride(),
+            *(self.x if grad is None else grad).stride(), self.eps, **launch,
         )  # fmt: skip
 
     def features(self) -> Tensor:
@@ -286,7 +288,7 @@ def neural_field(x: Tensor, weights: Tensor, embed_weight: Tensor, embed_bias: T
     with on_device_of(x):
         table = call.table(embed_bias, call.features())
         scales = x.new_empty(call.patches, call.depth, call.wide + call.hidden, dtype=torch.float32)
-        call.forward("forward", call.patches, table, out, None, None, scales, 0)
+        call.forward("forward", call.patches, table, scales, 0, out=out)
     return out
 
 
@@ -297,43 +299,50 @@ def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
     if not call.runs():
         return reference.neural_field_bwd(grad, *arguments)
     x, channels, hidden, depth = call.x, call.x.shape[1], call.hidden, call.depth
-    tiles = call.tiles("rows")
-    count = patches_at_once(call.patches, tiles)
-    scratch = functools.partial(torch.empty, device=x.device)
-    states = scratch(count, depth + 1, call.p**2, hidden, dtype=call.operand)
-    grads = torch.empty_like(states, dtype=call.parked)
-    norms = scratch(count, depth + 1, call.p**2, dtype=torch.float32)
-    scales = scratch(count, depth, call.wide + hidden, dtype=torch.float32)
-    sizes = (hidden, channels * hidden, hidden * channels)
-    partials = scratch(count * tiles, sum(sizes), dtype=torch.float32)
-    gains_partials = scratch(count, depth * hidden, dtype=torch.float32)
-    sums = x.new_zeros(sum(sizes), dtype=torch.float32)
-    grad_gains = x.new_zeros(depth * hidden, dtype=torch.float32)
+    count = patches_at_once(call.patches)
+    tiles = {kernel: call.tiles(kernel) for kernel in ("states", "backward", "enter")}
+    several = tiles["backward"] > 1
+    scratch = functools.partial(torch.empty, device=x.device, dtype=torch.float32)
+    states = scratch(count, depth, call.p**2, hidden, dtype=call.operand)
+    grads = scratch(count, call.p**2, hidden, dtype=torch.float32 if several else call.operand)
+    norms = scratch(count, depth, call.p**2)
+    scales = scratch(count, depth, call.wide + hidden)
+    between_tiles = scratch(count if several else 0, 2 * call.wide * hidden)
+    shares = -(-count // _SUMMED)
+    leaving = scratch(count * tiles["states"], (1 + channels) * hidden)
+    entering = scratch(shares * tiles["enter"], hidden * channels)
+    positions = scratch(shares, call.p**2, hidden)
+    gains_shares = scratch(count, depth * hidden)
+    by_out = x.new_zeros((1 + channels) * hidden, dtype=torch.float32)
+    by_pixel = x.new_zeros(hidden * channels, dtype=torch.float32)
     by_position = x.new_zeros(call.p**2, hidden, dtype=torch.float32)
+    grad_gains = x.new_zeros(depth * hidden, dtype=torch.float32)
     grad_x, grad_weights = x.new_empty(x.shape), torch.empty_like(call.weights)
     with on_device_of(x):
         features = call.features()
         table = call.table(inputs[3], features)
         for first in range(0, call.patches, max(count, 1)):
             now = min(count, call.patches - first)
-            call.forward("states", now, table, None, states, norms, scales, first)
-            rows_kernel[(now * tiles,)](
-                x, grad, call.weights, call.embed, call.gains, call.out_gain, call.out_weight, states, norms, scales, grad_x, grads,
-                partials, first, call.columns, call.per_image, depth, call.embed.shape[1], *x.stride(), *grad.stride(),
-                **call.launch("rows", now),
+            call.forward("states", now, table, scales, first, grad=grad, scratch=(states, norms, grads, leaving))
+            if depth:
+                backward_kernel[(now,)](
+                    call.weights, call.gains, states, norms, scales, grad_weights, gains_shares, grads, between_tiles, first, depth,
+                    **call.launch("backward", now),
+                )  # fmt: skip
+            shares = -(-now // _SUMMED)
+            enter_kernel[(shares * tiles["enter"],)](
+                x, call.embed, grads, grad_x, positions, entering,
+                first, call.columns, call.per_image, call.embed.shape[1], *x.stride(), now, **call.launch("enter", now),
             )  # fmt: skip
             # Sums over patches in a fixed order: the programs of a round, then the rounds.
-            sums += partials[: now * tiles].sum(0)
-            by_position += grads[:now, depth].sum(0, dtype=torch.float32)
-            if depth and (needs[1] or needs[4]):
-                weights_kernel[(now * depth,)](
-                    call.weights, call.gains, states, grads, scales, grad_weights, gains_partials, first, depth,
-                    **call.launch("weights", now),
-                )  # fmt: skip
-                if call.residual:
-                    grad_gains += gains_partials[:now].sum(0)
+            by_out += leaving[: now * tiles["states"]].sum(0)
+            by_pixel += entering[: shares * tiles["enter"]].sum(0)
+            by_position += positions[:shares].sum(0)
+            if call.residual:
+                grad_gains += gains_shares[:now].sum(0)
+    sizes = (hidden, channels * hidden)
     # Copies: an output of an op must not be a view of a larger tensor.
-    grad_out_gain, grad_out_weight, by_pixel = (part.clone() for part in sums.split(sizes))
+    grad_out_gain, grad_out_weight = (part.clone() for part in by_out.split(sizes))
     if not call.residual:
         grad_gains, grad_out_gain = torch.zeros_like(call.gains), torch.zeros_like(call.out_gain)
     found = (

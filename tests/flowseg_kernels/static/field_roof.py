@@ -1,14 +1,15 @@
 """Predicts the neural field's Triton kernels on an H200 from their machine code, beside the roofs. No GPU confirms it.
 
 `python -m tests.flowseg_kernels.static.field_roof` prints the tables of docs/notes/performance.md: bf16, Hx = 64, r = 2, p = 16,
-C = 3. Loops' lengths times their trips give the warp instructions; a kernel takes as long as the longest of instructions, products
-and bytes.
+C = 3. Loops' lengths times their trips give the warp instructions; a kernel takes as long as the longest of instructions, products,
+operands of products in shared memory, and bytes.
 """
 
 from __future__ import annotations
 
 import collections
 import math
+import re
 from typing import NamedTuple
 
 from triton import compile as compile_kernel
@@ -19,9 +20,12 @@ from flowseg_kernels.ops.neural_field.triton_kernels import form, patches_at_onc
 
 from . import sass
 
-#: Of an H200: floating-point operations of bf16 products, bytes and warp instructions in a nanosecond.
+#: Of an H200: floating-point operations of bf16 products, bytes and warp instructions in a nanosecond; four warp instructions
+#: take a clock of a multiprocessor, which reads 128 bytes of its shared memory.
 PRODUCTS, BYTES, ISSUED = 790e3, 4300.0, 1030.0
+SHARED = ISSUED / 4 * 128
 HIDDEN, WIDE, PIXELS, CHANNELS, TILES = 64, 128, 256, 3, 4
+KERNELS = ("forward", "states", "backward", "enter")
 DEPTHS = {"L": 2, "XL": 4}
 _PRODUCT = 2 * PIXELS * HIDDEN * WIDE
 _MATRIX = 2 * HIDDEN * WIDE * 2  # bytes of one block's weights
@@ -47,38 +51,51 @@ class Cost(NamedTuple):
 
     instructions: float
     products: float
+    operands: float
     bytes: float
 
 
 def trips(name: str, constants: dict, depth: int) -> list[int]:
     """How often each loop of a kernel runs, in the order of the code."""
+    if name == "enter":
+        return [constants["TOGETHER"]]
     slices = WIDE // constants["SLICE"]
-    if name in ("forward", "states"):
-        return [depth, constants["TOGETHER"], depth, slices]
-    return [depth, slices] if name == "rows" else [slices, PIXELS // constants["ROWS"], slices]
+    if name == "backward":
+        return [depth, slices, WIDE // constants["BAND"]]  # of two loops over bands one is unrolled
+    return [depth, constants["TOGETHER"], depth, slices]
 
 
-def warp_instructions(code: list[sass.Instruction], counts: list[int]) -> int:
-    """What one warp of a program issues; code that is branched around counts once."""
+def operand_bytes(product: sass.Instruction) -> int:
+    """What a warp-group product reads of shared memory: (64, 16) unless that is in registers, and (16, N), of 16 bits."""
+    wide = int(re.search(r"64x(\d+)x16", product.text)[1])
+    return 2 * 16 * (wide + 64 * (product.text.count("gdesc") == 2))
+
+
+def warp_totals(code: list[sass.Instruction], counts: list[int]) -> tuple[int, int]:
+    """Instructions that one warp of a program issues, and bytes of shared memory that products read for its warp group; code that is
+    branched around counts once."""
     loops = sorted(sass.loops(code), key=lambda loop: (loop.first, -loop.last))
     assert len(loops) == len(counts), "a loop was unrolled or split: the trips no longer describe this code"
-    return sum(math.prod(n for n, loop in zip(counts, loops) if loop.first <= i.address <= loop.last) for i in code)
+    times = [math.prod(n for n, loop in zip(counts, loops) if loop.first <= i.address <= loop.last) for i in code]
+    return sum(times), sum(n * operand_bytes(i) for n, i in zip(times, code) if i.opcode == "HGMMA")
 
 
 def costs(name: str, depth: int, patches: int) -> Cost:
     variant = form(name, patches=patches)
     (code,) = sass.disassemble(compiled(variant, "sm_90").asm["cubin"]).values()
-    programs = {"rows": TILES, "weights": depth}.get(name) or TILES // variant.constants["TOGETHER"]
-    issued = programs * variant.options["num_warps"] * warp_instructions(code, trips(name, variant.constants, depth))
-    products = {"forward": 2, "states": 2, "rows": 3, "weights": 4}[name] * depth
-    states = (depth + 1) * (_STATE + PIXELS * 4)
+    programs = 1 if name == "backward" else TILES / variant.constants["TOGETHER"]
+    warps = programs * variant.options["num_warps"]
+    issued, read = warp_totals(code, trips(name, variant.constants, depth))
+    products = {"forward": 2, "states": 2, "backward": 5, "enter": 0}[name] * depth
+    states = depth * (_STATE + PIXELS * 4)
     traffic = {
         "forward": depth * _MATRIX + 2 * _PIXELS,
-        "states": depth * _MATRIX + _PIXELS + states,
-        "rows": depth * _MATRIX + 3 * _PIXELS + states + (depth + 1) * _STATE,
-        "weights": 2 * depth * (_MATRIX + _STATE),
+        "states": depth * _MATRIX + 2 * _PIXELS + states + _STATE,
+        "backward": 2 * depth * _MATRIX + states + 2 * _STATE,
+        # A program of `enter` leaves the sum over its patches in fp32, which is read once more.
+        "enter": _STATE + 2 * _PIXELS + 4 * _STATE / variant.constants.get("TOGETHER", 1),
     }[name]
-    return Cost(issued / ISSUED, products * _PRODUCT / PRODUCTS, traffic / BYTES)
+    return Cost(warps * issued / ISSUED, products * _PRODUCT / PRODUCTS, warps / 4 * read / SHARED, traffic / BYTES)
 
 
 def roofs(depth: int) -> tuple[float, float]:
@@ -93,28 +110,28 @@ def shares(patches: int = 1024) -> dict[str, tuple[float, float]]:
     """By network, forward's and backward's part of the roof."""
     found = collections.defaultdict(tuple)
     for network, depth in DEPTHS.items():
-        for roof, names in zip(roofs(depth), (["forward"], ["states", "rows", "weights"])):
+        for roof, names in zip(roofs(depth), (KERNELS[:1], KERNELS[1:])):
             found[network] += (roof / sum(max(costs(name, depth, patches)) for name in names),)
     return dict(found)
 
 
 def main() -> None:
-    for name in ("forward", "states", "rows", "weights"):
+    for name in KERNELS:
         variant = form(name)
         kernel = compiled(variant, "sm_90")
         (code,) = sass.disassemble(kernel.asm["cubin"]).values()
         (used,) = sass.resources(kernel.asm["cubin"]).values()
         inner = min(len(loop) for loop in sass.innermost_loops(code) if "HGMMA" in loop.opcodes())
         opcodes = collections.Counter(i.opcode for i in code)
-        chosen = f"{variant.constants['ROWS']} x {variant.constants['SLICE']}, {variant.options['num_warps']}"
+        chosen = f"{variant.constants['ROWS']} x {variant.constants.get('SLICE', HIDDEN)}, {variant.options['num_warps']}"
         shared = kernel.metadata.shared / 1024
         print(
             f"{name} | {chosen} | {used['REG']} | {shared:.0f} KiB | {opcodes['HGMMA']} HGMMA, {opcodes['HMMA']} HMMA | {inner}"
         )
     for patches in (256, 1024):
         for network, depth in DEPTHS.items():
-            print(f"{network}, {patches} patches (rounds of {patches_at_once(patches, TILES)}), ns a patch")
-            for name in ("forward", "states", "rows", "weights"):
+            print(f"{network}, {patches} patches (rounds of {patches_at_once(patches)}), ns a patch")
+            for name in KERNELS:
                 cost = costs(name, depth, patches)
                 print(
                     f"  {name:8s}",

@@ -38,8 +38,8 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 BUDGET = {
     "forward": {"registers": 255, "programs": 2, "loop": 250, "kilobytes": 40},
     "states": {"registers": 255, "programs": 2, "loop": 250, "kilobytes": 40},
-    "rows": {"registers": 255, "programs": 2, "loop": 400, "kilobytes": 48},
-    "weights": {"registers": 255, "programs": 2, "loop": 230, "kilobytes": 32},
+    "backward": {"registers": 255, "programs": 1, "loop": 590, "kilobytes": 104},
+    "enter": {"registers": 128, "programs": 4, "loop": None, "kilobytes": 16},
 }
 #: The instruction that multiplies matrices, in the machine code of each target.
 PRODUCT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
@@ -74,21 +74,27 @@ def test_within_its_budget_on_sm_90(name):
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_spills_and_tensor_cores_on_every_target(target, request):
     every, wide = request.config.getoption("--every-variant", default=False), target in ("sm_90", "sm_100")
-    forms = variants(wide) if every else [form(name, warp_groups=wide) for name in ("forward", "rows", "weights")]
+    forms = variants(wide) if every else [form(name, warp_groups=wide) for name in ("forward", "backward", "enter")]
     for variant in forms:
         kernel = compiled(variant, target)
-        allowed = 16 if "rows" in variant.name and "Hx=128" in variant.name else 0
-        assert spilled_bytes(kernel, target) <= allowed, variant.name
+        assert spilled_bytes(kernel, target) == 0, variant.name
         if target in PRODUCT and "Hx=64" in variant.name and "bf16" in variant.name:
             (code,) = sass.disassemble(kernel.asm["cubin"]).values()
             assert any(i.opcode == PRODUCT[target] for i in code), variant.name
 
 
-def test_at_least_half_of_the_roof_forward_and_what_was_reached_backward():
+def test_at_least_half_of_the_roof():
     """A prediction from machine code, no measurement."""
     found = field_roof.shares()
-    assert min(found["L"][0], found["XL"][0]) >= 0.5
-    assert found["L"][1] >= 0.44 and found["XL"][1] >= 0.475
+    assert min(min(ways) for ways in found.values()) >= 0.5
+
+
+def test_only_bf16_takes_the_approximate_tanh():
+    """Its error, 2^-11, is an ulp of fp16 and thousands of fp32."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        for name in ("forward", "backward"):
+            (code,) = sass.disassemble(compiled(form(name, dtype, 32, 1, 4), "sm_90").asm["cubin"]).values()
+            assert any("MUFU.TANH" in i.text for i in code) == (dtype == "bf16"), (name, dtype)
 
 
 def test_settings_fit_every_size():
@@ -98,7 +104,7 @@ def test_settings_fit_every_size():
                 for p in (2, 4, 8, 16, 32):
                     for operand, groups in itertools.product((torch.float32, torch.bfloat16), (False, True)):
                         rows, width, warps, _ = launch_settings(kernel, hidden, ratio * hidden, p * p, operand, groups)
-                        assert 16 <= rows <= 64 and 16 <= width <= 64 and 1 <= warps <= 16
+                        assert 16 <= rows <= 256 and 16 <= width <= 64 and 1 <= warps <= 16
                         assert rows < 2 * max(16, p * p) and width < 2 * max(16, ratio * hidden)
 
 
@@ -106,11 +112,11 @@ def test_programs_of_the_forward_fill_a_gpu():
     assert tiles_together(1024, 256, 64) == 4 and tiles_together(256, 256, 64) == 4
     assert tiles_together(128, 256, 64) == 2 and tiles_together(64, 256, 64) == 1
     assert tiles_together(1024, 16, 16) == 1 and tiles_together(64, 1024, 64) == 4
+    assert tiles_together(1024, 24 * 24, 64) == 1, "nine tiles are no whole number of twos or fours"
 
 
 def test_scratch_of_the_backward_is_bounded():
-    assert patches_at_once(6, 4) == 6
-    assert patches_at_once(1024, 4) == 128
-    assert patches_at_once(256, 4) == 128
-    assert patches_at_once(16 * 1024, 4) == 2048
-    assert patches_at_once(0, 4) == 0
+    assert patches_at_once(6) == 6
+    assert patches_at_once(1024) == patches_at_once(300) == 256
+    assert patches_at_once(16 * 1024) == 2048
+    assert patches_at_once(0) == 0
