@@ -212,9 +212,9 @@ void load_codes(const Codes& codes, const Classes<Int>& classes, Block<T, C>& bl
   struct Row {
     T at[C];
   } rows[kBlock];
-  alignas(64) Int first[kBlock];
-  for (int i = 0; i < kBlock; ++i) first[i] = (classes.at[i] < 0 ? 0 : classes.at[i]) * C;
-  for (int i = 0; i < kBlock; ++i) std::memcpy(&rows[i], mu + first[i], sizeof(Row));
+  alignas(64) Int row[kBlock];
+  for (int i = 0; i < kBlock; ++i) row[i] = classes.at[i] < 0 ? 0 : classes.at[i];
+  for (int i = 0; i < kBlock; ++i) std::memcpy(&rows[i], mu + static_cast<int64_t>(row[i]) * C, sizeof(Row));
   for (int i = 0; i < kBlock; ++i) {
     for (int c = 0; c < C; ++c) block.at[c][i] = classes.at[i] < 0 ? T(0) : rows[i].at[c];
   }
