@@ -77,16 +77,15 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Our kernels against their peers, on an otherwise idle machine: about 15 minutes. Stores the results and renders README and pictures.
+# Our kernels against their peers, on an otherwise idle machine: about 20 minutes, in parts. Each part is stored and rendered as it
+# ends; cut, it goes on where it was when it is started again.
 bench: $(VENV)/.bench
-	$(RUN) -m pytest bench --benchmark-json=bench/latest.json
-	$(RUN) -m bench.results bench/latest.json
-	$(RUN) -m bench.report
+	$(RUN) -m bench.run
 
-# Fails when our kernels became slower than the stored results of this machine, or when none are stored.
+# Fails when our kernels became slower than the stored results of this machine, when none are stored, or when an entry vanished.
 bench-compare: $(VENV)/.bench
-	$(RUN) -m pytest bench -k ours --benchmark-json=bench/latest.json
-	$(RUN) -m bench.compare bench/latest.json
+	$(RUN) -m bench.run -k ours --again --progress build/bench-compare
+	$(RUN) -m bench.compare build/bench-compare/*.json
 
 # On a machine with a GPU, with the interpreter that is there: nothing is installed or downloaded. Under 9 minutes.
 gpu-report:

@@ -1,7 +1,7 @@
-"""Fails when our kernels became slower than the stored results of this machine, and when there are none.
+"""Fails when our kernels became slower than the stored results of this machine, when there are none, and when one vanished.
 
-`python -m bench.compare FILE [--slower 1.3]`: FILE is what `pytest bench --benchmark-json=FILE` wrote. An entry of ours is too slow
-when its median is more than `--slower` times the stored one and the gap exceeds both spreads.
+`python -m bench.compare FILE ... [--slower 1.3]`: files that `pytest bench --benchmark-json=FILE` wrote. An entry of ours is too
+slow when its median is more than `--slower` times the stored one and the gap exceeds both spreads.
 """
 
 import argparse
@@ -12,14 +12,18 @@ import sys
 from .results import RESULTS, load, machine_name, rows_of
 
 
-def compare(result, stored, slower):
+def compare(machine, rows, stored, slower):
     """Lines to print, and whether all is well."""
-    known = {(row["group"], row["entry"]): row for row in stored["rows"]} if stored else {}
+    known = (
+        {(row["group"], row["entry"]): row for row in stored["rows"] if row["entry"].startswith("ours")}
+        if stored
+        else {}
+    )
     lines, judged, well = [], 0, True
-    for row in rows_of(result):
+    for row in rows:
         if not row["entry"].startswith("ours"):
             continue
-        old = known.get((row["group"], row["entry"]))
+        old = known.pop((row["group"], row["entry"]), None)
         if old is None:
             lines.append(f"new       {row['ms']:10.3f} ms  {row['group']}, {row['entry']}")
             continue
@@ -29,19 +33,21 @@ def compare(result, stored, slower):
         well &= not bad
         lines.append(f"{'SLOWER' if bad else 'ok':6} {ratio:5.2f}x {row['ms']:7.3f} ms  {row['group']}, {row['entry']}")
     if not judged:
-        name = machine_name(result["machine_info"])
-        lines.append(f"nothing stored for {name}: measure a trusted commit first, `python -m bench.results FILE`")
-    return lines, well and judged > 0
+        lines.append(f"nothing stored for {machine}: measure a trusted commit first, `make bench`")
+    lines += [f"GONE                       {group}, {entry}: stored, not measured now" for group, entry in known]
+    return lines, well and judged > 0 and not known
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
-    parser.add_argument("file", type=pathlib.Path)
+    parser.add_argument("files", type=pathlib.Path, nargs="+")
     parser.add_argument("--slower", type=float, default=1.3, help="largest allowed ratio of medians (default 1.3)")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
     given = parser.parse_args(arguments)
-    result = json.loads(given.file.read_text())
-    lines, well = compare(result, load(given.results / machine_name(result["machine_info"])), given.slower)
+    fresh = [json.loads(path.read_text()) for path in given.files]
+    machine = machine_name(fresh[0]["machine_info"])
+    rows = [row for result in fresh for row in rows_of(result)]
+    lines, well = compare(machine, rows, load(given.results / machine), given.slower)
     print("\n".join(lines))
     return 0 if well else 1
 

@@ -1,20 +1,17 @@
 """`make gpu-report`: everything that only a machine with a GPU can tell, in under nine minutes, with nothing to download.
 
 Builds the kernels in place with the interpreter that runs this, tests each GPU backend, sanitizes a short set, measures, and
-stores bench/results/GPU/. Every step has its own time limit; one that fails, is missing or runs out of time is named and the next
-one starts. What was measured is stored after each step, so a run that is cut short keeps what it has. `--dry-run` goes through the
-same steps on the CPU at tiny sizes.
+stores bench/results/GPU/. Every step has its own share of the time and what earlier ones left of theirs; one that fails, is
+missing or runs out of time is named and the next one starts. What was measured is stored after each step, so a run that is cut
+short keeps what it has; at the end README and pictures are rendered. `--dry-run` goes through the same steps on the CPU at tiny
+sizes.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,29 +20,13 @@ import torch
 
 from tests.flowseg_kernels.static.sass import find_tool
 
-from .report import PEERS, best_of_ours, groups_of
-from .results import RESULTS, ROOT, load, store
+from . import report, targets
+from .child import Cut, carry_out, cut_on_signals
+from .results import RESULTS, ROOT, best_of_ours, groups_of, load, store
 
 #: Seconds for the whole run.
 BUDGET = 530
 GPU_BACKENDS = ("cuda", "triton")
-#: (start of the group, peer or "limit") -> what docs call the target: at least so many times our time, or share of the limit.
-TARGETS = {
-    ("distance_correction ade512", "limit"): 0.75,
-    ("distance_correction ade512", "torch.compile"): 8,
-    ("distance_correction ade512", "eager"): 40,
-    ("distance_correction ade512", "KeOps"): 4,
-    ("flow_loss forward+backward ade512", "limit"): 0.75,
-    ("nearest_centroid ade512", "limit"): 0.85,
-    ("nearest_centroid many", "limit"): 0.85,
-    ("nearest_centroid ade512", "cdist+argmin compiled"): 10,
-    ("neural_field forward+backward", "eager"): 3,
-    ("neural_field forward+backward", "torch.compile"): 1.5,
-    ("neural_field forward", "eager"): 4,
-    ("neural_field forward", "torch.compile"): 2,
-    ("training step", "eager"): 1.3,
-    ("sampling", "eager"): 1.3,
-}
 #: One call of every op at a size that a sanitizer gets through, odd sides included.
 SHORT_SET = """
 import sys, torch, flowseg_kernels as fk
@@ -70,13 +51,9 @@ if device == "cuda":
 """
 
 
-class Cut(BaseException):
-    """The run was told to end."""
-
-
 @dataclasses.dataclass
 class Step:
-    """One command: seconds is its own limit; bench steps write a pytest-benchmark file that is stored."""
+    """One command: seconds is its share of the whole; bench steps write a pytest-benchmark file that is stored."""
 
     name: str
     command: list
@@ -92,10 +69,10 @@ def steps(dry):
     backends = ("cpu",) if dry else GPU_BACKENDS
     # By name, so that a CUDA kernel that does not compile fails here instead of being left out.
     build = {"FLOWSEG_BUILD": "cpu" if dry else "cuda"}
-    if not dry:
+    if not dry and torch.cuda.is_available():
         build["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
-    yield Step("build", [python, "setup.py", "-q", *(["--version"] if dry else ["build_ext", "--inplace"])], 150, build)
-    yield Step("info", [python, "-m", "flowseg_kernels.info"], 30)
+    yield Step("build", [python, "setup.py", "-q", *(["--version"] if dry else ["build_ext", "--inplace"])], 120, build)
+    yield Step("info", [python, "-m", "flowseg_kernels.info"], 15)
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
     for backend in backends:
         wanted = (
@@ -107,7 +84,7 @@ def steps(dry):
         names = ("ops/test_distance_correction.py",) if dry else ("test_gpu.py", "test_contract.py", "ops")
         where = [f"tests/flowseg_kernels/{name}" for name in names]
         where += [] if dry else ["tests/test_last.py"]
-        yield Step(f"tests on {backend}", [*pytest, *wanted, *where], 100, {"FLOWSEG_REQUIRE_BACKENDS": backend})
+        yield Step(f"tests on {backend}", [*pytest, *wanted, *where], 65, {"FLOWSEG_REQUIRE_BACKENDS": backend})
 
     def bench(name, files, seconds, short):
         """short: the entries that a dry run keeps."""
@@ -116,9 +93,9 @@ def steps(dry):
         command = [*pytest, *here, *(["-k", short] if dry else [])]
         return Step(name, command, seconds, environment, bench=True) if here else None
 
-    yield bench("bench: correction", "test_limits.py test_correction.py", 110, "limit or ade512 and correction")
-    yield bench("bench: decoding", "test_decode.py", 80, "ade512-0.3")
-    yield bench("bench: neural field", "test_neural_field.py", 80, "ours")
+    yield bench("bench: correction", "test_limits.py test_correction.py", 70, "limit or ade512 and correction")
+    yield bench("bench: decoding", "test_decode.py", 50, "ade512-0.3")
+    yield bench("bench: neural field", "test_neural_field.py", 45, "ours")
     for backend in backends:
         # Without the tool the two are the same.
         for tool in ("memcheck",) if dry else ("memcheck", "racecheck"):
@@ -129,9 +106,9 @@ def steps(dry):
             # Within a block of torch's cache an overrun would touch memory that is allocated.
             uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             command = [*([] if dry else sanitizer), python, "-c", SHORT_SET, backend, device]
-            yield Step(f"{tool} on {backend}", command, 50, uncached)
+            yield Step(f"{tool} on {backend}", command, 12, uncached)
     short = "sampling and eager or search_by_classes and ours"
-    yield bench("bench: stack and scaling", "test_stack.py test_scaling.py", 110, short)
+    yield bench("bench: stack and scaling", "test_stack.py test_scaling.py", 45, short)
 
 
 class Run:
@@ -139,7 +116,9 @@ class Run:
 
     def __init__(self, results, dry, budget):
         self.results, self.dry, self.end = results, dry, time.monotonic() + budget
-        self.lines, self.folder, self.process = [], None, None
+        self.lines, self.folder = [], None
+        # Until here the steps that were started may run: their shares together, from the start.
+        self.until = time.monotonic()
 
     def say(self, line):
         print(line, flush=True)
@@ -148,48 +127,18 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "gpu_report.txt").write_text("\n".join(self.lines) + "\n")
 
-    def stop_child(self):
-        """First as with Ctrl-C, on which pytest writes what it has measured; then for good."""
-        if self.process is None or self.process.poll() is not None:
-            return
-        for number, patience in ((signal.SIGINT, 6), (signal.SIGKILL, 5)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-            try:
-                self.process.wait(patience)
-                return
-            except subprocess.TimeoutExpired:
-                continue
-
     def carry_out(self, step):
-        left = self.end - time.monotonic() - 10
+        begin = time.monotonic()
+        self.until += step.seconds
+        left = min(self.until, self.end - 10) - begin
         if left < 5:
             return self.say(f"left out  {step.name}: the time is used up")
         if not shutil.which(step.command[0]):
             return self.say(f"left out  {step.name}: {step.command[0]} was not found")
-        begin = time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:
             measured, log = pathlib.Path(scratch) / "bench.json", pathlib.Path(scratch) / "log"
             command = [*step.command, *([f"--benchmark-json={measured}"] if step.bench else [])]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT.parent), "PYTHONUNBUFFERED": "1", **step.environment}
-            limit, cut = min(step.seconds, left), None
-            with open(log, "w") as out:
-                self.process = subprocess.Popen(
-                    command,
-                    cwd=ROOT.parent,
-                    env=environment,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-                try:
-                    ended = f"exit {self.process.wait(limit)}"
-                except subprocess.TimeoutExpired:
-                    ended = f"stopped at its limit of {limit:.0f} s"
-                    self.stop_child()
-                except Cut as error:
-                    ended, cut = "cut", error
-                    self.stop_child()
+            ended, cut = carry_out(command, left, step.environment, log)
             text = log.read_text(errors="replace").rstrip().splitlines()
             if step.bench and measured.exists() and measured.stat().st_size:
                 self.keep(json.loads(measured.read_text()))
@@ -209,40 +158,43 @@ class Run:
         self.say(f"          {len(result['benchmarks'])} entries stored in {self.folder.name}")
 
     def judge(self):
-        """Each target beside what was measured."""
+        """What was measured, and each target beside it."""
         stored = load(self.folder) if self.folder else None
         if not stored:
             return self.say("No figure was measured.")
-        for line in judged(stored["rows"], verdict=not self.dry):
+        for line in figures(stored["rows"]):
             self.say(line)
+        groups = groups_of(stored["rows"])
+        for target in targets.GPU:
+            measured, met = target.judge(groups)
+            verdict = {None: "", True: "met", False: "missed"}[None if self.dry else met]
+            self.say(f"{verdict:8} {target.what}: {target.shown(measured)} ({target.bound})")
+
+    def render(self, readme):
+        """README and pictures; a machine without matplotlib gets the text alone."""
+        if not self.folder:
+            return
+        try:
+            report.write(readme, self.results, readme.parent / "docs" / "images")
+        except ImportError as error:
+            report.write(readme, self.results, None)
+            self.say(f"no pictures: {error}")
+        self.say(f"rendered  {readme.name}")
 
 
-def judged(rows, verdict=True):
-    """A line for each group of ours: what was measured, the target where there is one, and whether it was met."""
-
-    def against(value, start, what, form):
-        target = TARGETS.get((start, what))
-        if target is None:
-            return ""
-        return f" (target {form.format(target)}{(': met' if value >= target else ': missed') if verdict else ''})"
-
+def figures(rows):
+    """A line for each group of ours."""
     for name, members in groups_of(rows).items():
         ours = best_of_ours(members)
         if not ours:
             continue
-        target = next((pair for pair in TARGETS if name.startswith(pair[0])), None)
-        start = target[0] if target else name
         facts = [f"{ours['entry']} {ours['ms']:.4g} ms"]
         facts += [f"in a graph {ours['graph_ms']:.4g} ms"] if "graph_ms" in ours else []
         facts += [f"no graph: {ours['graph_error']}"] if "graph_error" in ours else []
         facts += [f"peak {ours['peak_mib']:.0f} MiB"] if "peak_mib" in ours else []
         if "limit_ms" in ours:
-            share = ours["limit_ms"] / ours.get("graph_ms", ours["ms"])
-            facts.append(f"{share:.0%} of the limit{against(share, start, 'limit', '{:.0%}')}")
-        for peer in PEERS:
-            if peer in members:
-                ratio = members[peer]["ms"] / ours["ms"]
-                facts.append(f"{peer} {ratio:.3g}x{against(ratio, start, peer, '{:g}x')}")
+            facts.append(f"{ours['limit_ms'] / ours.get('graph_ms', ours['ms']):.0%} of the limit")
+        facts += [f"{peer} {members[peer]['ms'] / ours['ms']:.3g}x" for peer in report.PEERS if peer in members]
         yield f"{name}: {', '.join(facts)}"
 
 
@@ -258,12 +210,11 @@ def main(arguments=None):
         print("gpu-report: torch sees no GPU here; `--dry-run` goes through the steps on the CPU")
         return 1
     results = given.results or (pathlib.Path(tempfile.mkdtemp()) if given.dry_run else RESULTS)
-
-    def cut(number, frame):
-        raise Cut(signal.Signals(number).name)
-
-    signal.signal(signal.SIGTERM, cut)
-    signal.signal(signal.SIGINT, cut)
+    readme = ROOT.parent / "README.md"
+    if given.dry_run:
+        (results / "docs" / "images").mkdir(parents=True, exist_ok=True)
+        readme = pathlib.Path(shutil.copy(readme, results))
+    cut_on_signals()
     run = Run(results, given.dry_run, given.seconds)
     try:
         for step in filter(None, steps(given.dry_run)):
@@ -271,6 +222,7 @@ def main(arguments=None):
     except Cut as error:
         run.say(f"cut by {error}")
     run.judge()
+    run.render(readme)
     return 1 if any(line.startswith("FAILED") for line in run.lines) else 0
 
 

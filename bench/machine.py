@@ -10,9 +10,6 @@ import tempfile
 
 import torch
 
-#: Code channels that the bench measures.
-CHANNELS = (3, 4, 8, 16)
-
 
 @functools.cache
 def _pipes():
@@ -33,15 +30,17 @@ def _pipes():
     return pipes
 
 
-def arithmetic(threads, rounds=2_000_000):
-    """Fused multiply-adds a second over some threads of this CPU, and for each number of channels the pairs of a pixel and a
-    class that the correction's bare arithmetic gets through; None without a C++ compiler."""
+def multiply_adds(threads, rounds=2_000_000):
+    """Fused multiply-adds a second over some threads of this CPU; None without a C++ compiler."""
     pipes = _pipes()
-    if pipes is None:
-        return None
+    return pipes and pipes.fused_multiply_adds(threads, ctypes.c_long(rounds))
+
+
+def pairs(channels, threads, rounds=2_000_000):
+    """Pairs of a pixel and a class a second that the correction's bare arithmetic gets through; None without a C++ compiler."""
+    pipes = _pipes()
     # A pair is some 3 C + 3 instructions: about as long for each number of channels.
-    pairs = {c: pipes.pairs(c, threads, ctypes.c_long(rounds // (3 * c + 3))) for c in CHANNELS}
-    return {"fma": pipes.fused_multiply_adds(threads, ctypes.c_long(rounds)), "pairs": pairs}
+    return pipes and pipes.pairs(channels, threads, ctypes.c_long(rounds // (3 * channels + 3)))
 
 
 def _resident():
@@ -49,9 +48,10 @@ def _resident():
     return {name: int(value.split()[0]) / 1024 for name, value in lines.items()}
 
 
-def peak_mib(run):
-    """How far the memory of this process (or of the GPU) rises above what it held while run() works; None where nobody can tell."""
-    if torch.cuda.is_available():
+def peak_mib(run, device):
+    """How far the memory of this process (or of the GPU) rises above what it held while run() works, which it does once; None
+    where nobody can tell."""
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         run()
@@ -61,6 +61,7 @@ def peak_mib(run):
         ctypes.CDLL(None).malloc_trim(0)
         pathlib.Path("/proc/self/clear_refs").write_text("5")  # peak := current
     except (AttributeError, OSError):
+        run()
         return None
     held = _resident()["VmRSS"]
     run()

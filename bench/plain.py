@@ -12,6 +12,12 @@ def correction(x, labels, mu, eps):
     return torch.stack([(weight * v).sum(1) for v in diff], dim=1)
 
 
+def interpolate(source, labels, t, mu):
+    """The point of the straight path from the source to the code."""
+    time = t[:, None, None, None]
+    return (1 - time) * source + time * mu[labels].movedim(-1, 1)
+
+
 def loss(prediction, source, labels, t, mu, eps):
     """The reshaped flow-matching loss of a velocity prediction."""
     x1 = mu[labels].movedim(-1, 1)
@@ -25,3 +31,9 @@ def nearest(x, mu):
     """Labels by torch.cdist and argmin."""
     rows = x.movedim(1, -1).reshape(-1, x.shape[1])
     return torch.cdist(rows, mu).argmin(1).view(x.shape[0], *x.shape[2:])
+
+
+def confusion(x, target, mu):
+    """Counts of (true, decoded) classes."""
+    pairs = target.flatten() * len(mu) + nearest(x, mu).flatten()
+    return torch.bincount(pairs, minlength=len(mu) ** 2).view(len(mu), len(mu))

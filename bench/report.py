@@ -9,7 +9,8 @@ import re
 import sys
 from collections import defaultdict
 
-from .results import RESULTS, ROOT, load
+from . import targets
+from .results import RESULTS, ROOT, best_of_ours, groups_of, is_ours, load
 
 REPOSITORY = ROOT.parent
 BEGIN, END = "<!-- bench table begin -->", "<!-- bench table end -->"
@@ -25,25 +26,7 @@ PEERS = (
     "cdist+argmin compiled",
     "Pillow quantize",
 )
-_OURS = re.compile(r"ours( \((cuda|triton)\))?$")
 _SCALING = re.compile(r"(.*) by (classes|channels|pixels)$")
-
-
-def is_ours(row):
-    return bool(_OURS.match(row["entry"]))
-
-
-def groups_of(rows):
-    """{group: {entry: row}} of the measured groups, in a fixed order."""
-    groups = defaultdict(dict)
-    for row in sorted(rows, key=lambda row: (row["op"], row["workload"], row.get("spread", 0), row["group"])):
-        if row["op"] != "machine":
-            groups[row["group"]][row["entry"]] = row
-    return groups
-
-
-def best_of_ours(members):
-    return min((row for row in members.values() if is_ours(row)), key=lambda row: row["ms"], default=None)
 
 
 def table_groups(rows):
@@ -96,11 +79,26 @@ def markdown(stored, folder):
         rate, share = _rate(ours)
         cells = [_cell(members[peer], ours) if peer in members else "" for peer in peers]
         lines.append(f"| {name} | **{ours['ms']:.3g}** | {rate} | {share} | {' | '.join(cells)} |")
-    lines += ["", *_sentences(rows)]
+    lines += ["", *_sentences(rows), "", *_targets(stored)]
     for kind, text in PICTURES.items():
         if (REPOSITORY / "docs" / "images" / f"bench-{folder}-{kind}.png").exists():
             lines += ["", f"![{text}](docs/images/bench-{folder}-{kind}.png)"]
     return "\n".join(lines)
+
+
+def _targets(stored):
+    groups = groups_of(stored["rows"])
+    missed = targets.missed(stored["machine"], groups)
+    names = "; ".join(f"{t.what} {t.shown(t.judge(groups)[0])} (wanted {t.bound})" for t in missed)
+    yield f"Targets that were missed: {names}." if missed else "No target that was measured was missed."
+    yield from (
+        "",
+        "<details><summary>Every target</summary>",
+        "",
+        *targets.table(stored["machine"], groups),
+        "",
+        "</details>",
+    )
 
 
 def _sentences(rows):
@@ -113,31 +111,6 @@ def _sentences(rows):
     ]
     if checked:
         yield f"Pixels that our decoding gets wrong: {sum(checked)} in {len(checked)} entries."
-    groups = groups_of(rows)
-    pairs = [
-        f"{row['ms'] / members[row['entry'].removesuffix(' bf16')]['ms']:.2f} ({name})"
-        for name, members in groups.items()
-        for row in members.values()
-        if row["entry"].endswith(" bf16") and row["entry"].removesuffix(" bf16") in members
-    ]
-    if pairs:
-        yield f"Time with bf16 input against fp32: {', '.join(pairs)}."
-    threads = [
-        f"{members['1 thread']['ms'] / members['2 threads']['ms']:.2f}x ({name.removesuffix(' threads')})"
-        for name, members in groups.items()
-        if {"1 thread", "2 threads"} <= members.keys()
-    ]
-    if threads:
-        yield f"Two threads against one: {', '.join(threads)}."
-    many = []
-    for name, members in groups.items():
-        if name.startswith("nearest_centroid ade512 spread") and "ours" in members:
-            spread = float(name.rsplit(" ", 1)[1])
-            more = groups.get(f"nearest_centroid many spread {spread / 2:g}", {})
-            if "ours" in more:
-                many.append(f"{more['ours']['ms'] / members['ours']['ms']:.2f}x (spread {spread:g})")
-    if many:
-        yield f"Decoding K = 1000 (spreads halved) against K = 150: {', '.join(many)}."
     graphs = [f"{row['graph_ms']:.3g} ms ({row['group']}, {row['entry']})" for row in rows if "graph_ms" in row]
     if graphs:
         yield f"One call inside a CUDA graph: {', '.join(graphs)}."
@@ -233,8 +206,10 @@ def draw_scaling(rows):
     for line, op in zip(axes, ops):
         for axis, kind in zip(line, kinds):
             for entry, points in series[op, kind].items():
-                colour = _COLOURS[0] if _OURS.match(entry) else _COLOURS[1 + PEERS.index(entry) % (len(_COLOURS) - 1)]
-                style = "-" if _OURS.match(entry) else "--"
+                colour = (
+                    _COLOURS[0] if entry.startswith("ours") else _COLOURS[1 + PEERS.index(entry) % (len(_COLOURS) - 1)]
+                )
+                style = "-" if entry.startswith("ours") else "--"
                 axis.plot(*zip(*sorted(points)), style, marker="o", markersize=3, color=colour, label=entry)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
@@ -286,7 +261,8 @@ def section(results=RESULTS):
 
 
 def write(readme, results=RESULTS, images=REPOSITORY / "docs" / "images"):
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+    """Renders the section of `readme` and, unless `images` is None, the pictures."""
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()) if images else ():
         stored = load(folder)
         for kind, draw in DRAW.items():
             figure = draw(stored["rows"]) if stored else None

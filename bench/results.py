@@ -12,6 +12,7 @@ from collections import defaultdict
 
 ROOT = pathlib.Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
+_OURS = re.compile(r"ours( \((cuda|triton)\))?$")
 
 
 def slug(text):
@@ -36,6 +37,23 @@ def rows_of(result):
         times = {"ms": stats["median"] * 1e3, "iqr_ms": stats["iqr"] * 1e3, "rounds": stats["rounds"]}
         rows.append({"group": item["group"], **info, **(times if "rate" not in info else {}), **mark})
     return rows
+
+
+def is_ours(row):
+    return bool(_OURS.match(row["entry"]))
+
+
+def groups_of(rows):
+    """{group: {entry: row}} of the measured groups, in a fixed order."""
+    groups = defaultdict(dict)
+    for row in sorted(rows, key=lambda row: (row["op"], row["workload"], row.get("spread", 0), row["group"])):
+        if row["op"] != "machine":
+            groups[row["group"]][row["entry"]] = row
+    return groups
+
+
+def best_of_ours(members):
+    return min((row for row in members.values() if is_ours(row)), key=lambda row: row["ms"], default=None)
 
 
 def load(folder):
@@ -63,6 +81,17 @@ def store(result, root=RESULTS):
         text = json.dumps({"machine": result["machine_info"], "rows": rows}, indent=1)
         path.write_text(text + "\n")
     return folder
+
+
+def keep_only(entries, folder):
+    """Drop the stored rows of a machine that are not among (group, entry)."""
+    for path in folder.glob("*.json"):
+        stored = json.loads(path.read_text())
+        rows = [row for row in stored["rows"] if (row["group"], row["entry"]) in entries]
+        if rows:
+            path.write_text(json.dumps({**stored, "rows": rows}, indent=1) + "\n")
+        else:
+            path.unlink()
 
 
 def main(path):

@@ -6,7 +6,7 @@ import torch
 import flowseg_kernels as fk
 
 from . import plain
-from .conftest import DEVICE, OURS, QUICK, backend_of, peer, skip_unless_it_runs
+from .conftest import DEVICE, OURS, WORKLOADS, backend_of, peer, skip_unless_it_runs
 
 
 def keops_correction(mu, eps):
@@ -34,7 +34,11 @@ def correction_cost(work, bytes_a_channel=4):
     """
     c, pairs = work.channels, work.pixels * work.classes
     slots = 3 * c + 4 if DEVICE == "cuda" else 2 * c + 2
-    return {"moved": work.pixels * (2 * c * bytes_a_channel + 1), "operations": 2 * pairs * slots, "pairs": pairs}
+    return {
+        "moved": work.pixels * (2 * c * bytes_a_channel + work.label_dtype.itemsize),
+        "operations": 2 * pairs * slots,
+        "pairs": pairs,
+    }
 
 
 def with_long_labels(work):
@@ -74,8 +78,8 @@ def correction_entry(entry, work):
     return lambda i: formula(i["x"], i["long"])
 
 
-@pytest.mark.parametrize("workload", ["ade512", "coco512", "many"])
 @pytest.mark.parametrize("entry", [*OURS, *(f"{o} bf16" for o in OURS), "eager", "torch.compile", "KeOps"])
+@pytest.mark.parametrize("workload", WORKLOADS)
 def test_distance_correction(workloads, measure, workload, entry):
     skip_unless_it_runs(entry, "distance_correction")
     if workload == "many" and entry in ("eager", "torch.compile"):
@@ -88,9 +92,14 @@ def test_distance_correction(workloads, measure, workload, entry):
 
 
 @pytest.mark.parametrize("entry", [*OURS, "eager", "torch.compile"])
-def test_flow_loss_forward_and_backward(workloads, measure, entry):
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_flow_loss_forward_and_backward(workloads, measure, workload, entry):
     skip_unless_it_runs(entry)
-    work = with_long_labels(workloads("ade512"))
+    if entry not in OURS and workload != "ade512":
+        pytest.skip(
+            "grows with the classes as the correction does, and takes long to compile; at K = 1000 it would hold several GB"
+        )
+    work = with_long_labels(workloads(workload))
     mu, eps = work.codebook.centroids, work.codebook.default_eps
     compiled = torch.compile(plain.loss, dynamic=False)
 
@@ -111,22 +120,25 @@ def test_flow_loss_forward_and_backward(workloads, measure, entry):
         torch.testing.assert_close(run(few)[0].double(), want.double(), rtol=1e-4, atol=0)
     cost = correction_cost(work)
     # The gradient leaves as the residual and comes back scaled: prediction and source in, residual out and in, gradient out.
-    cost["moved"] = work.pixels * (5 * 4 * work.channels + 1)
+    cost["moved"] = work.pixels * (5 * 4 * work.channels + work.label_dtype.itemsize)
     measure(run, work, "flow_loss forward+backward", entry, **(cost if entry in OURS else {}))
 
 
-@pytest.mark.skipif(QUICK, reason="the same code at another size")
-@pytest.mark.parametrize("entry", OURS)
-def test_flow_interpolate(workloads, measure, entry):
+@pytest.mark.parametrize("entry", [*OURS, "eager", "torch.compile"])
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_flow_interpolate(workloads, measure, workload, entry):
     skip_unless_it_runs(entry, "flow_interpolate")
-    work = workloads("ade512")
+    work = with_long_labels(workloads(workload))
     mu = work.codebook.centroids
+    formula = torch.compile(plain.interpolate, dynamic=False) if entry == "torch.compile" else plain.interpolate
 
     def run(i):
-        return fk.flow_interpolate(i["source"], i["labels"], i["t"], work.codebook)
+        if entry in OURS:
+            return fk.flow_interpolate(i["source"], i["labels"], i["t"], work.codebook)
+        return formula(i["source"], i["long"], i["t"], mu)
 
     i = work.sets[0]
-    t = i["t"][:, None, None, None]
     with backend_of(entry):
-        torch.testing.assert_close(run(i), (1 - t) * i["source"] + t * mu[i["labels"].long()].movedim(-1, 1))
-    measure(run, work, "flow_interpolate", entry, graph=True, moved=work.pixels * (24 + 1))
+        torch.testing.assert_close(run(i), plain.interpolate(i["source"], i["long"], i["t"], mu))
+    moved = work.pixels * (24 + work.label_dtype.itemsize) if entry in OURS else 0
+    measure(run, work, "flow_interpolate", entry, graph=True, moved=moved)

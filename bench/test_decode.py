@@ -7,7 +7,7 @@ import torch
 import flowseg_kernels as fk
 
 from . import plain
-from .conftest import OURS, backend_of, peer, skip_unless_it_runs
+from .conftest import OURS, WORKLOADS, backend_of, peer, skip_unless_it_runs
 
 
 def rows_of(inputs):
@@ -103,8 +103,11 @@ def assert_finds(run, entry, work):
     rows = inputs["rows"]
     if "bf16" in entry:
         rows = inputs["bf16"].float().movedim(1, -1).reshape(rows.shape)
+    name = "bf16 smallest" if "bf16" in entry else "smallest"
+    if name not in inputs:
+        inputs[name] = smallest_distances(rows, work.codebook.centroids)
     with backend_of(entry):
-        wrong = wrong_pixels(run(inputs), rows, work.codebook.centroids)
+        wrong = wrong_pixels(run(inputs), rows, work.codebook.centroids, inputs[name])
     if entry.startswith("ours"):
         assert wrong == 0
     elif entry != "Pillow quantize":
@@ -113,9 +116,9 @@ def assert_finds(run, entry, work):
     return wrong
 
 
-@pytest.mark.parametrize("spread", [0.05, 0.1, 0.3])
-@pytest.mark.parametrize("workload", ["ade512", "coco512", "many"])
 @pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("spread", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("workload", WORKLOADS)
 def test_nearest_centroid(workloads, measure, workload, entry, spread):
     skip_unless_it_runs(entry, "nearest_centroid")
     if entry == "Pillow quantize" and workload == "many":
@@ -133,13 +136,42 @@ def test_nearest_centroid(workloads, measure, workload, entry, spread):
     measure(run, work, "nearest_centroid", entry, spread=True, graph=True, moved=moved, wrong_pixels=wrong)
 
 
-def wrong_pixels(labels, rows, mu):
-    """Pixels whose label is farther than the nearest by more than fp32 rounding, judged in fp64."""
-    rows, labels = rows[: 1 << 18], labels.flatten()[: 1 << 18]
-    best = []
-    for part in rows.double().split(max(1, (1 << 24) // len(mu))):
-        d = torch.cdist(part, mu.double(), compute_mode="donot_use_mm_for_euclid_dist")
-        best.append(d.square().min(1).values)
-    best = torch.cat(best)
+@pytest.mark.parametrize("entry", [*OURS, "eager"])
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_decode_confusion(workloads, measure, workload, entry):
+    """Decoding and counting; the plain form decodes with cdist, which may take a near pixel for another."""
+    skip_unless_it_runs(entry, "decode_confusion")
+    work = workloads(workload, 0.1)
+    mu = work.codebook.centroids
+
+    def run(i):
+        if entry in OURS:
+            return fk.decode_confusion(i["x"], i["labels"], work.codebook)
+        return plain.confusion(i["x"], i["labels"].long(), mu)
+
+    i = work.sets[0]
+    with backend_of(entry):
+        got = run(i)
+    with fk.use_backend("reference"):
+        want = fk.decode_confusion(i["x"], i["labels"], work.codebook)
+    assert (got - want).abs().sum() <= (0 if entry in OURS else 60)
+    moved = work.pixels * (12 + work.label_dtype.itemsize) if entry in OURS else 0
+    measure(run, work, "decode_confusion", entry, spread=True, moved=moved)
+
+
+#: Pixels that are judged.
+JUDGED = 1 << 18
+
+
+def smallest_distances(rows, mu):
+    """Squared distances to the nearest centroids, in fp64 and without expanded squares."""
+    parts = rows[:JUDGED].double().split(max(1, (1 << 24) // len(mu)))
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cat([torch.cdist(part, mu.double(), compute_mode=exact).min(1).values.square() for part in parts])
+
+
+def wrong_pixels(labels, rows, mu, best):
+    """Pixels whose label is farther than the nearest by more than fp32 rounding."""
+    rows, labels = rows[:JUDGED], labels.flatten()[:JUDGED]
     mine = (rows.double() - mu[labels.to(mu.device).long()].double()).square().sum(1)
     return int((mine - best > 1e-6 * best + 1e-12).sum())

@@ -6,7 +6,7 @@ import torch
 import flowseg_kernels as fk
 
 from . import machine
-from .conftest import DEVICE, PIPE_ROUNDS
+from .conftest import DEVICE, PIPE_ROUNDS, pairs_a_second
 
 UNITS = {
     "copy": "GB/s copied",
@@ -25,7 +25,7 @@ def note(benchmark, entry, rate):
 
 @pytest.mark.parametrize("name", UNITS)
 def test_limit(benchmark, limits, name):
-    rate = limits["pairs"].get(3) if name == "pairs" else limits[name]
+    rate = pairs_a_second(3) if name == "pairs" else limits[name]
     if rate is None:
         pytest.skip("measured on a CPU with a C++ compiler only")
     note(benchmark, UNITS[name], rate / 1e9)
@@ -34,10 +34,10 @@ def test_limit(benchmark, limits, name):
 @pytest.mark.skipif(DEVICE == "cuda", reason="threads are a CPU's")
 def test_threads_of_the_multiply_pipes(benchmark, limits):
     """Near the number of threads where each has a core of its own, near 1 where they share one."""
-    alone = machine.arithmetic(1, PIPE_ROUNDS)
+    alone = machine.multiply_adds(1, PIPE_ROUNDS)
     if alone is None:
         pytest.skip("no C++ compiler")
-    note(benchmark, "times one thread's multiply pipes on all threads", limits["multiply"] / 2 / alone["fma"])
+    note(benchmark, "times one thread's multiply pipes on all threads", limits["multiply"] / 2 / alone)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="threads are a CPU's")

@@ -1,4 +1,5 @@
-"""neural_field against PixNerd's own form, eager and compiled: 4 blocks, Hx 64, r 2, p 16; 256 patches, 4096 on a GPU."""
+"""neural_field against PixNerd's own form of unfold, bmm and fold, eager and compiled: Hx 64, r 2, p 16; decoder L of 2 blocks and
+XL of 4 at 256 and 1024 patches (an image of 256^2 and 512^2), also 4096 on a GPU."""
 
 import itertools
 
@@ -10,18 +11,20 @@ import flowseg_kernels as fk
 from . import field_plain
 from .conftest import DEVICE, OURS, QUICK, backend_of, skip_unless_it_runs
 
-PATCHES = 4 if QUICK else 4096 if DEVICE == "cuda" else 256
+PATCHES = (4, 16) if QUICK else (256, 1024, 4096) if DEVICE == "cuda" else (256, 1024)
+DEPTH = {"L": 2, "XL": 4}
 #: Multiplications and additions of one patch and block, forward: two products of (256, Hx, r Hx).
 OPERATIONS = 2 * 2 * 256 * 64 * 128
 
 
 class Field:
-    """Rotating inputs of one dtype: together they exceed every cache."""
+    """Rotating inputs of one decoder, size and dtype: together they exceed every cache."""
 
-    def __init__(self, dtype):
-        self.dtype, self.spread, self.pixels = dtype, 0.0, PATCHES * 256
-        self.name = f"{PATCHES} patches {str(dtype).removeprefix('torch.')}"
-        made = [field_plain.inputs(patches=PATCHES, seed=seed) for seed in range(2)]
+    def __init__(self, model, patches, dtype):
+        self.dtype, self.spread, self.pixels = dtype, 0.0, patches * 256
+        self.depth, self.patches = DEPTH[model], patches
+        self.name = f"{model} {patches} patches {str(dtype).removeprefix('torch.')}"
+        made = [field_plain.inputs(patches=patches, depth=self.depth, seed=seed) for seed in range(2)]
         self.sets = [tuple(v.detach().to(DEVICE, dtype).requires_grad_() for v in inputs) for inputs in made]
 
     def rotate(self):
@@ -30,7 +33,16 @@ class Field:
 
 @pytest.fixture(scope="module")
 def fields():
-    return {dtype: Field(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    """fields(model, patches, dtype): a Field; the last one is kept, as they are large."""
+    kept = {}
+
+    def get(*key):
+        if key not in kept:
+            kept.clear()
+            kept[key] = Field(*key)
+        return kept[key]
+
+    return get
 
 
 def forward_of(entry, dtype):
@@ -43,16 +55,21 @@ def forward_of(entry, dtype):
     return lambda *inputs: field_plain.field(*inputs, dct)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("what", ["forward", "forward+backward"])
 @pytest.mark.parametrize("entry", [*OURS, "reference", "eager", "torch.compile"])
-def test_neural_field(fields, measure, entry, what, dtype):
+@pytest.mark.parametrize("what", ["forward", "forward+backward"])
+@pytest.mark.parametrize("patches", PATCHES)
+@pytest.mark.parametrize("model", DEPTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neural_field(fields, measure, dtype, model, patches, what, entry):
     skip_unless_it_runs(entry, "neural_field")
-    if dtype == torch.bfloat16 and entry == "reference":
-        pytest.skip("the reference computes as its fp32 entry does")
+    main = model == "XL" and patches == PATCHES[-1 if DEVICE == "cuda" else 0]
+    if entry == "reference" and (dtype == torch.bfloat16 or not main):
+        pytest.skip("computes in fp32, as its entry at XL does")
+    if entry == "torch.compile" and not main:
+        pytest.skip("takes long to compile, so only at XL")
     if OURS == ("ours",) and entry == "ours" and fk.available_backends("neural_field")[0] == "reference":
         pytest.skip("no compiled kernel")
-    field, work = forward_of(entry, dtype), fields[dtype]
+    field, work = forward_of(entry, dtype), fields(model, patches, dtype)
 
     def run(inputs):
         with backend_of("(reference)" if entry == "reference" else entry):
@@ -72,6 +89,9 @@ def test_neural_field(fields, measure, entry, what, dtype):
         # Weights are by far the most of what moves; backward does the forward's products again and twice as many of its own.
         moved = inputs[1].numel() * inputs[1].element_size()
         times = 1 if what == "forward" else 4
-        cost = {"moved": moved * (1 if what == "forward" else 3), "operations": times * 4 * PATCHES * OPERATIONS}
+        cost = {
+            "moved": moved * (1 if what == "forward" else 3),
+            "operations": times * work.depth * patches * OPERATIONS,
+        }
         cost["rate"] = "bf16" if dtype == torch.bfloat16 else "multiply"
     measure(run, work, f"neural_field {what}", entry, rounds=5, **cost)

@@ -42,8 +42,8 @@ def time_search(measure, work, op, entry, **info):
     measure(run, work, op, entry, moved=moved, wrong_pixels=wrong, **info)
 
 
-@pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("entry", [*OURS, "eager", "KeOps"])
+@pytest.mark.parametrize("classes", CLASSES)
 def test_correction_by_classes(grown, measure, classes, entry):
     skip_unless_it_runs(entry, "distance_correction")
     if entry == "eager" and classes > 1000:
@@ -54,8 +54,8 @@ def test_correction_by_classes(grown, measure, classes, entry):
     )
 
 
-@pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("entry", [*OURS, "faiss IndexFlatL2", "scipy cKDTree", "cdist+argmin"])
+@pytest.mark.parametrize("classes", CLASSES)
 def test_search_by_classes(grown, measure, classes, entry):
     skip_unless_it_runs(entry, "nearest_centroid")
     if entry == "cdist+argmin" and classes > 8192:
@@ -64,32 +64,32 @@ def test_search_by_classes(grown, measure, classes, entry):
     time_search(measure, work, "nearest_centroid by classes", entry, x=classes)
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("entry", [*OURS, "eager", "KeOps"])
+@pytest.mark.parametrize("channels", CHANNELS)
 def test_correction_by_channels(grown, measure, channels, entry):
     skip_unless_it_runs(entry, "distance_correction")
     work = grown(f"C={channels}", 150, channels=channels, size=SIDE)
     time_correction(measure, work, "distance_correction by channels", entry, x=channels)
 
 
-@pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("entry", [*OURS, "faiss IndexFlatL2", "cdist+argmin"])
+@pytest.mark.parametrize("channels", CHANNELS)
 def test_search_by_channels(grown, measure, channels, entry):
     skip_unless_it_runs(entry, "nearest_centroid")
     work = grown(f"C={channels}", 150, channels=channels, size=SIDE)
     time_search(measure, work, "nearest_centroid by channels", entry, x=channels)
 
 
-@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("entry", [*OURS, "KeOps"])
+@pytest.mark.parametrize("side", SIDES)
 def test_correction_by_pixels(grown, measure, side, entry):
     skip_unless_it_runs(entry, "distance_correction")
     work = grown(f"side={side}", 150, size=side)
     time_correction(measure, work, "distance_correction by pixels", entry, x=side * side)
 
 
-@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("entry", [*OURS, "faiss IndexFlatL2"])
+@pytest.mark.parametrize("side", SIDES)
 def test_search_by_pixels(grown, measure, side, entry):
     skip_unless_it_runs(entry, "nearest_centroid")
     work = grown(f"side={side}", 150, size=side)

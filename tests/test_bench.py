@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from bench import compare, gpu_report, report, results
+from bench import compare, gpu_report, report, results, run, targets
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "FLOWSEG_BENCH_QUICK": "1", "FLOWSEG_BENCH_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
@@ -52,8 +52,13 @@ def made_up(ms, group="nearest_centroid ade512", entry="ours", iqr=0.0):
 def test_the_short_form_measures_every_op_and_finds_no_wrong_pixel(quick):
     rows = results.rows_of(quick)
     ops = {row["op"] for row in rows}
-    wanted = {"distance_correction", "flow_loss forward+backward", "nearest_centroid", "training step", "sampling"}
-    assert wanted <= ops
+    groups = {row["group"] for row in rows}
+    for op in ("distance_correction", "flow_loss forward+backward", "flow_interpolate"):
+        assert {f"{op} {workload}" for workload in ("ade512", "coco512", "many")} <= groups
+    assert {"nearest_centroid", "decode_confusion", "training step", "sampling"} <= ops
+    for what in ("forward", "forward+backward"):
+        kinds = {group.split()[2] for group in groups if group.startswith(f"neural_field {what} ")}
+        assert kinds == {"L", "XL"}
     for op in ("distance_correction", "nearest_centroid"):
         assert {f"{op} by {kind}" for kind in ("classes", "channels", "pixels")} <= ops
     ours = [row for row in rows if report.is_ours(row)]
@@ -95,11 +100,119 @@ def test_comparing_fails_on_a_slow_down_and_when_nothing_is_stored(tmp_path, cap
     # An entry that is not ours is not judged; with none of ours known nothing was compared.
     fresh.write_text(json.dumps(made_up(9.0, entry="eager")))
     assert compare.main(arguments) == 1
+    # One that is stored and was not measured has vanished, however well the others do.
+    fresh.write_text(json.dumps(made_up(1.0)))
+    capsys.readouterr()
+    results.store(made_up(1.0, group="nearest_centroid many"), tmp_path)
+    assert compare.main(arguments) == 1 and "GONE" in capsys.readouterr().out
+    more = tmp_path / "more.json"
+    more.write_text(json.dumps(made_up(1.0, group="nearest_centroid many")))
+    assert compare.main([str(more), *arguments]) == 0
 
 
 def test_the_readme_says_what_is_stored():
     text = (ROOT / "README.md").read_text()
     assert text.split(report.BEGIN)[1].split(report.END)[0].strip() == report.section().strip()
+
+
+class TestRunInParts:
+    def test_every_entry_is_in_exactly_one_part(self):
+        """A file is one part, or two of which one takes what the other leaves."""
+        chosen = {}
+        for file, expression in run.PARTS.values():
+            chosen.setdefault(file, []).append(expression)
+        assert set(chosen) == {path.name for path in (ROOT / "bench").glob("test_*.py")}
+        for expressions in chosen.values():
+            assert (
+                expressions == [""]
+                or (len(expressions) == 2 and f"not {expressions[0]}" == expressions[1])
+                or (len(expressions) == 2 and f"not {expressions[1]}" == expressions[0])
+            )
+
+    def test_a_run_goes_on_where_it_was_cut_and_ends_with_what_it_measured(self, tmp_path, monkeypatch, capsys):
+        """With parts that measure nothing real: what is kept, measured again, stored, dropped and rendered."""
+        measured, broken = [], {"b"}
+
+        def pretend(part, path, seconds, only=""):
+            measured.append(part)
+            if part in broken:
+                return None, "exit 1", None
+            result = made_up(1.0, group=f"nearest_centroid {part}") | {"complete": True}
+            result["commit_info"]["id"] = run.commit()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result))
+            return result, "exit 0", None
+
+        monkeypatch.setattr(run, "PARTS", dict.fromkeys("abc", ("", "")))
+        monkeypatch.setattr(run, "measure", pretend)
+        monkeypatch.setattr(run, "cut_on_signals", lambda: None)
+        monkeypatch.setattr(report, "DRAW", {})
+        readme, stored, progress = tmp_path / "README.md", tmp_path / "results", tmp_path / "progress"
+        readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+        results.store(made_up(1.0, group="nearest_centroid old"), stored)
+        progress.mkdir()
+        (progress / "b.log").write_text("what went wrong")
+        arguments = ["--progress", str(progress), "--results", str(stored), "--readme", str(readme)]
+        assert run.main(arguments) == 1 and measured == ["a", "b", "c"]
+        assert "what went wrong" in capsys.readouterr().out and "nearest_centroid a" not in readme.read_text()[:20]
+        groups = {row["group"].split()[1] for row in results.load(next(stored.iterdir()))["rows"]}
+        assert groups == {"a", "c", "old"}
+        broken.clear()
+        assert run.main([*arguments, "--seconds", "1"]) == 1 and measured == ["a", "b", "c"]
+        assert run.main(arguments) == 0 and measured == ["a", "b", "c", "b"]
+        groups = {row["group"].split()[1] for row in results.load(next(stored.iterdir()))["rows"]}
+        assert groups == {"a", "b", "c"} and not list(progress.glob("*.json"))
+        assert run.main(arguments) == 0 and measured[4:] == ["a", "b", "c"]
+
+    def test_a_part_keeps_what_it_measured_and_says_whether_it_ended(self, tmp_path, monkeypatch):
+        pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; `make install` installs it")
+        for key, value in ENVIRONMENT.items():
+            monkeypatch.setenv(key, value)
+        path = tmp_path / "limits.json"
+        result, ended, cut = run.measure("limits", path, 60)
+        assert ended == "exit 0" and cut is None and result["complete"] and run.is_complete(path)
+        assert {row["op"] for row in results.rows_of(result)} >= {"machine", "distance_correction"}
+        assert not any("data" in item["stats"] for item in result["benchmarks"])
+        assert run.measure("limits", path, 0.2)[1].startswith("stopped at its limit") and not run.is_complete(path)
+
+
+class TestTargets:
+    def groups(self, **times):
+        rows = [{"group": "op w", "op": "op", "workload": "w", "entry": name, "ms": ms} for name, ms in times.items()]
+        return results.groups_of(rows)
+
+    def test_a_target_is_met_missed_or_not_measured(self):
+        least, most = (
+            targets.peer("op w", "eager", 3),
+            targets.Target("", targets.ratio(("op w",), ("op w", "eager")), 0.5, at_most=True),
+        )
+        for eager, met in ((3.0, True), (2.9, False)):
+            assert least.judge(self.groups(ours=1.0, eager=eager)) == (eager, met)
+        assert most.judge(self.groups(ours=1.0, eager=2.0)) == (0.5, True)
+        assert most.judge(self.groups(ours=1.1, eager=2.0))[1] is False
+        assert least.judge(self.groups(ours=1.0)) == (None, None) and least.shown(None) == "not measured"
+
+    def test_every_target_of_a_cpu_names_entries_that_are_measured(self, quick):
+        """At tiny sizes, where peers that compile are left out, and the field has other numbers of patches."""
+        rows = results.rows_of(quick)
+        for row in rows:
+            row["group"] = row["group"].replace(" 4 patches", " 256 patches").replace(" 16 patches", " 1024 patches")
+        groups = results.groups_of(rows)
+        absent = [target.what for target in targets.CPU if target.judge(groups)[0] is None]
+        left_out = ("torch.compile", "KeOps", "faiss", "cKDTree", "two threads")
+        assert [what for what in absent if not any(word in what for word in left_out)] == []
+
+    def test_missed_targets_stand_in_the_section_of_the_machine(self):
+        machine = {"model": "M", "threads": 2}
+        slow = self.groups(ours=1.0)
+        slow["training step nano"] = {name: {"entry": name, "ms": ms} for name, ms in (("ours", 2.0), ("eager", 1.0))}
+        assert [target.what for target in targets.missed(machine, slow)] == ["training step nano: eager takes"]
+        line = next(line for line in targets.table(machine, slow) if "training step" in line)
+        assert line == "| training step nano: eager takes | at least 1x | 0.5x | **no** |"
+
+
+def test_the_shares_of_a_gpu_report_fit_its_budget():
+    assert sum(step.seconds for step in gpu_report.steps(dry=False) if step) <= gpu_report.BUDGET <= 540
 
 
 def test_a_dry_gpu_report_takes_every_step(tmp_path):
@@ -111,7 +224,7 @@ def test_a_dry_gpu_report_takes_every_step(tmp_path):
     text = written.read_text()
     for step in filter(None, gpu_report.steps(dry=True)):
         assert f"ok        {step.name}: exit 0" in text
-    assert "% of the limit (target 75%" in text
+    assert "% of the limit" in text and "distance_correction ade512: share of the limit" in text and "rendered" in text
     assert {path.stem for path in written.parent.glob("*.json")} >= {
         "machine",
         "distance-correction",

@@ -20,12 +20,6 @@ struct Codes {
   double reach;  // largest magnitude of a coordinate
 };
 
-// With the centroids by channel, (3, column_length), padded at infinity, for points outside the grid.
-struct GridAndCodes : Grid {
-  const float* columns;
-  int64_t column_length;
-};
-
 // Pixels are cut into chunks that never cross images; sums over chunks are added in order, so results do not depend on threads.
 constexpr int64_t kChunk = 4096;
 
@@ -79,7 +73,7 @@ struct Scale {
 struct Decode {
   Image x;
   Codes codes;
-  GridAndCodes grid;
+  Grid grid;  // cells is null when there is none
   int64_t ignore;
   void* labels;  // contiguous (B, H, W); null when not needed
   Integer label_type;

@@ -1,5 +1,5 @@
 // decode_confusion on the CPU.
-#include "decode_arguments.h"
+#include "torch_arguments.h"
 
 namespace flowseg::cpu {
 
@@ -11,13 +11,13 @@ Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional
                         std::optional<Tensor> groups, double grid_low, double grid_scale, int64_t ignore_index) {
   const Image image = image_of(x, "x");
   const CodeArgument codes(centroids, image);
-  const GridArgument grid(centroids, cells, records, groups, grid_low, grid_scale);
+  const Grid grid = grid_of(centroids, cells, records, groups, grid_low, grid_scale);
   const int64_t classes = codes.codes.classes, size = classes * classes;
   const LabelArgument y(target, image, classes, ignore_index, "target");
   Confusion a{};
   a.decode.x = image;
   a.decode.codes = codes.codes;
-  a.decode.grid = grid.grid;
+  a.decode.grid = grid;
   a.target = y.labels;
   Tensor counts = torch::stable::new_zeros(x, std::vector<int64_t>{classes, classes}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(counts.data_ptr());

@@ -1,5 +1,5 @@
 // nearest_centroid on the CPU.
-#include "decode_arguments.h"
+#include "torch_arguments.h"
 
 namespace flowseg::cpu {
 
@@ -8,10 +8,10 @@ void nearest_centroid(Tensor x, Tensor centroids, std::optional<Tensor> cells, s
                       Tensor margin, int64_t ignore_index) {
   const Image image = image_of(x, "x");
   const CodeArgument codes(centroids, image);
-  const GridArgument grid(centroids, cells, records, groups, grid_low, grid_scale);
+  const Grid grid = grid_of(centroids, cells, records, groups, grid_low, grid_scale);
   const Decode a{image,
                  codes.codes,
-                 grid.grid,
+                 grid,
                  ignore_index,
                  labels.data_ptr(),
                  integer_of(labels, "out_dtype"),

@@ -57,6 +57,19 @@ class LabelArgument {
   int64_t first_bad_ = std::numeric_limits<int64_t>::max();
 };
 
+// NaN does not count. In lanes of their own: one maximum after the other would take longer than decoding many classes does.
+template <class T>
+T largest_magnitude(const T* v, int64_t n) {
+  constexpr int kLanes = 16;
+  T largest[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; ++j) largest[j] = std::abs(v[i + j]) > largest[j] ? std::abs(v[i + j]) : largest[j];
+  }
+  for (; i < n; ++i) largest[0] = std::abs(v[i]) > largest[0] ? std::abs(v[i]) : largest[0];
+  return *std::max_element(largest, largest + kLanes);
+}
+
 // Centroids with rows padded to a number of channels that has a kernel.
 class CodeArgument {
  public:
@@ -66,10 +79,9 @@ class CodeArgument {
     const bool wide = image.type == Real::f64;
     const int padded = channels <= 2 ? 2 : channels <= 4 ? static_cast<int>(channels) : channels <= 8 ? 8 : 16;
     codes = {t.data_ptr(), classes, padded, 0};
-    for (int64_t i = 0; i < classes * channels; ++i) {
-      const double v = wide ? static_cast<const double*>(t.data_ptr())[i] : static_cast<const float*>(t.data_ptr())[i];
-      codes.reach = std::max(codes.reach, std::abs(v));
-    }
+    const int64_t numbers = classes * channels;
+    codes.reach = wide ? largest_magnitude(static_cast<const double*>(t.data_ptr()), numbers)
+                       : largest_magnitude(static_cast<const float*>(t.data_ptr()), numbers);
     if (padded != channels) {
       const size_t size = wide ? 8 : 4;
       storage_.resize(classes * padded * size);

@@ -1,6 +1,8 @@
 // Blocks of pixels between memory of any dtype and strides, and small aligned arrays that the mathematics runs on.
 #pragma once
 
+#include <type_traits>
+
 #include "../arguments.h"
 #include "lanes.h"
 
@@ -165,21 +167,23 @@ struct alignas(64) Classes {
 template <class S, class Int>
 void load_labels_as(const Labels& labels, int64_t classes, const Image& shape, const Place& p, Classes<Int>& out) {
   const S* FLOWSEG_RESTRICT from = static_cast<const S*>(labels.data) + p.image * labels.stride[0];
-  const int64_t ignore = labels.ignore;
-  int bad = 0;
+  // Narrow labels are compared as narrow numbers: as many a vector as the classes have.
+  using Wide = std::conditional_t<(sizeof(S) < 4), int32_t, int64_t>;
+  const Wide ignore = static_cast<Wide>(labels.ignore), count = static_cast<Wide>(classes);
+  const bool has_ignored = ignore == labels.ignore;
+  Wide bad = 0;
   for_each_element(p, shape.height, shape.width, labels.stride[1], labels.stride[2], [&](int i, int64_t offset) {
-    const int64_t y = from[offset];
-    const bool inside = static_cast<uint64_t>(y) < static_cast<uint64_t>(classes);
-    const bool kept = inside & (y != ignore);
-    bad |= !inside & (y != ignore);
-    out.at[i] = kept ? static_cast<Int>(y) : Int(-1);
+    const Wide y = from[offset];
+    const bool inside = (y >= 0) & (y < count), ignored = has_ignored & (y == ignore);
+    bad |= !(inside | ignored);
+    out.at[i] = inside & !ignored ? static_cast<Int>(y) : Int(-1);
   });
   for (int i = p.length; i < kBlock; ++i) out.at[i] = -1;
   if (bad) {
     int first = kBlock;
     for_each_element(p, shape.height, shape.width, labels.stride[1], labels.stride[2], [&](int i, int64_t offset) {
       const int64_t y = from[offset];
-      const bool wrong = static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes) && y != ignore;
+      const bool wrong = static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes) && y != labels.ignore;
       if (wrong && i < first) first = i;
     });
     const int64_t place = p.image * shape.height * shape.width + p.start + first;
@@ -200,13 +204,19 @@ void load_labels(const Labels& labels, int64_t classes, const Image& shape, cons
   }
 }
 
-// The centroid of each pixel's class; 0 where there is none.
+// The centroid of each pixel's class; 0 where there is none. Rows are fetched whole and turned afterwards: gathering one channel
+// after the other takes longer.
 template <class T, int C, class Int>
 void load_codes(const Codes& codes, const Classes<Int>& classes, Block<T, C>& block) {
   const T* FLOWSEG_RESTRICT mu = static_cast<const T*>(codes.data);
+  struct Row {
+    T at[C];
+  } rows[kBlock];
+  alignas(64) Int row[kBlock];
+  for (int i = 0; i < kBlock; ++i) row[i] = classes.at[i] < 0 ? 0 : classes.at[i];
+  for (int i = 0; i < kBlock; ++i) std::memcpy(&rows[i], mu + static_cast<int64_t>(row[i]) * C, sizeof(Row));
   for (int i = 0; i < kBlock; ++i) {
-    const Int y = classes.at[i];
-    for (int c = 0; c < C; ++c) block.at[c][i] = y < 0 ? T(0) : mu[static_cast<int64_t>(y) * C + c];
+    for (int c = 0; c < C; ++c) block.at[c][i] = classes.at[i] < 0 ? T(0) : rows[i].at[c];
   }
 }
 
@@ -222,6 +232,44 @@ template <class T>
 FLOWSEG_INLINE const typename Lanes<T>::I& integer_lanes(const typename Lanes<T>::Int* p) {
   return *reinterpret_cast<const typename Lanes<T>::I*>(p);
 }
+
+inline int size_of(Real type) { return type == Real::f64 ? 8 : type == Real::f32 ? 4 : 2; }
+inline int size_of(Integer type) { return 1 << static_cast<int>(type); }
+
+// Fetches what the next block reads and this one writes, a little with each vector, while the classes keep the arithmetic busy.
+// Only a hint: rows with gaps between them are missed.
+class Ahead {
+ public:
+  explicit Ahead(const Place& p) : p_(p) {}
+  void read(const Image& v) {
+    const int size = size_of(v.type);
+    for (int64_t c = 0; c < v.channels; ++c) {
+      add(v.data, p_.image * v.stride[0] + c * v.stride[1] + (p_.start + kBlock) * v.stride[3], v.stride[3], size);
+    }
+  }
+  void read(const Labels& v) {
+    add(v.data, p_.image * v.stride[0] + (p_.start + kBlock) * v.stride[2], v.stride[2], size_of(v.type));
+  }
+  void write(const Output& v, const Image& shape) {
+    const int64_t pixels = shape.height * shape.width;
+    for (int64_t c = 0; c < shape.channels; ++c) {
+      add(v.data, (p_.image * shape.channels + c) * pixels + p_.start, 1, size_of(v.type));
+    }
+  }
+  FLOWSEG_INLINE void operator()(int pixel) const {
+    for (int i = 0; i < count_; ++i) __builtin_prefetch(at_[i] + pixel * step_[i]);
+  }
+
+ private:
+  void add(const void* data, int64_t offset, int64_t stride, int size) {
+    at_[count_] = static_cast<const char*>(data) + offset * size;
+    step_[count_++] = stride * size;
+  }
+  const Place& p_;
+  int count_ = 0;
+  const char* at_[3 * 16 + 1];
+  int64_t step_[3 * 16 + 1];
+};
 
 // Calls body.template operator()<T, C>() for the compute type and padded channels.
 template <class T, class Body>

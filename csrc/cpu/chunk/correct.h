@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "blocks.h"
@@ -14,23 +15,30 @@ namespace {
 // squares inside the range of fp32. False for NaN too.
 template <class T, int C>
 bool is_moderate(const Block<T, C>& x, double reach) {
-  using V = typename Lanes<T>::V;
   using I = typename Lanes<T>::I;
-  const V limit = V{} + static_cast<T>(8 * reach);
-  I inside = I{} - 1;
+  using Int = typename Lanes<T>::Int;
+  // Magnitudes have the order of their bits, NaN above all, and integers are compared on pipes that are idle here.
+  I largest{};
   for (int c = 0; c < C; ++c) {
-    for (int i = 0; i < kBlock; i += Lanes<T>::width) inside &= (lanes(&x.at[c][i]) >= -limit) & (lanes(&x.at[c][i]) <= limit);
+    for (int i = 0; i < kBlock; i += Lanes<T>::width) {
+      const I magnitude = (I)lanes(&x.at[c][i]) & std::numeric_limits<Int>::max();
+      largest = choose(magnitude > largest, magnitude, largest);
+    }
   }
+  const T limit = static_cast<T>(8 * reach);
+  Int bits;
+  std::memcpy(&bits, &limit, sizeof bits);
   bool moderate = reach < 1e4;
-  for (int i = 0; i < Lanes<T>::width; ++i) moderate &= inside[i] != 0;
+  for (int i = 0; i < Lanes<T>::width; ++i) moderate &= largest[i] <= bits;
   return moderate;
 }
 
 template <class T, int C, class Step>
 FLOWSEG_INLINE void for_each_vector(const Block<T, C>& x, const Classes<typename Lanes<T>::Int>& classes,
-                                    const Block<T, C>& own, T max_norm, Block<T, C>& grad, Step step) {
+                                    const Block<T, C>& own, T max_norm, const Ahead& ahead, Block<T, C>& grad, Step step) {
   using V = typename Lanes<T>::V;
   for (int i = 0; i < kBlock; i += Lanes<T>::width) {
+    ahead(i);
     V point[C], code[C], result[C];
     for (int c = 0; c < C; ++c) {
       point[c] = lanes(&x.at[c][i]);
@@ -45,7 +53,8 @@ FLOWSEG_INLINE void for_each_vector(const Block<T, C>& x, const Classes<typename
 
 template <class T, int C>
 void correct_block(const Correction& options, const Codes& codes, const Block<T, C>& x,
-                   const Classes<typename Lanes<T>::Int>& classes, const Block<T, C>& own, Block<T, C>& grad) {
+                   const Classes<typename Lanes<T>::Int>& classes, const Block<T, C>& own, const Ahead& ahead,
+                   Block<T, C>& grad) {
   using V = typename Lanes<T>::V;
   using I = typename Lanes<T>::I;
   const auto* mu = static_cast<const T(*)[C]>(codes.data);
@@ -53,14 +62,14 @@ void correct_block(const Correction& options, const Codes& codes, const Block<T,
   const T inverse_temperature = static_cast<T>(1 / options.temperature);
   const auto kind = static_cast<Transform>(options.transform);
   if (kind == Transform::neg_log && options.temperature == 1 && options.eps >= 1e-12 * std::max(1.0, codes.reach * codes.reach) && is_moderate(x, codes.reach)) {
-    return for_each_vector(x, classes, own, max_norm, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
+    return for_each_vector(x, classes, own, max_norm, ahead, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
       Rivals<C, V> sum;
       add_reciprocals<C>(p, y, mu, codes.classes, eps, sum);
       finish_reciprocals<C>(p, m, sum, eps, g);
     });
   }
   const auto by_softmax = [&](auto transform) {
-    for_each_vector(x, classes, own, max_norm, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
+    for_each_vector(x, classes, own, max_norm, ahead, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
       constexpr Transform kind = decltype(transform)::value;
       V smallest = V{} + infinity<T>();
       find_smallest_distance<C>(p, mu, codes.classes, smallest);

@@ -94,20 +94,38 @@ FLOWSEG_INLINE F8 distance8(float x, float y, float z, const float* xs, const fl
   return d + dz * dz;
 }
 
-FLOWSEG_INLINE int search_one(const GridAndCodes& grid, float x, float y, float z) {
+// The same of eight rows of three channels that follow each other.
+FLOWSEG_INLINE F8 distance_of_rows(float x, float y, float z, const float* FLOWSEG_RESTRICT rows) {
+  float d[8];
+  for (int i = 0; i < 8; ++i) {
+    const float dx = x - rows[3 * i], dy = y - rows[3 * i + 1], dz = z - rows[3 * i + 2];
+    d[i] = dx * dx;
+    d[i] = d[i] + dy * dy;
+    d[i] = d[i] + dz * dz;
+  }
+  return load8(d);
+}
+
+FLOWSEG_INLINE int search_one(const Codes& codes, float x, float y, float z) {
   if (x != x || y != y || z != z) return -1;
-  const float* columns = grid.columns;
-  const int64_t n = grid.column_length;
+  const float* rows = static_cast<const float*>(codes.data);
   float best = infinity<float>();
   int label = 0;
-  for (int64_t k = 0; k < n; k += 8) {
+  const auto look = [&](int64_t k, const float* at) {
     float smallest;
     int lane;
-    first_smallest(distance8(x, y, z, columns + k, columns + n + k, columns + 2 * n + k), smallest, lane);
+    first_smallest(distance_of_rows(x, y, z, at), smallest, lane);
     if (smallest < best) {
       best = smallest;
       label = static_cast<int>(k) + lane;
     }
+  };
+  int64_t k = 0;
+  for (; k + 8 <= codes.classes; k += 8) look(k, rows + 3 * k);
+  if (k < codes.classes) {
+    float last[24];
+    for (int i = 0; i < 24; ++i) last[i] = k + i / 3 < codes.classes ? rows[3 * k + i] : infinity<float>();
+    look(k, last);
   }
   return label;
 }
@@ -186,7 +204,7 @@ FLOWSEG_INLINE void search_lists(const Grid& grid, const Block<float, 3>& x, int
   for (; j < count; ++j) search(open[j]);
 }
 
-void look_up_block(const GridAndCodes& grid, const Block<float, 3>& x, Found<float>& found) {
+void look_up_block(const Grid& grid, const Codes& codes, const Block<float, 3>& x, Found<float>& found) {
   alignas(64) int32_t cell[kBlock];
   int16_t open[kBlock + kAhead], outside[kBlock];
   for (int i = 0; i < kBlock; ++i) {
@@ -204,7 +222,7 @@ void look_up_block(const GridAndCodes& grid, const Block<float, 3>& x, Found<flo
   }
   for (int j = 0; j < strays; ++j) {
     const int i = outside[j];
-    found.label[i] = search_one(grid, x.at[0][i], x.at[1][i], x.at[2][i]);
+    found.label[i] = search_one(codes, x.at[0][i], x.at[1][i], x.at[2][i]);
   }
   if (count) search_lists(grid, x, open, count, found);
 }
@@ -212,7 +230,7 @@ void look_up_block(const GridAndCodes& grid, const Block<float, 3>& x, Found<flo
 template <class T, int C>
 void decode_block(const Decode& a, const Block<T, C>& x, Found<T>& found) {
   if constexpr (std::is_same_v<T, float> && C == 3) {
-    if (a.grid.cells && !a.distance && !a.margin) return look_up_block(a.grid, x, found);
+    if (a.grid.cells && !a.distance && !a.margin) return look_up_block(a.grid, a.codes, x, found);
   }
   if (a.margin) {
     search_block<true>(a.codes, x, found);

@@ -67,10 +67,24 @@ void correct(const Correct& a, int64_t chunk) {
       load(a.x, p, x);
       load_labels(a.labels, a.codes.classes, a.x, p, y);
       load_codes(a.codes, y, code);
-      correct_block(a.correction, a.codes, x, y, code, grad);
+      Ahead ahead(p);
+      ahead.read(a.x);
+      ahead.read(a.labels);
+      ahead.write(a.out, a.x);
+      correct_block(a.correction, a.codes, x, y, code, ahead, grad);
       store(grad, a.out, a.x, p);
     }
   });
+}
+
+constexpr int kSums = 16;
+
+// Sums of their own for each lane: one after the other would wait for every addition.
+template <class T>
+FLOWSEG_INLINE void add_up(const T (&v)[kBlock], double (&total)[kSums]) {
+  for (int i = 0; i < kBlock; i += kSums) {
+    for (int j = 0; j < kSums; ++j) total[j] += v[i + j];
+  }
 }
 
 void loss(const Loss& a, int64_t chunk) {
@@ -79,7 +93,7 @@ void loss(const Loss& a, int64_t chunk) {
     const int64_t pixels = a.prediction.height * a.prediction.width;
     const T mean = static_cast<T>(1.0 / a.prediction.channels);
     Places places(chunk, pixels);
-    double total = 0;
+    double total[kSums] = {};
     int64_t count = 0;
     for (Place p; places.next(p);) {
       Block<T, C> out, x0, x1, grad;
@@ -90,8 +104,13 @@ void loss(const Loss& a, int64_t chunk) {
       load_codes(a.codes, y, x1);
       const T t = static_cast<T>(a.times[p.image]);
       if (a.weight != 0) {
+        Ahead ahead(p);
+        ahead.read(a.prediction);
+        ahead.read(a.source);
+        ahead.read(a.labels);
+        if (a.residual.data) ahead.write(a.residual, a.prediction);
         if (a.predicts_endpoint) {
-          correct_block(a.correction, a.codes, out, y, x1, grad);
+          correct_block(a.correction, a.codes, out, y, x1, ahead, grad);
         } else {
           Block<T, C> xhat;
           for (int c = 0; c < C; ++c) {
@@ -99,7 +118,7 @@ void loss(const Loss& a, int64_t chunk) {
               xhat.at[c][i] = (1 - t) * (x0.at[c][i] + out.at[c][i]) + t * x1.at[c][i];
             }
           }
-          correct_block(a.correction, a.codes, xhat, y, x1, grad);
+          correct_block(a.correction, a.codes, xhat, y, x1, ahead, grad);
         }
       }
       T scale = 1;
@@ -110,28 +129,29 @@ void loss(const Loss& a, int64_t chunk) {
       const T weight = static_cast<T>(a.weight) * (a.annealed ? 1 - t : T(1));
       const T back = scale * 2 * mean;
       alignas(64) T square[kBlock];
+      int valid = 0;
       for (int i = 0; i < kBlock; i += Lanes<T>::width) {
-        const auto valid = integer_lanes<T>(&y.at[i]) >= 0;
+        const auto inside = integer_lanes<T>(&y.at[i]) >= 0;
         V sum{};
         for (int c = 0; c < C; ++c) {
           V target = lanes(&x1.at[c][i]);
           if (!a.predicts_endpoint) target -= lanes(&x0.at[c][i]);
           V error = scale * (lanes(&out.at[c][i]) - target);
           if (a.weight != 0) error += weight * lanes(&grad.at[c][i]);
-          error = choose(valid, error, V{});
+          error = choose(inside, error, V{});
           sum += error * error;
           lanes(&out.at[c][i]) = error * back;
         }
         lanes(&square[i]) = sum * mean;
       }
-      for (int i = 0; i < p.length; ++i) {
-        total += square[i];
-        count += y.at[i] >= 0;
-      }
+      add_up(square, total);
+      for (int i = 0; i < kBlock; ++i) valid += y.at[i] >= 0;
+      count += valid;
       if (a.per_pixel) std::memcpy(static_cast<T*>(a.per_pixel) + p.image * pixels + p.start, square, p.length * sizeof(T));
       if (a.residual.data) store(out, a.residual, a.prediction, p);
     }
-    a.sums[chunk] = total;
+    a.sums[chunk] = 0;
+    for (double part : total) a.sums[chunk] += part;
     a.counts[chunk] = count;
   });
 }

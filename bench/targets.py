@@ -1,0 +1,185 @@
+"""The targets of the project as a table: what is divided by what, and how much was wanted, on a CPU and on a GPU.
+
+Measured values come from stored rows alone: the README's table and the GPU report's verdicts are rendered from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from .results import best_of_ours
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """value: {group: {entry: row}} -> the measured figure, None where it was not measured; at_most: smaller is better."""
+
+    what: str
+    value: Callable
+    wanted: float
+    form: str = "{:.3g}x"
+    at_most: bool = False
+
+    def judge(self, groups):
+        """(measured, met), both None where it was not measured."""
+        measured = self.value(groups)
+        if measured is None:
+            return None, None
+        return measured, measured <= self.wanted if self.at_most else measured >= self.wanted
+
+    def shown(self, value):
+        return "not measured" if value is None else self.form.format(value)
+
+    @property
+    def bound(self):
+        return f"{'at most' if self.at_most else 'at least'} {self.form.format(self.wanted)}"
+
+
+def find(groups, group, entry=None):
+    members = groups.get(group, {})
+    return members.get(entry) if entry else best_of_ours(members)
+
+
+def ratio(over, under, key="ms"):
+    """Of two (group, entry); without an entry the best of ours."""
+
+    def value(groups):
+        a, b = find(groups, *over), find(groups, *under)
+        if a is None or b is None or key not in a or not b.get(key):
+            return None
+        return a[key] / b[key]
+
+    return value
+
+
+def peer(group, entry, wanted):
+    return Target(f"{group}: {entry} takes", ratio((group, entry), (group,)), wanted)
+
+
+def share(group, wanted):
+    def value(groups):
+        row = find(groups, group)
+        return row["limit_ms"] / row.get("graph_ms", row["ms"]) if row and "limit_ms" in row else None
+
+    return Target(f"{group}: share of the limit", value, wanted, "{:.0%}")
+
+
+def wrong_pixels(groups):
+    rows = [row for members in groups.values() for row in members.values() if row["entry"].startswith("ours")]
+    counts = [row["wrong_pixels"] for row in rows if row.get("wrong_pixels") is not None]
+    return sum(counts) if counts else None
+
+
+def memory(group, peer_name, wanted):
+    """Where ours takes under a MiB the process's own noise would be divided by."""
+
+    def value(groups):
+        ours, other = find(groups, group), find(groups, group, peer_name)
+        if not ours or not other or "peak_mib" not in ours or "peak_mib" not in other:
+            return None
+        return max(ours["peak_mib"], 1.0) / max(other["peak_mib"], 1.0)
+
+    return Target(f"{group}: peak memory against {peer_name}", value, wanted, "{:.2f}x", at_most=True)
+
+
+_CORRECTION, _LOSS = "distance_correction ade512", "flow_loss forward+backward ade512"
+_FIELD = "neural_field {} XL 256 patches {}"
+
+
+def _search(spread, workload="ade512"):
+    return f"nearest_centroid {workload} spread {spread:g}"
+
+
+def _of_many(spread):
+    many, few = _search(spread / 2, "many"), _search(spread)
+    return Target(f"decoding K = 1000 against K = 150, spread {spread:g}", ratio((many,), (few,)), 1.7, at_most=True)
+
+
+def _of_bf16(group):
+    value = ratio((group, "ours bf16"), (group, "ours"))
+    # No slower: two medians of the same code differ by as much.
+    return Target(f"{group}: bf16 input against fp32", value, 1.02, "{:.2f}x", at_most=True)
+
+
+def _of_threads(op):
+    group = f"{op} ade512 threads"
+    return Target(f"{op}: two threads against one", ratio((group, "1 thread"), (group, "2 threads")), 1.8)
+
+
+CPU = (
+    share(_CORRECTION, 0.8),
+    peer(_CORRECTION, "torch.compile", 60),
+    peer(_CORRECTION, "KeOps", 22),
+    peer(_CORRECTION, "eager", 330),
+    share(_LOSS, 0.8),
+    peer(_LOSS, "torch.compile", 60),
+    peer(_search(0.05), "faiss IndexFlatL2", 20),
+    peer(_search(0.05), "scipy cKDTree", 60),
+    peer(_search(0.1), "faiss IndexFlatL2", 7),
+    peer(_search(0.3), "faiss IndexFlatL2", 4.5),
+    *(_of_many(spread) for spread in (0.05, 0.1, 0.3)),
+    Target("pixels that our decoding gets wrong", wrong_pixels, 0, "{:.0f}", at_most=True),
+    _of_bf16(_CORRECTION),
+    *(_of_bf16(_search(spread)) for spread in (0.05, 0.1, 0.3)),
+    *(_of_threads(op) for op in ("distance_correction", "nearest_centroid")),
+    peer(_FIELD.format("forward", "float32"), "torch.compile", 1.3),
+    peer(_FIELD.format("forward", "float32"), "eager", 3),
+    peer(_FIELD.format("forward+backward", "float32"), "torch.compile", 1.1),
+    peer(_FIELD.format("forward+backward", "float32"), "eager", 2),
+    *(
+        Target(
+            f"neural_field {what} XL 256 patches: fp32 against bf16",
+            ratio((_FIELD.format(what, "float32"),), (_FIELD.format(what, "bfloat16"),)),
+            1.5,
+        )
+        for what in ("forward", "forward+backward")
+    ),
+    memory("neural_field forward+backward XL 1024 patches float32", "eager", 0.2),
+    peer("training step nano", "eager", 1),
+    peer("sampling nano", "eager", 1),
+)
+
+GPU = (
+    share(_CORRECTION, 0.75),
+    peer(_CORRECTION, "torch.compile", 8),
+    peer(_CORRECTION, "eager", 40),
+    peer(_CORRECTION, "KeOps", 4),
+    share(_LOSS, 0.75),
+    *(share(_search(spread), 0.85) for spread in (0.05, 0.1, 0.3)),
+    *(share(_search(spread / 2, "many"), 0.85) for spread in (0.05, 0.1, 0.3)),
+    peer(_search(0.3), "cdist+argmin compiled", 10),
+    Target("pixels that our decoding gets wrong", wrong_pixels, 0, "{:.0f}", at_most=True),
+    *(
+        peer(f"neural_field {what} XL 4096 patches bfloat16", name, wanted)
+        for what, name, wanted in (
+            ("forward", "eager", 4),
+            ("forward", "torch.compile", 2),
+            ("forward+backward", "eager", 3),
+            ("forward+backward", "torch.compile", 1.5),
+        )
+    ),
+    share("neural_field forward+backward XL 4096 patches bfloat16", 0.6),
+    memory("neural_field forward+backward XL 4096 patches bfloat16", "eager", 1 / 6),
+    peer("training step nano", "eager", 1.3),
+    peer("sampling nano", "eager", 1.3),
+)
+
+
+def targets_of(machine):
+    return GPU if "gpu" in machine else CPU
+
+
+def missed(machine, groups):
+    """The targets that were measured and not met."""
+    return [target for target in targets_of(machine) if target.judge(groups)[1] is False]
+
+
+def table(machine, groups):
+    """Lines of Markdown: target, measured, met."""
+    yield "| target | wanted | measured | met |"
+    yield "|---|---|---|---|"
+    for target in targets_of(machine):
+        measured, met = target.judge(groups)
+        verdict = {None: "", True: "yes", False: "**no**"}[met]
+        yield f"| {target.what} | {target.bound} | {target.shown(measured)} | {verdict} |"
