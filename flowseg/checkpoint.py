@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -98,8 +99,9 @@ def list_checkpoints(run: Path) -> list[Path]:
     for left in (run / "checkpoints").glob(f".{PREFIX}*{REPLACED}"):
         # A process was killed between taking this one's place and filling it.
         place = left.with_name(left.name.split(".")[1])
-        if not place.exists():
-            left.rename(place)
+        with contextlib.suppress(OSError):
+            if not place.exists():
+                left.rename(place)
     return sorted(path for path in (run / "checkpoints").glob(f"{PREFIX}*") if (path / "state.json").is_file())
 
 

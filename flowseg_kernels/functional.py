@@ -26,12 +26,11 @@ from .runtime.checks import (
     check_image,
     check_index,
     check_labels,
-    check_no_transform,
     check_positive,
     check_tensor,
     check_time,
-    under_transform,
 )
+from .runtime.transforms import call, check_no_forward_mode, under_transform
 
 __all__ = [
     "decode_confusion",
@@ -131,7 +130,8 @@ def flow_interpolate(
     Returns:
         x_t, (B, C, H, W) in the dtype of source, contiguous.
 
-    Differentiable in source and t, once; a second derivative raises NotImplementedError.
+    Differentiable in source and t, once, with torch.func.grad, vjp and vmap too; a second derivative and forward mode raise
+    NotImplementedError.
     Cost: reads source and labels once, writes x_t once.
 
     Raises:
@@ -143,8 +143,8 @@ def flow_interpolate(
     check_time("t", t, ("source", source))
     mu = _codes(centroids, ("source", source))
     check_image("source", source, channels=mu.shape[1])
-    check_no_transform("flow_interpolate", source, t)
-    return torch.ops.flowseg.flow_interpolate(source, labels, t, mu, _ignored(ignore_index, centroids))
+    check_no_forward_mode("flow_interpolate", source, t)
+    return call("flow_interpolate", source, labels, t, mu, _ignored(ignore_index, centroids))
 
 
 def distance_correction(
@@ -186,8 +186,9 @@ def distance_correction(
     mu = _codes(centroids, ("xhat", xhat))
     check_image("xhat", xhat, channels=mu.shape[1])
     _check_correction(temperature, transform, max_norm)
-    check_no_transform("distance_correction", xhat)
-    return torch.ops.flowseg.distance_correction(
+    check_no_forward_mode("distance_correction", xhat)
+    return call(
+        "distance_correction",
         xhat.detach(),
         labels,
         mu,
@@ -245,7 +246,8 @@ def flow_loss(
     Returns:
         The loss in fp32 (fp64 for fp64 predictions): a scalar, or (B, H, W). NaN in a valid pixel makes it NaN.
 
-    Differentiable in prediction, once; a second derivative raises NotImplementedError. Bitwise repeatable.
+    Differentiable in prediction, once, with torch.func.grad, vjp and vmap too; a second derivative and forward mode raise
+    NotImplementedError. Bitwise repeatable.
     Cost: reads prediction, source and labels once and writes the gradient once; backward keeps that and the prediction.
 
     Raises:
@@ -266,8 +268,9 @@ def flow_loss(
     check_positive("correction_weight", correction_weight, zero=True)
     check_positive("t_min", t_min)
     _check_correction(temperature, transform, max_norm)
-    check_no_transform("flow_loss", prediction, source, t)
-    loss, _, _ = torch.ops.flowseg.flow_loss(
+    check_no_forward_mode("flow_loss", prediction, source, t)
+    loss, _, _ = call(
+        "flow_loss",
         prediction,
         source.detach(),
         labels,
@@ -285,7 +288,8 @@ def flow_loss(
         _ignored(ignore_index, centroids),
         reduction,
         float(t_min),
-        torch.is_grad_enabled() and prediction.requires_grad,
+        # vmap hides whether what it wraps needs a gradient.
+        torch.is_grad_enabled() and (prediction.requires_grad or under_transform(prediction)),
     )
     return loss
 
@@ -331,7 +335,8 @@ def nearest_centroid(
     check_image("x", x, channels=mu.shape[1])
     ignored = codebook.ignore_index if isinstance(codebook, Codebook) else _IGNORE_INDEX
     _check_output_dtype(out_dtype, mu.shape[0], ignored)
-    found = torch.ops.flowseg.nearest_centroid(
+    found = call(
+        "nearest_centroid",
         x.detach(),
         mu,
         *(codebook.grid if isinstance(codebook, Codebook) else _NO_GRID),
@@ -368,7 +373,7 @@ def decode_confusion(
     mu = _codes(codebook, ("x", x), "codebook")
     check_image("x", x, channels=mu.shape[1])
     grid = codebook.grid if isinstance(codebook, Codebook) else _NO_GRID
-    return torch.ops.flowseg.decode_confusion(x.detach(), target, mu, *grid, _ignored(ignore_index, codebook))
+    return call("decode_confusion", x.detach(), target, mu, *grid, _ignored(ignore_index, codebook))
 
 
 def neural_field(

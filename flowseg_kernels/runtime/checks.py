@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -15,12 +14,10 @@ __all__ = [
     "check_index",
     "check_label_values",
     "check_labels",
-    "check_no_transform",
     "check_positive",
     "check_tensor",
     "check_time",
     "check_time_values",
-    "under_transform",
 ]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -81,31 +78,6 @@ def check_device(name: str, value: Tensor, like: tuple[str, Tensor]) -> None:
 def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: wanted one of {', '.join(repr(c) for c in choices)}; got {value!r}")
-
-
-def under_transform(*tensors: Tensor) -> bool:
-    """Whether a tensor carries a forward-mode derivative or is wrapped by torch.func: ops do not see either."""
-    if torch.compiler.is_compiling():
-        return False
-    for value in tensors:
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):
-            return True
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
-            return True
-    return False
-
-
-def check_no_transform(op: str, *tensors: Tensor) -> None:
-    """Forward-mode derivatives and torch.func transforms would pass through an op unseen, as zeros: they are errors.
-
-    Raises:
-        NotImplementedError: naming the op.
-    """
-    if under_transform(*tensors):
-        raise NotImplementedError(
-            f"{op}: forward-mode derivatives and torch.func transforms (jvp, grad, vmap) are not supported; use reverse "
-            f"mode (torch.autograd), or the plain formula in flowseg_kernels.ops.{op}.reference"
-        )
 
 
 def check_index(name: str, value) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from . import backend
 from .extension import why_no_cpu_kernels, why_no_cuda_kernels
+from .transforms import define_transforms
 from .triton_forms import triton_kernel, why_no_triton
 
 __all__ = ["COMPILED_CHANNELS", "cpu_kernel", "cuda_kernel", "define_op", "no_second_derivative", "triton_kernel"]
@@ -94,6 +95,7 @@ def define_op(
             _LIBRARY.impl(name, _autocast_kernel(name, device), f"Autocast{device}")
     if backward is not None:
         torch.library.register_autograd(f"flowseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+        define_transforms(name, _LIBRARY, backward, setup_context)
 
 
 def _autocast_kernel(name: str, device: str) -> Callable:

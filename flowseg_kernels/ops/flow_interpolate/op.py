@@ -6,6 +6,7 @@ import torch
 
 from ...runtime.backend import requested_backend
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
+from ...runtime.transforms import call
 from . import reference
 
 _FORWARD = "flow_interpolate(Tensor source, Tensor labels, Tensor t, Tensor centroids, int ignore_index) -> Tensor"
@@ -25,8 +26,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     source, labels, t, centroids = ctx.saved_tensors
     need_t = ctx.needs_input_grad[2]
-    grad_source, grad_t = torch.ops.flowseg.flow_interpolate_bwd(
-        grad, source, labels, t, centroids, ctx.ignore_index, need_t, ctx.backend
+    grad_source, grad_t = call(
+        "flow_interpolate_bwd", grad, source, labels, t, centroids, ctx.ignore_index, need_t, ctx.backend
     )
     return grad_source if ctx.needs_input_grad[0] else None, None, grad_t if need_t else None, None, None
 

@@ -6,6 +6,7 @@ import torch
 
 from ...runtime.backend import requested_backend
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
+from ...runtime.transforms import call
 from ..common import compute_dtype
 from ..distance_correction.reference import TRANSFORMS
 from . import reference
@@ -69,7 +70,7 @@ def _backward(ctx, grad_loss, grad_residual, grad_count):
         raise RuntimeError("flowseg::flow_loss: backward needs the op to have been called with need_grad=True")
     residual, count, prediction = ctx.saved_tensors
     return (
-        torch.ops.flowseg.flow_loss_bwd(grad_loss, residual, count, prediction, ctx.reduction, ctx.backend),
+        call("flow_loss_bwd", grad_loss, residual, count, prediction, ctx.reduction, ctx.backend),
         *(None,) * 16,
     )
 

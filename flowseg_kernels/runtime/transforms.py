@@ -1,0 +1,95 @@
+"""torch.func transforms of the ops: grad and vjp by their own backward, vmap call after call, forward mode an error by name.
+
+An op registered with torch.library cannot be differentiated by torch.func; an autograd.Function with a separate setup_context can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import TransformType, retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
+
+__all__ = ["call", "check_no_forward_mode", "define_transforms", "under_transform"]
+
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+
+
+def under_transform(*values) -> bool:
+    """Whether a tensor carries a forward-mode derivative or is wrapped by torch.func."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level < 0 and torch._C._functorch.maybe_current_level() is None:
+        return False
+    return any(
+        torch._C._functorch.is_functorch_wrapped_tensor(v)
+        or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(v).tangent is not None)
+        for v in values
+        if isinstance(v, Tensor)
+    )
+
+
+def check_no_forward_mode(op: str, *tensors: Tensor) -> None:
+    """A forward-mode derivative would pass through an op unseen, as zero: it is an error.
+
+    Raises:
+        NotImplementedError: naming the op.
+    """
+    if under_transform(*tensors) and any(map(_has_tangent, tensors)):
+        raise NotImplementedError(_no_forward_mode(op))
+
+
+def _no_forward_mode(op: str) -> str:
+    return (
+        f"{op}: forward-mode derivatives (torch.func.jvp, jacfwd, hessian, forward_ad) are not supported; use reverse mode "
+        f"(torch.autograd, torch.func.grad, vjp), or the plain formula in flowseg_kernels.ops.{op.removesuffix('_bwd')}.reference"
+    )
+
+
+def _has_tangent(value: Tensor) -> bool:
+    kinds = {i.level(): i.key() for i in retrieve_all_functorch_interpreters()}
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if kinds.get(functorch.maybe_get_level(value)) == TransformType.Jvp:
+            return True
+        value = functorch.get_unwrapped(value)
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
+
+
+def call(name: str, *args):
+    """torch.ops.flowseg.NAME(*args), inside torch.func.grad, vjp, jacrev and vmap too."""
+    if under_transform(*args):
+        return _FUNCTIONS[name].apply(*args)
+    return getattr(torch.ops.flowseg, name).default(*args)
+
+
+def define_transforms(name: str, library: torch.library.Library, backward: Callable, setup_context: Callable) -> None:
+    """Make op `flowseg::NAME`, which has the rule (backward, setup_context), callable inside transforms."""
+    op = getattr(torch.ops.flowseg, name).default
+
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(_no_forward_mode(name))
+
+    _FUNCTIONS[name] = type(
+        f"{name}_in_transforms",
+        (torch.autograd.Function,),
+        {
+            "generate_vmap_rule": True,
+            "forward": staticmethod(lambda *args: op(*args)),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+            "jvp": staticmethod(jvp),
+        },
+    )
+
+    def one_by_one(info, in_dims, *args):
+        """An op sees one batch of images at a time: reductions and counts are of each."""
+        places = [dim if isinstance(value, Tensor) else None for value, dim in zip(args, in_dims)]
+        outs = [op(*(v if d is None else v.select(d, i) for v, d in zip(args, places))) for i in range(info.batch_size)]
+        if isinstance(outs[0], Tensor):
+            return torch.stack(outs), 0
+        return tuple(map(torch.stack, zip(*outs))), (0,) * len(outs[0])
+
+    torch.library.register_vmap(f"flowseg::{name}", one_by_one, lib=library)
