@@ -29,6 +29,11 @@ FOUND = [
     ),
     (
         "neural_field",
+        Field(depth=2, dtypes=("float16",) * 3, scale=1e-4, normalise="first", form="plain"),
+        "states below the normal range of fp16, which the bound left out",
+    ),
+    (
+        "neural_field",
         Field(
             dtypes=("bfloat16", "bfloat16", "float32"),
             layouts=("contiguous", "expanded_3", "contiguous"),

@@ -14,12 +14,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 
 from ..native import ROOT, build
 from .plants import PLANTS, Plant
 
+COPY = ROOT / "build" / "mutated"
 RESULTS = ROOT / "docs" / "results" / "mutation.md"
 HEAD = """# Planted bugs
 
@@ -32,7 +32,11 @@ the tests that are about it. The first test that fails is named; without the bug
 
 
 def copy_tree(to: pathlib.Path) -> None:
-    """Every file that is tracked, or new and not ignored."""
+    """Every file that is tracked, or new and not ignored; what an earlier copy compiled stays."""
+    to.mkdir(parents=True, exist_ok=True)
+    for entry in to.iterdir():
+        if entry.name != "build":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -100,31 +104,32 @@ def check(root: pathlib.Path, plant: Plant, native: bool) -> tuple[str | None, s
     return (failed[0], "") if failed else (None, output)
 
 
+def stored_rows() -> dict[str, str]:
+    """The table's rows by bug: a run of some plants leaves those of the others."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    return {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="plants whose bug or language holds this word")
     only = parser.parse_args().only
     chosen = [p for p in PLANTS if only.lower() in f"{p.bug} {p.language}".lower()]
-    rows, survived, start = [], 0, time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="flowseg-mutation-") as folder:
-        root = pathlib.Path(folder)
-        copy_tree(root)
-        if any(plant.language in ("C++", "Python") for plant in chosen):
-            build_library(root)
-        print(f"copied and built in {time.monotonic() - start:.0f} s", flush=True)
-        for plant in chosen:
-            began = time.monotonic()
-            seen_by, otherwise = check(root, plant, plant.language == "C++")
-            survived += seen_by is None
-            test = (
-                seen_by.removeprefix("tests/").removeprefix("flowseg_kernels/") if seen_by else f"NOT SEEN: {otherwise}"
-            )
-            print(f"{plant.bug:26} {plant.language:7} {time.monotonic() - began:4.0f} s  {test}", flush=True)
-            rows.append(f"| {plant.bug} | {plant.language} | `{plant.path}` | `{test.splitlines()[0]}` |")
-    took = time.monotonic() - start
-    print(f"{len(chosen) - survived} of {len(chosen)} bugs were seen, in {took:.0f} s")
-    if not only and not survived:
-        RESULTS.write_text(f"{HEAD}{chr(10).join(rows)}\n")
+    rows, survived, start = stored_rows(), 0, time.monotonic()
+    copy_tree(COPY)
+    if any(plant.language in ("C++", "Python") for plant in chosen):
+        build_library(COPY)
+    print(f"copied and built in {time.monotonic() - start:.0f} s", flush=True)
+    for plant in chosen:
+        began = time.monotonic()
+        seen_by, otherwise = check(COPY, plant, plant.language == "C++")
+        survived += seen_by is None
+        test = seen_by.removeprefix("tests/").removeprefix("flowseg_kernels/") if seen_by else f"NOT SEEN: {otherwise}"
+        print(f"{plant.bug:26} {plant.language:7} {time.monotonic() - began:4.0f} s  {test}", flush=True)
+        rows[plant.bug] = f"| {plant.bug} | {plant.language} | `{plant.path}` | `{test.splitlines()[0]}` |"
+        in_order = [rows[p.bug] for p in PLANTS if p.bug in rows]
+        RESULTS.write_text(f"{HEAD}{chr(10).join(in_order)}\n")
+    print(f"{len(chosen) - survived} of {len(chosen)} bugs were seen, in {time.monotonic() - start:.0f} s")
     return 1 if survived else 0
 
 

@@ -47,7 +47,7 @@ def compiled(name: str) -> pathlib.Path:
     source = pathlib.Path(__file__).with_name("faults.cpp")
     command = f"g++ -std=c++20 -fPIC -fvisibility=hidden {flags} {include} {target} -c {source} -o {extra}"
     subprocess.run(command.split(), check=True)
-    return build(folder, flags, f"{FLAGS[name]} {extra}")
+    return build(folder, flags, f"{FLAGS[name]} -Wl,-Bsymbolic {extra}")
 
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess:

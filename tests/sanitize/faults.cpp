@@ -10,15 +10,13 @@
 #if defined(FLOWSEG_OWN_THREADS)
 extern "C" {
 
-// What torch::stable::parallel_for and get_num_threads call; these come before libtorch's.
-__attribute__((visibility("hidden"))) AOTITorchError torch_get_num_threads(uint32_t* threads) {
+// What torch::stable::parallel_for and get_num_threads call; linked with -Bsymbolic, these come before libtorch's.
+AOTITorchError torch_get_num_threads(uint32_t* threads) {
   *threads = 3;
   return AOTI_TORCH_SUCCESS;
 }
 
-__attribute__((visibility("hidden"))) AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc body,
-                                                                        void* context) {
-  (void)grain;
+AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t, ParallelFunc body, void* context) {
   const int64_t count = end - begin, parts = count < 3 ? count : 3;
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < parts; ++i) {
