@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 SOURCES := $(shell find csrc build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') setup.py pyproject.toml
 
-.PHONY: install demo docs figures test test-library test-kernels lint format bench bench-compare gpu-report clean
+.PHONY: install demo docs figures test test-library test-kernels fuzz sanitize coverage mutation lint format bench bench-compare gpu-report clean
 
 install: $(VENV)/.installed
 
@@ -45,8 +45,21 @@ test-library:
 PROOFS ?= emulated,triton_code$(shell PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; command -v nvcc >/dev/null && echo ,cuda_code)
 test-kernels:
 	TRITON_INTERPRET=1 FLOWSEG_REQUIRE_BACKENDS=triton OMP_NUM_THREADS=1 $(RUN) -m pytest \
-	  tests/flowseg_kernels/ops tests/flowseg_kernels/test_contract.py tests/test_last.py
+	  tests/flowseg_kernels/ops tests/flowseg_kernels/test_contract.py tests/fuzz tests/test_last.py
 	FLOWSEG_REQUIRE_PROOFS=$(PROOFS) OMP_NUM_THREADS=1 $(RUN) -m pytest tests/flowseg_kernels/cuda tests/flowseg_kernels/static tests/test_last.py
+
+# What is too long for every change: CONTRIBUTING.md says how long.
+fuzz: install
+	for backend in cpu cuda triton; do OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz --backend $$backend --cases 20000 || exit 1; done
+
+sanitize: install
+	$(RUN) -m tests.sanitize all
+
+coverage: install
+	$(RUN) -m tests.coverage
+
+mutation: install
+	$(RUN) -m tests.mutation
 
 # The site, in build/docs; a warning (a link that leads nowhere, a name without an entry) is an error.
 docs: install

@@ -1,7 +1,7 @@
 """What the tests run through: python -m tests.coverage [pytest arguments]
 
-Python lines by coverage.py, C++ lines by a build with gcov's counters. Writes docs/results/coverage.md. Lines that run only on a GPU
-or in the Triton interpreter count as not run: the figures are those of one process of tests on a CPU.
+Python lines by coverage.py, C++ lines by a build with gcov's counters. Writes docs/results/coverage.md. Lines that run only on a
+GPU or in the Triton interpreter count as not run: the figures are those of one process of tests on a CPU.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ TESTS = [
     "--ignore=tests/flowseg_kernels/static",
     "--ignore=tests/packaging",
 ]
+HEAD = """# Coverage
+
+`{}`: lines that the tests run through in one process on a CPU. Triton kernels, which
+run in the interpreter's own process, and what needs a GPU count as not run.
+
+"""
 Lines = dict[str, tuple[int, int]]  # by file: (run, all)
 
 
@@ -85,11 +91,7 @@ def main() -> int:
         rows += [f"| `{name}` | {r} | {n} | {r / max(n, 1):.1%} |" for name, (r, n) in folders(lines).items()]
     table = "\n".join(("| folder | lines run | lines | |", "|---|---|---|---|", *rows))
     print(table)
-    RESULTS.write_text(
-        f"# Coverage\n\n`python -m tests.coverage{''.join(f' {a}' for a in sys.argv[1:])}`: lines that the tests run through in one "
-        "process on a CPU. Triton kernels, which run\nin the interpreter's own process, and what needs a GPU count as not run.\n\n"
-        f"{table}\n"
-    )
+    RESULTS.write_text(f"{HEAD.format(' '.join(('python -m tests.coverage', *sys.argv[1:])))}{table}\n")
     return tested.returncode
 
 

@@ -59,7 +59,7 @@ def build_library(root: pathlib.Path) -> None:
 def run_tests(root: pathlib.Path, plant: Plant) -> tuple[int, list[str], str]:
     """(exit code, tests that failed, output)."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    environment |= {"FLOWSEG_REQUIRE_BACKENDS": "cpu", "FLOWSEG_REQUIRE_EMULATION": "1"}
+    environment |= {"FLOWSEG_REQUIRE_BACKENDS": "cpu", "FLOWSEG_REQUIRE_PROOFS": "emulated"}
     if plant.language == "Triton":
         environment |= {"TRITON_INTERPRET": "1", "FLOWSEG_REQUIRE_BACKENDS": "triton"}
     command = [

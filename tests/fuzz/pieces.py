@@ -1,0 +1,52 @@
+"""A part of the long run, in whatever process."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import traceback
+
+
+@dataclasses.dataclass
+class Piece:
+    """Cases of one op in one go, and what came of them."""
+
+    op: str
+    backend: str
+    cases: int
+    seed: int
+    ran: int = 0
+    failed: str | None = None
+    seconds: float = 0.0
+    seen: dict = dataclasses.field(default_factory=dict)
+
+
+def run_piece(piece: Piece) -> Piece:
+    """The piece with its results; `failed` is the smallest failing case and its reason."""
+    from hypothesis import HealthCheck, Phase, given, seed, settings
+
+    from .cases import cases
+    from .checks import check, seen
+
+    @seed(piece.seed)
+    @settings(
+        max_examples=piece.cases,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+        phases=(Phase.generate, Phase.shrink),
+    )
+    @given(cases(piece.op, slow=piece.backend == "triton"))
+    def every_case(case):
+        piece.ran += 1
+        check(piece.op, case, piece.backend)
+
+    seen.clear()
+    start = time.process_time()
+    try:
+        every_case()
+    except Exception as error:
+        piece.failed = "".join(traceback.format_exception_only(error)).strip()[-2000:]
+    piece.seconds, piece.seen = time.process_time() - start, dict(seen)
+    return piece
