@@ -61,7 +61,7 @@ coverage: install
 mutation: install
 	$(RUN) -m tests.mutation
 
-# The site, in build/docs; a warning (a link that leads nowhere, a name without an entry) is an error. 20 s.
+# The site, in build/docs; a warning (a link that leads nowhere, a name without an entry) is an error.
 docs: install
 	$(RUN) -m sphinx -b html -E -W --keep-going -q docs build/docs
 

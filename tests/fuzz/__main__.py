@@ -122,6 +122,8 @@ def main() -> int:
         Piece(op, options.backend, cases, options.seed * 100_003 + number)
         for number, (op, cases) in enumerate(plan(options.backend, options.cases))
     ]
+    if options.backend == "cuda":
+        prepare("cuda")  # compiles the kernels, which the processes must not do at once
     end = time.monotonic() + 60 * options.minutes
     with multiprocessing.get_context("spawn").Pool(options.jobs, prepare, (options.backend,)) as pool:
         for piece in pool.imap(run_piece, pieces[record["pieces"] :]):
