@@ -73,8 +73,8 @@ def backward_kernel(
     sums += local * (2 * WIDE * H)
 
     g = load_tile(grads, tl.arange(0, ROWS), column, P * P, H, PARTIAL).to(tl.float32)
-    # Carried into the loop, and not made where it is used: of an operand that a loop carries, products read shared memory, whichever
-    # way it lies; what was computed beside them takes registers, and twice.
+    # Carried into the loop, not made where it is used: of an operand that a loop carries, products read shared memory whichever way
+    # it lies; what was computed beside them takes registers, and twice.
     g_in = scaled(g, scales + (depth - 1) * (WIDE + H) + WIDE, column, H, HP, BOTH, OPERAND)
     for step in range(depth * TILES):
         level = depth - 1 - step // TILES

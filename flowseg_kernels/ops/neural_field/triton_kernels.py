@@ -52,44 +52,57 @@ _SETTINGS = {
     ("forward", True, True): Settings(64, 32, 8, 1),
     ("forward", False, False): Settings(32, 32, 8, 1),
     ("forward", False, True): Settings(16, 16, 16, 1),
+    ("states", True, False): Settings(64, 64, 4, 1),
     ("backward", True, False): Settings(256, 32, 8, 1),
     ("backward", True, True): Settings(32, 16, 8, 1),
     ("backward", False, False): Settings(32, 32, 8, 1),
     ("backward", False, True): Settings(16, 16, 8, 1),
     ("enter", True, False): Settings(64, 16, 4, 1),
-    ("enter", True, True): Settings(64, 16, 4, 1),
+    ("enter", True, True): Settings(32, 16, 4, 1),
     ("enter", False, False): Settings(32, 16, 4, 1),
-    ("enter", False, True): Settings(32, 16, 4, 1),
+    ("enter", False, True): Settings(16, 16, 4, 1),
 }
-#: Instead of these where a product's operands pass through registers: on GPUs without warp-group products.
-_SETTINGS_IN_REGISTERS = {
-    ("forward", True, False): Settings(64, 32, 4, 2),
-    ("forward", False, True): Settings(16, 16, 8, 2),
-    ("backward", True, False): Settings(32, 32, 4, 1),
+#: Instead of these where a product's result goes to tensor memory (sm_10x), or its operands pass through registers.
+_OTHER_SETTINGS = {
+    "warp_groups": {},
+    "tensor_memory": {
+        ("backward", True, False): Settings(64, 32, 4, 1),
+    },
+    "registers": {
+        ("forward", True, False): Settings(64, 32, 4, 2),
+        ("forward", False, True): Settings(16, 16, 8, 2),
+        ("states", True, False): Settings(32, 64, 4, 2),
+        ("backward", True, False): Settings(64, 16, 8, 1),
+        ("backward", False, False): Settings(32, 16, 8, 1),
+    },
 }
 
 
 @functools.cache
-def warp_group_products(device: int) -> bool:
-    """Whether matrix instructions of a GPU take their operands from shared memory: NVIDIA's sm_90 and sm_10x."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+def product_kind(device: int) -> str:
+    """How a GPU multiplies matrices, a key of _OTHER_SETTINGS."""
+    if torch.version.hip is not None:
+        return "registers"
+    return {9: "warp_groups", 10: "tensor_memory"}.get(torch.cuda.get_device_capability(device)[0], "registers")
 
 
 def launch_settings(
-    kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype, warp_groups: bool = True
+    kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype, products: str = "warp_groups"
 ) -> Settings:
     """Settings of "forward", "states" (the forward kernel in the backward), "backward" or "enter" for Hx, r Hx, p^2."""
-    key = ("forward" if kernel == "states" else kernel, operand != torch.float32, hidden > 64)
-    chosen = _SETTINGS[key] if warp_groups else _SETTINGS_IN_REGISTERS.get(key, _SETTINGS[key])
+    form = (operand != torch.float32, hidden > 64)
+    names = (kernel, "forward") if kernel == "states" else (kernel,)
+    keys = [(table, (name, *form)) for name in names for table in (_OTHER_SETTINGS[products], _SETTINGS)]
+    chosen = next(table[key] for table, key in keys if key in table)
     rows = min(chosen.rows, max(_SMALLEST, triton.next_power_of_2(pixels)))
     # Few pixels are no work for many warps, except where the warps share out the generated weights.
     warps = max(4 if kernel == "backward" else 1, chosen.num_warps * rows // chosen.rows)
     return Settings(rows, min(chosen.slice, max(_SMALLEST, triton.next_power_of_2(wide))), warps, chosen.num_stages)
 
 
-def tiles_of(kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype, warp_groups: bool) -> int:
+def tiles_of(kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype, products: str) -> int:
     """Steps that a kernel takes the pixels of a patch in."""
-    return -(-pixels // launch_settings(kernel, hidden, wide, pixels, operand, warp_groups).rows)
+    return -(-pixels // launch_settings(kernel, hidden, wide, pixels, operand, products).rows)
 
 
 def tiles_together(patches: int, pixels: int, rows: int) -> int:
@@ -114,10 +127,10 @@ def constants(
     residual: bool,
     precision: str,
     patches: int,
-    warp_groups: bool,
+    products: str,
 ) -> dict:
     """The constexpr arguments of a kernel; what the products round to is `operand`; `patches` are those of one launch."""
-    chosen = launch_settings(kernel, hidden, wide, p * p, operand, warp_groups)
+    chosen = launch_settings(kernel, hidden, wide, p * p, operand, products)
     padded = max(_SMALLEST, triton.next_power_of_2(hidden))
     found = {
         "H": hidden,
@@ -166,13 +179,13 @@ _UNUSED = {"forward": ("grad", "states", "norms", "grads", "partials"), "states"
 
 def form(
     kernel: str, dtype: str = "bf16", hidden: int = 64, ratio: int = 2, p: int = 16, channels: int = 3, *, both: bool = True,
-    residual: bool = True, precision: str = "ieee", patches: int = 1024, warp_groups: bool = True,
+    residual: bool = True, precision: str = "ieee", patches: int = 1024, products: str = "warp_groups",
 ) -> Variant:  # fmt: skip
     """The compiled form of a kernel that a call on `patches` of one dtype ("fp32", "bf16" or "fp16") launches on an NVIDIA GPU."""
     operand = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    wide, tiled = ratio * hidden, tiles_of("backward", hidden, ratio * hidden, p * p, operand, warp_groups) > 1
+    wide, tiled = ratio * hidden, tiles_of("backward", hidden, ratio * hidden, p * p, operand, products) > 1
     launched = patches if kernel == "forward" else patches_at_once(patches)
-    found = constants(kernel, hidden, wide, p, channels, operand, both, residual, precision, launched, warp_groups)
+    found = constants(kernel, hidden, wide, p, channels, operand, both, residual, precision, launched, products)
     found |= {"UPCAST": False} | dict.fromkeys(_UNUSED.get(kernel, ()))
 
     def kind(argument: str) -> str:
@@ -186,16 +199,16 @@ def form(
             return "fp32"
         return "*fp32" if argument in _FP32 or (argument == "grads" and tiled) else f"*{dtype}"
 
-    chosen = launch_settings(kernel, hidden, wide, p * p, operand, warp_groups)
+    chosen = launch_settings(kernel, hidden, wide, p * p, operand, products)
     signature = {argument: kind(argument) for argument in _KERNELS[kernel].arg_names}
     options = compile_options(chosen.num_warps, stages=chosen.num_stages)
     name = f"neural_field {kernel} {dtype} Hx={hidden} r={ratio} p={p} C={channels}"
     return Variant(name + (" tf32" if precision == "tf32" else ""), _KERNELS[kernel], signature, found, options)
 
 
-def variants(warp_groups: bool = True) -> Iterator[Variant]:
+def variants(products: str = "warp_groups") -> Iterator[Variant]:
     for kernel in _KERNELS:
-        made = functools.partial(form, kernel, warp_groups=warp_groups)
+        made = functools.partial(form, kernel, products=products)
         yield made()
         yield made("bf16", 32, 4, 8)
         yield made("fp16", 128, 4, 32, 16)
@@ -225,7 +238,7 @@ class _Call:
         tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
         self.operand = functools.reduce(torch.promote_types, (v.dtype for v in tensors))
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-        self.warp_groups = not x.is_cuda or warp_group_products(x.device.index)
+        self.products = product_kind(x.device.index) if x.is_cuda else "warp_groups"
         self.residual = form == "residual"
         self.options = (normalise == "both", self.residual, precision)
 
@@ -235,7 +248,7 @@ class _Call:
 
     def launch(self, kernel: str, patches: int) -> dict:
         """Keyword arguments of a launch on some patches: constants and compiler options."""
-        chosen = launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand, self.warp_groups)
+        chosen = launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand, self.products)
         found = constants(
             kernel,
             self.hidden,
@@ -245,15 +258,17 @@ class _Call:
             self.operand,
             *self.options,
             patches,
-            self.warp_groups,
+            self.products,
         )
         return found | compile_options(chosen.num_warps, stages=chosen.num_stages)
 
     def tiles(self, kernel: str) -> int:
         """Tiles of a patch."""
-        return tiles_of(kernel, self.hidden, self.wide, self.p**2, self.operand, self.warp_groups)
+        return tiles_of(kernel, self.hidden, self.wide, self.p**2, self.operand, self.products)
 
-    def forward(self, kernel: str, patches: int, table, scales, first: int, *, out=None, grad=None, scratch=(None,) * 4) -> None:
+    def forward(
+        self, kernel: str, patches: int, table, scales, first: int, *, out=None, grad=None, scratch=(None,) * 4
+    ) -> None:
         """Run forward_kernel on some patches, as "forward" into `out` or as "states" from `grad` into `scratch`."""
         launch = self.launch(kernel, patches)
         states, norms, grads, partials = scratch

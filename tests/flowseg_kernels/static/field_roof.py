@@ -67,13 +67,13 @@ def trips(name: str, constants: dict, depth: int) -> list[int]:
 
 def operand_bytes(product: sass.Instruction) -> int:
     """What a warp-group product reads of shared memory: (64, 16) unless that is in registers, and (16, N), of 16 bits."""
-    wide = int(re.search(r"64x(\d+)x16", product.text)[1])
-    return 2 * 16 * (wide + 64 * (product.text.count("gdesc") == 2))
+    wide, both = re.search(r"64x(\d+)x16\S* R\d+, (gdesc)?", product.text).groups()
+    return 2 * 16 * (int(wide) + (64 if both else 0))
 
 
 def warp_totals(code: list[sass.Instruction], counts: list[int]) -> tuple[int, int]:
-    """Instructions that one warp of a program issues, and bytes of shared memory that products read for its warp group; code that is
-    branched around counts once."""
+    """Instructions that one warp of a program issues, and bytes of shared memory that products read for a warp group; code
+    that is branched around counts once."""
     loops = sorted(sass.loops(code), key=lambda loop: (loop.first, -loop.last))
     assert len(loops) == len(counts), "a loop was unrolled or split: the trips no longer describe this code"
     times = [math.prod(n for n, loop in zip(counts, loops) if loop.first <= i.address <= loop.last) for i in code]
@@ -123,7 +123,9 @@ def main() -> None:
         (used,) = sass.resources(kernel.asm["cubin"]).values()
         inner = min(len(loop) for loop in sass.innermost_loops(code) if "HGMMA" in loop.opcodes())
         opcodes = collections.Counter(i.opcode for i in code)
-        chosen = f"{variant.constants['ROWS']} x {variant.constants.get('SLICE', HIDDEN)}, {variant.options['num_warps']}"
+        chosen = (
+            f"{variant.constants['ROWS']} x {variant.constants.get('SLICE', HIDDEN)}, {variant.options['num_warps']}"
+        )
         shared = kernel.metadata.shared / 1024
         print(
             f"{name} | {chosen} | {used['REG']} | {shared:.0f} KiB | {opcodes['HGMMA']} HGMMA, {opcodes['HMMA']} HMMA | {inner}"

@@ -33,6 +33,7 @@ from . import field_roof
 from .field_roof import compiled
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+KINDS = {"sm_90": "warp_groups", "sm_100": "tensor_memory"}
 #: For sm_90: the most registers a thread may use, so that at least this many programs share a multiprocessor; instructions of the
 #: innermost loop; kilobytes of shared memory.
 BUDGET = {
@@ -73,8 +74,8 @@ def test_within_its_budget_on_sm_90(name):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_spills_and_tensor_cores_on_every_target(target, request):
-    every, wide = request.config.getoption("--every-variant", default=False), target in ("sm_90", "sm_100")
-    forms = variants(wide) if every else [form(name, warp_groups=wide) for name in ("forward", "backward", "enter")]
+    every, kind = request.config.getoption("--every-variant", default=False), KINDS.get(target, "registers")
+    forms = variants(kind) if every else [form(name, products=kind) for name in BUDGET]
     for variant in forms:
         kernel = compiled(variant, target)
         assert spilled_bytes(kernel, target) == 0, variant.name
@@ -102,8 +103,10 @@ def test_settings_fit_every_size():
         for hidden in (7, 16, 32, 64, 128):
             for ratio in (1, 2, 4):
                 for p in (2, 4, 8, 16, 32):
-                    for operand, groups in itertools.product((torch.float32, torch.bfloat16), (False, True)):
-                        rows, width, warps, _ = launch_settings(kernel, hidden, ratio * hidden, p * p, operand, groups)
+                    for operand, kind in itertools.product(
+                        (torch.float32, torch.bfloat16), ("warp_groups", "tensor_memory", "registers")
+                    ):
+                        rows, width, warps, _ = launch_settings(kernel, hidden, ratio * hidden, p * p, operand, kind)
                         assert 16 <= rows <= 256 and 16 <= width <= 64 and 1 <= warps <= 16
                         assert rows < 2 * max(16, p * p) and width < 2 * max(16, ratio * hidden)
 
