@@ -181,7 +181,7 @@ def loss(
     square_off = (2 * error.abs() * bound + bound.square()).mean(1) + (channels + 4) * u * square + SMALLEST
     any_free = free.any(1)
     if u > 1e-10:
-        any_free = any_free | (square > HUGE * 0.5) & (square.isfinite())
+        any_free = any_free | (square * channels > HUGE * 0.5) & (square.isfinite())
     back = scale * (2 / channels)
     residual = Answer(error * back, bound * back + 6 * u * (error * back).abs(), free)
     return Answer(square, square_off.nan_to_num(posinf=0), any_free), residual, valid

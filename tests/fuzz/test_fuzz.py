@@ -28,6 +28,27 @@ FOUND = [
         "zero weights in fp16: Triton's gradient of x was infinity times zero",
     ),
     (
+        "flow_loss",
+        Pixels(
+            height=63,
+            channels=7,
+            specials=(("image", 0, "3e19"),),
+            options={
+                "temperature": 1.0,
+                "eps": None,
+                "transform": "neg_log",
+                "max_norm": None,
+                "predicts": "velocity",
+                "loss_space": None,
+                "correction_weight": 1.0,
+                "schedule": "static",
+                "reduction": "mean",
+                "t_min": 0.05,
+            },
+        ),
+        "squares whose sum over channels overflows and whose mean does not, which the bound left out",
+    ),
+    (
         "neural_field",
         Field(depth=2, dtypes=("float16",) * 3, scale=1e-4, normalise="first", form="plain"),
         "states below the normal range of fp16, which the bound left out",
