@@ -26,8 +26,10 @@ def rounded(v, dtype: tl.constexpr):
 
 
 @triton.jit
-def block_of_program(pixels, blocks, BLOCK: tl.constexpr):
+def block_of_program(pixels, blocks, layout: tl.constexpr, BLOCK: tl.constexpr):
     """Image and first pixel of this program's block, `blocks` of them an image, and which of its pixels (BLOCK,) are inside."""
+    if layout == 2:
+        pixels = pixels // 16 * 16  # the same number: without it the compiler must ask pixel by pixel, and load so
     start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     return (tl.program_id(0) // blocks).to(tl.int64), start, start + tl.arange(0, BLOCK) < pixels
 
@@ -47,11 +49,11 @@ def pixel_offsets(start, stride_h, stride_w, width, layout: tl.constexpr, BLOCK:
 
 @triton.jit
 def image_offset(image, stride, layout: tl.constexpr):
-    offset = tl.cast(stride, tl.int64) * image
     if layout == 2:
-        return tl.multiple_of(offset, 16)
+        # The same number, in a form that keeps its multiple of 16 through all simplifications; a hint on a product with 1 is lost.
+        return tl.cast(stride, tl.int64) // 16 * 16 * image
     else:
-        return offset
+        return tl.cast(stride, tl.int64) * image
 
 
 @triton.jit

@@ -31,7 +31,7 @@ def _decode_confusion(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     classes = tl.cast(classes, tl.int32)
-    image, start, inside = block_of_program(pixels, blocks, BLOCK)
+    image, start, inside = block_of_program(pixels, blocks, X_LAYOUT, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     point = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     y = load_classes(target, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)

@@ -278,7 +278,7 @@ def _distance_correction(
     FORM: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     classes = tl.cast(classes, tl.int32)
-    image, start, inside = block_of_program(pixels, blocks, BLOCK)
+    image, start, inside = block_of_program(pixels, blocks, X_LAYOUT, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     point = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     y = load_classes(labels, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)

@@ -34,7 +34,7 @@ def _interpolate(
     x_b, x_c, x_h, x_w, l_b, l_h, l_w, width, pixels, blocks, t_b, classes, ignore_index,
     X_LAYOUT: tl.constexpr, L_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    image, start, inside = block_of_program(pixels, blocks, BLOCK)
+    image, start, inside = block_of_program(pixels, blocks, X_LAYOUT, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     source = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     y = load_classes(labels, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)
@@ -54,7 +54,7 @@ def _interpolate_backward(
     C: tl.constexpr, NEED_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """partial (B, blocks) fp64: each block's share of grad t; summed by a second stage, so the result never changes."""
-    image, start, inside = block_of_program(pixels, blocks, BLOCK)
+    image, start, inside = block_of_program(pixels, blocks, X_LAYOUT, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     g = load_pixels(grad, image, g_b, g_c, g_h, g_w, start, width, inside, G_LAYOUT, C, acc, BLOCK)
     y = load_classes(labels, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)

@@ -60,7 +60,7 @@ def _flow_loss(
     FORM: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     classes = tl.cast(classes, tl.int32)
-    image, start, inside = block_of_program(pixels, blocks, BLOCK)
+    image, start, inside = block_of_program(pixels, blocks, X_LAYOUT, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     y = load_classes(labels, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)
     time = tl.load(t + image * t_b).to(acc)
@@ -143,7 +143,7 @@ def _scale(
     R_LAYOUT: tl.constexpr, G_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr,
     EACH: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    image, start, inside = block_of_program(pixels, blocks, BLOCK)
+    image, start, inside = block_of_program(pixels, blocks, R_LAYOUT, BLOCK)
     r = load_pixels(residual, image, r_b, r_c, r_h, r_w, start, width, inside, R_LAYOUT, C, ACC, BLOCK)
     if EACH:
         at = image * g_b + pixel_offsets(start, g_h, g_w, width, G_LAYOUT, BLOCK)
