@@ -166,12 +166,12 @@ def evaluate(
     """Score a run on a split: mIoU, pixel accuracy, a table by class. Under `accelerate launch` processes share the work."""
     import torch
     from accelerate import PartialState
-    from accelerate.utils import reduce
 
     from flowseg.checkpoint import read_run_config
     from flowseg.data import open_data
     from flowseg.evaluate import chosen_indices
     from flowseg.evaluate import evaluate as score
+    from flowseg.parallel import Peers
     from flowseg.segment import Segmenter
 
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -189,7 +189,7 @@ def evaluate(
             on_batch=lambda count: advance(count * state.num_processes),
             rank=state.process_index,
             world=state.num_processes,
-            add_up=reduce if state.num_processes > 1 else None,
+            add_up=Peers(state.num_processes).add_up_counts,
         )
     if not state.is_main_process:
         return

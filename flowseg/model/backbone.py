@@ -160,7 +160,11 @@ class ConvStem(nn.Module):
 def build_model(config: Config, *, align_dim: int | None = None) -> FlowSegModel:
     """The network of a run, with initial weights that depend on ``config.train.seed`` and the model settings alone.
 
-    The global random state is left as it was. ``align_dim`` adds the projector that training with REPA needs.
+    The global random state is left as it was.
+
+    Args:
+        config: settings of the run.
+        align_dim: width of the features that training with REPA aligns with; adds the projector.
     """
     model = config.model
     with torch.random.fork_rng(devices=[]):

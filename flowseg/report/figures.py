@@ -14,7 +14,7 @@ from torch import Tensor
 from flowseg.predict import colorize
 from flowseg_kernels import Codebook, distance_correction, kronecker_centroids
 
-COLORS = {"vanilla": "#b5651d", "FlowSeg": "#1f5fa8"}
+COLORS = {"vanilla": "#b5651d", "FlowSeg": "#1f5fa8", "run": "#1f5fa8"}
 IGNORED = (0, 0, 0)
 
 
@@ -146,7 +146,7 @@ def grid_figure(rows: Sequence[dict], palette: Sequence[tuple[int, int, int]]) -
     tallest = [row["truth"].shape[0] / row["truth"].shape[1] for row in rows]
     figure = Figure(figsize=(12.5, 2.5 * sum(tallest) + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=tallest)
-    for line, row in zip(axes, rows):
+    for number, (line, row) in enumerate(zip(axes, rows)):
         labelled = row["truth"] != 255
         wrong = np.repeat((row["image"].mean(-1, keepdims=True) * 0.5 + 110).astype(np.uint8), 3, -1)
         wrong[labelled & (row["labels"] != row["truth"])] = (200, 30, 30)
@@ -155,7 +155,7 @@ def grid_figure(rows: Sequence[dict], palette: Sequence[tuple[int, int, int]]) -
         for axis, panel, title in zip(line, panels, titles):
             axis.imshow(panel, interpolation="nearest", cmap="gray", vmin=0, vmax=1 if panel.ndim == 2 else None)
             axis.set_axis_off()
-            if line is axes[0]:
+            if number == 0:
                 axis.set_title(title, fontsize=9, color="#333333")
         right = 100 * (row["labels"] == row["truth"])[labelled].mean() if labelled.any() else 0.0
         line[2].text(

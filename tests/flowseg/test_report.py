@@ -65,6 +65,7 @@ def test_grid_marks_what_is_wrong():
     figure = figures.grid_figure([row], ((1, 2, 3), (4, 5, 6)))
     wrong = figure.axes[3].images[0].get_array()
     assert (wrong[3] == (200, 30, 30)).all() and not wrong[0].any() and (wrong[1] == 110).all()
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["image", "truth", "prediction"]
     assert "66.7 % right" in [text.get_text() for text in figure.axes[2].texts]
 
 
