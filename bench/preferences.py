@@ -18,16 +18,17 @@ REPOSITORY = ROOT.parent
 FILE = REPOSITORY / "flowseg_kernels" / "runtime" / "preferences.json"
 BUDGETS = REPOSITORY / "tests" / "flowseg_kernels" / "static"
 BACKENDS = {"cuda": "CUDA C++", "triton": "Triton"}
-#: unit, instructions in budget.json, forms in triton_budget.json, and what the counts leave out.
+#: unit, loops in budget.json, kernel there, forms in triton_budget.json, and what the counts leave out.
 _PAIR = ("pixel and class", ("rivals", "rivals and own class"))
-_CANDIDATE = ("listed candidate", ("candidate",), ("nearest_centroid C=3 grid bf16",))
+_CANDIDATE = ("listed candidate", ("listed candidate",), "decode_by_grid", ("nearest_centroid C=3 grid bf16",))
 COUNTS = {
     "distance_correction": (
         *_PAIR,
+        "correct",
         ("distance_correction C=3 neg_log fp32", "distance_correction C=3 neg_log bf16"),
         "",
     ),
-    "flow_loss": (*_PAIR, ("flow_loss C=3 velocity 0 bf16", "flow_loss C=3 endpoint 0 bf16"), ""),
+    "flow_loss": (*_PAIR, "loss", ("flow_loss C=3 velocity 0 bf16", "flow_loss C=3 endpoint 0 bf16"), ""),
     "nearest_centroid": (*_CANDIDATE, ""),
     "decode_confusion": (*_CANDIDATE, "; only CUDA C++ counts in shared memory"),
 }
@@ -45,8 +46,8 @@ def static(op):
             "bound by memory, and both read and write 16 bytes at a time; CUDA C++ compiles nothing at the first call"
         )
         return _entry(BACKENDS, f"no GPU has measured it: {because}")
-    unit, loops, forms, besides = COUNTS[op]
-    cuda = json.loads((BUDGETS / "budget.json").read_text())["instructions"]
+    unit, loops, kernel, forms, besides = COUNTS[op]
+    cuda = json.loads((BUDGETS / "budget.json").read_text())["instructions"][kernel]
     triton = json.loads((BUDGETS / "triton_budget.json").read_text())["instructions"]
     ways = ("most", "most_with_own_class")
     most = {

@@ -65,7 +65,7 @@ def test_static_counts_decide_by_their_budgets(tmp_path, monkeypatch):
         (tmp_path / name).write_text((preferences.BUDGETS / name).read_text())
     path = tmp_path / "budget.json"
     budget = json.loads(path.read_text())
-    budget["instructions"]["candidate"] = 20
+    budget["instructions"]["decode_by_grid"]["listed candidate"] = 20
     path.write_text(json.dumps(budget))
     monkeypatch.setattr(preferences, "BUDGETS", tmp_path)
     found = preferences.static("nearest_centroid")

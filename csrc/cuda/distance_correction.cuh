@@ -17,7 +17,7 @@ struct Correct {
 };
 
 template <class T, int C, Transform kind>
-__global__ void __launch_bounds__(kThreads) correct(const Correct a) {
+__global__ void __launch_bounds__(kThreads, C == 8 ? 3 : 0) correct(const Correct a) {
   constexpr int P = kPixels<T, C>;
   FLOWSEG_TILE(T, C, tile);
   const Place place = place_of<P>(a.out.pixels, a.blocks);
