@@ -115,8 +115,8 @@ PLANTS = (
         "flowseg_kernels/ops/flow_loss/op.py",
         (
             (
-                "torch.ops.flowseg.flow_loss_bwd(grad_loss, residual, count, prediction, ctx.reduction, ctx.backend)",
-                "torch.ops.flowseg.flow_loss_bwd(grad_loss, residual, count, prediction, ctx.reduction, requested_backend())",
+                "count, prediction, ctx.reduction, ctx.backend)",
+                "count, prediction, ctx.reduction, requested_backend())",
             ),
         ),
         "Python",
