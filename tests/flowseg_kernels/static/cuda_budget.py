@@ -67,9 +67,13 @@ def resources(architecture: int, every: bool) -> dict[str, dict[str, int]]:
     return found
 
 
+@functools.cache
+def _code() -> dict[str, list[sass.Instruction]]:
+    return sass.disassemble(cubin(90, every=True))
+
+
 def _loops(kernel: str) -> list[sass.Loop]:
-    code = sass.disassemble(cubin(90, every=True))
-    return [loop for name, body in code.items() if form(name) == kernel for loop in sass.innermost_loops(body)]
+    return [loop for name, body in _code().items() if form(name) == kernel for loop in sass.innermost_loops(body)]
 
 
 def instructions() -> dict[str, dict[str, float]]:
