@@ -1,8 +1,8 @@
 """Makes interpreted Triton kernels err as a GPU may: NumPy rounds correctly, the GPU's fast instructions do not.
 
 Triton compiles fp32 `/`, exp and sqrt of NVIDIA GPUs to div.full, ex2.approx of the rounded product with log2(e), and
-sqrt.approx.ftz; logarithms come from libdevice. Each result is moved by up to the largest error that the PTX ISA (and
-libdevice) documents, up for some values and down for others. What passes so does not rest on luck with the interpreter's arithmetic.
+sqrt.approx.ftz; logarithms come from libdevice. Each result is moved by up to the largest error that the PTX ISA (and libdevice)
+documents, up for some values and down for others: what passes does not rest on luck with the interpreter's arithmetic.
 """
 
 import numpy as np

@@ -167,7 +167,7 @@ def _by_reciprocals(
 
 @triton.jit
 def _transform(d, eps, inverse_temperature, KIND: tl.constexpr):
-    """Logit T(d) / tau in units of log 2, and slope T'(d). The machine's exponential is of base 2; that of base e rounds once more."""
+    """Logit T(d) / tau in units of log 2, and slope T'(d). The machine's exponential is of base 2: base e rounds once more."""
     if KIND == 0:
         return -tl.log2(d + eps) * inverse_temperature, -1.0 / (d + eps)
     inverse_temperature *= 1.4426950408889634  # 1 / log 2
