@@ -1,8 +1,8 @@
 """Makes interpreted Triton kernels err as a GPU may: NumPy rounds correctly, the GPU's fast instructions do not.
 
 Triton compiles fp32 `/`, exp and sqrt of NVIDIA GPUs to div.full, ex2.approx of the rounded product with log2(e), and
-sqrt.approx.ftz; log comes from libdevice. Each result is moved by up to the largest error that the PTX ISA (for log: libdevice)
-documents, up for some values and down for others. What passes so does not rest on luck with the interpreter's arithmetic.
+sqrt.approx.ftz; logarithms come from libdevice. Each result is moved by up to the largest error that the PTX ISA (and libdevice)
+documents, up for some values and down for others: what passes does not rest on luck with the interpreter's arithmetic.
 """
 
 import numpy as np
@@ -33,9 +33,12 @@ def _quotient(a, b):
     return np.where(np.isfinite(a) & (np.abs(b) > 2.0**126), np.float32(0), found)
 
 
+def _exp2(x):
+    return np.where(x == 0, np.float32(1), _moved(np.exp2(x), share=2.0**-22))
+
+
 def _exp(x):
-    y = np.exp2((x * np.float32(1.4426950408889634)).astype(np.float32))
-    return np.where(x == 0, np.float32(1), _moved(y, share=2.0**-22))
+    return _exp2((x * np.float32(1.4426950408889634)).astype(np.float32))
 
 
 def _root(x):
@@ -44,6 +47,10 @@ def _root(x):
 
 def _log(x):
     return _moved(np.log(x), steps=1)
+
+
+def _log2(x):
+    return _moved(np.log2(x), steps=1)
 
 
 def install():
@@ -58,7 +65,9 @@ def install():
 
     for name, inexact, exact in (
         ("exp", _exp, np.exp),
+        ("exp2", _exp2, np.exp2),
         ("log", _log, np.log),
+        ("log2", _log2, np.log2),
         ("sqrt", _root, np.sqrt),
     ):
         op = on_fp32(inexact, exact)

@@ -167,10 +167,11 @@ def _by_reciprocals(
 
 @triton.jit
 def _transform(d, eps, inverse_temperature, KIND: tl.constexpr):
-    """Logit T(d) / tau and slope T'(d)."""
+    """Logit T(d) / tau in units of log 2, and slope T'(d). The machine's exponential is of base 2: base e rounds once more."""
     if KIND == 0:
-        return -tl.log(d + eps) * inverse_temperature, -1.0 / (d + eps)
-    elif KIND == 1:
+        return -tl.log2(d + eps) * inverse_temperature, -1.0 / (d + eps)
+    inverse_temperature *= 1.4426950408889634  # 1 / log 2
+    if KIND == 1:
         return -d * inverse_temperature, tl.zeros_like(d) - 1.0
     elif KIND == 2:
         root = tl.sqrt(d + eps)
@@ -198,7 +199,7 @@ def _by_softmax(
     home = ()
     for c in tl.static_range(C):
         home = home + (own_slope * diff[c],)
-    total = tl.exp(own_logit - largest)
+    total = tl.exp2(own_logit - largest)
     push = zeros_like(x, C)
     for first in range(0, classes, RUN):
         run = tl.zeros_like(x[0])
@@ -206,7 +207,7 @@ def _by_softmax(
         for k in range(first, min(first + RUN, classes)):
             diff = difference_from(x, centroids + k * C, C)
             logit, slope = _transform(squared_norm(diff, C), eps, inverse_temperature, KIND)
-            e = tl.where(y == k, 0.0, tl.exp(logit - largest))
+            e = tl.where(y == k, 0.0, tl.exp2(logit - largest))
             run += e
             new = ()
             for c in tl.static_range(C):
