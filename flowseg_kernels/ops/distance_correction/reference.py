@@ -50,10 +50,12 @@ def distance_correction(
     x, mu = xhat.to(dtype), centroids.to(dtype)
     valid, classes = valid_mask(labels, mu.shape[0], ignore_index)
     logits, slope = transform_distances(squared_distances(x, mu), eps, transform)
+    excess = torch.softmax(logits / temperature, dim=1)
     own = classes[:, None]
-    rivals = torch.softmax(logits / temperature, dim=1).scatter(1, own, 0.0)
-    # p_y - 1, by the others: next to the pixel's own code the difference would hold no digit.
-    excess = rivals.scatter(1, own, -rivals.sum(dim=1, keepdim=True))
+    p_own = excess.gather(1, own)
+    # p_y - 1 from the others where it is small: next to the pixel's own code the difference would hold no digit.
+    others = excess.scatter(1, own, 0.0).sum(dim=1, keepdim=True)
+    excess = excess.scatter(1, own, torch.where(p_own > 0.5, -others, p_own - 1))
     weight = excess * slope * (2 / temperature)
     grad = torch.stack(
         [(weight * (x[:, c, None] - mu[None, :, c, None, None])).sum(dim=1) for c in range(mu.shape[1])], dim=1
