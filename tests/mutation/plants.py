@@ -80,7 +80,7 @@ PLANTS = (
     Plant(
         "missing max subtraction",
         "flowseg_kernels/ops/distance_correction/triton_kernels.py",
-        (("tl.exp(own_logit - largest)", "tl.exp(own_logit)"), ("tl.exp(logit - largest)", "tl.exp(logit)")),
+        (("tl.exp2(own_logit - largest)", "tl.exp2(own_logit)"), ("tl.exp2(logit - largest)", "tl.exp2(logit)")),
         "Triton",
         (f"{OPS}/test_distance_correction.py", "-k", "far_points or half_precision"),
     ),

@@ -50,14 +50,12 @@ def distance_correction(
     x, mu = xhat.to(dtype), centroids.to(dtype)
     valid, classes = valid_mask(labels, mu.shape[0], ignore_index)
     logits, slope = transform_distances(squared_distances(x, mu), eps, transform)
+    excess = torch.softmax(logits / temperature, dim=1)
     own = classes[:, None]
-    share = torch.softmax(logits / temperature, dim=1)
-    rivals = share.scatter(1, own, 0.0)
-    # p_y - 1: next to the pixel's own code the difference would hold no digit but the sum of the others does, and far from it the
-    # sum of many would gather more rounding than the difference.
-    own_share = share.gather(1, own)
-    own_excess = torch.where(own_share < 0.5, own_share - 1, -rivals.sum(dim=1, keepdim=True))
-    excess = rivals.scatter(1, own, own_excess)
+    p_own = excess.gather(1, own)
+    # p_y - 1 from the others where it is small: next to the pixel's own code the difference would hold no digit.
+    others = excess.scatter(1, own, 0.0).sum(dim=1, keepdim=True)
+    excess = excess.scatter(1, own, torch.where(p_own > 0.5, -others, p_own - 1))
     weight = excess * slope * (2 / temperature)
     grad = torch.stack(
         [(weight * (x[:, c, None] - mu[None, :, c, None, None])).sum(dim=1) for c in range(mu.shape[1])], dim=1
