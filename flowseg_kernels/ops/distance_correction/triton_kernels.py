@@ -167,18 +167,30 @@ def _by_reciprocals(
 
 @triton.jit
 def _transform(d, eps, inverse_temperature, KIND: tl.constexpr):
-    """Logit T(d) / tau in units of log 2, and slope T'(d). The machine's exponential is of base 2: base e rounds once more."""
+    """Logit T(d) / tau, for neg_log in units of log 2, and slope T'(d)."""
     if KIND == 0:
         return -tl.log2(d + eps) * inverse_temperature, -1.0 / (d + eps)
-    inverse_temperature *= 1.4426950408889634  # 1 / log 2
-    if KIND == 1:
+    elif KIND == 1:
         return -d * inverse_temperature, tl.zeros_like(d) - 1.0
     elif KIND == 2:
         root = tl.sqrt(d + eps)
         return -root * inverse_temperature, -0.5 / root
     else:
-        r = 1.0 / (d + eps)
+        # Logits as large as 1 / eps, whose exponential shows each ulp: a correctly rounded quotient, which fp64's always is.
+        if d.dtype == tl.float32:
+            r = tl.div_rn(tl.full(d.shape, 1.0, tl.float32), d + eps)
+        else:
+            r = 1.0 / (d + eps)
         return r * inverse_temperature, -r * r
+
+
+@triton.jit
+def _exponential(logit, KIND: tl.constexpr):
+    """The machine's is of base 2: one of base e rounds its argument once more."""
+    if KIND == 0:
+        return tl.exp2(logit)
+    else:
+        return tl.exp(logit)
 
 
 @triton.jit
@@ -199,7 +211,7 @@ def _by_softmax(
     home = ()
     for c in tl.static_range(C):
         home = home + (own_slope * diff[c],)
-    total = tl.exp2(own_logit - largest)
+    total = _exponential(own_logit - largest, KIND)
     push = zeros_like(x, C)
     for first in range(0, classes, RUN):
         run = tl.zeros_like(x[0])
@@ -207,7 +219,7 @@ def _by_softmax(
         for k in range(first, min(first + RUN, classes)):
             diff = difference_from(x, centroids + k * C, C)
             logit, slope = _transform(squared_norm(diff, C), eps, inverse_temperature, KIND)
-            e = tl.where(y == k, 0.0, tl.exp2(logit - largest))
+            e = tl.where(y == k, 0.0, _exponential(logit - largest, KIND))
             run += e
             new = ()
             for c in tl.static_range(C):
