@@ -71,6 +71,7 @@ def install():
         ("sqrt", _root, np.sqrt),
     ):
         op = on_fp32(inexact, exact)
+        getattr(InterpreterBuilder, f"create_{name}")  # a Triton that names it otherwise would stay exact
         setattr(InterpreterBuilder, f"create_{name}", lambda self, arg, op=op: self.unary_op(arg, op))
     divide = on_fp32(_quotient, np.divide)
     InterpreterBuilder.create_fdiv = lambda self, a, b: self.binary_op(a, b, divide)
