@@ -80,7 +80,10 @@ PLANTS = (
     Plant(
         "missing max subtraction",
         "flowseg_kernels/ops/distance_correction/triton_kernels.py",
-        (("tl.exp2(own_logit - largest)", "tl.exp2(own_logit)"), ("tl.exp2(logit - largest)", "tl.exp2(logit)")),
+        (
+            ("_exponential(own_logit - largest, KIND)", "_exponential(own_logit, KIND)"),
+            ("_exponential(logit - largest, KIND)", "_exponential(logit, KIND)"),
+        ),
         "Triton",
         (f"{OPS}/test_distance_correction.py", "-k", "far_points or half_precision"),
     ),
