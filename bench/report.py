@@ -123,7 +123,18 @@ PICTURES = {
     "scaling": "Time against classes, code channels and pixels",
     "memory": "Peak memory of a call beyond its inputs",
 }
-_COLOURS = ("#1f5fa8", "#b5651d", "#3a7d44", "#8a4f9e", "#c2a11c", "#4a4a4a", "#c0504d", "#5fa8a8", "#999999", "#7d5a3c")
+_COLOURS = (
+    "#1f5fa8",
+    "#b5651d",
+    "#3a7d44",
+    "#8a4f9e",
+    "#c2a11c",
+    "#4a4a4a",
+    "#c0504d",
+    "#5fa8a8",
+    "#999999",
+    "#7d5a3c",
+)
 
 
 def _figure(columns, rows=1, size=(4.2, 3.4)):
