@@ -241,9 +241,10 @@ class TestStepsOfAGpuReport:
         return (run.results / "gpu_report.txt").read_text()
 
     def test_a_failing_a_missing_and_a_late_step_do_not_stop_the_rest(self, run):
-        run.carry_out(gpu_report.Step("bad", [sys.executable, "-c", "raise SystemExit('no such thing')"], 30))
-        run.carry_out(gpu_report.Step("gone", ["no-such-program"], 30))
-        run.carry_out(gpu_report.Step("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 0.5))
+        # slow has the eight seconds that the two before it leave; good may take all that is left of the sixty.
+        run.carry_out(gpu_report.Step("bad", [sys.executable, "-c", "raise SystemExit('no such thing')"], 8))
+        run.carry_out(gpu_report.Step("gone", ["no-such-program"], 0))
+        run.carry_out(gpu_report.Step("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 0))
         run.carry_out(gpu_report.Step("good", [sys.executable, "-c", "print('here')"], 30))
         text = self.written(run)
         assert "FAILED    bad: exit 1" in text and "no such thing" in text
