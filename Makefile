@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 SOURCES := $(shell find csrc build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') setup.py pyproject.toml
 
-.PHONY: install demo docs figures test test-library test-kernels fuzz sanitize coverage mutation lint format bench bench-compare gpu-report clean
+.PHONY: install demo docs figures test test-library test-kernels test-packaging fuzz sanitize coverage mutation lint format bench bench-compare gpu-report clean
 
 install: $(VENV)/.installed
 
@@ -29,16 +29,19 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 demo: install
 	$(RUN) -m flowseg demo --out demo_out
 
-# Two test runs at once, a core each; the second one's output follows the first one's.
+# Two test runs at once, a core each and about as long; the second one's output follows the first one's.
 test: install lint docs
 	mkdir -p build
-	$(MAKE) --no-print-directory test-kernels >build/test-kernels.log 2>&1 & kernels=$$!; \
+	$(MAKE) --no-print-directory --keep-going test-kernels test-packaging >build/test-kernels.log 2>&1 & kernels=$$!; \
 	$(MAKE) --no-print-directory test-library; status=$$?; \
 	wait $$kernels || status=1; cat build/test-kernels.log; exit $$status
 
 test-library:
 	FLOWSEG_REQUIRE_BACKENDS=reference,cpu OMP_NUM_THREADS=1 $(RUN) -m pytest tests \
-	  --ignore tests/flowseg_kernels/cuda --ignore tests/flowseg_kernels/static
+	  --ignore tests/flowseg_kernels/cuda --ignore tests/flowseg_kernels/static --ignore tests/packaging
+
+test-packaging:
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/packaging
 
 # GPU kernels without a GPU: Triton's interpreted, CUDA's on the host shim, both as machine code. Without nvcc the machine code of the
 # CUDA kernels is left out, and the last lines say so; make PROOFS=emulated,triton_code,cuda_code makes that a failure.
