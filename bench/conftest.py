@@ -193,6 +193,7 @@ def measure(benchmark, limits):
             spread=workload.spread,
             entry=entry,
             pixels=getattr(workload, "pixels", SIZE * SIZE),
+            asked=rounds,
             **info,
         )
         if peak is not None:
@@ -244,6 +245,14 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     )
     if DEVICE == "cpu" and fk.available_backends("flow_loss")[0] == "cpu":
         machine_info["instruction_set"] = ("baseline", "avx2", "avx512")[torch.ops.flowseg_cpu.instruction_set()]
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    """Dirty: sources differ from the commit. What a run itself writes, its results and what is rendered of them, is no source."""
+    written = ("bench/results", "README.md", "docs/images", "docs/results")
+    query = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in written)]
+    asked = subprocess.run(query, cwd=config.rootpath, capture_output=True, text=True)
+    commit_info["dirty"] = asked.returncode != 0 or bool(asked.stdout.strip())
 
 
 def peer(module):

@@ -25,7 +25,7 @@ def machine_name(machine):
 
 
 def rows_of(result):
-    """One row a measured entry of a pytest-benchmark file, times in milliseconds."""
+    """One row a measured entry of a pytest-benchmark file, times in milliseconds. An entry that was cut short is none."""
     mark = {
         "commit": result["commit_info"]["id"][:9],
         "dirty": result["commit_info"]["dirty"],
@@ -33,7 +33,9 @@ def rows_of(result):
     }
     rows = []
     for item in result["benchmarks"]:
-        stats, info = item["stats"], item["extra_info"]
+        stats, info = item["stats"], dict(item["extra_info"])
+        if stats["rounds"] < info.pop("asked", 1):
+            continue
         times = {"ms": stats["median"] * 1e3, "iqr_ms": stats["iqr"] * 1e3, "rounds": stats["rounds"]}
         rows.append({"group": item["group"], **info, **(times if "rate" not in info else {}), **mark})
     return rows

@@ -112,12 +112,16 @@ def test_flow_loss_forward_and_backward(workloads, measure, workload, entry):
         value.backward()
         return value.detach(), leaf.grad
 
-    inputs = work.sets[0]
-    with fk.use_backend("reference"), torch.no_grad():
-        few = {key: value[:1] for key, value in inputs.items()}
-        want = fk.flow_loss(few["x"].double(), few["source"].double(), few["labels"], few["t"], work.codebook)
+    few = {key: value[:1] for key, value in work.sets[0].items()}
+    leaf = few["x"].double().requires_grad_()
+    with fk.use_backend("reference"):
+        want = fk.flow_loss(leaf, few["source"].double(), few["labels"], few["t"], work.codebook)
+        want.backward()
     with backend_of(entry):
-        torch.testing.assert_close(run(few)[0].double(), want.double(), rtol=1e-4, atol=0)
+        value, gradient = run(few)
+    torch.testing.assert_close(value.double(), want.detach(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-2, atol=1e-5 * float(leaf.grad.abs().max()))
+    del leaf, want, gradient
     cost = correction_cost(work)
     # The gradient leaves as the residual and comes back scaled: prediction and source in, residual out and in, gradient out.
     cost["moved"] = work.pixels * (5 * 4 * work.channels + work.label_dtype.itemsize)

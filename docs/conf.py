@@ -58,7 +58,7 @@ NAVIGATION = {
         "ops/neural_field",
     ],
     "Reference": ["api/flowseg_kernels", "api/flowseg", "api/command_line", "environment", "troubleshooting"],
-    "Results": ["results/camvid", "results/fuzz", "results/mutation", "notes/performance"],
+    "Results": ["results/bench", "results/camvid", "results/fuzz", "results/mutation", "notes/performance"],
 }
 
 

@@ -81,7 +81,9 @@ def test_results_are_stored_by_machine_and_rendered_with_pictures(quick, tmp_pat
     row = next(
         r for r in stored["rows"] if r["group"].startswith("nearest_centroid ade512 spread 0.1") and report.is_ours(r)
     )
-    assert f"**{row['ms']:.3g}**" in text
+    whole = (tmp_path / "docs" / "results" / "bench.md").read_text()
+    assert f"**{row['ms']:.3g}**" in text and f"**{row['ms']:.3g}**" in whole
+    assert "nearest_centroid many" in whole and "nearest_centroid many" not in text
     names = {path.name.removeprefix(f"bench-{folder.name}-") for path in images.iterdir()}
     assert {"speedup.png", "roofline.png", "scaling.png"} <= names
 
@@ -113,6 +115,16 @@ def test_comparing_fails_on_a_slow_down_and_when_nothing_is_stored(tmp_path, cap
 def test_the_readme_says_what_is_stored():
     text = (ROOT / "README.md").read_text()
     assert text.split(report.BEGIN)[1].split(report.END)[0].strip() == report.section().strip()
+    assert (ROOT / "docs" / "results" / "bench.md").read_text() == report.page()
+
+
+def test_an_entry_that_was_cut_short_is_not_stored_and_changed_sources_are_told(tmp_path):
+    cut = made_up(1.0)
+    cut["benchmarks"][0]["extra_info"]["asked"] = 6
+    assert results.rows_of(cut) == []
+    cut["benchmarks"][0]["stats"]["rounds"] = 6
+    cut["commit_info"]["dirty"] = True
+    assert "commit 012345678 with uncommitted changes" in report.where(results.load(results.store(cut, tmp_path)))
 
 
 class TestRunInParts:
