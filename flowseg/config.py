@@ -372,8 +372,8 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        near = _nearest(key) if section is Config else _closest(key, list(section.model_fields))
-        return f"unknown setting {key!r}; did you mean {near!r}?"
+        hint = _nearest(key) if section is Config else _hint(key, {name: name for name in section.model_fields})
+        return f"unknown setting {key!r}; {hint}"
     message = first["msg"].removeprefix("Value error, ")
     if not key or first["type"] == "value_error":
         return message if not key or "." in message.split(" ")[0] else f"{key}: {message}"
@@ -386,25 +386,19 @@ def known_keys() -> list[str]:
 
 
 def _nearest(key: str) -> str:
+    """A hint: the setting that may have been meant or, where none is alike, those there are at its place."""
+    section, leaf = key.split(".", 1)[0], key.rsplit(".", 1)[-1]
     if key.startswith("train.stages."):
-        leaf = key.rsplit(".", 1)[-1]
-        return f"train.stages: {difflib.get_close_matches(leaf, list(Stage.model_fields), n=1, cutoff=0.0)[0]}"
-    keys = known_keys()
-    sections = list(Config.model_fields)
-    section = key.split(".", 1)[0]
-    if section not in sections and difflib.get_close_matches(section, sections, n=1):
-        return difflib.get_close_matches(section, sections, n=1)[0]
-    leaf = key.rsplit(".", 1)[-1]
-    by_leaf = {name.rsplit(".", 1)[-1]: name for name in keys}
-    if leaf in by_leaf:
-        return by_leaf[leaf]
-    inside = {name.split(".", 1)[1]: name for name in keys if name.startswith(section + ".")}
-    for names in (inside, by_leaf):
-        close = difflib.get_close_matches(leaf, list(names), n=1, cutoff=0.5)
-        if close:
-            return names[close[0]]
-    return _closest(key, keys)
+        return _hint(leaf, {name: f"train.stages: {name}" for name in Stage.model_fields})
+    sections = {name: name for name in Config.model_fields}
+    by_leaf = {name.rsplit(".", 1)[-1]: name for name in known_keys()}
+    inside = {name.split(".", 1)[1]: name for name in known_keys() if name.startswith(section + ".")}
+    for names in (sections if not inside else {}, {leaf: by_leaf[leaf]} if leaf in by_leaf else {}, inside, by_leaf):
+        if difflib.get_close_matches(leaf if inside else section, names, n=1):
+            return _hint(leaf if inside else section, names)
+    return _hint("", inside or sections)
 
 
-def _closest(name: str, names: list[str]) -> str:
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+def _hint(name: str, names: dict[str, str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {names[close[0]]!r}?" if close else f"there are {', '.join(names.values())}"

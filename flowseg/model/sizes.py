@@ -52,8 +52,9 @@ def resolve_size(config: ModelConfig) -> ModelSize:
     """
     name = config.size if config.size in SIZES else f"{config.size}/16"
     if name not in SIZES:
-        near = difflib.get_close_matches(config.size, SIZES, n=1, cutoff=0.0)[0]
-        raise UserError(f"model.size must be one of {', '.join(SIZES)}, got {config.size!r}; did you mean {near!r}?")
+        near = difflib.get_close_matches(config.size, SIZES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"model.size must be one of {', '.join(SIZES)}, got {config.size!r}{hint}")
     fields = [field.name for field in dataclasses.fields(ModelSize)]
     given = {field: value for field in fields if (value := getattr(config, field)) is not None}
     size = dataclasses.replace(SIZES[name], **given)

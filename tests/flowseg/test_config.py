@@ -33,7 +33,8 @@ def test_saved_settings_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("pair", "words"),
     [
-        ("optim.learning_rate=1", ["optim.learning_rate", "did you mean"]),
+        ("optim.learning_rate=1", ["optim.learning_rate", "there are optim.lr, "]),
+        ("quux=1", ["there are model, codes"]),
         ("optim.warmpu=1", ["did you mean 'optim.warmup'"]),
         ("train.lr=1", ["did you mean 'optim.lr'"]),
         ("lsos.eps=1", ["did you mean 'loss'"]),

@@ -60,6 +60,8 @@ def test_size_must_be_whole_patches():
 def test_wrong_size_names():
     with pytest.raises(UserError, match="did you mean 'nano'"):
         resolve_size(ModelConfig(size="nanno"))
+    with pytest.raises(UserError, match="got 'huge'$"):
+        resolve_size(ModelConfig(size="huge"))
     assert resolve_size(ModelConfig(size="L")) == resolve_size(ModelConfig(size="L/16"))
     with pytest.raises(UserError, match="multiple of 4"):
         resolve_size(ModelConfig(size="nano", dim=36, heads=6))
