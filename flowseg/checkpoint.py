@@ -228,7 +228,7 @@ def read_run_config(run: Path, pairs: list[str] | None = None, flags: dict[str, 
         UserError: not a run folder.
     """
     if not (run / "config.yaml").is_file():
-        raise UserError(f"--run {run}: no config.yaml there; give a folder written by 'flowseg train --out'")
+        raise UserError(f"run folder {run}: no config.yaml there; give a folder written by 'flowseg train --out'")
     config = load_config(run / "config.yaml")
     return override(config.at_step(config.train.steps).model_dump(mode="json"), pairs, flags)
 

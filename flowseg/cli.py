@@ -19,14 +19,16 @@ from flowseg import __version__
 from flowseg.errors import UserError
 
 app = typer.Typer(
-    help="Generative segmentation by flow matching: train, evaluate, predict, and a demo that needs no data.",
+    help="Generative segmentation by flow matching. Start with: flowseg demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 # Typer reads the annotations at run time, so the settings' heavy modules are imported inside the commands only.
-Sets = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. optim.lr=3e-4.")]
+Sets = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as optim.lr=3e-4; may be repeated.")
+]
 
 
 class DataName(str, Enum):
@@ -79,7 +81,7 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     pass
@@ -88,11 +90,16 @@ def _root(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo_out"),
-    quick: Annotated[bool, typer.Option("--quick", help="Shortened: the form of the report, not a result.")] = False,
-    steps: Annotated[Optional[int], typer.Option(min=4, help="Training steps of each arm.")] = None,  # noqa: UP045
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, data and draws.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Seconds instead of minutes: the form of the report, not a result.")
+    ] = False,
+    steps: Annotated[
+        Optional[int],
+        typer.Option(min=4, help="Training steps of each of the two arms; default: what fits into 105 s here."),
+    ] = None,  # noqa: UP045
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of weights, data and times.")] = 0,
 ) -> None:
-    """Train vanilla flow matching and FlowSeg on embedded data and write one HTML report. Needs no download."""
+    """Train plain flow matching and FlowSeg on embedded data (5 minutes on 2 cores) and write an HTML report. No download."""
     from flowseg.demo import run_demo
 
     report = run_demo(out, quick=quick, steps=steps, seed=seed, console=Console(stderr=True))
@@ -101,20 +108,32 @@ def demo(
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Run folder to write.")],
-    config: Annotated[Optional[Path], typer.Option(help="YAML with settings.")] = None,  # noqa: UP045
-    data: Annotated[Optional[DataName], typer.Option(help="Data set.")] = None,  # noqa: UP045
-    root: Annotated[Optional[Path], typer.Option(help="Folder of the data.")] = None,  # noqa: UP045
-    model: Annotated[Optional[str], typer.Option(help="nano, S, B, L or XL.")] = None,  # noqa: UP045
-    steps: Annotated[Optional[int], typer.Option(help="Optimiser steps.")] = None,  # noqa: UP045
-    max_minutes: Annotated[Optional[float], typer.Option(help="Stop after this many minutes.")] = None,  # noqa: UP045
-    batch_size: Annotated[Optional[int], typer.Option(help="Images a step and process.")] = None,  # noqa: UP045
+    out: Annotated[Path, typer.Option(help="Run folder to write; must be new, or hold a run to --resume.")],
+    config: Annotated[
+        Optional[Path], typer.Option(help="YAML file with settings, such as configs/camvid.yaml.")
+    ] = None,  # noqa: UP045
+    data: Annotated[
+        Optional[DataName],
+        typer.Option(help="Data set; only digits needs no --root. Default: digits, or as in --config."),
+    ] = None,  # noqa: UP045
+    root: Annotated[Optional[Path], typer.Option(help="Folder that holds the data set.")] = None,  # noqa: UP045
+    model: Annotated[Optional[str], typer.Option(help="Size of the network: nano (for a CPU), S, B, L or XL.")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(help="Optimiser steps in all.")] = None,  # noqa: UP045
+    max_minutes: Annotated[
+        Optional[float], typer.Option(help="Stop after this many minutes; the learning rate has then come down.")
+    ] = None,  # noqa: UP045
+    batch_size: Annotated[Optional[int], typer.Option(help="Images in a step of one process.")] = None,  # noqa: UP045
     lr: Annotated[Optional[float], typer.Option(help="Learning rate.")] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option(help="Of weights, order, crops, times.")] = None,  # noqa: UP045
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    seed: Annotated[Optional[int], typer.Option(help="Random seed of weights, order, crops and times.")] = None,  # noqa: UP045
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the newest checkpoint in --out; without --config, with its settings."
+        ),
+    ] = False,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Train a model. Settings come from --config (or, with --resume, from the run), then flags, then --set."""
+    """Train a model. Of a setting given twice, --set wins over a flag, and a flag over --config."""
     from flowseg.config import load_config
     from flowseg.train import train as run_training
 
@@ -153,17 +172,23 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Option(help="Run folder.")],
-    checkpoint: Annotated[str, typer.Option(help="latest, best, a step, or a .safetensors file.")] = "latest",
-    root: Annotated[Optional[Path], typer.Option(help="Folder of the data, if it moved.")] = None,  # noqa: UP045
-    split: Annotated[Split, typer.Option(help="Which split.")] = Split.val,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Only this many images.")] = None,  # noqa: UP045
-    steps: Annotated[Optional[int], typer.Option(help="ODE steps.")] = None,  # noqa: UP045
-    method: Annotated[Optional[str], typer.Option(help="euler, heun or midpoint.")] = None,  # noqa: UP045
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write the scores here.")] = None,  # noqa: UP045
+    run: Annotated[Path, typer.Option(help="Run folder, as written by train.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")
+    ] = "latest",
+    root: Annotated[Optional[Path], typer.Option(help="Folder of the data, if it has moved since training.")] = None,  # noqa: UP045
+    split: Annotated[Split, typer.Option(help="Split to score.")] = Split.val,
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Score only this many images, evenly spread.")] = None,  # noqa: UP045
+    steps: Annotated[Optional[int], typer.Option(help="Steps of the ODE solver; default: as in the run.")] = None,  # noqa: UP045
+    method: Annotated[
+        Optional[str], typer.Option(help="ODE solver: euler, heun or midpoint; default: as in the run.")
+    ] = None,  # noqa: UP045
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", help="File to which the scores are written too.")
+    ] = None,  # noqa: UP045
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Score a run on a split: mIoU, pixel accuracy, a table by class. Under `accelerate launch` processes share the work."""
+    """Score a run: IoU of each class, mIoU, pixel accuracy. Processes of `accelerate launch` share the work."""
     import torch
     from accelerate import PartialState
 
@@ -210,15 +235,17 @@ def evaluate(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    out: Annotated[Optional[Path], typer.Option(help="File to write; default report.html in the run.")] = None,  # noqa: UP045
-    checkpoint: Annotated[str, typer.Option(help="latest, best, a step, or a .safetensors file.")] = "latest",
-    root: Annotated[Optional[Path], typer.Option(help="Folder of the data, if it moved.")] = None,  # noqa: UP045
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Score only this many images.")] = None,  # noqa: UP045
-    speed: Annotated[bool, typer.Option(help="Also time the kernels.")] = True,
+    run: Annotated[Path, typer.Argument(help="Run folder, as written by train.")],
+    out: Annotated[Optional[Path], typer.Option(help="File to write; default: report.html in the run folder.")] = None,  # noqa: UP045
+    checkpoint: Annotated[
+        str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")
+    ] = "latest",
+    root: Annotated[Optional[Path], typer.Option(help="Folder of the data, if it has moved since training.")] = None,  # noqa: UP045
+    limit: Annotated[Optional[int], typer.Option(min=1, help="Score only this many images, evenly spread.")] = None,  # noqa: UP045
+    speed: Annotated[bool, typer.Option(help="Time the kernels too.")] = True,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Write one HTML file about a run: convergence, classes, confusion, examples, trajectories, settings, speed."""
+    """Score a run and write one HTML file: convergence, classes, confusion, examples, settings, speed of the kernels."""
     from flowseg.checkpoint import read_run_config
     from flowseg.report.run import write_report
     from flowseg.segment import Segmenter
@@ -233,14 +260,16 @@ def report(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Option(help="Run folder.")],
+    run: Annotated[Path, typer.Option(help="Run folder, as written by train.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    checkpoint: Annotated[str, typer.Option(help="latest, best, a step, or a .safetensors file.")] = "latest",
-    scores: Annotated[Optional[Path], typer.Option(help="What 'evaluate --json' wrote, for the card.")] = None,  # noqa: UP045
-    license: Annotated[Optional[str], typer.Option(help="Of the weights, for the card.")] = None,  # noqa: UP045
+    checkpoint: Annotated[
+        str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")
+    ] = "latest",
+    scores: Annotated[Optional[Path], typer.Option(help="File of 'evaluate --json', for the model card.")] = None,  # noqa: UP045
+    license: Annotated[Optional[str], typer.Option(help="Licence of the weights, for the model card.")] = None,  # noqa: UP045
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Write weights, settings and a model card that can be shared; `flowseg predict --run` takes the folder too."""
+    """Write weights, settings and a model card into a folder to share, which predict takes as --run."""
     from flowseg.checkpoint import read_run_config
     from flowseg.hub import save_pretrained
     from flowseg.segment import Segmenter
@@ -255,17 +284,21 @@ def export(
 
 @app.command()
 def predict(
-    inputs: Annotated[list[str], typer.Argument(help="Images, folders or glob patterns.")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Image files, folders of them, or quoted patterns such as 'photos/*.jpg'.")
+    ],
     run: Annotated[str, typer.Option(help="Run folder, folder of 'flowseg export', or a name on the hub.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
-    checkpoint: Annotated[str, typer.Option(help="latest, best, a step, or a .safetensors file.")] = "latest",
-    overlay: Annotated[bool, typer.Option(help="Write overlays too.")] = True,
-    margin: Annotated[bool, typer.Option(help="Write margin maps too.")] = False,
-    opacity: Annotated[float, typer.Option(min=0, max=1, help="Of the colours in overlays.")] = 0.5,
-    steps: Annotated[Optional[int], typer.Option(help="ODE steps.")] = None,  # noqa: UP045
+    checkpoint: Annotated[
+        str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")
+    ] = "latest",
+    overlay: Annotated[bool, typer.Option(help="Write NAME.overlay.png: the mask over the image.")] = True,
+    margin: Annotated[bool, typer.Option(help="Write NAME.margin.png: how sure each pixel is (dark: unsure).")] = False,
+    opacity: Annotated[float, typer.Option(min=0, max=1, help="Opacity of the mask in overlays.")] = 0.5,
+    steps: Annotated[Optional[int], typer.Option(help="Steps of the ODE solver; default: as in the run.")] = None,  # noqa: UP045
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Segment images: a palette PNG each, overlays, and on request margin maps."""
+    """Segment images: NAME.mask.png holds class indices with a palette, at the size of the image."""
     from flowseg.checkpoint import read_run_config
     from flowseg.data.datasets import resolve_labels
     from flowseg.hub import from_pretrained, is_shared
@@ -301,12 +334,14 @@ def predict(
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(help="YAML with arms, seeds and steps.")],
-    out: Annotated[Path, typer.Option(help="Folder of the study; finished runs in it are kept.")],
-    root: Annotated[Optional[Path], typer.Option(help="Folder of the data.")] = None,  # noqa: UP045
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, sharing the cores.")] = 1,
+    file: Annotated[
+        Path, typer.Argument(help="YAML file with arms, seeds and steps, such as configs/studies/camvid.yaml.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; runs in it that are finished are not run again.")],
+    root: Annotated[Optional[Path], typer.Option(help="Folder that holds the data set.")] = None,  # noqa: UP045
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, which share the cores.")] = 1,
 ) -> None:
-    """Train and score many settings over several seeds; write one table and one picture."""
+    """Train and score several settings with several seeds; write table.md and curves.png. Stopped, it goes on when called again."""
     from flowseg.study import load_study, run_study
 
     table = run_study(load_study(file), out, root=root, jobs=jobs, console=Console(stderr=True))

@@ -107,6 +107,7 @@ def test_same_stems_get_their_folder(trained, folder_data, tmp_path, monkeypatch
         (["train", "--out", "x", "--data", "camvid"], "--root"),
         (["train", "--out", "x", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["evaluate", "--run", "nowhere"], "no config.yaml"),
+        (["report", "nowhere"], "run folder nowhere: no config.yaml"),
         (["study", "none.yaml", "--out", "x"], "none.yaml: cannot be read"),
         (["predict", "a.jpg", "--run", "nowhere", "--out", "y"], "no config.yaml"),
     ],
