@@ -8,7 +8,7 @@ import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn, Optional
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -67,6 +67,13 @@ def main() -> None:
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
+DEMO_FILES = """  open it in a browser: scores, the flow step by step, the kernels' speed on this machine; beside it
+  scene.png    one validation scene: image and truth, the four steps of the flow, the decoded masks
+  curves.png   accuracy while training, plain flow matching and FlowSeg
+  report.json  every number
+  vanilla/ and flowseg/ are runs: flowseg report, flowseg predict --run and flowseg evaluate --run take them"""
+
+
 def _leave(message: str) -> NoReturn:
     Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
     sys.exit(2)
@@ -94,37 +101,35 @@ def demo(
         bool, typer.Option("--quick", help="Seconds instead of minutes: the form of the report, not a result.")
     ] = False,
     steps: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(min=4, help="Training steps of each of the two arms; default: what fits into 105 s here."),
-    ] = None,  # noqa: UP045
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of weights, data and times.")] = 0,
 ) -> None:
     """Train plain flow matching and FlowSeg on embedded data (5 minutes on 2 cores) and write an HTML report. No download."""
     from flowseg.demo import run_demo
 
     report = run_demo(out, quick=quick, steps=steps, seed=seed, console=Console(stderr=True))
-    typer.echo(f"report: {report.resolve()}")
+    typer.echo(f"report: {report.resolve()}\n{DEMO_FILES}")
 
 
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Run folder to write; must be new, or hold a run to --resume.")],
-    config: Annotated[
-        Optional[Path], typer.Option(help="YAML file with settings, such as configs/camvid.yaml.")
-    ] = None,  # noqa: UP045
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings, such as configs/camvid.yaml.")] = None,
     data: Annotated[
-        Optional[DataName],
+        DataName | None,
         typer.Option(help="Data set; only digits needs no --root. Default: digits, or as in --config."),
-    ] = None,  # noqa: UP045
-    root: Annotated[Optional[Path], typer.Option(help="Folder that holds the data set.")] = None,  # noqa: UP045
-    model: Annotated[Optional[str], typer.Option(help="Size of the network: nano (for a CPU), S, B, L or XL.")] = None,  # noqa: UP045
-    steps: Annotated[Optional[int], typer.Option(help="Optimiser steps in all.")] = None,  # noqa: UP045
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder that holds the data set.")] = None,
+    model: Annotated[str | None, typer.Option(help="Size of the network: nano (for a CPU), S, B, L or XL.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps in all.")] = None,
     max_minutes: Annotated[
-        Optional[float], typer.Option(help="Stop after this many minutes; the learning rate has then come down.")
-    ] = None,  # noqa: UP045
-    batch_size: Annotated[Optional[int], typer.Option(help="Images in a step of one process.")] = None,  # noqa: UP045
-    lr: Annotated[Optional[float], typer.Option(help="Learning rate.")] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option(help="Random seed of weights, order, crops and times.")] = None,  # noqa: UP045
+        float | None, typer.Option(help="Stop after this many minutes; the learning rate has then come down.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in a step of one process.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of weights, order, crops and times.")] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -176,16 +181,14 @@ def evaluate(
     checkpoint: Annotated[
         str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")
     ] = "latest",
-    root: Annotated[Optional[Path], typer.Option(help="Folder of the data, if it has moved since training.")] = None,  # noqa: UP045
+    root: Annotated[Path | None, typer.Option(help="Folder of the data, if it has moved since training.")] = None,
     split: Annotated[Split, typer.Option(help="Split to score.")] = Split.val,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Score only this many images, evenly spread.")] = None,  # noqa: UP045
-    steps: Annotated[Optional[int], typer.Option(help="Steps of the ODE solver; default: as in the run.")] = None,  # noqa: UP045
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only this many images, evenly spread.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the ODE solver; default: as in the run.")] = None,
     method: Annotated[
-        Optional[str], typer.Option(help="ODE solver: euler, heun or midpoint; default: as in the run.")
-    ] = None,  # noqa: UP045
-    json_file: Annotated[
-        Optional[Path], typer.Option("--json", help="File to which the scores are written too.")
-    ] = None,  # noqa: UP045
+        str | None, typer.Option(help="ODE solver: euler, heun or midpoint; default: as in the run.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File to which the scores are written too.")] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Score a run: IoU of each class, mIoU, pixel accuracy. Processes of `accelerate launch` share the work."""
@@ -236,12 +239,12 @@ def evaluate(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder, as written by train.")],
-    out: Annotated[Optional[Path], typer.Option(help="File to write; default: report.html in the run folder.")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the run folder.")] = None,
     checkpoint: Annotated[
         str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")
     ] = "latest",
-    root: Annotated[Optional[Path], typer.Option(help="Folder of the data, if it has moved since training.")] = None,  # noqa: UP045
-    limit: Annotated[Optional[int], typer.Option(min=1, help="Score only this many images, evenly spread.")] = None,  # noqa: UP045
+    root: Annotated[Path | None, typer.Option(help="Folder of the data, if it has moved since training.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only this many images, evenly spread.")] = None,
     speed: Annotated[bool, typer.Option(help="Time the kernels too.")] = True,
     sets: Sets = [],  # noqa: B006
 ) -> None:
@@ -265,8 +268,8 @@ def export(
     checkpoint: Annotated[
         str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")
     ] = "latest",
-    scores: Annotated[Optional[Path], typer.Option(help="File of 'evaluate --json', for the model card.")] = None,  # noqa: UP045
-    license: Annotated[Optional[str], typer.Option(help="Licence of the weights, for the model card.")] = None,  # noqa: UP045
+    scores: Annotated[Path | None, typer.Option(help="File of 'evaluate --json', for the model card.")] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the weights, for the model card.")] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Write weights, settings and a model card into a folder to share, which predict takes as --run."""
@@ -295,7 +298,7 @@ def predict(
     overlay: Annotated[bool, typer.Option(help="Write NAME.overlay.png: the mask over the image.")] = True,
     margin: Annotated[bool, typer.Option(help="Write NAME.margin.png: how sure each pixel is (dark: unsure).")] = False,
     opacity: Annotated[float, typer.Option(min=0, max=1, help="Opacity of the mask in overlays.")] = 0.5,
-    steps: Annotated[Optional[int], typer.Option(help="Steps of the ODE solver; default: as in the run.")] = None,  # noqa: UP045
+    steps: Annotated[int | None, typer.Option(help="Steps of the ODE solver; default: as in the run.")] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Segment images: NAME.mask.png holds class indices with a palette, at the size of the image."""
@@ -338,7 +341,7 @@ def study(
         Path, typer.Argument(help="YAML file with arms, seeds and steps, such as configs/studies/camvid.yaml.")
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; runs in it that are finished are not run again.")],
-    root: Annotated[Optional[Path], typer.Option(help="Folder that holds the data set.")] = None,  # noqa: UP045
+    root: Annotated[Path | None, typer.Option(help="Folder that holds the data set.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, which share the cores.")] = 1,
 ) -> None:
     """Train and score several settings with several seeds; write table.md and curves.png. Stopped, it goes on when called again."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -86,7 +87,7 @@ def run_demo(
         console: where to draw progress; ``None`` draws nothing.
 
     Returns:
-        Path of the report.
+        Path of the report. Beside it lie ``scene.png``, ``curves.png`` and ``report.json``.
 
     Raises:
         UserError: a folder in the way.
@@ -106,8 +107,10 @@ def run_demo(
         speed = measure_kernels(size=size, repeats=2 if quick else 5)
         progress.advance(task)
     report = out / "report.html"
-    _write_report(report, arms, speed, size, quick, console)
+    _write_report(report, arms, speed, size, quick)
     _write_numbers(out / "report.json", arms, speed)
+    if console:
+        console.print(verdict(arms), highlight=False)
     return report
 
 
@@ -174,11 +177,11 @@ def verdict(arms: list[Arm]) -> str:
     return f"In this run there is no clear difference: {numbers}."
 
 
-def _scenes(arms: list[Arm], indices: list[int]) -> list[str]:
+def _scenes(arms: list[Arm], indices: list[int]) -> list[Figure]:
     """Figures of some validation scenes: the flow and the decoded mask of every arm."""
     config = arms[0].config
     data = open_data(config.data, ("val",), seed=config.train.seed)
-    blocks = []
+    drawn = []
     for index in indices:
         image, labels = data.val[index]
         paths, masks = {}, {}
@@ -188,14 +191,11 @@ def _scenes(arms: list[Arm], indices: list[int]) -> list[str]:
             paths[arm.name] = [(t, x[0, :, :height, :width]) for t, x in path]
             decoded = nearest_centroid(field, arm.segmenter.codebook, out_dtype=torch.uint8)
             masks[arm.name] = decoded[0, :height, :width].cpu().numpy()
-        figure = figures.flow_figure(pixels[0], np.array(labels), paths, masks, data.labels.palette)
-        blocks.append(picture(figure, f"flow and mask of validation scene {index}"))
-    return blocks
+        drawn.append(figures.flow_figure(pixels[0], np.array(labels), paths, masks, data.labels))
+    return drawn
 
 
-def _write_report(
-    path: Path, arms: list[Arm], speed: list[dict], size: int, quick: bool, console: Console | None
-) -> None:
+def _write_report(path: Path, arms: list[Arm], speed: list[dict], size: int, quick: bool) -> None:
     vanilla, flowseg = arms
     config = vanilla.config
     labels = open_data(config.data, (), seed=config.train.seed).labels
@@ -219,6 +219,10 @@ def _write_report(
         if quick
         else "One seed and one short run: a few points either way can be chance."
     )
+    curves = figures.curve_figure({a.name: a.curve for a in arms}, {a.name: a.errors for a in arms})
+    curves.savefig(path.with_name("curves.png"), dpi=110)
+    scenes = _scenes(arms, chosen_indices(len(arms[0].curve) and config.data.digits_val, None)[: 2 if quick else 4])
+    scenes[0].savefig(path.with_name("scene.png"), dpi=110)
     page.section(
         "What came out",
         paragraph(f"{verdict(arms)} {caution}"),
@@ -228,10 +232,7 @@ def _write_report(
             f"{flowseg.config.loss.correction_weight:g}). Scored on {vanilla.scores.images} scenes of held-out digits "
             f"on held-out parts of the photographs."
         ),
-        picture(
-            figures.curve_figure({a.name: a.curve for a in arms}, {a.name: a.errors for a in arms}),
-            "convergence curves",
-        ),
+        picture(curves, "convergence curves"),
     )
     count = config.sample.steps
     page.section(
@@ -240,9 +241,10 @@ def _write_report(
             f"From the image (t = 0) to the class colours (t = 1) in {count} Euler steps, then every pixel takes the "
             f"nearest code. Scenes are the first of the validation set, not chosen."
         ),
-        picture(figures.legend_figure(labels.classes, labels.palette), "colours of the classes"),
-        *_scenes(arms, chosen_indices(len(arms[0].curve) and config.data.digits_val, None)[: 2 if quick else 4]),
-        paragraph("The states show code channels as red, green and blue; the masks use the colours of the legend."),
+        *(picture(scene, f"flow and mask of validation scene {index}") for index, scene in enumerate(scenes)),
+        paragraph(
+            "The states show code channels as red, green and blue; truth and masks use the colours named below them."
+        ),
     )
     page.section(
         "What the correction changes",
@@ -266,8 +268,6 @@ def _write_report(
         folded("All settings (FlowSeg arm)", yaml.safe_dump(flowseg.config.model_dump(mode="json"), sort_keys=False)),
     )
     page.write(path)
-    if console:
-        console.print(verdict(arms), highlight=False)
 
 
 def _percent(value: float | None) -> str:

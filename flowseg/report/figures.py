@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
+from flowseg.data.presets import Labels
 from flowseg.predict import colorize
 from flowseg_kernels import Codebook, distance_correction, kronecker_centroids
 
@@ -23,20 +24,21 @@ def flow_figure(
     truth: np.ndarray,
     paths: dict[str, list[tuple[float, Tensor]]],
     masks: dict[str, np.ndarray],
-    palette: Sequence[tuple[int, int, int]],
+    labels: Labels,
 ) -> Figure:
-    """One scene: the image and the truth on the left, then the flow and the decoded mask, one row an arm.
+    """One scene: the image and the truth on the left, then the flow and the decoded mask, one row an arm; colours of the classes.
 
     Args:
         image: ``(3, H, W)`` in [-1, 1].
         truth: ``(H, W)`` labels.
         paths: arm to ``(t, x)`` with ``x`` ``(C, H, W)``; the first three channels are shown as colours.
         masks: arm to labels ``(H, W)``.
-        palette: class colours.
+        labels: names and colours of the classes.
     """
+    palette = labels.palette
     columns = 2 + max(len(path) for path in paths.values())
     height, width = truth.shape
-    figure = Figure(figsize=(1.75 * columns, 1.75 * len(paths) * height / width + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.75 * columns, 1.75 * len(paths) * height / width + 0.8), layout="constrained")
     axes = figure.subplots(len(paths), columns, squeeze=False)
     for row, (name, path) in enumerate(paths.items()):
         left = [("image", _as_picture(image)), ("truth", colorize(truth, palette))]
@@ -59,14 +61,17 @@ def flow_figure(
                 axis.set_ylabel(name, fontsize=11, color=COLORS.get(name), fontweight="bold")
             if column == len(panels) - 1:
                 axis.set_xlabel(f"{100 * (1 - wrong.mean()):.1f} % of pixels right", fontsize=8, color="#555555")
+    handles, names = _legend(labels.classes, palette), len(labels.classes)
+    figure.legend(handles=handles, loc="outside lower center", ncols=names, frameon=False, fontsize=8, handlelength=1.2)
     return figure
 
 
 def legend_figure(classes: Sequence[str], palette: Sequence[tuple[int, int, int]]) -> Figure:
     """The colours of the classes, in one line."""
     figure = Figure(figsize=(min(1.05 * len(classes), 11), 0.4))
-    handles = [Patch(color=np.array(color) / 255.0, label=name) for name, color in zip(classes, palette)]
-    figure.legend(handles=handles, loc="center", ncols=len(classes), frameon=False, fontsize=8, handlelength=1.2)
+    figure.legend(
+        handles=_legend(classes, palette), loc="center", ncols=len(classes), frameon=False, fontsize=8, handlelength=1.2
+    )
     return figure
 
 
@@ -289,6 +294,10 @@ def speed_figure(rows: Sequence[dict]) -> Figure:
     _tidy(axis)
     axis.legend(frameon=False, loc="lower right", fontsize=8)
     return figure
+
+
+def _legend(classes: Sequence[str], palette: Sequence[tuple[int, int, int]]) -> list[Patch]:
+    return [Patch(color=np.array(color) / 255.0, label=name) for name, color in zip(classes, palette)]
 
 
 def _as_picture(x: Tensor) -> np.ndarray:

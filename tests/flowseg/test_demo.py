@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flowseg.data.digits import DigitScenes
+from flowseg.data.presets import PRESETS
 from flowseg.demo import run_demo, verdict
 from flowseg.errors import UserError
 from flowseg.report import figures
@@ -20,6 +21,7 @@ def test_quick_demo(tmp_path):
     text = report.read_text()
     assert "http" not in re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text).replace("http-equiv", "")
     assert text.count("data:image/png;base64,") >= 5 and "numbers mean nothing" in text
+    assert all((tmp_path / "demo" / name).stat().st_size > 10_000 for name in ("scene.png", "curves.png"))
     numbers = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert set(numbers["arms"]) == {"vanilla", "FlowSeg"}
     assert f"{numbers['arms']['FlowSeg']['miou']:.1f} %" in text
@@ -54,7 +56,7 @@ def test_figures_draw():
     arms = ("vanilla", "FlowSeg")
     made = [
         figures.flow_figure(
-            torch.zeros(3, 32, 32), truth, dict.fromkeys(arms, path), dict.fromkeys(arms, truth), [(1, 2, 3)]
+            torch.zeros(3, 32, 32), truth, dict.fromkeys(arms, path), dict.fromkeys(arms, truth), PRESETS["digits"]
         ),
         figures.curve_figure({arm: [(1, 2.0), (2, 3.0)] for arm in arms}, {arm: [(1, 0.5), (2, 0.4)] for arm in arms}),
         figures.speed_figure([{"name": "op", "ours_ms": 1.0, "eager_ms": 9.0}]),

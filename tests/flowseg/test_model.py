@@ -60,7 +60,7 @@ def test_size_must_be_whole_patches():
 def test_wrong_size_names():
     with pytest.raises(UserError, match="did you mean 'nano'"):
         resolve_size(ModelConfig(size="nanno"))
-    with pytest.raises(UserError, match="got 'huge'$"):
+    with pytest.raises(UserError, match=r"got 'huge'$"):
         resolve_size(ModelConfig(size="huge"))
     assert resolve_size(ModelConfig(size="L")) == resolve_size(ModelConfig(size="L/16"))
     with pytest.raises(UserError, match="multiple of 4"):
