@@ -1,12 +1,13 @@
 """What the tests run through: python -m tests.coverage [pytest arguments]
 
-Python lines by coverage.py, C++ lines by a build with gcov's counters. Writes docs/results/coverage.md. Lines that run only on a
-GPU or in the Triton interpreter count as not run: the figures are those of one process of tests on a CPU.
+Python lines by coverage.py, C++ lines by a build with gcov's counters. Writes docs/results/coverage.md, unless it was given
+arguments. Lines that run on a GPU only, in the Triton interpreter or in processes that a test starts count as not run.
 """
 
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import gzip
 import json
 import os
@@ -14,21 +15,23 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 
 from .native import ROOT, build
 
 FOLDER = ROOT / "build" / "coverage"
 RESULTS = ROOT / "docs" / "results" / "coverage.md"
+#: Processes of tests, two at a time. What runs none of the library's lines in its own process is left out: packaging, the host
+#: shim, machine code, benches.
 TESTS = [
-    "tests",
-    "--ignore=tests/flowseg_kernels/cuda",
-    "--ignore=tests/flowseg_kernels/static",
-    "--ignore=tests/packaging",
+    ["tests/flowseg_kernels/ops", "tests/fuzz"],
+    ["tests/flowseg"],
+    ["tests/flowseg_kernels/compose", *map(str, sorted((ROOT / "tests" / "flowseg_kernels").glob("test_*.py")))],
 ]
 HEAD = """# Coverage
 
-`{}`: lines that the tests run through in one process on a CPU. Triton kernels, which
-run in the interpreter's own process, and what needs a GPU count as not run.
+`python -m tests.coverage`: lines of the library that its tests run through on a CPU, commit {}. Triton's kernels, which
+run in the interpreter, what needs a GPU, and what a test runs in a process of its own count as not run.
 
 """
 Lines = dict[str, tuple[int, int]]  # by file: (run, all)
@@ -74,16 +77,35 @@ def folders(lines: Lines) -> dict[str, tuple[int, int]]:
     return total
 
 
-def main() -> int:
-    library = build(FOLDER, "-O1 --coverage -fprofile-update=atomic", "--coverage")
-    for old in (FOLDER / "objects").glob("*.gcda"):
-        old.unlink()
-    data = FOLDER / "python.data"
+def tested(groups: list[list[str]], library: pathlib.Path) -> bool:
     environment = {**os.environ, "FLOWSEG_TEST_LIBRARY": str(library), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    tests = sys.argv[1:] or TESTS
-    measured = ["--data-file", str(data), "--source", "flowseg_kernels,flowseg", "-m", "pytest"]
-    command = [sys.executable, "-m", "coverage", "run", *measured, "-q", "-p", "tests.native", *tests]
-    tested = subprocess.run(command, cwd=ROOT, env=environment)
+
+    def run(number: int) -> int:
+        data = ["--data-file", str(FOLDER / f"part.{number}"), "--source", "flowseg_kernels,flowseg"]
+        command = [sys.executable, "-m", "coverage", "run", *data, "-m", "pytest", "-p", "tests.native"]
+        begin = time.monotonic()
+        done = subprocess.run([*command, *groups[number]], cwd=ROOT, env=environment, capture_output=True, text=True)
+        lines = done.stdout.strip().splitlines()
+        print(f"{' '.join(groups[number][:2])}: {time.monotonic() - begin:.0f} s\n" + "\n".join(lines[-1:]), flush=True)
+        if done.returncode:
+            print("\n".join(lines[-60:]) + done.stderr[-2000:], flush=True)
+        return done.returncode
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return not any(pool.map(run, range(len(groups))))
+
+
+def main() -> int:
+    begin = time.monotonic()
+    library = build(FOLDER, "-O1 --coverage -fprofile-update=atomic", "--coverage")
+    print(f"built in {time.monotonic() - begin:.0f} s", flush=True)
+    for old in (*(FOLDER / "objects").glob("*.gcda"), *FOLDER.glob("part.*")):
+        old.unlink()
+    passed = tested([sys.argv[1:]] if sys.argv[1:] else TESTS, library)
+    data = FOLDER / "python.data"
+    parts = map(str, FOLDER.glob("part.*"))
+    combine = [sys.executable, "-m", "coverage", "combine", "-q", "--data-file", str(data), *parts]
+    subprocess.run(combine, cwd=ROOT, check=True)
     rows = []
     for kind, lines in (("Python", python_lines(data)), ("C++", native_lines())):
         ran, every = (sum(v[i] for v in lines.values()) for i in (0, 1))
@@ -91,8 +113,11 @@ def main() -> int:
         rows += [f"| `{name}` | {r} | {n} | {r / max(n, 1):.1%} |" for name, (r, n) in folders(lines).items()]
     table = "\n".join(("| folder | lines run | lines | |", "|---|---|---|---|", *rows))
     print(table)
-    RESULTS.write_text(f"{HEAD.format(' '.join(('python -m tests.coverage', *sys.argv[1:])))}{table}\n")
-    return tested.returncode
+    if passed and not sys.argv[1:]:
+        revision = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(revision, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+        RESULTS.write_text(f"{HEAD.format(commit)}{table}\n")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

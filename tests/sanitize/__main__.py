@@ -1,13 +1,14 @@
 """The C++ kernels under a sanitizer: python -m tests.sanitize address | undefined | thread | all
 
-Builds the library with it, sees that it finds a fault planted for it, and runs the ops' tests on it. Exit code 1 for a finding, or
-for a fault that was not found.
+Builds the library with it, sees that it finds a fault planted for it, and runs the ops' tests on it. Writes a line of
+docs/results/sanitizers.md. Exit code 1 for a finding, or for a fault that was not found.
 """
 
 from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,15 @@ import torch
 from ..native import ROOT, build
 
 FOLDER = ROOT / "build" / "sanitize"
+RESULTS = ROOT / "docs" / "results" / "sanitizers.md"
+HEAD = """# Sanitizers
+
+`python -m tests.sanitize all`: the C++ kernels, compiled with each sanitizer, under the ops' tests and the short run of random
+calls. First each must find a fault planted for it, and none where none is.
+
+| sanitizer | planted fault, found | tests passed | findings | build | tests | commit | g++ |
+|---|---|---|---|---|---|---|---|
+"""
 FLAGS = {
     "address": "-fsanitize=address",
     "undefined": "-fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all",
@@ -50,15 +60,21 @@ def compiled(name: str) -> pathlib.Path:
     return build(folder, flags, f"{FLAGS[name]} -Wl,-Bsymbolic {extra}")
 
 
+def library_path(name: str) -> str:
+    found = subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return str(pathlib.Path(found).resolve())
+
+
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
     """This Python with the sanitizer's runtime in it, without address randomisation: older runtimes do not know newer layouts."""
     environment = {**os.environ, **OPTIONS, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["FLOWSEG_TEST_LIBRARY"] = str(FOLDER / name / "libflowseg_cpu.so")
     if name in PRELOADED:
-        path = subprocess.run(
-            ["g++", f"-print-file-name={PRELOADED[name]}"], capture_output=True, text=True
-        ).stdout.strip()
-        environment["LD_PRELOAD"] = str(pathlib.Path(path).resolve())
+        # With the C++ library behind it: Python brings none, and the runtime ends the process at the first exception that any
+        # extension module throws if it did not find __cxa_throw when it started.
+        environment["LD_PRELOAD"] = " ".join(map(library_path, (PRELOADED[name], "libstdc++.so.6")))
     no_random = ["setarch", "-R"] if shutil.which("setarch") else []
     command = [*no_random, sys.executable, *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
@@ -77,14 +93,31 @@ def check(name: str) -> bool:
         print(f"{name}: it finds a fault where none is\n{harmless.stderr[-3000:]}")
         return False
     print(f"{name}: built in {built:.0f} s; the planted fault was found ({WORDS[name]})", flush=True)
-    tested = run(
-        name, "-m", "pytest", "-q", "-x", "-p", "tests.native", "-p", "no:cacheprovider", "--durations=0", *TESTS
-    )
-    tail = tested.stdout.strip().splitlines()[-1:] or ["no output"]
-    print(f"{name}: {tail[0]}; {time.monotonic() - start:.0f} s in all", flush=True)
+    begin = time.monotonic()
+    # Not the files' capture: what a sanitizer says when it ends the process would be lost with it.
+    tested = run(name, "-m", "pytest", "-x", "--capture=sys", "-p", "tests.native", "-p", "no:cacheprovider", *TESTS)
+    took = time.monotonic() - begin
+    summary = (tested.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
+    print(f"{name}: {summary}; {time.monotonic() - start:.0f} s in all", flush=True)
     if tested.returncode:
         print(tested.stdout[-6000:] + tested.stderr[-6000:])
+    else:
+        passed = re.search(r"(\d+) passed", summary)[1]
+        store(name, f"| {name} | {WORDS[name]} | {passed} | 0 | {built:.0f} s | {took:.0f} s | {described()} |")
     return tested.returncode == 0
+
+
+def described() -> str:
+    commands = (["git", "rev-parse", "--short", "HEAD"], ["g++", "-dumpfullversion"])
+    commit, compiler = (subprocess.run(c, cwd=ROOT, capture_output=True, text=True).stdout.strip() for c in commands)
+    return f"{commit or 'unknown'} | {compiler}"
+
+
+def store(name: str, row: str) -> None:
+    """One row of the page anew; a run of one sanitizer leaves those of the others."""
+    old = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    rows = {kind: line for kind in FLAGS for line in old if line.startswith(f"| {kind} |")} | {name: row}
+    RESULTS.write_text(HEAD + "".join(f"{rows[kind]}\n" for kind in FLAGS if kind in rows))
 
 
 def main() -> int:
