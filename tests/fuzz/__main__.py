@@ -22,7 +22,7 @@ RECORD = pathlib.Path(__file__).with_name("record.json")
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "results" / "fuzz.md"
 HEAD = """# Random calls
 
-`python -m tests.fuzz --backend NAME --cases 20000` calls the ops with random arguments and compares results and gradients with fp64:
+`python -m tests.fuzz --backend NAME --cases 20000` calls the ops at random and compares results and gradients with fp64:
 sizes from 0 on, every memory layout, dtype and option, NaN, infinities, ties, points on borders of cells of the decode grid. Each
 number must lie within an error bound that follows from the formulas (`tests/fuzz/exact.py`). "Unbounded": the share of the numbers
 for which no bound can be given, because an intermediate result leaves the range of its dtype, or because the rounding of the inputs
