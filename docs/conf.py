@@ -58,7 +58,15 @@ NAVIGATION = {
         "ops/neural_field",
     ],
     "Reference": ["api/flowseg_kernels", "api/flowseg", "api/command_line", "environment", "troubleshooting"],
-    "Results": ["results/bench", "results/camvid", "results/fuzz", "results/mutation", "notes/performance"],
+    "Results": [
+        "results/bench",
+        "results/camvid",
+        "results/fuzz",
+        "results/mutation",
+        "results/sanitizers",
+        "results/coverage",
+        "notes/performance",
+    ],
 }
 
 
@@ -69,8 +77,9 @@ def _add_navigation(app, docname, source):
 
 
 def _name_files_outside(app, docname, source):
-    """CONTRIBUTING.md is a link on GitHub; the site names it."""
-    source[0] = re.sub(r"\[[^\]]+\]\((?:\.\./)+((?:CONTRIBUTING|CHANGELOG)\.md)[^)]*\)", r"`\1`", source[0])
+    """Files above docs/ are links on GitHub; the site names them. ../README.md of a folder is the site's own."""
+    outside = r"(?:\.\./)+((?:CONTRIBUTING|CHANGELOG)\.md)|\.\./\.\./(README\.md)"
+    source[0] = re.sub(rf"\[[^\]]+\]\((?:{outside})[^)]*\)", lambda link: f"`{link[1] or link[2]}`", source[0])
 
 
 def _add_options(app, docname, source):
