@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import pathlib
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -26,8 +25,8 @@ HEAD = """# Sanitizers
 `python -m tests.sanitize all`: the C++ kernels, compiled with each sanitizer, under the ops' tests and the short run of random
 calls. First each must find a fault planted for it, and none where none is.
 
-| sanitizer | planted fault, found | tests passed | findings | tests, CPU seconds | commit | g++ |
-|---|---|---|---|---|---|---|
+| sanitizer | planted fault, found | tests passed | findings | commit | g++ |
+|---|---|---|---|---|---|
 """
 FLAGS = {
     "address": "-fsanitize=address",
@@ -94,23 +93,16 @@ def check(name: str) -> bool:
         print(f"{name}: it finds a fault where none is\n{harmless.stderr[-3000:]}")
         return False
     print(f"{name}: built in {built:.0f} s; the planted fault was found ({WORDS[name]})", flush=True)
-    begin = cpu_seconds()
     # Not the files' capture: what a sanitizer says when it ends the process would be lost with it.
     tested = run(name, "-m", "pytest", "-x", "--capture=sys", "-p", "tests.native", "-p", "no:cacheprovider", *TESTS)
-    took = cpu_seconds() - begin
     summary = (tested.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
     print(f"{name}: {summary}; {time.monotonic() - start:.0f} s in all", flush=True)
     if tested.returncode:
         print(tested.stdout[-6000:] + tested.stderr[-6000:])
     else:
         passed = re.search(r"(\d+) passed", summary)[1]
-        store(name, f"| {name} | {WORDS[name]} | {passed} | 0 | {took:.0f} | {described()} |")
+        store(name, f"| {name} | {WORDS[name]} | {passed} | 0 | {described()} |")
     return tested.returncode == 0
-
-
-def cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def described() -> str:
