@@ -204,6 +204,31 @@ void load_labels(const Labels& labels, int64_t classes, const Image& shape, cons
   }
 }
 
+template <class S>
+int count_labels_as(const Labels& labels, int64_t classes, const Image& shape, const Place& p) {
+  const S* FLOWSEG_RESTRICT from = static_cast<const S*>(labels.data) + p.image * labels.stride[0];
+  using Wide = std::conditional_t<(sizeof(S) < 4), int32_t, int64_t>;
+  const Wide ignore = static_cast<Wide>(labels.ignore), count = static_cast<Wide>(classes);
+  const bool has_ignored = ignore == labels.ignore;
+  int valid = 0;
+  for_each_element(p, shape.height, shape.width, labels.stride[1], labels.stride[2], [&](int, int64_t offset) {
+    const Wide y = from[offset];
+    valid += (y >= 0) & (y < count) & !(has_ignored & (y == ignore));
+  });
+  return valid;
+}
+
+// Pixels of a block that have a class.
+inline int count_labels(const Labels& labels, int64_t classes, const Image& shape, const Place& p) {
+  switch (labels.type) {
+    case Integer::u8: return count_labels_as<uint8_t>(labels, classes, shape, p);
+    case Integer::i16: return count_labels_as<int16_t>(labels, classes, shape, p);
+    case Integer::i32: return count_labels_as<int32_t>(labels, classes, shape, p);
+    case Integer::i64: return count_labels_as<int64_t>(labels, classes, shape, p);
+  }
+  return 0;
+}
+
 // The centroid of each pixel's class; 0 where there is none. Rows are fetched whole and turned afterwards: gathering one channel
 // after the other takes longer.
 template <class T, int C, class Int>
