@@ -57,9 +57,17 @@ struct Loss {
   bool predicts_endpoint, endpoint_space, annealed;
   double weight, t_min;
   Output residual;   // data null when not needed
+  double share;      // factor of the residual
   void* per_pixel;   // (B, H, W) in the compute type; null when not needed
   double* sums;      // one a chunk
   int64_t* counts;   // one a chunk
+};
+
+struct Count {
+  Image shape;
+  Labels labels;
+  int64_t classes;
+  int64_t* counts;  // valid labels, one a chunk
 };
 
 struct Scale {
@@ -91,6 +99,7 @@ struct Kernels {
   void (*interpolate_backward)(const InterpolateBackward&, int64_t chunk);
   void (*correct)(const Correct&, int64_t chunk);
   void (*loss)(const Loss&, int64_t chunk);
+  void (*count)(const Count&, int64_t chunk);
   void (*scale)(const Scale&, int64_t chunk);
   void (*decode)(const Decode&, int64_t chunk);
   // Adds to counts (K, K); with `shared` other threads add to the same counts.

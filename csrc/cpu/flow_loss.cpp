@@ -1,4 +1,6 @@
 // flow_loss (loss and residual in one pass) and its backward on the CPU.
+#include <numeric>
+
 #include "torch_arguments.h"
 
 namespace flowseg::cpu {
@@ -47,6 +49,15 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, T
   a.annealed = schedule == 1;
   a.weight = correction_weight;
   a.t_min = t_min;
+  // For a mean the residual leaves divided by the count, so that it is the gradient already where the incoming one is 1; in fp16,
+  // whose range ends at 6e-8, only the backward divides it.
+  const bool divided = need_grad && reduction == mean && image.type != Real::f16;
+  a.share = 1;
+  if (divided) {
+    const Count c{image, y.labels, codes.codes.classes, counts.data()};
+    for_each_chunk(image, [&](int64_t chunk) { kernels().count(c, chunk); });
+    a.share = 1.0 / static_cast<double>(std::max<int64_t>(1, std::accumulate(counts.begin(), counts.end(), int64_t{0})));
+  }
   a.residual = need_grad ? output_of(residual) : Output{nullptr, image.type};
   a.per_pixel = reduction == none ? loss.data_ptr() : nullptr;
   a.sums = sums.data();
@@ -60,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, T
     total += sums[i];
     valid += counts[i];
   }
-  *static_cast<int64_t*>(count.data_ptr()) = valid;
+  *static_cast<int64_t*>(count.data_ptr()) = divided ? 1 : valid;
   if (reduction != none) store_scalar(loss, reduction == mean ? total / static_cast<double>(valid ? valid : 1) : total);
   return {loss, residual, count};
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -114,10 +115,13 @@ inline std::vector<double> times_of(const Tensor& t, int64_t batch) {
   return times;
 }
 
+// Each thread takes the next chunk that nobody has: one that starts late, or shares its core, holds up the others by a chunk only.
 template <class Step>
 void for_each_chunk(const Image& image, Step step) {
-  torch::stable::parallel_for(0, chunks_of(image), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) step(chunk);
+  const int64_t chunks = chunks_of(image);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t, int64_t) {
+    for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) step(chunk);
   });
 }
 

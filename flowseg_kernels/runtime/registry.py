@@ -95,7 +95,7 @@ def define_op(
             _LIBRARY.impl(name, _autocast_kernel(name, device), f"Autocast{device}")
     if backward is not None:
         torch.library.register_autograd(f"flowseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-        define_transforms(name, _LIBRARY, backward, setup_context)
+        define_transforms(name, _LIBRARY, backward, setup_context, autocast)
 
 
 def _autocast_kernel(name: str, device: str) -> Callable:

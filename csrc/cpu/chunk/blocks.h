@@ -164,27 +164,42 @@ struct alignas(64) Classes {
   Int at[kBlock];
 };
 
-template <class S, class Int>
-void load_labels_as(const Labels& labels, int64_t classes, const Image& shape, const Place& p, Classes<Int>& out) {
+// Calls use(index in the block, label, whether it is a class, whether it is ignored) for each pixel.
+template <class S, class Use>
+FLOWSEG_INLINE void for_each_label_as(const Labels& labels, int64_t classes, const Image& shape, const Place& p, Use use) {
   const S* FLOWSEG_RESTRICT from = static_cast<const S*>(labels.data) + p.image * labels.stride[0];
   // Narrow labels are compared as narrow numbers: as many a vector as the classes have.
   using Wide = std::conditional_t<(sizeof(S) < 4), int32_t, int64_t>;
   const Wide ignore = static_cast<Wide>(labels.ignore), count = static_cast<Wide>(classes);
   const bool has_ignored = ignore == labels.ignore;
-  Wide bad = 0;
   for_each_element(p, shape.height, shape.width, labels.stride[1], labels.stride[2], [&](int i, int64_t offset) {
     const Wide y = from[offset];
-    const bool inside = (y >= 0) & (y < count), ignored = has_ignored & (y == ignore);
+    use(i, y, (y >= 0) & (y < count), has_ignored & (y == ignore));
+  });
+}
+
+template <class Use>
+FLOWSEG_INLINE void for_each_label(const Labels& labels, int64_t classes, const Image& shape, const Place& p, Use use) {
+  switch (labels.type) {
+    case Integer::u8: return for_each_label_as<uint8_t>(labels, classes, shape, p, use);
+    case Integer::i16: return for_each_label_as<int16_t>(labels, classes, shape, p, use);
+    case Integer::i32: return for_each_label_as<int32_t>(labels, classes, shape, p, use);
+    case Integer::i64: return for_each_label_as<int64_t>(labels, classes, shape, p, use);
+  }
+}
+
+template <class Int>
+void load_labels(const Labels& labels, int64_t classes, const Image& shape, const Place& p, Classes<Int>& out) {
+  int bad = 0;
+  for_each_label(labels, classes, shape, p, [&](int i, auto y, bool inside, bool ignored) {
     bad |= !(inside | ignored);
     out.at[i] = inside & !ignored ? static_cast<Int>(y) : Int(-1);
   });
   for (int i = p.length; i < kBlock; ++i) out.at[i] = -1;
   if (bad) {
     int first = kBlock;
-    for_each_element(p, shape.height, shape.width, labels.stride[1], labels.stride[2], [&](int i, int64_t offset) {
-      const int64_t y = from[offset];
-      const bool wrong = static_cast<uint64_t>(y) >= static_cast<uint64_t>(classes) && y != labels.ignore;
-      if (wrong && i < first) first = i;
+    for_each_label(labels, classes, shape, p, [&](int i, auto, bool inside, bool ignored) {
+      if (!(inside | ignored) && i < first) first = i;
     });
     const int64_t place = p.image * shape.height * shape.width + p.start + first;
     int64_t seen = __atomic_load_n(labels.first_bad, __ATOMIC_RELAXED);
@@ -194,14 +209,11 @@ void load_labels_as(const Labels& labels, int64_t classes, const Image& shape, c
   }
 }
 
-template <class Int>
-void load_labels(const Labels& labels, int64_t classes, const Image& shape, const Place& p, Classes<Int>& out) {
-  switch (labels.type) {
-    case Integer::u8: return load_labels_as<uint8_t>(labels, classes, shape, p, out);
-    case Integer::i16: return load_labels_as<int16_t>(labels, classes, shape, p, out);
-    case Integer::i32: return load_labels_as<int32_t>(labels, classes, shape, p, out);
-    case Integer::i64: return load_labels_as<int64_t>(labels, classes, shape, p, out);
-  }
+// Pixels of a block that have a class.
+inline int count_labels(const Labels& labels, int64_t classes, const Image& shape, const Place& p) {
+  int valid = 0;
+  for_each_label(labels, classes, shape, p, [&](int, auto, bool inside, bool ignored) { valid += inside & !ignored; });
+  return valid;
 }
 
 // The centroid of each pixel's class; 0 where there is none. Rows are fetched whole and turned afterwards: gathering one channel

@@ -51,6 +51,28 @@ FLOWSEG_INLINE void for_each_vector(const Block<T, C>& x, const Classes<typename
   }
 }
 
+// The sums over all classes, less the own one's part: without a compare a class, and as exact where the own weight does not dominate.
+template <int C, class V, class M, class T>
+FLOWSEG_INLINE void add_all_but_own(const V (&x)[C], const V (&own)[C], const M& mu, int64_t classes, T eps, V& own_weight,
+                                    Rivals<C, V>& total) {
+  for (int64_t first = 0; first < classes; first += kRun) {
+    add_reciprocals_of_run<false, C>(x, V{}, mu, first, std::min(first + kRun, classes), eps, total);
+  }
+  V diff[C];
+  V d = V{} + eps;
+  for (int c = 0; c < C; ++c) {
+    diff[c] = x[c] - own[c];
+    d += diff[c] * diff[c];
+  }
+  own_weight = reciprocal(d);
+  total.weight -= own_weight;
+  for (int c = 0; c < C; ++c) total.pull[c] -= own_weight * own_weight * diff[c];
+}
+
+// Own weights up to so many times the others' together are taken off their sum afterwards: with rounding of 4 units of that sum at
+// most. Near a centroid and with a small eps they are millions of times as large.
+constexpr int kSmallOwn = 4;
+
 template <class T, int C>
 void correct_block(const Correction& options, const Codes& codes, const Block<T, C>& x,
                    const Classes<typename Lanes<T>::Int>& classes, const Block<T, C>& own, const Ahead& ahead,
@@ -61,10 +83,21 @@ void correct_block(const Correction& options, const Codes& codes, const Block<T,
   const T eps = static_cast<T>(options.eps), max_norm = static_cast<T>(options.max_norm);
   const T inverse_temperature = static_cast<T>(1 / options.temperature);
   const auto kind = static_cast<Transform>(options.transform);
-  if (kind == Transform::neg_log && options.temperature == 1 && options.eps >= 1e-12 * std::max(1.0, codes.reach * codes.reach) && is_moderate(x, codes.reach)) {
+  if (kind == Transform::neg_log && options.temperature == 1 &&
+      options.eps >= 1e-12 * std::max(1.0, codes.reach * codes.reach) && is_moderate(x, codes.reach)) {
+    // Once it dominates in one vector it may in the next ones; few classes gain nothing.
+    bool own_is_small = codes.classes > kRun;
     return for_each_vector(x, classes, own, max_norm, ahead, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
       Rivals<C, V> sum;
-      add_reciprocals<C>(p, y, mu, codes.classes, eps, sum);
+      if (own_is_small) {
+        V weight;
+        add_all_but_own<C>(p, m, mu, codes.classes, eps, weight, sum);
+        own_is_small = none((y >= 0) & (weight > T(kSmallOwn) * sum.weight));
+      }
+      if (!own_is_small) {
+        sum = {};
+        add_reciprocals<C>(p, y, mu, codes.classes, eps, sum);
+      }
       finish_reciprocals<C>(p, m, sum, eps, g);
     });
   }

@@ -57,6 +57,8 @@ void search_block(const Codes& codes, const Block<T, C>& x, Found<T>& found) {
 
 // Pixels by which the records of lists are fetched before they are searched.
 constexpr int kAhead = 10;
+// Room behind the lists of pixels, for whole vectors and for what is fetched ahead.
+constexpr int kMore = 16;
 
 typedef float F8 __attribute__((vector_size(32)));
 
@@ -165,7 +167,7 @@ FLOWSEG_INLINE unsigned nearest_of_two(const Block<float, 3>& x, int i, int j, c
 #endif
 
 // Searches the lists of the pixels open[0..count), whose words stand in found.label.
-FLOWSEG_INLINE void search_lists(const Grid& grid, const Block<float, 3>& x, int16_t (&open)[kBlock + kAhead], int count,
+FLOWSEG_INLINE void search_lists(const Grid& grid, const Block<float, 3>& x, int16_t (&open)[kBlock + kMore], int count,
                                  Found<float>& found) {
   const auto search = [&](int i) {
     found.label[i] = search_list(grid, -1 - found.label[i], x.at[0][i], x.at[1][i], x.at[2][i]);
@@ -204,14 +206,45 @@ FLOWSEG_INLINE void search_lists(const Grid& grid, const Block<float, 3>& x, int
   for (; j < count; ++j) search(open[j]);
 }
 
-void look_up_block(const Grid& grid, const Codes& codes, const Block<float, 3>& x, Found<float>& found) {
+#if defined(__AVX512F__)
+// What a vector of pixels finds in its cells goes to found.label; pixels with a list, and those outside the grid, are collected.
+FLOWSEG_INLINE void look_up_cells(const Grid& grid, const Block<float, 3>& x, const Ahead& ahead, Found<float>& found,
+                                  int16_t (&open)[kBlock + kMore], int& count, int16_t (&outside)[kBlock + kMore], int& strays) {
+  const __m512 low = _mm512_set1_ps(grid.low), scale = _mm512_set1_ps(grid.scale);
+  const __m512i size = _mm512_set1_epi32(grid.size);
+  const __m512i limit = _mm512_castps_si512(_mm512_set1_ps(static_cast<float>(grid.size)));
+  __m512i pixel = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const auto collect = [&](__mmask16 which, int16_t* to, int& n) {
+    const __m512i packed = _mm512_maskz_compress_epi32(which, pixel);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + n), _mm512_cvtepi32_epi16(packed));
+    n += __builtin_popcount(which);
+  };
+  for (int i = 0; i < kBlock; i += 16) {
+    ahead(i);
+    __m512i at = _mm512_setzero_si512(), largest = at;
+    for (int c = 2; c >= 0; --c) {
+      const __m512 place = _mm512_mul_ps(_mm512_sub_ps((__m512)lanes(&x.at[c][i]), low), scale);
+      at = _mm512_add_epi32(_mm512_mullo_epi32(at, size), _mm512_cvttps_epi32(place));
+      largest = _mm512_max_epu32(largest, _mm512_castps_si512(place));
+    }
+    // As unsigned integers numbers have the order of their size, negative ones and NaN above all.
+    const __mmask16 inside = _mm512_cmplt_epu32_mask(largest, limit);
+    const __m512i word = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), inside, at, grid.cells, 4);
+    _mm512_store_si512(&found.label[i], word);
+    collect(_mm512_movepi32_mask(word), open, count);
+    if (inside != 0xffff) collect(~inside, outside, strays);
+    pixel = _mm512_add_epi32(pixel, _mm512_set1_epi32(16));
+  }
+}
+#else
+FLOWSEG_INLINE void look_up_cells(const Grid& grid, const Block<float, 3>& x, const Ahead& ahead, Found<float>& found,
+                                  int16_t (&open)[kBlock + kMore], int& count, int16_t (&outside)[kBlock + kMore], int& strays) {
   alignas(64) int32_t cell[kBlock];
-  int16_t open[kBlock + kAhead], outside[kBlock];
   for (int i = 0; i < kBlock; ++i) {
     cell[i] = cell_of(x.at[0][i], x.at[1][i], x.at[2][i], grid.low, grid.scale, grid.size);
   }
-  int count = 0, strays = 0;
   for (int i = 0; i < kBlock; ++i) {
+    if (i % 16 == 0) ahead(i);
     const bool inside = cell[i] >= 0;
     const int word = grid.cells[inside ? cell[i] : 0];
     found.label[i] = word;
@@ -220,6 +253,13 @@ void look_up_block(const Grid& grid, const Codes& codes, const Block<float, 3>& 
     outside[strays] = static_cast<int16_t>(i);
     strays += !inside;
   }
+}
+#endif
+
+void look_up_block(const Grid& grid, const Codes& codes, const Block<float, 3>& x, const Ahead& ahead, Found<float>& found) {
+  int16_t open[kBlock + kMore], outside[kBlock + kMore];
+  int count = 0, strays = 0;
+  look_up_cells(grid, x, ahead, found, open, count, outside, strays);
   for (int j = 0; j < strays; ++j) {
     const int i = outside[j];
     found.label[i] = search_one(codes, x.at[0][i], x.at[1][i], x.at[2][i]);
@@ -228,9 +268,13 @@ void look_up_block(const Grid& grid, const Codes& codes, const Block<float, 3>& 
 }
 
 template <class T, int C>
-void decode_block(const Decode& a, const Block<T, C>& x, Found<T>& found) {
+void decode_block(const Decode& a, const Place& p, const Block<T, C>& x, Found<T>& found) {
   if constexpr (std::is_same_v<T, float> && C == 3) {
-    if (a.grid.cells && !a.distance && !a.margin) return look_up_block(a.grid, a.codes, x, found);
+    if (a.grid.cells && !a.distance && !a.margin) {
+      Ahead ahead(p);
+      ahead.read(a.x);
+      return look_up_block(a.grid, a.codes, x, ahead, found);
+    }
   }
   if (a.margin) {
     search_block<true>(a.codes, x, found);

@@ -127,7 +127,7 @@ void loss(const Loss& a, int64_t chunk) {
         scale = a.endpoint_space ? 1 - t : 1 / (1 - t > floor ? 1 - t : floor);
       }
       const T weight = static_cast<T>(a.weight) * (a.annealed ? 1 - t : T(1));
-      const T back = scale * 2 * mean;
+      const T back = scale * 2 * mean * static_cast<T>(a.share);
       alignas(64) T square[kBlock];
       int valid = 0;
       for (int i = 0; i < kBlock; i += Lanes<T>::width) {
@@ -154,6 +154,13 @@ void loss(const Loss& a, int64_t chunk) {
     for (double part : total) a.sums[chunk] += part;
     a.counts[chunk] = count;
   });
+}
+
+void count(const Count& a, int64_t chunk) {
+  Places places(chunk, a.shape.height * a.shape.width);
+  int64_t total = 0;
+  for (Place p; places.next(p);) total += count_labels(a.labels, a.classes, a.shape, p);
+  a.counts[chunk] = total;
 }
 
 void scale(const Scale& a, int64_t chunk) {
@@ -189,7 +196,7 @@ void decode(const Decode& a, int64_t chunk) {
       Block<T, C> x;
       Found<T> found;
       load(a.x, p, x);
-      decode_block(a, x, found);
+      decode_block(a, p, x, found);
       const int64_t offset = p.image * pixels + p.start;
       switch (a.label_type) {
         case Integer::u8: store_labels<uint8_t>(found.label, a.labels, offset, p.length, a.ignore); break;
@@ -219,7 +226,7 @@ void confusion(const Confusion& a, int64_t chunk, int64_t* counts, bool shared) 
       Classes<typename Lanes<T>::Int> y;
       load(a.decode.x, p, x);
       load_labels(a.target, classes, a.decode.x, p, y);
-      decode_block(a.decode, x, found);
+      decode_block(a.decode, p, x, found);
       for (int i = 0; i < p.length; ++i) {
         if (y.at[i] < 0 || found.label[i] < 0) continue;
         int64_t* cell = counts + y.at[i] * classes + found.label[i];
@@ -237,7 +244,7 @@ void confusion(const Confusion& a, int64_t chunk, int64_t* counts, bool shared) 
 
 namespace FLOWSEG_ISA {
 extern const Kernels kernels;
-const Kernels kernels{interpolate, interpolate_backward, correct, loss, scale, decode, confusion};
+const Kernels kernels{interpolate, interpolate_backward, correct, loss, count, scale, decode, confusion};
 }  // namespace FLOWSEG_ISA
 
 }  // namespace flowseg::cpu

@@ -75,6 +75,21 @@ FLOWSEG_INLINE bool may_hold(FI y, int64_t first, int64_t last) {
 }
 FLOWSEG_INLINE bool may_hold(DI, int64_t, int64_t) { return true; }
 
+FLOWSEG_INLINE bool none(FI mask) {
+#if defined(__AVX512F__)
+  return !_mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+  return _mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  return !(mask[0] | mask[1] | mask[2] | mask[3]);
+#endif
+}
+FLOWSEG_INLINE bool none(DI mask) {
+  int64_t any = 0;
+  for (int i = 0; i < Lanes<double>::width; ++i) any |= mask[i];
+  return !any;
+}
+
 // The divider works beside the multipliers: where those are busy, a division costs less of their time than an estimate and the two
 // operations of a Newton step.
 FLOWSEG_INLINE F reciprocal(F v) { return 1.0f / v; }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ...runtime.backend import requested_backend
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
-from ...runtime.transforms import call
+from ...runtime.transforms import call, under_transform
 from ..common import compute_dtype
 from ..distance_correction.reference import TRANSFORMS
 from . import reference
@@ -63,12 +64,31 @@ def _setup_context(ctx, inputs, output):
     ctx.backend = requested_backend()
 
 
+def _is_gradient(residual, count, grad_loss, reduction):
+    """Whether the residual is the gradient already, and free: this backward is the last reader of its graph. Only for eager code on
+    a CPU, where looking at a number costs nothing."""
+    return (
+        reduction != "none"
+        and residual.device.type == "cpu"
+        and type(grad_loss) is torch.Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not under_transform(grad_loss, residual)
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and grad_loss.item() == 1
+        and (reduction == "sum" or count.item() == 1)
+    )
+
+
 def _backward(ctx, grad_loss, grad_residual, grad_count):
     if grad_loss is None or not ctx.needs_input_grad[0]:
         return (None,) * 17
     if not ctx.need_grad:
         raise RuntimeError("flowseg::flow_loss: backward needs the op to have been called with need_grad=True")
     residual, count, prediction = ctx.saved_tensors
+    if _is_gradient(residual, count, grad_loss, ctx.reduction):
+        return (residual, *(None,) * 16)
     return (
         call("flow_loss_bwd", grad_loss, residual, count, prediction, ctx.reduction, ctx.backend),
         *(None,) * 16,

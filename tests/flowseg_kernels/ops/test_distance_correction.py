@@ -70,6 +70,20 @@ def test_half_precision_error_is_at_most_twice_plain_pytorch(backend, dtype, tra
     assert largest_error(got, exact) <= 1.01 * largest_error(exact.to(dtype), exact) + 1e-5
 
 
+def test_own_weights_that_dominate_leave_the_rest_exact(backend, codes150):
+    """Pixels on their centroids, whose own weight is 1 / eps, below others that lie between centroids."""
+    labels = torch.randint(0, 150, (1, 24, 32))
+    noise = torch.randn(1, 3, 24, 32)
+    noise[:, :, :12] *= 0.3
+    noise[:, :, 12:] *= 1e-4
+    x, eps = codes150.encode(labels) + noise, 0.01 * codes150.default_eps
+    exact = exact_correction(x, labels, codes150.centroids, eps=eps)[:, :, 12:]
+    plain = naive_correction(x, labels, codes150.centroids, eps=eps)[:, :, 12:]
+    got = fk.distance_correction(x, labels, codes150, eps=eps)[:, :, 12:]
+    bound = 2 * largest_error(plain, exact) if backend == "reference" else 2e-6 * float(exact.abs().max())
+    assert largest_error(got, exact) <= bound
+
+
 @pytest.mark.parametrize("classes", [1, 2, 255, 256, 257, 3000])
 def test_sums_stay_accurate_for_any_number_of_classes(backend, classes):
     book = fk.Codebook(fk.kronecker_centroids(classes, 3), ignore_index=-1)

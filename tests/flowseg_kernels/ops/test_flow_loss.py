@@ -30,6 +30,26 @@ def test_value_and_gradient_equal_plain_autograd_in_fp64(backend, predicts, spac
     torch.testing.assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(want, x)[0], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_changing_a_gradient_leaves_the_next_one_right(backend, codes19, dtype, reduction):
+    x, source, labels, t = image_batch(codes19.centroids, dtype=dtype)
+    x.requires_grad_()
+    loss = fk.flow_loss(x, source, labels, t, codes19, reduction=reduction)
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    want = first.clone()
+    first.zero_()
+    for _ in range(2):
+        x.grad = None
+        loss.backward(retain_graph=True)
+        assert torch.equal(x.grad, want)
+        x.grad.zero_()
+    loss.backward()
+    assert torch.equal(x.grad, want)
+    (doubled,) = torch.autograd.grad(2 * fk.flow_loss(x, source, labels, t, codes19, reduction=reduction), x)
+    torch.testing.assert_close(doubled, 2 * want)
+
+
 @pytest.mark.parametrize("transform", ["neg_log", "neg_sq", "neg_dist", "inverse"])
 def test_the_correction_is_an_auxiliary_cross_entropy(backend, transform):
     """grad of the reshaped loss = grad of |v - v_gt|^2 + 2 lambda w / (1-t) Phi(xhat), method section 7."""
