@@ -2,12 +2,13 @@
 
 Triton compiles fp32 `/`, exp and sqrt of NVIDIA GPUs to div.full, ex2.approx of the rounded product with log2(e), and
 sqrt.approx.ftz; logarithms come from libdevice. Each result is moved by up to the largest error that the PTX ISA (and libdevice)
-documents, up for some values and down for others: what passes does not rest on luck with the interpreter's arithmetic.
+documents, up for some values and down for others: what passes does not rest on luck with the interpreter's arithmetic. Where it
+is the interpreter that is wrong, in conversions of bf16, it is set right.
 """
 
 import numpy as np
 
-__all__ = ["install"]
+__all__ = ["convert_bf16_as_gpus_do", "install"]
 
 _SMALLEST = np.finfo(np.float32).tiny
 
@@ -53,9 +54,30 @@ def _log2(x):
     return _moved(np.log2(x), steps=1)
 
 
+def convert_bf16_as_gpus_do():
+    """Exactly from bf16, to the nearest one into it: the interpreter loses subnormal numbers and cuts digits off."""
+    import torch
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def convert_float(data, source, target, rounding_mode):
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return data.view(np.uint16).astype(np.uint32) << np.uint32(16)
+        if (source, target) == (tl.float32, tl.bfloat16):
+            bits = torch.from_numpy(np.ascontiguousarray(data).view(np.float32).copy()).bfloat16().view(torch.int16)
+            return bits.numpy().view(np.uint16).reshape(data.shape)
+        return convert(data, source, target, rounding_mode)
+
+    interpreter._convert_float = convert_float
+
+
 def install():
     """From now on, in this process."""
     from triton.runtime.interpreter import InterpreterBuilder
+
+    convert_bf16_as_gpus_do()
 
     def on_fp32(inexact, exact):
         def compute(*arguments):

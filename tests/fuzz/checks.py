@@ -69,7 +69,7 @@ def check(op: str, case: Pixels | Field, backend: str) -> None:
     """
     with poisoned(), fk.use_backend(backend):
         if isinstance(case, Field):
-            return check_field(case)
+            return check_field(case, backend)
         globals()[f"check_{op}"](case, backend)
 
 
@@ -316,7 +316,20 @@ def _field_run(case: Field, inputs, weighting, call) -> list[torch.Tensor]:
     return [out.detach(), *grads]
 
 
-def check_field(case: Field) -> None:
+def _with_approximate_tanh(run):
+    """run() with SiLU by a tanh off by the error that PTX allows tanh.approx.f32, up for some numbers and down for others."""
+
+    def silu(z):
+        return z / 2 * (1 + (z / 2).tanh() * (1 + 2.0**-11 * torch.sign(torch.sin(1e4 * z.detach()))))
+
+    exact, torch.nn.functional.silu = torch.nn.functional.silu, silu
+    try:
+        return run()
+    finally:
+        torch.nn.functional.silu = exact
+
+
+def check_field(case: Field, backend: str) -> None:
     """In the norm of the output and of each gradient, against what a rounding of every input does to the answer."""
     inputs = _field_inputs(case)
     weighting = torch.randn(
@@ -353,6 +366,13 @@ def check_field(case: Field) -> None:
         variant = (case.normalise, case.form)
         plain = _field_run(case, low, weighting, lambda *v: pixnerd_field(*v, case.patch, case.ratio, variant))
         off = [a + (b.double() - c).norm().nan_to_num(nan=torch.inf) / 10 for a, b, c in zip(off, plain, want)]
+        if backend == "triton" and lowest == torch.bfloat16:
+            # docs/ops/neural_field.md: next to an exact SiLU its negative tail is far off.
+            def formula(*v):
+                return pixnerd_field(*v, case.patch, case.ratio, variant)
+
+            rough = _with_approximate_tanh(lambda: _field_run(case, wide, weighting, formula))
+            off = [a + (b - c).norm() / 10 for a, b, c in zip(off, rough, want)]
     names = ["out", *(f"gradient {i}" for i in range(8) if inputs[i] is not None and case.needs >> i & 1)]
     for name, a, b, sensitivity in zip(names, got, want, off):
         kind = torch.finfo(a.dtype)

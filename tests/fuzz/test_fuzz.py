@@ -68,6 +68,23 @@ FOUND = [
         ),
         "equal generated weights: a gradient that all but cancels, which the bound left out",
     ),
+    (
+        "neural_field",
+        Field(
+            depth=2,
+            dtypes=("bfloat16",) * 3,
+            layouts=("contiguous", "expanded_3", "contiguous"),
+            scale=1e3,
+            normalise="first",
+            form="plain",
+        ),
+        "large weights after SiLU's tail, which Triton's approximate tanh in bf16 has wrong, and the bound left out",
+    ),
+    (
+        "flow_interpolate",
+        Pixels(height=63, classes=1, source_dtype="bfloat16", ignored=0.9, specials=(("source", 0, "1e-40"),)),
+        "subnormal numbers of bf16, which the interpreter of Triton lost in conversion",
+    ),
 ]
 
 
