@@ -104,10 +104,13 @@ def _sum_dtype(v: Tensor) -> torch.dtype:
     return torch.promote_types(v.dtype, torch.float32)
 
 
-@torch.compiler.assume_constant_result
 def _backend_when_compiled() -> str:
     # torch.compile cannot trace a ContextVar; like every op's backward, this one's backend is read when it is compiled.
     return requested_backend()
+
+
+# As torch.compiler.assume_constant_result does, which takes longer to import the compiler than all else that we import.
+_backend_when_compiled._dynamo_marked_constant = True
 
 
 def chunked_field(

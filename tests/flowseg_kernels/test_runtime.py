@@ -170,9 +170,10 @@ def test_the_driver_is_asked_for_its_version(answer, version, tmp_path):
     assert extension._driver_version(str(tmp_path / "none.so")) is None
 
 
-def test_the_import_asks_neither_driver_nor_device():
+def test_the_import_asks_neither_driver_nor_device_and_loads_no_compiler():
     script = """
-import ctypes, torch
+import ctypes, sys, torch
+before = set(sys.modules)
 def refused(*_, **__): raise AssertionError("asked at import")
 for name in ("is_available", "device_count", "get_device_capability", "current_device", "init"):
     setattr(torch.cuda, name, refused)
@@ -180,6 +181,7 @@ asked, load = [], ctypes.CDLL
 ctypes.CDLL = lambda name, *a, **k: (asked.append(str(name)), load(name, *a, **k))[1]
 import flowseg_kernels
 assert not [name for name in asked if "libcuda" in name], asked
+assert not {"torch._dynamo", "triton"} & (set(sys.modules) - before)
 """
     done = python("-c", script)
     assert done.returncode == 0, done.stderr
