@@ -1,4 +1,5 @@
-"""Which GPU backend each op tries first: `python -m bench.preferences` writes flowseg_kernels/runtime/preferences.json.
+"""Which GPU backend each op tries first: `python -m bench.preferences` writes flowseg_kernels/runtime/preferences.json
+(`--show` prints it only).
 
 An op that a GPU has measured on both backends (bench/results/GPU/, of `make gpu-report`) goes by those times. The others go by the
 instructions that were counted in each backend's inner loops, and the reason says that no GPU has measured them. Counts this close
@@ -94,10 +95,12 @@ def preferences(results=RESULTS):
     return {op: measured(op, folders) or static(op) for op in OPS}
 
 
-def main():
-    FILE.write_text(json.dumps(preferences(), indent=1) + "\n")
-    sys.stdout.write(FILE.read_text())
+def main(arguments):
+    text = json.dumps(preferences(), indent=1) + "\n"
+    if arguments != ["--show"]:
+        FILE.write_text(text)
+    sys.stdout.write(text)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
