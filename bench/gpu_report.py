@@ -72,7 +72,7 @@ def steps(dry):
     if not dry and torch.cuda.is_available():
         build["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
     yield Step("build", [python, "setup.py", "-q", *(["--version"] if dry else ["build_ext", "--inplace"])], 120, build)
-    yield Step("info", [python, "-m", "flowseg_kernels.info"], 15)
+    yield Step("info", [python, "-m", "flowseg_kernels.info"], 10)
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
     for backend in backends:
         wanted = (
@@ -109,6 +109,8 @@ def steps(dry):
             yield Step(f"{tool} on {backend}", command, 12, uncached)
     short = "sampling and eager or search_by_classes and ours"
     yield bench("bench: stack and scaling", "test_stack.py test_scaling.py", 45, short)
+    # From what was just stored; a dry run has no times of a GPU, and only says what it would write.
+    yield Step("preferences", [python, "-m", "bench.preferences", *(["--show"] if dry else [])], 8)
 
 
 class Run:

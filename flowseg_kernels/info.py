@@ -35,6 +35,33 @@ def _library(library: extension.Library, reason: str | None, holds: Callable[[di
     )
 
 
+def _choices(ops: list[str], device: str) -> list[str]:
+    """The backend of each op on a device type, then once each reason against another one."""
+    chosen, against = [], {}
+    for op in ops:
+        reasons = backend.backend_reasons(op, device)
+        chosen.append(f"  {op:20} {next(name for name, why in reasons.items() if why is None)}")
+        for name, why in reasons.items():
+            if why:
+                against.setdefault((name, why), []).append(op)
+    common = max(map(len, against.values()), default=0)
+    # Of the ops only where it is not all that the backend has a kernel for.
+    return chosen + [
+        f"  not {name}: {why}" + (f" ({', '.join(found)})" if len(found) < common else "")
+        for (name, why), found in against.items()
+    ]
+
+
+def _orders(ops: list[str]) -> list[str]:
+    """Which GPU backend each op tries first, with or without a GPU here; ops with one reason on one line."""
+    grounds: dict[tuple, list[str]] = {}
+    for op in ops:
+        order, because = gpu_preference(op)
+        if order:
+            grounds.setdefault((order, because), []).append(op)
+    return [f"  {', '.join(found)}: {' before '.join(order)}; {because}" for (order, because), found in grounds.items()]
+
+
 def report() -> str:
     """The text that the command prints."""
     lines = [
@@ -48,20 +75,10 @@ def report() -> str:
     lines.append(
         "Settings: " + (", ".join(f"{k}={v}" for k, v in variables.items()) or "none (FLOWSEG_* in the environment)")
     )
-    devices = ["cpu"] + (["cuda"] if torch.version.cuda else [])
-    for device in devices:
-        lines.append(f"\nOn {device} tensors:")
-        for op in sorted(backend.OPS):
-            if op.endswith("_bwd"):
-                continue
-            reasons = backend.backend_reasons(op, device)
-            chosen = next(name for name, why in reasons.items() if why is None)
-            missing = [name for name, why in reasons.items() if why == backend.NO_KERNEL]
-            others = [f"{name}: {why}" for name, why in reasons.items() if why and name not in missing]
-            others += [f"no {' or '.join(missing)} kernel in this version"] if missing else []
-            order, because = gpu_preference(op) if device == "cuda" else ((), "")
-            others += [f"{' before '.join(order)}: {because}"] if order else []
-            lines.append(f"  {op:20} {chosen:10} {'; '.join(others)}")
+    ops = [op for op in sorted(backend.OPS) if not op.endswith("_bwd")]
+    for device in ["cpu"] + (["cuda"] if torch.version.cuda else []):
+        lines += ["", f"On {device} tensors:", *_choices(ops, device)]
+    lines += ["", "Order on a GPU, and why:", *_orders(ops)]
     return "\n".join(lines)
 
 

@@ -60,13 +60,17 @@ def test_one_backend_alone_or_a_cpu_decides_nothing(tmp_path, entries, gpu):
     assert preferences.preferences(tmp_path)["distance_correction"] == preferences.static("distance_correction")
 
 
-def test_static_counts_decide_by_their_budgets(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "listed, order", [(20, ["triton", "cuda"]), (10.9, ["cuda", "triton"]), (5, ["cuda", "triton"])]
+)
+def test_static_counts_decide_where_they_are_no_tie(tmp_path, monkeypatch, listed, order):
     for name in ("budget.json", "triton_budget.json"):
         (tmp_path / name).write_text((preferences.BUDGETS / name).read_text())
     path = tmp_path / "budget.json"
     budget = json.loads(path.read_text())
-    budget["instructions"]["decode_by_grid"]["listed candidate"] = 20
+    budget["instructions"]["decode_by_grid"]["listed candidate"] = listed
     path.write_text(json.dumps(budget))
     monkeypatch.setattr(preferences, "BUDGETS", tmp_path)
     found = preferences.static("nearest_centroid")
-    assert found["order"] == ["triton", "cuda"] and "at most 11 in Triton, 20 in CUDA C++" in found["because"]
+    assert found["order"] == order and f"{listed} in CUDA C++" in found["because"]
+    assert ("a tie, and CUDA C++ compiles nothing at the first call" in found["because"]) == (listed == 10.9)

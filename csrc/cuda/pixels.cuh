@@ -1,6 +1,9 @@
 // Runs of neighbouring pixels between memory of any dtype and strides, and the registers of a thread.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "cuda/arguments.h"
 #include "cuda/half.cuh"
 #include "cuda/platform.cuh"
@@ -112,10 +115,27 @@ __device__ __forceinline__ void load_plane(const Source& from, int64_t channel, 
   }
 }
 
+// A plain store of the whole would be split again: the compiler merges it with the stores of single elements beside it.
+template <class Run>
+__device__ __forceinline__ void store_whole(void* to, const Run& run) {
+#ifdef __CUDACC__
+  constexpr int kBytes = sizeof(Run);
+  using Word = std::conditional_t<kBytes % 16 == 0, uint4, std::conditional_t<kBytes == 8, uint2, unsigned>>;
+  if constexpr (kBytes >= 4) {
+    Word words[kBytes / sizeof(Word)];
+    memcpy(words, &run, kBytes);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(kBytes / sizeof(Word)); ++i) __stwb(static_cast<Word*>(to) + i, words[i]);
+    return;
+  }
+#endif
+  *static_cast<Run*>(to) = run;
+}
+
 template <class S, int P>
 __device__ __forceinline__ void store_run(S* plane, bool vector, const Place& place, const Packed<S, P>& run) {
   if (vector && place.count == P) {
-    *reinterpret_cast<Packed<S, P>*>(plane + place.first) = run;
+    store_whole(plane + place.first, run);
   } else {
 #pragma unroll
     for (int p = 0; p < P; ++p) {

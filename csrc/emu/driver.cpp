@@ -1,4 +1,4 @@
-// Runs every kernel of csrc/cuda on the CPU, for the sanitizers: a program of its own, so that nothing but the kernels is watched.
+// Runs every op's kernels of csrc/cuda, of three channels with fp32 inside, on the CPU, for the sanitizers: a program of its own, so that nothing but the kernels is watched.
 // Once with odd sizes, so that blocks are partly filled, rows have gaps, planes start off 16 bytes and a codebook takes two parts;
 // once in each half precision with sizes that are read in vectors of 16 bytes; once by the decode grid.
 #include <cmath>

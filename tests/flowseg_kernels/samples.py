@@ -67,14 +67,16 @@ def exact_correction(x, labels, mu, eps, tau=1.0, transform="neg_log", ignore=25
     return torch.where(valid[:, None], grad, 0)
 
 
-def naive_loss(prediction, source, labels, t, mu, *, predicts, space, weight, schedule, eps, t_min=0.05, ignore=255):
+def naive_loss(
+    prediction, source, labels, t, mu, *, predicts, space, weight, schedule, eps, tau=1.0, t_min=0.05, ignore=255
+):
     """The loss of method section 3 in plain PyTorch with autograd for its gradient; the target is detached."""
     valid = labels != ignore
     x1 = mu.to(prediction.dtype)[torch.where(valid, labels, 0).long()].movedim(-1, 1)
     time = t.to(prediction.dtype)[:, None, None, None]
     xt = (1 - time) * source + time * x1
     xhat = xt + (1 - time) * prediction if predicts == "velocity" else prediction
-    g = naive_correction(xhat.detach(), labels, mu, eps) * weight * ((1 - time) if schedule == "annealed" else 1)
+    g = naive_correction(xhat.detach(), labels, mu, eps, tau) * weight * ((1 - time) if schedule == "annealed" else 1)
     if space == "velocity":
         if predicts == "velocity":
             error = prediction - (x1 - source - g)

@@ -1,11 +1,13 @@
 """What only a GPU can show, through the public functions, on both of its backends: CUDA graphs, streams, devices, and sizes beyond
 2^31 elements. The tests of the ops themselves run on a GPU through the `backend` fixture."""
 
+import functools
+
 import pytest
 import torch
 
 import flowseg_kernels as fk
-from flowseg_kernels.runtime.backend import backend_reasons
+from flowseg_kernels.runtime.backend import backend_reasons, requested_backend
 
 from ..conftest import REQUIRED, ran
 from .samples import image_batch
@@ -33,7 +35,7 @@ def inputs(device="cuda", **options):
 
 
 def run_all(book, x, source, labels, t):
-    """Every op, and the gradient of the loss: a tuple of tensors."""
+    """Every op, and the gradients of the loss and of the field: a tuple of tensors."""
     x = x.detach().requires_grad_()
     loss = fk.flow_loss(x, source, labels, t, book)
     (grad,) = torch.autograd.grad(loss, x)
@@ -46,7 +48,29 @@ def run_all(book, x, source, labels, t):
             fk.nearest_centroid(x, book),
             *fk.nearest_centroid(x, book, return_distance=True, return_margin=True),
             fk.decode_confusion(x, labels, book),
+            *run_field(x, source),
         )
+
+
+def run_field(x, source):
+    """The neural field and the gradients of its input and weights; only Triton has it."""
+    if requested_backend() != "triton":
+        return ()
+    patch, hidden, blocks, ratio = 8, 16, 2, 2
+    height, width = (size // patch * patch for size in x.shape[-2:])
+    number = (height // patch) * (width // patch)
+    pixels = x[..., :height, :width].detach().requires_grad_()
+    count = blocks * 2 * ratio * hidden**2
+    # Of the inputs: what is replayed in a graph must not be drawn anew.
+    weights = source.flatten(1).repeat(1, -(-number * count // source[0].numel()))[:, : number * count]
+    weights = weights.reshape(-1, number, blocks, count // blocks).detach().requires_grad_()
+    fixed = functools.partial(torch.full, device=x.device)
+    with torch.enable_grad():
+        out = fk.neural_field(
+            pixels, weights, fixed((hidden, 3 + 64), 0.1), fixed((hidden,), 0.1), fixed((blocks, hidden), 1.0),
+            fixed((hidden,), 1.0), fixed((3, hidden), 0.1), fixed((3,), 0.0), patch_size=patch, mlp_ratio=ratio,
+        )  # fmt: skip
+        return out.detach(), *torch.autograd.grad(out.square().sum(), (pixels, weights))
 
 
 def assert_same(got, want):
@@ -126,3 +150,32 @@ def test_more_than_two_to_the_31_elements(gpu):
         assert torch.equal(corrected[:, :, part], fk.distance_correction(x[:, :, part], labels[:, part], book))
     del corrected
     assert fk.decode_confusion(x, decoded, book).diagonal().sum() == rows * columns
+
+
+@pytest.mark.parametrize("predicts", ["velocity", "endpoint"])
+def test_loss_and_gradient_beyond_two_to_the_31_elements(gpu, predicts):
+    """The sum without a mean's divisor, so that the gradient of a part is that of a small call; compared at both ends."""
+    rows, columns = 27_000, 27_000
+    # Prediction, source, residual and gradient in bf16, and labels.
+    needed = rows * columns * (4 * 3 * 2 + 1)
+    if torch.cuda.mem_get_info()[0] < 1.3 * needed:
+        pytest.skip(f"{needed / 2**30:.0f} GiB of GPU memory are needed")
+    book = fk.Codebook(fk.kronecker_centroids(20, 3)).cuda()
+    x, source = (
+        torch.empty(1, 3, rows, columns, dtype=torch.bfloat16, device="cuda").uniform_(-1, 1) for _ in range(2)
+    )
+    assert x.numel() > 2**31
+    labels = torch.randint(0, 20, (1, rows, columns), dtype=torch.uint8, device="cuda")
+    t = torch.full((1,), 0.25, device="cuda")
+
+    def sum_and_gradient(part):
+        leaf = x[:, :, part].detach().requires_grad_()
+        loss = fk.flow_loss(leaf, source[:, :, part], labels[:, part], t, book, predicts=predicts, reduction="sum")
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    whole, gradient = sum_and_gradient(slice(0, rows))
+    for part in (slice(0, 8), slice(rows - 8, rows)):
+        assert torch.equal(gradient[:, :, part], sum_and_gradient(part)[1])
+    del gradient
+    parts = sum(sum_and_gradient(slice(i, i + 3_000))[0].double() for i in range(0, rows, 3_000))
+    torch.testing.assert_close(whole.double(), parts, rtol=1e-6, atol=0)

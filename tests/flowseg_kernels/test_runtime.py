@@ -12,7 +12,10 @@ import pytest
 import torch
 
 import flowseg_kernels as fk
+from bench import preferences
+from flowseg_kernels.info import report
 from flowseg_kernels.runtime import extension
+from flowseg_kernels.runtime.preferences import gpu_preference
 
 from .samples import image_batch
 
@@ -74,8 +77,19 @@ def test_info_names_every_op_and_the_reasons():
     assert done.returncode == 0, done.stderr
     for op in ("flow_loss", "nearest_centroid", "neural_field"):
         assert op in done.stdout
-    assert "cpu: FLOWSEG_DISABLE_EXTENSION=1 is set" in done.stdout
+    assert "not cpu: FLOWSEG_DISABLE_EXTENSION=1 is set" in done.stdout
     assert torch.__version__ in done.stdout
+    assert done.stdout.count("Triton kernels take CUDA tensors, these are on cpu") == 1
+
+
+def test_info_says_on_what_grounds_a_gpu_would_choose():
+    """With or without a GPU, for every op that both GPU backends have; until one has measured it, that none has."""
+    _, _, grounds = report().partition("Order on a GPU, and why:\n")
+    for op in preferences.OPS:
+        order, because = gpu_preference(op)
+        (line,) = [line for line in grounds.splitlines() if op in line.partition(":")[0]]
+        assert line.endswith(f": {' before '.join(order)}; {because}")
+        assert preferences.measured(op, sorted(preferences.RESULTS.glob("*"))) or "no GPU has measured it" in line
 
 
 def test_load_failures_are_readable(tmp_path):

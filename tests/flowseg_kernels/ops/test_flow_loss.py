@@ -69,18 +69,30 @@ def test_the_correction_is_an_auxiliary_cross_entropy(backend, transform):
     )
 
 
+@pytest.mark.many_forms(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("predicts", ["velocity", "endpoint"])
-def test_error_is_at_most_twice_plain_pytorch(backend, dtype, predicts, codes150):
-    x, source, labels, t = image_batch(codes150.centroids, 2, 32, 40, 0.2, dtype)
-    form = {"predicts": predicts, "space": predicts, "weight": 1.0, "schedule": "static", "eps": codes150.default_eps}
+@pytest.mark.parametrize(
+    "tau, spread", [(1.0, 0.2), (1.0, 1e-2), (1.0, 1e-4), (0.5, 1e-2), (2.0, 1e-2), (0.5, 1e-4), (2.0, 1e-4)]
+)
+def test_error_is_at_most_twice_plain_pytorch(backend, dtype, predicts, tau, spread, codes150):
+    """An end-point prediction is near its code itself; a velocity's end point spreads by the source besides."""
+    x, source, labels, t = image_batch(codes150.centroids, 2, 20, 24, spread, dtype)
+    form = {
+        "predicts": predicts,
+        "space": predicts,
+        "weight": 1.0,
+        "schedule": "static",
+        "eps": codes150.default_eps,
+        "tau": tau,
+    }
     results = []
     for kind in (torch.float64, dtype):
         leaf = x.to(kind).requires_grad_()
         loss = naive_loss(leaf, source.to(kind), labels, t, codes150.centroids, **form)
         results.append((loss, torch.autograd.grad(loss, leaf)[0]))
     leaf = x.clone().requires_grad_()
-    loss = fk.flow_loss(leaf, source, labels, t, codes150, predicts=predicts)
+    loss = fk.flow_loss(leaf, source, labels, t, codes150, predicts=predicts, temperature=tau)
     (grad,) = torch.autograd.grad(loss, leaf)
     assert loss.dtype == torch.float32 and grad.dtype == dtype
     exact, plain = results

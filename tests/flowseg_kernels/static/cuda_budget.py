@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 PATH = pathlib.Path(__file__).with_name("budget.json")
 NOTES = ROOT / "docs" / "notes" / "performance.md"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-THREADS = 128  # a block, as csrc/cuda/platform.h has it
+THREADS = 128  # a block, as csrc/cuda/platform.cuh has it
 #: What a multiprocessor of sm_90 has, and the lane-instructions a second that an H200 is taken to issue.
 REGISTERS, MOST_THREADS, LANE_INSTRUCTIONS = 65536, 2048, 33e12
 
@@ -68,12 +68,13 @@ def resources(architecture: int, every: bool) -> dict[str, dict[str, int]]:
 
 
 @functools.cache
-def _code() -> dict[str, list[sass.Instruction]]:
+def code() -> dict[str, list[sass.Instruction]]:
+    """Machine code of every kernel for sm_90, by mangled name."""
     return sass.disassemble(cubin(90, every=True))
 
 
 def _loops(kernel: str) -> list[sass.Loop]:
-    return [loop for name, body in _code().items() if form(name) == kernel for loop in sass.innermost_loops(body)]
+    return [loop for name, body in code().items() if form(name) == kernel for loop in sass.innermost_loops(body)]
 
 
 def instructions() -> dict[str, dict[str, float]]:

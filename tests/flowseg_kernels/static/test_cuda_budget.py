@@ -1,5 +1,7 @@
 """The CUDA kernels stay within budget.json, for every architecture: registers, no spills, instructions of the inner loops.
 
+The figures are exact for the nvcc that budget.json names; another one may take SLACK more.
+
 Every kernel is compiled for sm_90; for the other architectures those of three channels in fp32, or every one with
 `--every-variant` (6 minutes of one core).
 """
@@ -14,6 +16,8 @@ from ...conftest import proof
 from . import cuda_budget, sass
 
 BUDGET = json.loads(cuda_budget.PATH.read_text())
+#: Registers, and a share of the instructions.
+SLACK = {"registers": 8, "instructions": 0.03}
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +36,14 @@ def test_registers_stay_within_the_budget_and_none_spill(architecture, every):
     found = cuda_budget.resources(architecture, every[architecture])
     common = {name for name in BUDGET["registers"] if len(name.split()) == 1 or name.endswith(("float", "float 3"))}
     assert set(found) == (set(BUDGET["registers"]) if every[architecture] else common)
-    # Another compiler allocates a little differently.
-    slack = 0 if cuda_budget.compiler() == BUDGET["compiler"] else 8
+    slack = SLACK["registers"] * another_compiler()
     for name, used in found.items():
         assert used["spilled"] == 0, (name, used)
         assert used["registers"] <= BUDGET["registers"][name][str(architecture)] + slack, (name, used)
+
+
+def another_compiler():
+    return cuda_budget.compiler() != BUDGET["compiler"]
 
 
 @functools.cache
@@ -48,8 +55,9 @@ def instructions():
 def test_instructions_of_the_inner_loops(kernel, every):
     found = instructions()[kernel]
     assert found.keys() == BUDGET["instructions"][kernel].keys()
+    slack = SLACK["instructions"] * another_compiler()
     for name, cost in found.items():
-        assert cost <= BUDGET["instructions"][kernel][name], (name, cost)
+        assert cost <= BUDGET["instructions"][kernel][name] * (1 + slack), (name, cost)
 
 
 def test_the_budget_keeps_what_was_promised():
@@ -61,3 +69,12 @@ def test_the_budget_keeps_what_was_promised():
 
 def test_the_notes_show_the_budget():
     assert cuda_budget.table(BUDGET) in cuda_budget.NOTES.read_text()
+
+
+@pytest.mark.parametrize("kernel, loads", [("interpolate", 4 + 7), ("interpolate_backward", 8 + 4 + 7), ("scale", 4)])
+def test_pixels_move_16_bytes_at_a_time(kernel, loads, every):
+    """Eight pixels of a plane are two accesses in fp32 and one in each half precision. Of the loads 7 are of labels, and the
+    backward reads its gradient in fp64 too. A compiler that merges the whole's store with those of single elements splits it."""
+    ((_, body),) = [item for item in cuda_budget.code().items() if cuda_budget.form(item[0]) == f"{kernel} float"]
+    assert sum("STG.E.128" in i.text for i in body) == 4
+    assert sum("LDG.E.128" in i.text for i in body) == loads
