@@ -363,7 +363,7 @@ def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
     found = (
         grad_x,
         grad_weights,
-        torch.cat((by_pixel.view(hidden, channels), by_position.T @ features), dim=1),
+        torch.cat((by_pixel.view(hidden, channels), reference.by_features(by_position, features)), dim=1),
         by_position.sum(0),
         grad_gains,
         grad_out_gain,

@@ -105,8 +105,8 @@ def test_equals_pixnerd_in_values_and_every_gradient(channels, hidden, depth, ra
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
-def test_only_the_wanted_gradients(backend):
-    inputs = field_inputs(dtype=torch.float32)
+def test_only_the_wanted_gradients(brief):
+    inputs = field_inputs(dtype=torch.float32, batch=1 if brief else 2)
     every = torch.autograd.grad(fk.neural_field(*inputs, patch_size=4).square().sum(), inputs)
     for place, want in enumerate(every):
         mixed = [v if i == place else v.detach() for i, v in enumerate(inputs)]
@@ -159,21 +159,8 @@ SIZES = {  # channels, hidden, depth, ratio, p, freqs
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES)
-def test_errors_are_at_most_twice_plain_pytorch(brief, size, dtype, variant):
+def assert_errors_at_most_twice_plain_pytorch(made, dtype, p, ratio, variant):
     """Output and every gradient against fp64, in the root mean square of each; of a few numbers four ulp are chance."""
-    if brief:
-        # One variant for each size and dtype, so that every pair of two is met.
-        turn = list(SIZES).index(size) + DTYPES.index(dtype)
-        if VARIANTS.index(variant) != turn % len(VARIANTS):
-            pytest.skip("the interpreter is slow: another variant is tested for this size and dtype")
-    channels, hidden, depth, ratio, p, freqs = SIZES[size]
-    batch, across = ((2, 2) if size == "small" else (1, 1)) if brief else (2, 3)
-    made = field_inputs(
-        channels, hidden, depth, ratio, p, freqs, batch=batch, height=p, width=across * p, form=variant[1]
-    )
     inputs = [v if v is None else v.to(dtype) for v in made]
     options = {"patch_size": p, "mlp_ratio": ratio, "normalise": variant[0], "form": variant[1]}
 
@@ -189,11 +176,46 @@ def test_errors_are_at_most_twice_plain_pytorch(brief, size, dtype, variant):
         assert (a - want).norm() <= max(2 * (b - want).norm(), chance), place
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_errors_are_at_most_twice_plain_pytorch(brief, size, dtype, variant):
+    if brief:
+        # PixNerd's sizes in its own variant, each other size and dtype in one of the four.
+        turn = 0 if size == "pixnerd" else list(SIZES).index(size) + DTYPES.index(dtype)
+        if VARIANTS.index(variant) != turn % len(VARIANTS):
+            pytest.skip("the interpreter is slow: another variant is tested for this size and dtype")
+    channels, hidden, depth, ratio, p, freqs = SIZES[size]
+    batch, across = ((2, 2) if size == "small" else (1, 1)) if brief else (2, 3)
+    made = field_inputs(
+        channels, hidden, depth, ratio, p, freqs, batch=batch, height=p, width=across * p, form=variant[1]
+    )
+    assert_errors_at_most_twice_plain_pytorch(made, dtype, p, ratio, variant)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p, tiles, together", [(16, (8, 4), (4, 4)), (24, (18, 9), (2, 1))])
+def test_several_tiles_in_a_program(backend, monkeypatch, p, tiles, together, dtype):
+    """As programs of a large image take them; nine tiles are no whole number of twos, so they stay apart."""
+    if backend != "triton":
+        pytest.skip("only the Triton kernels take tiles")
+    from flowseg_kernels.ops.neural_field import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "_PROGRAMS_AT_ONCE", 2)
+    made = field_inputs(2, 16, 1, 1, p, 2, batch=1, height=p, width=2 * p)
+    place = (torch.float32, torch.bfloat16).index(dtype)
+    for kernel in ("forward", "states"):
+        rows = triton_kernels.launch_settings(kernel, 16, 16, p * p, dtype).rows
+        assert -(-p * p // rows) == tiles[place] and triton_kernels.tiles_together(2, p * p, rows) == together[place]
+    assert_errors_at_most_twice_plain_pytorch(made, dtype, p, 1, VARIANTS[0])
+
+
 @pytest.mark.parametrize("channels, hidden, ratio, p", [(1, 8, 1, 2), (5, 24, 1, 3), (3, 7, 3, 5), (3, 16, 2, 32)])
 def test_odd_sizes(brief, channels, hidden, ratio, p):
     """Widths and patches that fill no vector, and patches of many panels."""
-    depth, down = (1, 1) if brief and p == 32 else (2, 2)
-    inputs = field_inputs(channels, hidden, depth, ratio, p, 2, batch=1, height=down * p, width=p)
+    if brief and p == 32:
+        pytest.skip("the interpreter is slow: test_several_tiles_in_a_program takes patches of many tiles")
+    inputs = field_inputs(channels, hidden, 2, ratio, p, 2, batch=1, height=2 * p, width=p)
     exact = values_and_gradients(lambda *v: pixnerd_field(*v, p, ratio), inputs, torch.float64)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
         got = values_and_gradients(lambda *v: fk.neural_field(*v, patch_size=p, mlp_ratio=ratio), inputs, dtype)
