@@ -29,6 +29,14 @@ def inputs(
     )
 
 
+def products(what: str, device: str) -> int:
+    """Products of (p^2, Hx, r Hx) a patch and block that the op makes: the one count of its work.
+
+    Backward makes the forward's two again and four for the gradients. On a GPU the blocks' z = q W1 do not fit on chip, and
+    products are cheaper than memory: one more finds z again."""
+    return {"forward": 2, "backward": 7 if device == "cuda" else 6}[what]
+
+
 def unfold_by_views(x, p):
     """(B N, C, p^2) pixels of the patches. torch.compile of F.unfold and F.fold corrupted the heap on two threads (torch 2.13)."""
     batch, channels, height, width = x.shape

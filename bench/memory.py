@@ -1,16 +1,22 @@
 """`python -m bench.memory`: what PixNerd's decoder keeps for backward and its peak memory, in eager PyTorch and in ours.
 
 One image, forward and backward of the decoder from patch features to pixels. Saved: every tensor kept for backward but parameters,
-counted on meta tensors, so the figures hold for any device. Peak: how far the resident memory of a fresh process rises above
-what it held before the step, on this CPU, the gradient of the generators left out as all need the same.
+counted on meta tensors, so the figures hold for any device. Peak on this CPU: how far the resident memory of a fresh process rises
+above what it held before the step, the gradient of the generators left out as all need the same. Peak by count: the most bytes that
+the field's forward and backward on a GPU hold at once in tensors beyond its inputs; of ours, what the host code of the Triton
+kernels allocates.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import unittest.mock
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import flowseg_kernels as fk
 
@@ -62,6 +68,55 @@ def saved_bytes(entry: str, model: str, side: int, dtype: torch.dtype) -> int:
     return sum(storage.nbytes() for storage in found.values())
 
 
+class Allocated(TorchDispatchMode):
+    """The most bytes that tensors made inside held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {v.untyped_storage()._cdata for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)}
+        made = func(*args, **(kwargs or {}))
+        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
+        for v in tree_leaves(made):
+            storage = v.untyped_storage() if isinstance(v, torch.Tensor) else None
+            if storage is not None and storage._cdata not in given:
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return made
+
+
+class _NoKernel:
+    """Takes a launch and does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: None
+
+
+def counted_peak_bytes(entry: str, model: str, side: int, dtype: torch.dtype) -> int:
+    """Of "eager" or "ours", beyond x and the generated weights."""
+    from flowseg_kernels.ops.neural_field import triton_kernels
+
+    dct = torch.zeros(1, PATCH**2, 64, dtype=dtype, device="meta")
+    made = field_plain.inputs(patches=1, depth=MODELS[model][1], dtype=dtype)
+    x, weights, *shared = (v.detach().to("meta") for v in made)
+    patches = (side // PATCH) ** 2
+    inputs = [x.new_empty(1, 3, side, side), weights.new_empty(1, patches, *weights.shape[2:]), *shared]
+    inputs = [v.requires_grad_() for v in inputs]
+    with Allocated() as found:
+        if entry == "eager":
+            out = field_plain.field(*inputs, dct)
+            torch.autograd.grad(out, inputs, torch.empty_like(out))
+        else:
+            kernels = [name for name in vars(triton_kernels) if name.endswith("_kernel") and name != "triton_kernel"]
+            with unittest.mock.patch.multiple(triton_kernels, **dict.fromkeys(kernels, _NoKernel())), torch.no_grad():
+                options = PATCH, 2, 1e-6, "both", "residual"
+                out = triton_kernels.neural_field(*inputs, *options)
+                triton_kernels.neural_field_bwd(torch.empty_like(out), *inputs, *options, [True] * len(inputs))
+    return found.peak
+
+
 def resident() -> dict[str, int]:
     """Current and highest resident memory of this process, in bytes."""
     lines = dict(line.split(":", 1) for line in open("/proc/self/status") if line.startswith(("VmRSS", "VmHWM")))
@@ -91,7 +146,8 @@ def main() -> None:
         return
     mib = 2**20
     print(
-        "| decoder, one image | | saved bf16, MiB | saved fp32, MiB | peak fp32 on this CPU, MiB |\n|---|---|---|---|---|"
+        "| decoder, one image | | saved bf16, MiB | saved fp32, MiB | peak fp32 on this CPU, MiB "
+        "| peak bf16 by count for a GPU, MiB |\n|---|---|---|---|---|---|"
     )
     for model in MODELS:
         for side in (256, 512):
@@ -100,10 +156,13 @@ def main() -> None:
                 command = [sys.executable, "-m", "bench.memory", "--case", entry, model, str(side)]
                 peak = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
                 row = [saved_bytes(entry, model, side, t) for t in (torch.bfloat16, torch.float32)] + [peak]
+                if "64" not in entry:
+                    row.append(counted_peak_bytes(entry, model, side, torch.bfloat16))
                 first = first or row
                 cells = [
                     f"{v / mib:,.1f}" + (f" (1/{f / v:.1f})" if entry != "eager" else "") for v, f in zip(row, first)
                 ]
+                cells += [""] * (4 - len(cells))
                 print(f"| {model} {side} x {side} | {entry} | {' | '.join(cells)} |", flush=True)
 
 

@@ -63,7 +63,7 @@ def _run_cpu_backward(grad, x, weights, embed_weight, *rest):
     grad_x, grad_weights, position, embed, *others = _backward_cpu(
         grad, *_cpu_arguments(features, x, weights, embed_weight, *rest), needs[0], needs[1]
     )
-    shared = (torch.cat((embed, position @ features), dim=1), position.sum(dim=1), *others)
+    shared = (torch.cat((embed, reference.by_features(position.T, features)), dim=1), position.sum(dim=1), *others)
     tensors = (embed_weight, *rest[:5])
     return (
         grad_x,

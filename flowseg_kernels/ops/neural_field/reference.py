@@ -137,6 +137,13 @@ def _norm_backward(grad: Tensor, normal: Tensor, scale: Tensor | None) -> Tensor
     return scale * (grad - normal * (grad * normal).mean(dim=-1, keepdim=True))
 
 
+def by_features(by_position: Tensor, features: Tensor) -> Tensor:
+    """Gradient (Hx, F^2) of the embedding's weights on the cosine features, from that of the state summed over patches (p^2, Hx).
+
+    In fp64, as the feature of frequency 0 is one everywhere: in fp32 its sum over pixels had up to 2.2 times PyTorch's error."""
+    return (by_position.T.double() @ features.double()).to(by_position.dtype)
+
+
 def _column_norm_backward(grad: Tensor, w: Tensor, scale: Tensor | None) -> Tensor:
     """Gradient of w from that of its column-normalised form w * scale."""
     if scale is None:
@@ -199,7 +206,9 @@ def neural_field_bwd(
             g = back
 
     by_position = g.sum(dim=0)
-    grad_embed = torch.cat(((g.transpose(1, 2) @ field.pixels).sum(dim=0), by_position.T @ field.table), dim=1)
+    grad_embed = torch.cat(
+        ((g.transpose(1, 2) @ field.pixels).sum(dim=0), by_features(by_position, field.table)), dim=1
+    )
     found = (
         field.to_image(g @ field.embed[:, : field.channels]),
         grad_weights.reshape(weights.shape),

@@ -24,7 +24,7 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 def silu_and_tanh(y, TANH: tl.constexpr):
     """SiLU of z = 2 y, and tanh(y). Whoever scales z halves its scale; y tanh(y) + y is one fused step."""
     # One instruction of the special-function unit instead of two, which bound the whole chain at 16 bit. Its relative error, 2^-11,
-    # is under what rounding to bf16 does next. The interpreter errs by that much one way, so that what passes there holds for it.
+    # is one of 2^-12 |z| in SiLU. The interpreter errs by that much one way, so that what passes there holds for it.
     if TANH and _INTERPRETED:
         t = (2 / (1 + tl.exp(-2 * y)) - 1) * (1 + 2.0**-11)
         return y * t + y, t

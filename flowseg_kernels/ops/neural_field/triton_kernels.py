@@ -45,8 +45,9 @@ class Settings(NamedTuple):
     num_stages: int
 
 
-#: By kernel, 16-bit operands or not, Hx above 64 or not. Chosen so that nothing spills on sm_80, 90, 100 and 120, which
-#: tests/flowseg_kernels/static/test_field_forms.py holds; the figures are in docs/notes/performance.md.
+#: By kernel, 16-bit operands or not, Hx above 64 or not. Chosen so that nothing spills on sm_80, 90, 100 and 120 but, on sm_80 and
+#: 120, up to 256 bytes of "backward" in 16 bits with Hx above 64, outside its inner loops: every other setting tried spilled too.
+#: tests/flowseg_kernels/static/test_field_forms.py holds it; the figures are in docs/notes/performance.md.
 _SETTINGS = {
     ("forward", True, False): Settings(64, 64, 4, 2),
     ("forward", True, True): Settings(64, 32, 8, 1),
@@ -74,6 +75,7 @@ _OTHER_SETTINGS = {
         ("states", True, False): Settings(32, 64, 4, 2),
         ("backward", True, False): Settings(64, 16, 8, 1),
         ("backward", False, False): Settings(32, 16, 8, 1),
+        ("enter", False, True): Settings(16, 16, 8, 1),
     },
 }
 
@@ -216,6 +218,7 @@ def variants(products: str = "warp_groups") -> Iterator[Variant]:
         yield made("fp32")
         yield made("fp32", precision="tf32")
         yield made("fp32", 128, 1)
+    yield form("backward", hidden=128, products=products)
 
 
 class _Call:
@@ -363,7 +366,7 @@ def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
     found = (
         grad_x,
         grad_weights,
-        torch.cat((by_pixel.view(hidden, channels), by_position.T @ features), dim=1),
+        torch.cat((by_pixel.view(hidden, channels), reference.by_features(by_position, features)), dim=1),
         by_position.sum(0),
         grad_gains,
         grad_out_gain,

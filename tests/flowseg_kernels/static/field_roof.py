@@ -1,25 +1,32 @@
 """Predicts the neural field's Triton kernels on an H200 from their machine code, beside the roofs. No GPU confirms it.
 
-`python -m tests.flowseg_kernels.static.field_roof` prints the tables of docs/notes/performance.md: bf16, Hx = 64, r = 2, p = 16,
-C = 3. Loops' lengths times their trips give the warp instructions; a kernel takes as long as the longest of instructions, products,
-operands of products in shared memory, and bytes.
+`python -m tests.flowseg_kernels.static.field_roof` writes what it finds to field_budget.json and prints the tables of
+docs/notes/performance.md (a minute): bf16, Hx = 64, r = 2, p = 16, C = 3. Loops' lengths times their trips give the warp
+instructions; a kernel takes as long as the longest of instructions, products, operands of products in shared memory, and bytes.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
+import json
 import math
+import pathlib
 import re
 from typing import NamedTuple
 
+import triton
 from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flowseg_kernels.ops.neural_field.triton_kernels import form, patches_at_once
+from bench.field_plain import products
+from flowseg_kernels.ops.neural_field.triton_kernels import form
 
 from . import sass
+from .cuda_budget import REGISTERS
 
+PATH = pathlib.Path(__file__).with_name("field_budget.json")
 #: Of an H200: floating-point operations of bf16 products, bytes and warp instructions in a nanosecond; four warp instructions
 #: take a clock of a multiprocessor, which reads 128 bytes of its shared memory.
 PRODUCTS, BYTES, ISSUED = 790e3, 4300.0, 1030.0
@@ -44,6 +51,15 @@ def compiled(variant, target):
     else:
         gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     return compile_kernel(ASTSource(variant.kernel, variant.signature, constants, aligned), target=gpu, options=options)
+
+
+@functools.cache
+def machine_code(name: str, patches: int = 1024):
+    """A kernel's form for sm_90, its compiled kernel and its instructions."""
+    variant = form(name, patches=patches)
+    kernel = compiled(variant, "sm_90")
+    (code,) = sass.disassemble(kernel.asm["cubin"]).values()
+    return variant, kernel, code
 
 
 class Cost(NamedTuple):
@@ -81,12 +97,11 @@ def warp_totals(code: list[sass.Instruction], counts: list[int]) -> tuple[int, i
 
 
 def costs(name: str, depth: int, patches: int) -> Cost:
-    variant = form(name, patches=patches)
-    (code,) = sass.disassemble(compiled(variant, "sm_90").asm["cubin"]).values()
+    variant, _, code = machine_code(name, patches)
     programs = 1 if name == "backward" else TILES / variant.constants["TOGETHER"]
     warps = programs * variant.options["num_warps"]
     issued, read = warp_totals(code, trips(name, variant.constants, depth))
-    products = {"forward": 2, "states": 2, "backward": 5, "enter": 0}[name] * depth
+    multiplied = {"forward": 2, "states": 2, "backward": 5, "enter": 0}[name] * depth
     states = depth * (_STATE + PIXELS * 4)
     traffic = {
         "forward": depth * _MATRIX + 2 * _PIXELS,
@@ -95,56 +110,110 @@ def costs(name: str, depth: int, patches: int) -> Cost:
         # A program of `enter` leaves the sum over its patches in fp32, which is read once more.
         "enter": _STATE + 2 * _PIXELS + 4 * _STATE / variant.constants.get("TOGETHER", 1),
     }[name]
-    return Cost(warps * issued / ISSUED, products * _PRODUCT / PRODUCTS, warps / 4 * read / SHARED, traffic / BYTES)
+    return Cost(warps * issued / ISSUED, multiplied * _PRODUCT / PRODUCTS, warps / 4 * read / SHARED, traffic / BYTES)
 
 
-def roofs(depth: int) -> tuple[float, float]:
-    """Forward's and backward's longer one of needed products (2; 7 with recomputation) and needed bytes, in nanoseconds a patch."""
+def roofs(depth: int, backward: int = products("backward", "cuda")) -> tuple[float, float]:
+    """Forward's and backward's longer one of needed products and needed bytes, in nanoseconds a patch."""
     return (
-        max(2 * depth * _PRODUCT / PRODUCTS, (depth * _MATRIX + 2 * _PIXELS) / BYTES),
-        max(7 * depth * _PRODUCT / PRODUCTS, (2 * depth * _MATRIX + 3 * _PIXELS) / BYTES),
+        max(products("forward", "cuda") * depth * _PRODUCT / PRODUCTS, (depth * _MATRIX + 2 * _PIXELS) / BYTES),
+        max(backward * depth * _PRODUCT / PRODUCTS, (2 * depth * _MATRIX + 3 * _PIXELS) / BYTES),
     )
 
 
-def shares(patches: int = 1024) -> dict[str, tuple[float, float]]:
-    """By network, forward's and backward's part of the roof."""
-    found = collections.defaultdict(tuple)
-    for network, depth in DEPTHS.items():
-        for roof, names in zip(roofs(depth), (KERNELS[:1], KERNELS[1:])):
-            found[network] += (roof / sum(max(costs(name, depth, patches)) for name in names),)
-    return dict(found)
+def predicted(depth: int, patches: int) -> tuple[float, float]:
+    """Forward's and backward's nanoseconds a patch: the sum of each kernel's longest cost."""
+    return tuple(sum(max(costs(name, depth, patches)) for name in names) for names in (KERNELS[:1], KERNELS[1:]))
+
+
+def resources(name: str) -> dict[str, int | None]:
+    _, kernel, code = machine_code(name)
+    (used,) = sass.resources(kernel.asm["cubin"]).values()
+    granted = -(-used["REG"] // 8) * 8 * 32 * kernel.metadata.num_warps
+    opcodes = collections.Counter(i.opcode for i in code)
+    return {
+        "spilled": used["STACK"] + used["LOCAL"],
+        "registers": used["REG"],
+        "shared": kernel.metadata.shared,
+        "programs": min(REGISTERS // granted, 227 * 1024 // (kernel.metadata.shared + 1024)),
+        "HGMMA": opcodes["HGMMA"],
+        "HMMA": opcodes["HMMA"],
+        "loop": min(len(loop) for loop in sass.innermost_loops(code) if "HGMMA" in loop.opcodes()),
+    }
+
+
+def counted() -> dict:
+    """All that field_budget.json holds. Costs are nanoseconds a patch of 1,024, predictions microseconds an image."""
+    networks = [(network, depth, patches) for network, depth in DEPTHS.items() for patches in (256, 1024)]
+    return {
+        "compiler": f"Triton {triton.__version__}",
+        "resources": {name: resources(name) for name in KERNELS},
+        "costs": {
+            network: {name: [round(v) for v in costs(name, depth, 1024)] for name in KERNELS}
+            for network, depth in DEPTHS.items()
+        },
+        "predicted": {
+            f"{network}, {patches} patches": [round(v * patches / 1e3) for v in predicted(depth, patches)]
+            for network, depth, patches in networks
+        },
+        "roofs": {
+            f"{network}, {patches} patches": [round(v * patches / 1e3) for v in roofs(depth)]
+            for network, depth, patches in networks
+        },
+        # The last: of a backward that keeps z on chip, so finds it once.
+        "shares": {
+            f"{network}, {patches} patches": [
+                round(100 * roof / time)
+                for roof, time in zip(
+                    (*roofs(depth), roofs(depth, products("backward", "cpu"))[1]),
+                    (*predicted(depth, patches), predicted(depth, patches)[1]),
+                )
+            ]
+            for network, depth, patches in networks
+        },
+    }
+
+
+def table(budget: dict) -> str:
+    """The figures of the notes, in Markdown."""
+    lines = [
+        "| kernel | pixels x slice, warps | registers | shared | programs of an SM | products | innermost loop with products |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in budget["resources"].items():
+        variant = form(name)
+        step = " x ".join(str(variant.constants[k]) for k in ("ROWS", "SLICE") if k in variant.constants)
+        step += f", {variant.options['num_warps']}"
+        lines.append(
+            f"| {name} | {step} | {found['registers']} | {found['shared'] / 1024:.0f} KiB | {found['programs']} "
+            f"| {found['HGMMA']} HGMMA, {found['HMMA']} HMMA | {found['loop']} |"
+        )
+    names = " | ".join((*Cost._fields, "longest"))
+    lines += ["", f"| ns a patch | network | {names} |", "|---" * 7 + "|"]
+    for network, kernels in budget["costs"].items():
+        for name, found in kernels.items():
+            lines.append(f"| {name} | {network} | {' | '.join(map(str, (*found, max(found))))} |")
+    lines += [
+        "",
+        "| predicted us an image | forward | its roof | share | backward | its roof | share | share of 6 products |",
+        "|---" * 8 + "|",
+    ]
+    for image, (forward, backward) in budget["predicted"].items():
+        (above, back_above), shares = budget["roofs"][image], budget["shares"][image]
+        lines.append(
+            f"| {image} | {forward} | {above} | {shares[0]} % | {backward} | {back_above} | {shares[1]} % | {shares[2]} % |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
-    for name in KERNELS:
-        variant = form(name)
-        kernel = compiled(variant, "sm_90")
-        (code,) = sass.disassemble(kernel.asm["cubin"]).values()
-        (used,) = sass.resources(kernel.asm["cubin"]).values()
-        inner = min(len(loop) for loop in sass.innermost_loops(code) if "HGMMA" in loop.opcodes())
-        opcodes = collections.Counter(i.opcode for i in code)
-        chosen = (
-            f"{variant.constants['ROWS']} x {variant.constants.get('SLICE', HIDDEN)}, {variant.options['num_warps']}"
-        )
-        shared = kernel.metadata.shared / 1024
-        print(
-            f"{name} | {chosen} | {used['REG']} | {shared:.0f} KiB | {opcodes['HGMMA']} HGMMA, {opcodes['HMMA']} HMMA | {inner}"
-        )
-    for patches in (256, 1024):
-        for network, depth in DEPTHS.items():
-            print(f"{network}, {patches} patches (rounds of {patches_at_once(patches)}), ns a patch")
-            for name in KERNELS:
-                cost = costs(name, depth, patches)
-                print(
-                    f"  {name:8s}",
-                    *(f"{field} {value:.0f}," for field, value in cost._asdict().items()),
-                    f"longest {max(cost):.0f}",
-                )
-        for network, found in shares(patches).items():
-            for way, share, roof in zip(("forward", "backward"), found, roofs(DEPTHS[network])):
-                print(
-                    f"{network} {way}: {roof / share * patches / 1e3:.0f} us, roof {roof * patches / 1e3:.0f}, {share:.1%}"
-                )
+    budget = counted()
+    text = json.dumps(budget, indent=1)
+    # One line a kernel.
+    PATH.write_text(
+        re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s*\n\s*", " ", m[1]) + "]", text) + "\n"
+    )
+    print(table(budget))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ By default the forms PixNerd's sizes launch in bf16, for every target; `--every-
 
 import importlib.util
 import itertools
+import json
 import re
 
 import pytest
@@ -20,6 +21,7 @@ if INTERPRETED:
     pytest.skip("interpreted kernels do not compile", allow_module_level=True)
 
 import torch
+import triton
 
 from flowseg_kernels.ops.neural_field.triton_kernels import (
     form,
@@ -30,18 +32,14 @@ from flowseg_kernels.ops.neural_field.triton_kernels import (
 )
 
 from . import field_roof
+from .cuda_budget import NOTES
 from .field_roof import compiled
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 KINDS = {"sm_90": "warp_groups", "sm_100": "tensor_memory"}
-#: For sm_90: the most registers a thread may use, so that at least this many programs share a multiprocessor; instructions of the
-#: innermost loop; kilobytes of shared memory.
-BUDGET = {
-    "forward": {"registers": 255, "programs": 2, "loop": 250, "kilobytes": 40},
-    "states": {"registers": 255, "programs": 2, "loop": 250, "kilobytes": 40},
-    "backward": {"registers": 255, "programs": 1, "loop": 590, "kilobytes": 104},
-    "enter": {"registers": 128, "programs": 4, "loop": None, "kilobytes": 16},
-}
+BUDGET = json.loads(field_roof.PATH.read_text())
+#: What other versions may take more than the stored figures: Triton 3.6 takes 10 registers more in the forward.
+REGISTERS_MORE, INSTRUCTIONS_MORE, SHARE_LESS = 12, 1.1, 5
 #: The instruction that multiplies matrices, in the machine code of each target.
 PRODUCT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
 
@@ -56,40 +54,50 @@ def spilled_bytes(kernel, target):
     return used["STACK"] + used["LOCAL"]
 
 
-@pytest.mark.parametrize("name", BUDGET)
+def same_compiler():
+    return BUDGET["compiler"] == f"Triton {triton.__version__}"
+
+
+@pytest.mark.parametrize("name", field_roof.KERNELS)
 def test_within_its_budget_on_sm_90(name):
-    kernel, budget = compiled(form(name), "sm_90"), BUDGET[name]
-    (used,) = sass.resources(kernel.asm["cubin"]).values()
-    assert spilled_bytes(kernel, "sm_90") == 0
-    assert used["REG"] <= budget["registers"]
-    threads = 32 * kernel.metadata.num_warps
-    granted = -(-used["REG"] // 8) * 8 * threads
-    assert 65536 // granted >= budget["programs"]
-    assert kernel.metadata.shared <= 1024 * budget["kilobytes"]
-    (code,) = sass.disassemble(kernel.asm["cubin"]).values()
-    if budget["loop"]:
-        assert any(i.opcode == "HGMMA" for i in code)
-        assert min(len(loop) for loop in sass.innermost_loops(code) if "HGMMA" in loop.opcodes()) <= budget["loop"]
+    found, budget = field_roof.resources(name), BUDGET["resources"][name]
+    if same_compiler():
+        assert found == budget
+    assert found["spilled"] == 0
+    assert found["registers"] <= budget["registers"] + REGISTERS_MORE and found["programs"] >= budget["programs"]
+    assert found["shared"] <= budget["shared"] * INSTRUCTIONS_MORE
+    assert found["HGMMA"] > 0 and found["loop"] <= budget["loop"] * INSTRUCTIONS_MORE
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_spills_and_tensor_cores_on_every_target(target, request):
     every, kind = request.config.getoption("--every-variant", default=False), KINDS.get(target, "registers")
-    forms = variants(kind) if every else [form(name, products=kind) for name in BUDGET]
+    forms = variants(kind) if every else [form(name, products=kind) for name in field_roof.KERNELS]
     for variant in forms:
         kernel = compiled(variant, target)
-        # The widest form, where both operands pass through registers: 16 KiB of weights a slice beside the sums.
-        widest = kind == "registers" and "backward fp16 Hx=128" in variant.name
-        assert spilled_bytes(kernel, target) <= (200 if widest else 0), variant.name
+        spilled = spilled_bytes(kernel, target)
+        if kind == "registers" and "backward" in variant.name and "16 Hx=128" in variant.name and spilled:
+            # The widest forms, where both operands pass through registers: a few words a tile, none in the loop over the weights.
+            (code,) = sass.disassemble(kernel.asm["cubin"]).values()
+            assert spilled <= 256
+            assert not any({"STL", "LDL"} & set(loop.opcodes()) for loop in sass.innermost_loops(code)), variant.name
+        else:
+            assert spilled == 0, variant.name
         if target in PRODUCT and "Hx=64" in variant.name and "bf16" in variant.name:
             (code,) = sass.disassemble(kernel.asm["cubin"]).values()
             assert any(i.opcode == PRODUCT[target] for i in code), variant.name
 
 
-def test_at_least_half_of_the_roof():
-    """A prediction from machine code, no measurement."""
-    found = field_roof.shares()
-    assert min(min(ways) for ways in found.values()) >= 0.5
+def test_predictions_and_notes_are_those_of_the_machine_code():
+    """A prediction, no measurement: at least half of the roof."""
+    found = field_roof.counted()
+    if same_compiler():
+        assert found == BUDGET
+    for image, shares in BUDGET["shares"].items():
+        assert min(shares[:2]) >= 50
+        assert all(a >= b - SHARE_LESS for a, b in zip(found["shares"][image], shares)), image
+    notes = NOTES.read_text()
+    assert all(part in notes for part in field_roof.table(BUDGET).split("\n\n"))
 
 
 def test_only_bf16_takes_the_approximate_tanh():
@@ -101,7 +109,7 @@ def test_only_bf16_takes_the_approximate_tanh():
 
 
 def test_settings_fit_every_size():
-    for kernel in BUDGET:
+    for kernel in field_roof.KERNELS:
         for hidden in (7, 16, 32, 64, 128):
             for ratio in (1, 2, 4):
                 for p in (2, 4, 8, 16, 32):

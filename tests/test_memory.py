@@ -1,0 +1,38 @@
+"""What bench/memory.py counts on meta tensors: the field saves its inputs, and both counts are far below PixNerd's own form."""
+
+import pytest
+import torch
+
+from bench import memory
+
+
+@pytest.mark.parametrize("side", [256, 512])
+@pytest.mark.parametrize("model", memory.MODELS)
+def test_saved_memory_is_that_of_the_inputs_and_a_sixth_of_eager(model, side):
+    eager, ours, chunked = (memory.saved_bytes(entry, model, side, torch.bfloat16) for entry in memory.ENTRIES)
+    dim, depth = memory.MODELS[model]
+    patches = (side // memory.PATCH) ** 2
+    inputs = 2 * (3 * side**2 + patches * (dim + depth * 2 * 2 * 64 * 64))
+    # And the few weights that all patches share.
+    assert inputs <= ours <= inputs + 2**16
+    assert 6 * ours <= eager
+    assert chunked <= ours - 2 * patches * depth * 2 * 2 * 64 * 64 + 2**16
+
+
+@pytest.mark.parametrize("side", [256, 512])
+@pytest.mark.parametrize("model", memory.MODELS)
+def test_peak_by_count_is_a_fifth_of_eager(model, side):
+    pytest.importorskip("triton", reason="the GPU kernels' host code needs Triton")
+    eager, ours = (memory.counted_peak_bytes(entry, model, side, torch.bfloat16) for entry in memory.ENTRIES[:2])
+    assert 5 * ours <= eager
+
+
+def test_the_count_follows_storages():
+    with memory.Allocated() as found:
+        a = torch.empty(1000, dtype=torch.uint8, device="meta")
+        b = a.view(10, 100)
+        del a
+        c = torch.empty(500, dtype=torch.uint8, device="meta")
+        del b, c
+        torch.empty(700, dtype=torch.uint8, device="meta")
+    assert found.peak == 1500
