@@ -168,8 +168,9 @@ PICTURES = {
     "scaling": "Time against classes, code channels and pixels",
     "memory": "Peak memory of a call beyond its inputs",
 }
+_OURS_COLOUR = "#1f5fa8"
 _COLOURS = (
-    "#1f5fa8",
+    "#9db4c0",
     "#b5651d",
     "#3a7d44",
     "#8a4f9e",
@@ -180,6 +181,7 @@ _COLOURS = (
     "#999999",
     "#7d5a3c",
 )
+_COLOUR_OF = dict(zip(PEERS, _COLOURS))
 
 
 def _figure(columns, rows=1, size=(4.2, 3.4)):
@@ -207,7 +209,7 @@ def draw_speedup(rows):
             ratio = members[peer]["ms"] / ours["ms"]
             at = place - 0.4 + (number + 0.5) * height
             label = None if peer in labelled else peer
-            axis.barh(at, ratio - 1, height, left=1, color=_COLOURS[PEERS.index(peer)], label=label)
+            axis.barh(at, ratio - 1, height, left=1, color=_COLOUR_OF[peer], label=label)
             wrong = ", wrong pixels" if members[peer].get("wrong_pixels") else ""
             axis.text(max(ratio, 1) * 1.03, at, f"{ratio:.3g}{wrong}", va="center", fontsize=6)
             labelled.add(peer)
@@ -225,6 +227,7 @@ def draw_roofline(rows):
     rates = {row["entry"]: row["rate"] for row in rows if row["op"] == "machine"}
     copy = next((rate for name, rate in rates.items() if "copied" in name), None)
     peak = next((rate for name, rate in rates.items() if "multiply pipes" in name and "GFLOP" in name), None)
+    bf16 = next((rate for name, rate in rates.items() if "bf16" in name), None)
     points = [row for row in rows if is_ours(row) and row.get("operations") and not _SCALING.match(row["op"])]
     flat = [
         row
@@ -233,17 +236,23 @@ def draw_roofline(rows):
     ]
     if not (copy and peak and points):
         return None
-    figure, ((left, right),) = _figure(2, size=(5.2, 3.8))
-    intensity = [0.1, peak / copy, 5000]
-    left.loglog(intensity, [min(peak, copy * i) for i in intensity], color="black", linewidth=1)
-    for number, row in enumerate(points):
-        seconds = row["ms"] * 1e-3
+    figure, ((left, right),) = _figure(2, size=(5.4, 4.2))
+    for name, top, style in (("fp32", peak, "-"), ("bf16", bf16, "--")):
+        if top:
+            at = [0.1, top / copy, 5000]
+            left.loglog(at, [min(top, copy * i) for i in at], style, color="black", linewidth=1, label=f"limit, {name}")
+    ops = sorted({row["op"] for row in points})
+    for row in points:
+        seconds, half = row["ms"] * 1e-3, "bfloat16" in row["workload"]
         at, speed = row["operations"] / row["moved"], row["operations"] / seconds / 1e9
-        left.plot(at, speed, "o", markersize=5, color=_COLOURS[number % len(_COLOURS)], label=row["group"])
+        label = f"{row['op']}{', bf16' if half else ''}"
+        seen = label in left.get_legend_handles_labels()[1]
+        colour, marker = _COLOURS[1 + ops.index(row["op"]) % (len(_COLOURS) - 1)], "s" if half else "o"
+        left.plot(at, speed, marker, markersize=4, color=colour, label=None if seen else label)
     left.set_xlabel("operations of the multiply pipes a byte", fontsize=9)
     left.set_ylabel("GFLOP/s", fontsize=9)
     left.legend(fontsize=6, frameon=False)
-    right.barh(range(len(flat)), [row["limit_ms"] / row["ms"] * 100 for row in flat], color=_COLOURS[0])
+    right.barh(range(len(flat)), [row["limit_ms"] / row["ms"] * 100 for row in flat], color=_OURS_COLOUR)
     right.set_yticks(range(len(flat)), [row["group"] for row in flat], fontsize=6)
     right.invert_yaxis()
     right.set_xlabel("% of copy bandwidth", fontsize=9)
@@ -264,9 +273,7 @@ def draw_scaling(rows):
     for line, op in zip(axes, ops):
         for axis, kind in zip(line, kinds):
             for entry, points in series[op, kind].items():
-                colour = (
-                    _COLOURS[0] if entry.startswith("ours") else _COLOURS[1 + PEERS.index(entry) % (len(_COLOURS) - 1)]
-                )
+                colour = _COLOUR_OF.get(entry, _OURS_COLOUR)
                 style = "-" if entry.startswith("ours") else "--"
                 axis.plot(*zip(*sorted(points)), style, marker="o", markersize=3, color=colour, label=entry)
             axis.set_xscale("log", base=2)
@@ -294,7 +301,7 @@ def draw_memory(rows):
         if "peak_mib" in row and (is_ours(row) or entry in PEERS)
     ]
     figure, ((axis,),) = _figure(1, size=(8, 0.17 * len(shown) + 1))
-    colours = [_COLOURS[0] if is_ours(row) else _COLOURS[1] for _, row in shown]
+    colours = [_OURS_COLOUR if is_ours(row) else _COLOURS[1] for _, row in shown]
     axis.barh(range(len(shown)), [max(row["peak_mib"], 0.1) for _, row in shown], color=colours)
     axis.set_yticks(range(len(shown)), [label for label, _ in shown], fontsize=5)
     axis.invert_yaxis()

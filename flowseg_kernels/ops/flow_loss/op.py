@@ -64,6 +64,10 @@ def _setup_context(ctx, inputs, output):
     ctx.backend = requested_backend()
 
 
+# Private, as torch tells nobody else; without it the backward scales the residual always.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 def _is_gradient(residual, count, grad_loss, reduction):
     """Whether the residual is the gradient already, and free: this backward is the last reader of its graph. Only for eager code on
     a CPU, where looking at a number costs nothing."""
@@ -75,7 +79,7 @@ def _is_gradient(residual, count, grad_loss, reduction):
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
         and not under_transform(grad_loss, residual)
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and not _keeps_graph()
         and grad_loss.item() == 1
         and (reduction == "sum" or count.item() == 1)
     )
