@@ -29,9 +29,6 @@ from .triton_forward import (
 def silu_and_slope(y, TANH: tl.constexpr):
     """SiLU of z = 2 y, and s with 1 + s its derivative in y: with t = tanh(y), d(u)/dy = 1 + t + u (1 - t)."""
     u, t = silu_and_tanh(y, TANH)
-    if TANH:
-        # From u = 16 on the last term is below 1e-5, but for an approximate t, which need not be 1, times u it has no bound.
-        return u, t + tl.minimum(u, 16.0) * (1 - t)
     return u, t + u * (1 - t)
 
 

@@ -66,6 +66,10 @@ _SETTINGS = {
 #: Instead of these where a product's result goes to tensor memory (sm_10x), or its operands pass through registers.
 _OTHER_SETTINGS = {
     "warp_groups": {},
+    # There with an exact exponential, of which more is alive than of an approximate tanh.
+    "warp_groups, exact": {
+        ("backward", True, False): Settings(128, 32, 8, 1),
+    },
     "tensor_memory": {
         ("backward", True, False): Settings(64, 32, 4, 1),
     },
@@ -88,11 +92,25 @@ def product_kind(device: int) -> str:
     return {9: "warp_groups", 10: "tensor_memory"}.get(torch.cuda.get_device_capability(device)[0], "registers")
 
 
+def takes_tanh(operand: torch.dtype, residual: bool) -> bool:
+    """Whether SiLU is by an approximate tanh. A normalised state times unit columns is of the size of its gain; in the plain form
+    nothing bounds z, and with it the error."""
+    return residual and operand == torch.bfloat16 and torch.version.hip is None
+
+
 def launch_settings(
-    kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype, products: str = "warp_groups"
+    kernel: str,
+    hidden: int,
+    wide: int,
+    pixels: int,
+    operand: torch.dtype,
+    products: str = "warp_groups",
+    residual: bool = True,
 ) -> Settings:
     """Settings of "forward", "states" (the forward kernel in the backward), "backward" or "enter" for Hx, r Hx, p^2."""
     form = (operand != torch.float32, hidden > 64)
+    if products == "warp_groups" and not takes_tanh(operand, residual):
+        products = "warp_groups, exact"
     names = (kernel, "forward") if kernel == "states" else (kernel,)
     keys = [(table, (name, *form)) for name in names for table in (_OTHER_SETTINGS[products], _SETTINGS)]
     chosen = next(table[key] for table, key in keys if key in table)
@@ -102,9 +120,11 @@ def launch_settings(
     return Settings(rows, min(chosen.slice, max(_SMALLEST, triton.next_power_of_2(wide))), warps, chosen.num_stages)
 
 
-def tiles_of(kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype, products: str) -> int:
+def tiles_of(
+    kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype, products: str, residual: bool
+) -> int:
     """Steps that a kernel takes the pixels of a patch in."""
-    return -(-pixels // launch_settings(kernel, hidden, wide, pixels, operand, products).rows)
+    return -(-pixels // launch_settings(kernel, hidden, wide, pixels, operand, products, residual).rows)
 
 
 def tiles_together(patches: int, pixels: int, rows: int) -> int:
@@ -132,7 +152,7 @@ def constants(
     products: str,
 ) -> dict:
     """The constexpr arguments of a kernel; what the products round to is `operand`; `patches` are those of one launch."""
-    chosen = launch_settings(kernel, hidden, wide, p * p, operand, products)
+    chosen = launch_settings(kernel, hidden, wide, p * p, operand, products, residual)
     padded = max(_SMALLEST, triton.next_power_of_2(hidden))
     found = {
         "H": hidden,
@@ -149,7 +169,7 @@ def constants(
             "SLICE": chosen.slice,
             "BOTH": both,
             "RESIDUAL": residual,
-            "TANH": operand == torch.bfloat16 and torch.version.hip is None,
+            "TANH": takes_tanh(operand, residual),
         }
     if kernel == "backward":
         widest = max(_SMALLEST, triton.next_power_of_2(wide))
@@ -185,7 +205,8 @@ def form(
 ) -> Variant:  # fmt: skip
     """The compiled form of a kernel that a call on `patches` of one dtype ("fp32", "bf16" or "fp16") launches on an NVIDIA GPU."""
     operand = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    wide, tiled = ratio * hidden, tiles_of("backward", hidden, ratio * hidden, p * p, operand, products) > 1
+    wide = ratio * hidden
+    tiled = tiles_of("backward", hidden, wide, p * p, operand, products, residual) > 1
     launched = patches if kernel == "forward" else patches_at_once(patches)
     found = constants(kernel, hidden, wide, p, channels, operand, both, residual, precision, launched, products)
     found |= {"UPCAST": False} | dict.fromkeys(_UNUSED.get(kernel, ()))
@@ -201,7 +222,7 @@ def form(
             return "fp32"
         return "*fp32" if argument in _FP32 or (argument == "grads" and tiled) else f"*{dtype}"
 
-    chosen = launch_settings(kernel, hidden, wide, p * p, operand, products)
+    chosen = launch_settings(kernel, hidden, wide, p * p, operand, products, residual)
     signature = {argument: kind(argument) for argument in _KERNELS[kernel].arg_names}
     options = compile_options(chosen.num_warps, stages=chosen.num_stages)
     name = f"neural_field {kernel} {dtype} Hx={hidden} r={ratio} p={p} C={channels}"
@@ -219,6 +240,8 @@ def variants(products: str = "warp_groups") -> Iterator[Variant]:
         yield made("fp32", precision="tf32")
         yield made("fp32", 128, 1)
     yield form("backward", hidden=128, products=products)
+    yield form("backward", "fp16", products=products)
+    yield form("backward", ratio=4, residual=False, products=products)
 
 
 class _Call:
@@ -251,7 +274,7 @@ class _Call:
 
     def launch(self, kernel: str, patches: int) -> dict:
         """Keyword arguments of a launch on some patches: constants and compiler options."""
-        chosen = launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand, self.products)
+        chosen = launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand, self.products, self.residual)
         found = constants(
             kernel,
             self.hidden,
@@ -267,7 +290,7 @@ class _Call:
 
     def tiles(self, kernel: str) -> int:
         """Tiles of a patch."""
-        return tiles_of(kernel, self.hidden, self.wide, self.p**2, self.operand, self.products)
+        return tiles_of(kernel, self.hidden, self.wide, self.p**2, self.operand, self.products, self.residual)
 
     def forward(
         self, kernel: str, patches: int, table, scales, first: int, *, out=None, grad=None, scratch=(None,) * 4
