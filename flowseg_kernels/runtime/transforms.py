@@ -95,7 +95,9 @@ def define_transforms(
     )
 
     def forward(ctx, *args):
-        output = op(*args)
+        # Autograd has its node already: PyTorch's own rule for the op would only find that nothing needs a gradient.
+        with torch._C._AutoDispatchBelowAutograd():
+            output = op(*args)
         setup_context(ctx, args, output)
         return output
 
