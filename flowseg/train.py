@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 from flowseg.align import ImageFeatures
 from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint, save_weights
 from flowseg.codes import IGNORE_INDEX, build_codebook
-from flowseg.config import Config, OptimConfig, save_config
-from flowseg.data import SegmentationData, open_data, training_batches
+from flowseg.config import Config, OptimConfig, load_config, save_config
+from flowseg.data import SegmentationData, open_data, resolve_labels, training_batches
 from flowseg.errors import UserError
 from flowseg.evaluate import Scores, evaluate
 from flowseg.memory import keep_freed_memory
@@ -127,6 +127,8 @@ def train(
     main, device = accelerator.is_main_process, accelerator.device
     peers = Peers(accelerator.num_processes)
     _check_out(out, resume)
+    if resume:
+        _check_codes(config, out)
     data = open_data(config.data, seed=config.train.seed, check=main)
     codebook = build_codebook(config.codes, data.num_classes).to(device)
     encoder = ImageFeatures.from_pretrained(config.repa.encoder).to(device) if config.repa.weight else None
@@ -359,6 +361,24 @@ def _check_out(out: Path, resume: bool) -> None:
         raise UserError(f"--out {out}: is a file; give a folder")
     if not resume and list_checkpoints(out):
         raise UserError(f"--out {out}: holds a run already; add --resume to go on with it, or give another folder")
+
+
+def _check_codes(config: Config, out: Path) -> None:
+    """A code means a class: with other codes or classes what a run has learnt would be taken for something else."""
+    if not (out / "config.yaml").is_file():
+        return
+    before = load_config(out / "config.yaml")
+    old, new = (resolve_labels(settings.data).classes for settings in (before, config))
+    if old != new:
+        raise UserError(
+            f"--resume: {out} learnt {len(old)} classes, {_listed(old)}; data.classes has {len(new)}, {_listed(new)}; give a new --out"
+        )
+    if before.codes != config.codes:
+        raise UserError(f"--resume: {out} learnt the codes {before.codes!r}, got {config.codes!r}; give a new --out")
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:20]) + ", ..." * (len(names) > 20)
 
 
 def _check_sizes(config: Config, model: FlowSegModel) -> None:

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import flowseg.checkpoint as checkpoint
@@ -293,3 +295,24 @@ def test_a_fault_in_the_data_loses_no_step(tmp_path, folder_data, monkeypatch, w
     shutil.copytree(tmp_path / "copy", folder_data)
     train(config, tmp_path / "part", resume=True)
     same_files(list_checkpoints(tmp_path / "part")[-1], list_checkpoints(tmp_path / "whole")[-1])
+
+
+def test_more_classes_than_the_run_has_codes_for(tmp_path, folder_data):
+    """In the label maps, in the settings of a resumed run, and in a call of an op: an error that counts, and the run is as it was."""
+    config = tiny_config(data=folder_section(folder_data), train={"steps": 2})
+    train(config, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    classes = [*folder_section(folder_data)["classes"], "new"]
+    more = tiny_config(data=folder_section(folder_data, classes=classes), train={"steps": 4})
+    with pytest.raises(UserError, match=rf"learnt {len(classes) - 1} classes.*data.classes has {len(classes)}, .*new"):
+        train(more, tmp_path / "run", resume=True)
+    other = tiny_config(data=folder_section(folder_data), codes={"channels": 4}, train={"steps": 4})
+    with pytest.raises(UserError, match=r"learnt the codes .*channels=3.*got .*channels=4"):
+        train(other, tmp_path / "run", resume=True)
+    label = next((folder_data / "labels" / "train").iterdir())
+    values = np.array(Image.open(label))
+    values[0, 0] = len(classes) - 1
+    Image.fromarray(values).save(label)
+    with pytest.raises(UserError, match=rf"{label.name}.*values {len(classes) - 1}"):
+        train(config, tmp_path / "run", resume=True)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
