@@ -79,7 +79,9 @@ def where(stored):
         f"{machine['model']} with {machine['threads']} threads ({machine.get('instruction_set', '')})"
     )
     marks = {f"{row['commit']}{' with uncommitted changes' if row.get('dirty') else ''}" for row in rows}
-    return f"**{name}**, torch {machine['torch']}, commit {', '.join(sorted(marks))}."
+    passes = {row.get("passes", 1) for row in rows}
+    times = f", of each entry the quickest of {' or '.join(map(str, sorted(passes)))} passes" if max(passes) > 1 else ""
+    return f"**{name}**, torch {machine['torch']}, commit {', '.join(sorted(marks))}{times}."
 
 
 def headline(stored):

@@ -371,7 +371,8 @@ def _check_codes(config: Config, out: Path) -> None:
     old, new = (resolve_labels(settings.data).classes for settings in (before, config))
     if old != new:
         raise UserError(
-            f"--resume: {out} learnt {len(old)} classes, {_listed(old)}; data.classes has {len(new)}, {_listed(new)}; give a new --out"
+            f"--resume: {out} learnt {len(old)} classes, {_listed(old)}; data.classes has {len(new)}, {_listed(new)}; "
+            "give a new --out"
         )
     if before.codes != config.codes:
         raise UserError(f"--resume: {out} learnt the codes {before.codes!r}, got {config.codes!r}; give a new --out")

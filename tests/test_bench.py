@@ -127,6 +127,22 @@ def test_an_entry_that_was_cut_short_is_not_stored_and_changed_sources_are_told(
     assert "commit 012345678 with uncommitted changes" in report.where(results.load(results.store(cut, tmp_path)))
 
 
+def test_the_quicker_of_two_passes_of_a_commit_stays(tmp_path):
+    def kept(result):
+        return results.load(results.store(result, tmp_path))["rows"][0]
+
+    assert kept(made_up(2.0))["ms"] == 2
+    row = kept(made_up(1.0))
+    assert (row["ms"], row["passes"]) == (1, 2)
+    row = kept(made_up(3.0))
+    assert (row["ms"], row["passes"]) == (1, 3)
+    assert "the quickest of 3 passes" in report.where(results.load(next(tmp_path.iterdir())))
+    other = made_up(4.0)
+    other["commit_info"]["id"] = "f" * 40
+    row = kept(other)
+    assert row["ms"] == 4 and "passes" not in row
+
+
 class TestRunInParts:
     def test_every_entry_is_in_exactly_one_part(self):
         """A file is one part, or two of which one takes what the other leaves."""

@@ -298,7 +298,7 @@ def test_a_fault_in_the_data_loses_no_step(tmp_path, folder_data, monkeypatch, w
 
 
 def test_more_classes_than_the_run_has_codes_for(tmp_path, folder_data):
-    """In the label maps, in the settings of a resumed run, and in a call of an op: an error that counts, and the run is as it was."""
+    """In the label maps, or in the settings of a resumed run: an error that counts them, and the run is as it was."""
     config = tiny_config(data=folder_section(folder_data), train={"steps": 2})
     train(config, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
