@@ -34,9 +34,12 @@ def silu_and_slope(y, TANH: tl.constexpr):
 
 @triton.jit
 def in_range(v, dtype: tl.constexpr):
-    """v in another type; in fp16 within its range: over the length of a column of zeros it is infinite, and times these NaN."""
+    """v in another type; in fp16 within its range: over the length of a column of zeros it is infinite, and times these NaN. What
+    is not finite to begin with becomes NaN, so that it is seen in the gradients."""
     if dtype == tl.float16:
-        v = tl.minimum(tl.maximum(v, -65504.0), 65504.0)
+        v += 0.0 * v
+        v = tl.maximum(v, -65504.0, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.minimum(v, 65504.0, propagate_nan=tl.PropagateNan.ALL)
     return rounded(v, dtype)
 
 

@@ -246,6 +246,17 @@ def forward_kernel(
             tl.store(out + at, rounded(velocity, out.dtype.element_ty), mask=exists)
 
 
+@triton.jit
+def cosine_of_turns(part, turn):
+    """cos(2 pi part / turn), 0 <= part <= turn / 2: the sine of pi/2 less that, by its Taylor polynomial of degree 11, within 6e-8.
+    tl.cos reduces arguments of any size, and keeps local memory for it."""
+    t = (turn - 4 * part) * (1.5707963267948966 / turn)
+    q = t * t
+    return t * (
+        1 - (q * (1 / 6)) * (1 - (q * (1 / 20)) * (1 - (q * (1 / 42)) * (1 - (q * (1 / 72)) * (1 - q * (1 / 110)))))
+    )
+
+
 @triton.jit(do_not_specialize=["p", "freqs", "count"])
 def features_kernel(out, p, freqs, count, BLOCK: tl.constexpr):
     """reference.cosine_features (p^2, F^2) in fp32."""
@@ -256,7 +267,8 @@ def features_kernel(out, p, freqs, count, BLOCK: tl.constexpr):
     turn = 2 * tl.maximum((p - 1) * (freqs - 1), 1)
     along = ((pixel % p) * i * freqs) % turn
     across = ((pixel // p) * j * freqs) % turn
-    angle = 6.283185307179586 / turn
-    wave = tl.cos(tl.minimum(along, turn - along) * angle) * tl.cos(tl.minimum(across, turn - across) * angle)
+    wave = cosine_of_turns(tl.minimum(along, turn - along), turn) * cosine_of_turns(
+        tl.minimum(across, turn - across), turn
+    )
     scale = freqs / tl.maximum(freqs - 1, 1)
     tl.store(out + at, wave / (1 + scale * scale * (i * j)), mask=at < count)

@@ -34,6 +34,8 @@ _BAND_AREA = 2048
 _PROGRAMS_AT_ONCE = 256
 #: Patches that a program of enter_kernel sums over.
 _SUMMED = 4
+#: Numbers of the cosine features that a program writes.
+_FEATURES = 1024
 
 
 class Settings(NamedTuple):
@@ -239,6 +241,13 @@ def variants(products: str = "warp_groups") -> Iterator[Variant]:
         yield made("fp32")
         yield made("fp32", precision="tf32")
         yield made("fp32", 128, 1)
+    yield Variant(
+        "neural_field features",
+        features_kernel,
+        {"out": "*fp32", "p": "i32", "freqs": "i32", "count": "i32", "BLOCK": "constexpr"},
+        {"BLOCK": _FEATURES},
+        compile_options(4),
+    )
     yield form("backward", hidden=128, products=products)
     yield form("backward", "fp16", products=products)
     yield form("backward", ratio=4, residual=False, products=products)
@@ -309,8 +318,8 @@ class _Call:
         """reference.cosine_features in one launch."""
         freqs = math.isqrt(self.embed.shape[1] - self.x.shape[1])
         found = self.x.new_empty(self.p**2, freqs**2, dtype=torch.float32)
-        block = 1024
-        features_kernel[(-(-found.numel() // block),)](found, self.p, freqs, found.numel(), block, **compile_options(4))
+        programs = -(-found.numel() // _FEATURES)
+        features_kernel[(programs,)](found, self.p, freqs, found.numel(), _FEATURES, **compile_options(4))
         return found
 
     def table(self, bias: Tensor, features: Tensor) -> Tensor:

@@ -305,10 +305,28 @@ def test_a_bad_patch_stays_in_its_place(backend):
     torch.testing.assert_close(got[~hit], want[~hit])
 
 
-def test_zero_weights_have_finite_gradients(backend):
-    inputs = list(field_inputs(dtype=torch.float32))
+@pytest.mark.parametrize("normalise", ["both", "first"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_weights_have_finite_gradients(backend, brief, dtype, normalise):
+    inputs = list(field_inputs(dtype=dtype, batch=1, depth=1 if brief else 2))
     inputs[1] = torch.zeros_like(inputs[1]).requires_grad_()
-    (grad,) = torch.autograd.grad(fk.neural_field(*inputs, patch_size=4).sum(), inputs[1])
+    out = fk.neural_field(*inputs, patch_size=4, normalise=normalise)
+    (grad,) = torch.autograd.grad(out.sum(), inputs[1])
+    assert torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bad_gradient_is_seen_in_those_of_its_patch_alone(backend, brief, dtype, bad):
+    """What scales a loss must see that it was too large, in the gradients of the weights too, which may be all that is trained."""
+    inputs = field_inputs(dtype=dtype, batch=1, depth=1)
+    out = fk.neural_field(*inputs, patch_size=4)
+    incoming = torch.full_like(out, 0.1)
+    incoming[0, 1, 5, 2] = bad
+    (grad,) = torch.autograd.grad(out, inputs[1], incoming)
+    hit = 1 * (WIDTH // 4)  # the patch of row 5 and column 2
+    assert not torch.isfinite(grad[0, hit]).any()
+    grad[0, hit] = 0
     assert torch.isfinite(grad).all()
 
 

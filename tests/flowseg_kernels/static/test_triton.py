@@ -6,8 +6,10 @@ Registers are bounded by maxnreg itself: what is left to check is that nothing s
 variants are compiled for sm_90 and one of each kernel for the others.
 """
 
+import ast
 import importlib.util
 import json
+import pathlib
 import re
 
 import pytest
@@ -21,6 +23,9 @@ if importlib.util.find_spec("triton") is None:
 if INTERPRETED:
     pytest.skip("interpreted kernels do not compile", allow_module_level=True)
 
+from triton.runtime import JITFunction
+
+from flowseg_kernels.ops.neural_field import triton_kernels as field
 from flowseg_kernels.ops.neural_field.triton_kernels import form
 
 from . import triton_budget
@@ -85,6 +90,20 @@ def test_new_shapes_do_not_recompile(name):
     sizes = [p for p in kernel.params if variant.signature[p.name] in ("i32", "i64") and not p.is_constexpr]
     assert sizes or "second stage" in name
     assert all(p.do_not_specialize for p in sizes), [p.name for p in sizes if not p.do_not_specialize]
+
+
+def test_every_kernel_that_is_launched_is_compiled_ahead_of_time():
+    for module in (*triton_budget.MODULES, field):
+        tree = ast.parse(pathlib.Path(module.__file__).read_text())
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        launched = {
+            call.value.id for call in calls if isinstance(call, ast.Subscript) and isinstance(call.value, ast.Name)
+        }
+        kernels = {name for name in launched if isinstance(getattr(module, name, None), JITFunction)}
+        assert kernels == {variant.kernel.__name__ for variant in module.variants()} & set(vars(module)), (
+            module.__name__
+        )
+        assert kernels or module.__name__.endswith("decode_confusion.triton_kernels")
 
 
 @pytest.mark.parametrize("name, loads", [("flow_interpolate C=3 bf16", 3), ("flow_loss_bwd C=3 bf16", 3)])

@@ -18,9 +18,8 @@ __all__ = ["FORMS", "NOTES", "PATH", "VARIANTS", "compiled", "compiler", "counte
 
 PATH = pathlib.Path(__file__).with_name("triton_budget.json")
 OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
-VARIANTS = {
-    v.name: v for op in OPS for v in importlib.import_module(f"flowseg_kernels.ops.{op}.triton_kernels").variants()
-}
+MODULES = [importlib.import_module(f"flowseg_kernels.ops.{op}.triton_kernels") for op in OPS]
+VARIANTS = {v.name: v for module in MODULES for v in module.variants()}
 #: Of the forms that are counted: what there is one of for each pixel and centroid, and what the loop has most of.
 FORMS = {
     "distance_correction C=3 neg_log fp32": ("MUFU.RCP", "MUFU.RCP"),
