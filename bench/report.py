@@ -80,7 +80,7 @@ def where(stored):
     )
     marks = {f"{row['commit']}{' with uncommitted changes' if row.get('dirty') else ''}" for row in rows}
     passes = {row.get("passes", 1) for row in rows}
-    times = f", of each entry the quickest of {' or '.join(map(str, sorted(passes)))} passes" if max(passes) > 1 else ""
+    times = f", of each row the quickest of {' or '.join(map(str, sorted(passes)))} passes" if max(passes) > 1 else ""
     return f"**{name}**, torch {machine['torch']}, commit {', '.join(sorted(marks))}{times}."
 
 

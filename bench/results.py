@@ -1,8 +1,8 @@
 """Results of `pytest bench/` as files: bench/results/MACHINE/OP.json, one row a measured entry.
 
 `python -m bench.results FILE` stores what `pytest bench --benchmark-json=FILE` wrote. A row replaces the stored one of the same
-group and entry; rows that were not measured again stay, each with the commit and date that it was measured at. Of an entry that one
-commit measured in several passes the quicker pass stays, of every peer as of ours: other guests of a host slow it for minutes.
+group and entry; rows that were not measured again stay, each with the commit and date that it was measured at. Of a group that
+one commit measured in several passes the quicker pass stays, whole: other guests of a host slow it for minutes.
 """
 
 import json
@@ -46,13 +46,18 @@ def is_ours(row):
     return bool(_OURS.match(row["entry"]))
 
 
-def groups_of(rows):
-    """{group: {entry: row}} of the measured groups, in a fixed order."""
+def by_group(rows):
+    """{group: {entry: row}}."""
     groups = defaultdict(dict)
-    for row in sorted(rows, key=lambda row: (row["op"], row["workload"], row.get("spread", 0), row["group"])):
-        if row["op"] != "machine":
-            groups[row["group"]][row["entry"]] = row
+    for row in rows:
+        groups[row["group"]][row["entry"]] = row
     return groups
+
+
+def groups_of(rows):
+    """The measured groups, in a fixed order."""
+    rows = sorted(rows, key=lambda row: (row["op"], row["workload"], row.get("spread", 0), row["group"]))
+    return by_group(row for row in rows if row["op"] != "machine")
 
 
 def best_of_ours(members):
@@ -68,15 +73,16 @@ def load(folder):
     return {"machine": parts[-1]["machine"], "rows": [row for part in parts for row in part["rows"]]}
 
 
-def quicker(row, kept):
-    """Of two passes of one entry at one commit the quicker one, with the shorter of their limits; else `row`."""
-    if not kept or row["dirty"] or (kept["commit"], kept["dirty"]) != (row["commit"], False):
-        return row
-    first, other = (
-        (row, kept) if row.get("rate", 0) > kept.get("rate", 0) or row.get("ms", 0) < kept.get("ms", 0) else (kept, row)
-    )
-    limit = {"limit_ms": min(first["limit_ms"], other["limit_ms"])} if "limit_ms" in first else {}
-    return {**first, **limit, "passes": kept.get("passes", 1) + 1}
+def of_one_pass(kept, fresh):
+    """Rows of one group to store: of two passes of one commit the quicker one's, with what the other alone has; else `fresh` over
+    `kept`. A pass stays whole, so that its ratios are of one run."""
+    both = [(kept[entry], row) for entry, row in fresh.items() if entry in kept]
+    if not both or any(old["commit"] != new["commit"] or old["dirty"] or new["dirty"] for old, new in both):
+        return kept | fresh
+    passes = 1 + max(old.get("passes", 1) for old, _ in both)
+    slower = sum(new.get("ms", 0) - new.get("rate", 0) - old.get("ms", 0) + old.get("rate", 0) for old, new in both) > 0
+    rows = fresh | kept if slower else kept | fresh
+    return {entry: {**row, "passes": passes} for entry, row in rows.items()}
 
 
 def store(result, root=RESULTS):
@@ -89,9 +95,8 @@ def store(result, root=RESULTS):
     for op, rows in by_op.items():
         path = folder / f"{slug(op)}.json"
         kept = json.loads(path.read_text())["rows"] if path.exists() else []
-        kept = {(row["group"], row["entry"]): row for row in kept}
-        fresh = {(row["group"], row["entry"]): row for row in rows}
-        rows = [*(kept | {place: quicker(row, kept.get(place)) for place, row in fresh.items()}).values()]
+        old, new = by_group(kept), by_group(rows)
+        rows = [row for group in old | new for row in of_one_pass(old.get(group, {}), new.get(group, {})).values()]
         rows.sort(key=lambda row: (row["group"], row.get("x", 0)))
         text = json.dumps({"machine": result["machine_info"], "rows": rows}, indent=1)
         path.write_text(text + "\n")

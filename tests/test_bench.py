@@ -127,20 +127,20 @@ def test_an_entry_that_was_cut_short_is_not_stored_and_changed_sources_are_told(
     assert "commit 012345678 with uncommitted changes" in report.where(results.load(results.store(cut, tmp_path)))
 
 
-def test_the_quicker_of_two_passes_of_a_commit_stays(tmp_path):
-    def kept(result):
-        return results.load(results.store(result, tmp_path))["rows"][0]
+def test_the_quicker_of_two_passes_of_a_commit_stays_whole(tmp_path):
+    def stored(ours, eager, commit="0" * 40):
+        result = made_up(ours)
+        result["benchmarks"] += made_up(eager, entry="eager")["benchmarks"]
+        result["commit_info"]["id"] = commit
+        rows = results.load(results.store(result, tmp_path))["rows"]
+        assert len(rows) == 2
+        return {row["entry"]: row["ms"] for row in rows}, rows[0].get("passes", 1)
 
-    assert kept(made_up(2.0))["ms"] == 2
-    row = kept(made_up(1.0))
-    assert (row["ms"], row["passes"]) == (1, 2)
-    row = kept(made_up(3.0))
-    assert (row["ms"], row["passes"]) == (1, 3)
-    assert "the quickest of 3 passes" in report.where(results.load(next(tmp_path.iterdir())))
-    other = made_up(4.0)
-    other["commit_info"]["id"] = "f" * 40
-    row = kept(other)
-    assert row["ms"] == 4 and "passes" not in row
+    assert stored(2.0, 90.0) == ({"ours": 2.0, "eager": 90.0}, 1)
+    assert stored(1.0, 80.0) == ({"ours": 1.0, "eager": 80.0}, 2)
+    assert stored(0.5, 85.0) == ({"ours": 1.0, "eager": 80.0}, 3), "no ratio of two runs"
+    assert "of each row the quickest of 3 passes" in report.where(results.load(next(tmp_path.iterdir())))
+    assert stored(4.0, 99.0, "f" * 40) == ({"ours": 4.0, "eager": 99.0}, 1)
 
 
 class TestRunInParts:
