@@ -89,3 +89,22 @@ def field(
 def features(dtype: torch.dtype = torch.float32, p: int = 16, freqs: int = 8):
     """(1, p^2, F^2) cosine features."""
     return cosine_features(p, freqs, dtype=dtype, device=torch.device("cpu"))[None]
+
+
+class EagerDecoder(torch.nn.Module):
+    """PixNerd's decoder in plain PyTorch on the parameters of ours."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+        self.dct = features()
+
+    def forward(self, x, s):
+        own = self.decoder
+        weights = torch.stack([block.param_generator1(s) for block in own.blocks], dim=2)
+        embed, last = own.x_embedder.embedder[0], own.final_layer
+        # In the dtype of the products around them, without which the norms leave their fused kernel.
+        dtype = weights.dtype
+        norms = torch.stack([block.norm.weight for block in own.blocks]).to(dtype)
+        shared = (embed.weight, embed.bias, norms, last.norm.weight.to(dtype), last.linear.weight, last.linear.bias)
+        return field(x, weights, *shared, self.dct.to(x.device, x.dtype))

@@ -15,31 +15,13 @@ import torch
 
 import flowseg_kernels as fk
 
-from . import field_plain, plain
+from . import plain
+from .field_plain import EagerDecoder
 from .memory import resident
 
 CLASSES, EULER_STEPS = 150, 10
 SIDES = ("ours", "eager")
 TASKS = ("train", "sample")
-
-
-class EagerDecoder(torch.nn.Module):
-    """PixNerd's decoder in plain PyTorch on the parameters of ours."""
-
-    def __init__(self, decoder):
-        super().__init__()
-        self.decoder = decoder
-        self.dct = field_plain.features()
-
-    def forward(self, x, s):
-        own = self.decoder
-        weights = torch.stack([block.param_generator1(s) for block in own.blocks], dim=2)
-        embed, last = own.x_embedder.embedder[0], own.final_layer
-        # In the dtype of the products around them, without which the norms leave their fused kernel.
-        dtype = weights.dtype
-        norms = torch.stack([block.norm.weight for block in own.blocks]).to(dtype)
-        shared = (embed.weight, embed.bias, norms, last.norm.weight.to(dtype), last.linear.weight, last.linear.bias)
-        return field_plain.field(x, weights, *shared, self.dct.to(x.device, x.dtype))
 
 
 class Case:

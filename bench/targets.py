@@ -102,6 +102,12 @@ def _of_bf16(group):
     return Target(f"{group}: bf16 input against fp32", value, 1.02, "{:.2f}x", at_most=True)
 
 
+def _of_confusion(workload, spread):
+    group = f"decode_confusion {workload} spread {spread:g}"
+    value = ratio((group,), (_search(spread, workload),))
+    return Target(f"{group}: against nearest_centroid", value, 2.5, at_most=True)
+
+
 def _of_threads(op):
     group = f"{op} ade512 threads"
     return Target(f"{op}: two threads against one", ratio((group, "1 thread"), (group, "2 threads")), 1.8)
@@ -120,6 +126,7 @@ CPU = (
     peer(_search(0.3), "faiss IndexFlatL2", 4.5),
     *(_of_many(spread) for spread in (0.05, 0.1, 0.3)),
     Target("pixels that our decoding gets wrong", wrong_pixels, 0, "{:.0f}", at_most=True),
+    *(_of_confusion(*of) for of in (("ade512", 0.1), ("many", 0.05))),
     _of_bf16(_CORRECTION),
     *(_of_bf16(_search(spread)) for spread in (0.05, 0.1, 0.3)),
     *(_of_threads(op) for op in ("distance_correction", "nearest_centroid")),

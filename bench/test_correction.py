@@ -49,9 +49,11 @@ def with_long_labels(work):
 
 
 def assert_corrects(run, entry, work):
-    """The entry agrees with plain PyTorch in fp64 on the first rows."""
+    """The entry agrees with plain PyTorch in fp64 on the first and the last rows."""
     inputs = work.sets[0]
-    rows = slice(0, max(1, min(32, 2**16 // work.classes)))
+    height = inputs["x"].shape[2]
+    ends = min(height // 2, max(1, min(32, 2**16 // work.classes) // 2))
+    rows = [*range(ends), *range(height - ends, height)]
     bf16 = "bf16" in entry
     x = inputs["bf16" if bf16 else "x"][:1, :, rows]
     mu = work.codebook.centroids.double()
@@ -59,7 +61,7 @@ def assert_corrects(run, entry, work):
     with backend_of(entry):
         got = run(inputs)[:1, :, rows].double()
     scale = float(want.abs().max())
-    torch.testing.assert_close(got, want, rtol=1e-2, atol=(5e-3 if bf16 else 1e-5) * max(scale, 1.0))
+    torch.testing.assert_close(got, want, rtol=1e-2 if bf16 else 1e-4, atol=(5e-3 if bf16 else 1e-5) * max(scale, 1.0))
 
 
 def correction_entry(entry, work):
@@ -120,7 +122,7 @@ def test_flow_loss_forward_and_backward(workloads, measure, workload, entry):
     with backend_of(entry):
         value, gradient = run(few)
     torch.testing.assert_close(value.double(), want.detach(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-2, atol=1e-5 * float(leaf.grad.abs().max()))
+    torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-4, atol=1e-5 * float(leaf.grad.abs().max()))
     del leaf, want, gradient
     cost = correction_cost(work)
     # Prediction and source in, residual out; on a GPU the backward reads it once more and writes it scaled.

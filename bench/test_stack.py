@@ -1,6 +1,7 @@
-"""A whole training step and sampling of the stack: our kernels, the reference backend, and the loss as plain PyTorch."""
+"""A whole training step and sampling of the stack: our kernels, the reference backend, and its own parts as plain PyTorch."""
 
 import contextlib
+import copy
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ import flowseg_kernels as fk
 
 from . import plain
 from .conftest import BATCH, DEVICE, OURS, QUICK, SIZE, backend_of, skip_unless_it_runs
+from .field_plain import EagerDecoder
 
 CLASSES = 150
 
@@ -33,6 +35,9 @@ class Stack:
         # Its last layer starts at zero, which would leave nothing for the decoder to tell apart.
         for p in self.model.parameters():
             torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 and not p.any() else None
+        # The same parameters under PixNerd's own decoder.
+        self.eager = copy.copy(self.model)
+        self.eager._modules = {**self.model._modules, "decoder": EagerDecoder(self.model.decoder)}
         self.codebook = fk.Codebook(fk.kronecker_centroids(CLASSES, 3)).to(DEVICE)
         shape = (self.batch, self.side, self.side)
         self.sets = [
@@ -61,7 +66,7 @@ def plain_step(stack, i):
     mu, eps = stack.codebook.centroids, stack.codebook.default_eps
     labels, t = i["labels"].long(), i["t"][:, None, None, None]
     x_t = (1 - t) * i["image"] + t * mu[labels].movedim(-1, 1)
-    prediction = stack.model(x_t, i["t"], i["image"]).float()
+    prediction = stack.eager(x_t, i["t"], i["image"]).float()
     return plain.loss(prediction, i["image"], labels, i["t"], mu, eps)
 
 
@@ -96,19 +101,19 @@ def test_sampling(stack, measure, entry):
     skip_unless_it_runs(entry, "nearest_centroid")
     from flowseg.flow import integrate
 
-    def field(i):
-        return integrate(lambda x, t: stack.model(x, t, i["image"]).float(), i["image"], steps=2 if QUICK else 10)
+    def field(i, model):
+        return integrate(lambda x, t: model(x, t, i["image"]).float(), i["image"], steps=2 if QUICK else 10)
 
     @torch.no_grad()
     def run(i):
         with within(entry):
-            x = field(i)
+            x = field(i, stack.eager if entry == "eager" else stack.model)
             if entry == "eager":
                 return plain.nearest(x, stack.codebook.centroids)
             return fk.nearest_centroid(x, stack.codebook, out_dtype=torch.uint8)
 
     with torch.no_grad(), within("reference"):
-        want = fk.nearest_centroid(field(stack.sets[0]), stack.codebook)
+        want = fk.nearest_centroid(field(stack.sets[0], stack.model), stack.codebook)
     with backend_of(entry):
         same = (run(stack.sets[0]).long() == want).float().mean()
     # Rounding of the network moves the few pixels that lie between two codes.

@@ -448,24 +448,27 @@ def neural_field(
             f"embed_weight: wanted shape (Hx, C + F^2) with C = {channels}; got {tuple(embed_weight.shape)}"
         )
     wanted = {
-        "embed_weight": (embed_weight, (hidden, channels + features)),
-        "embed_bias": (embed_bias, (hidden,)),
-        "out_weight": (out_weight, (channels, hidden)),
-        "out_bias": (out_bias, (channels,)),
+        "embed_weight": (embed_weight, "(Hx, C + F^2)", (hidden, channels + features)),
+        "embed_bias": (embed_bias, "(Hx,)", (hidden,)),
+        "out_weight": (out_weight, "(C, Hx)", (channels, hidden)),
+        "out_bias": (out_bias, "(C,)", (channels,)),
     }
-    norms = {"norm_weight": (norm_weight, (weights.shape[2], hidden)), "out_norm_weight": (out_norm_weight, (hidden,))}
+    norms = {
+        "norm_weight": (norm_weight, "(L, Hx)", (weights.shape[2], hidden)),
+        "out_norm_weight": (out_norm_weight, "(Hx,)", (hidden,)),
+    }
     if form == "residual":
         wanted |= norms
     else:
-        for name, (value, _) in norms.items():
+        for name, (value, _, _) in norms.items():
             if value is not None:
                 raise ValueError(f"{name}: wanted None, as the plain form has no RMSNorm; got {type(value).__name__}")
         # The op takes tensors only; it does not look at these two.
         norm_weight, out_norm_weight = x.new_empty(0), x.new_empty(0)
-    for name, (value, shape) in wanted.items():
-        check_tensor(name, value, FLOAT_DTYPES, str(shape), len(shape))
+    for name, (value, dims, shape) in wanted.items():
+        check_tensor(name, value, FLOAT_DTYPES, dims, len(shape))
         if value.shape != shape:
-            raise ValueError(f"{name}: wanted shape {shape}; got {tuple(value.shape)}")
+            raise ValueError(f"{name}: wanted shape {dims} = {shape}; got {tuple(value.shape)}")
         check_device(name, value, ("x", x))
     tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
     run = _plain_neural_field if under_transform(*tensors) else torch.ops.flowseg.neural_field

@@ -3,8 +3,8 @@
 
 namespace flowseg::cpu {
 
-// Up to this many counts each thread has its own (8 MiB); beyond, threads add to one array with integer atomics, whose result
-// does not depend on the order either.
+// Threads have counts of their own, which cost K^2 numbers each to clear and to add up, while these are fewer than the pixels and
+// at most 8 MiB; else they add to one array with integer atomics, whose result does not depend on the order either.
 constexpr int64_t kOwnCounts = int64_t{1} << 20;
 
 Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional<Tensor> cells, std::optional<Tensor> records,
@@ -24,15 +24,17 @@ Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional
 
   const int64_t chunks = chunks_of(image);
   const int64_t parts = std::min<int64_t>(chunks, torch::stable::get_num_threads());
-  const bool shared = size > kOwnCounts;
-  std::vector<int64_t> own(shared || parts <= 1 ? 0 : parts * size);
+  const bool shared = parts > 1 && size > std::min(kOwnCounts, image.batch * image.height * image.width);
+  std::vector<int64_t> own(shared || parts <= 1 ? 0 : (parts - 1) * size);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      int64_t* to = own.empty() ? out : own.data() + part * size;
+      int64_t* to = own.empty() || part == 0 ? out : own.data() + (part - 1) * size;
       for (int64_t chunk = part; chunk < chunks; chunk += parts) kernels().confusion(a, chunk, to, shared);
     }
   });
-  for (size_t i = 0; i < own.size(); ++i) out[i % size] += own[i];
+  for (auto from = own.begin(); from != own.end(); from += size) {
+    for (int64_t i = 0; i < size; ++i) out[i] += from[i];
+  }
   y.check();
   return counts;
 }

@@ -126,6 +126,20 @@ def test_compiles_the_neural_field_whole(backend, fresh_dynamo):
         torch.testing.assert_close(a, b, msg=name)
 
 
+def test_dynamic_shapes_do_not_recompile_the_neural_field(backend, fresh_dynamo):
+    decoder = fk.NeuralFieldDecoder(10, hidden=8, patch_size=4, max_freqs=2)
+    torch.nn.init.normal_(decoder.final_layer.linear.weight)
+    compiled = torch.compile(decoder, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, height, width in ((2, 8, 12), (3, 12, 8)):
+            x, s = torch.randn(batch, 3, height, width), torch.randn(batch, height * width // 16, 10)
+            got, want = (f(x, s) for f in (compiled, decoder))
+            torch.testing.assert_close(got, want)
+            for a, b in zip(*(torch.autograd.grad(v.square().sum(), [*decoder.parameters()]) for v in (got, want))):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
 def test_dynamic_shapes_do_not_recompile(backend, fresh_dynamo, codes19):
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -227,15 +227,26 @@ void confusion(const Confusion& a, int64_t chunk, int64_t* counts, bool shared) 
       load(a.decode.x, p, x);
       load_labels(a.target, classes, a.decode.x, p, y);
       decode_block(a.decode, p, x, found);
+      const auto cell = [&](int i) { return counts + y.at[i] * classes + found.label[i]; };
+      if (!shared) {
+        for (int i = 0; i < p.length; ++i) {
+          if (y.at[i] >= 0 && found.label[i] >= 0) ++*cell(i);
+        }
+        continue;
+      }
+      // Neighbours mostly have one class, and so they add to memory that other threads add to once.
+      int64_t* last = counts;
+      int64_t run = 0;
       for (int i = 0; i < p.length; ++i) {
         if (y.at[i] < 0 || found.label[i] < 0) continue;
-        int64_t* cell = counts + y.at[i] * classes + found.label[i];
-        if (shared) {
-          __atomic_fetch_add(cell, 1, __ATOMIC_RELAXED);
-        } else {
-          ++*cell;
+        if (cell(i) != last) {
+          if (run) __atomic_fetch_add(last, run, __ATOMIC_RELAXED);
+          last = cell(i);
+          run = 0;
         }
+        ++run;
       }
+      if (run) __atomic_fetch_add(last, run, __ATOMIC_RELAXED);
     }
   });
 }

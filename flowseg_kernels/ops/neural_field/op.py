@@ -106,9 +106,10 @@ def _keep_inputs(ctx, inputs, output):
 
 def _second_backward(ctx, *grads):
     """By autograd through the plain formula: second derivatives are rare, and this one is exact without a kernel of its own."""
-    tensors = ctx.saved_tensors
     again = torch.is_grad_enabled()
     with torch.enable_grad():
+        # Views, at which the search for derivatives ends: one input may depend on another, as the gradient does on x.
+        tensors = [v.view_as(v) if v.requires_grad else v for v in ctx.saved_tensors]
         outs = reference.neural_field_bwd(*tensors, *ctx.options, ctx.needs)
     pairs = [(out, g) for out, g in zip(outs, grads) if out.requires_grad]
     wanted = [v for v in tensors if v.requires_grad]

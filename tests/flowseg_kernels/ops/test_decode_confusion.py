@@ -28,7 +28,29 @@ def test_equals_counting_one_by_one(backend, channels, spread):
         assert torch.equal(fk.decode_confusion(view, target, book), want), name
 
 
-def test_many_classes_share_one_array(backend):
+@pytest.mark.parametrize("classes", [19, 200], ids=["counts_of_their_own", "counts_of_all"])
+@pytest.mark.parametrize("side", [1, 30], ids=["single_pixels", "areas"])
+def test_threads_count_every_pixel_once(backend, classes, side):
+    """Fewer classes than pixels would fill: each thread counts for itself; else all add to one array, neighbours at once."""
+    book = fk.Codebook(fk.kronecker_centroids(classes, 3))
+    height, width = (90, 150) if backend != "triton" else (30, 60)
+    target = torch.randint(0, classes, (1, -(-height // side), -(-width // side)))
+    target = target.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width].contiguous()
+    target[0, 1, :5] = book.ignore_index
+    x = book.encode(target.flip(1)) + 0.02 * torch.randn(1, 3, height, width)
+    truth, found = target.flatten(), fk.nearest_centroid(x, book).flatten().long()
+    pairs = (truth * classes + found)[truth != book.ignore_index]
+    want = torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(fk.decode_confusion(x, target, book), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_many_classes(backend):
     book = fk.Codebook(fk.kronecker_centroids(1100, 3), ignore_index=-1)
     target = torch.randint(0, 1100, (1, 80, 90))
     counts = fk.decode_confusion(book.encode(target), target, book)

@@ -315,6 +315,24 @@ def test_zero_weights_have_finite_gradients(backend, brief, dtype, normalise):
     assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_second_derivatives_where_inputs_depend_on_each_other(backend, again):
+    """As in a gradient penalty: the incoming gradient depends on x, and the weights on what else the loss sees."""
+
+    def penalty(field):
+        torch.manual_seed(3)
+        x, weights, *rest = field_inputs(1, 4, 1, 1, 2, 2, batch=1, height=2, width=4)
+        generated = weights * x.mean()
+        (slope,) = torch.autograd.grad(field(x, generated, *rest).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), [x, weights, *rest], create_graph=again, allow_unused=True)
+
+    got = penalty(lambda *v: fk.neural_field(*v, patch_size=2, mlp_ratio=1))
+    want = penalty(lambda *v: pixnerd_field(*v, 2, 1))
+    assert sum(v is not None for v in want) >= 7
+    for a, b in zip(got, want):
+        torch.testing.assert_close(torch.zeros(()) if a is None else a, torch.zeros_like(a) if b is None else b)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_bad_gradient_is_seen_in_those_of_its_patch_alone(backend, brief, dtype, bad):
