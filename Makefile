@@ -53,7 +53,7 @@ test-kernels:
 
 # What is too long for every change: CONTRIBUTING.md says how long.
 fuzz: install
-	for backend in cpu cuda triton; do OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz --backend $$backend --cases 20000 || exit 1; done
+	for backend in reference cpu cuda triton; do OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz --backend $$backend --cases 20000 || exit 1; done
 
 sanitize: install
 	$(RUN) -m tests.sanitize all

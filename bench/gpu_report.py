@@ -41,11 +41,13 @@ with fk.use_backend(backend):
         fk.flow_loss(leaf, x.to(dtype), labels, t, codebook).backward()
         fk.distance_correction(x.to(dtype), labels, codebook)
         fk.flow_interpolate(x.to(dtype), labels, t, codebook)
+        fk.nearest_centroid(x.to(dtype), codebook)  # by the grid
         fk.nearest_centroid(x.to(dtype), codebook, return_margin=True)
         fk.decode_confusion(x.to(dtype), labels, codebook)
-    if backend in fk.available_backends("neural_field", device):
-        decoder = fk.NeuralFieldDecoder(32).to(device)
-        decoder(x[:, :, :32, :16], torch.randn(2, 2, 32, device=device)).square().sum().backward()
+        if backend in fk.available_backends("neural_field", device):
+            decoder = fk.NeuralFieldDecoder(32).to(device, dtype)
+            features = torch.randn(2, 2, 32, device=device, dtype=dtype)
+            decoder(x[:, :, :32, :16].to(dtype), features).square().sum().backward()
 if device == "cuda":
     torch.cuda.synchronize()
 """

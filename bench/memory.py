@@ -3,8 +3,8 @@
 One image, forward and backward of the decoder from patch features to pixels. Saved: every tensor kept for backward but parameters,
 counted on meta tensors, so the figures hold for any device. Peak on this CPU: how far the resident memory of a fresh process rises
 above what it held before the step, the gradient of the generators left out as all need the same. Peak by count: the most bytes that
-the field's forward and backward on a GPU hold at once in tensors beyond its inputs; of ours, what the host code of the Triton
-kernels allocates.
+the field's forward and backward on a GPU hold at once in tensors beyond its inputs, and the same with the generated weights, which
+both sides need unless they are generated in chunks; of ours, what the host code of the Triton kernels allocates.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from . import field_plain
 MODELS = {"L": (1024, 2), "XL": (1152, 4)}
 ENTRIES = ("eager", "ours", "ours, 64 patches at a time")
 PATCH = 16
+_PEAKS = "peak bf16 of the field by count for a GPU, MiB", "with its generated weights, MiB"
 
 
 def case(entry: str, model: str, side: int, dtype: torch.dtype, device: str):
@@ -117,6 +118,28 @@ def counted_peak_bytes(entry: str, model: str, side: int, dtype: torch.dtype) ->
     return found.peak
 
 
+def generated_bytes(model: str, side: int, dtype: torch.dtype) -> int:
+    """The weights of all blocks that the decoder generates for one image."""
+    return (side // PATCH) ** 2 * MODELS[model][1] * 2 * 2 * 64 * 64 * dtype.itemsize
+
+
+def counted(entry: str, model: str, side: int) -> list[int | None]:
+    """Bytes that no machine measures: saved in bf16 and fp32, peak for a GPU without and with the generated weights."""
+    found: list[int | None] = [saved_bytes(entry, model, side, t) for t in (torch.bfloat16, torch.float32)]
+    if "64" in entry:
+        return [*found, None, None]
+    peak = counted_peak_bytes(entry, model, side, torch.bfloat16)
+    return [*found, peak, peak + generated_bytes(model, side, torch.bfloat16)]
+
+
+def cells(row: list[int | None], eager: list[int]) -> list[str]:
+    """MiB, and against eager."""
+    return [
+        "" if v is None else f"{v / 2**20:,.1f}" + (f" (1/{e / v:.1f})" if row is not eager else "")
+        for v, e in zip(row, eager)
+    ]
+
+
 def resident() -> dict[str, int]:
     """Current and highest resident memory of this process, in bytes."""
     lines = dict(line.split(":", 1) for line in open("/proc/self/status") if line.startswith(("VmRSS", "VmHWM")))
@@ -144,26 +167,17 @@ def main() -> None:
         entry, model, side = given.case
         print(json.dumps(peak_bytes(entry, model, int(side))))
         return
-    mib = 2**20
-    print(
-        "| decoder, one image | | saved bf16, MiB | saved fp32, MiB | peak fp32 on this CPU, MiB "
-        "| peak bf16 by count for a GPU, MiB |\n|---|---|---|---|---|---|"
-    )
+    heads = "one image", "", "saved bf16, MiB", "saved fp32, MiB", *_PEAKS, "peak fp32 of the decoder on this CPU, MiB"
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for model in MODELS:
         for side in (256, 512):
             first = None
             for entry in ENTRIES:
                 command = [sys.executable, "-m", "bench.memory", "--case", entry, model, str(side)]
                 peak = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-                row = [saved_bytes(entry, model, side, t) for t in (torch.bfloat16, torch.float32)] + [peak]
-                if "64" not in entry:
-                    row.append(counted_peak_bytes(entry, model, side, torch.bfloat16))
+                row = [*counted(entry, model, side), peak]
                 first = first or row
-                cells = [
-                    f"{v / mib:,.1f}" + (f" (1/{f / v:.1f})" if entry != "eager" else "") for v, f in zip(row, first)
-                ]
-                cells += [""] * (4 - len(cells))
-                print(f"| {model} {side} x {side} | {entry} | {' | '.join(cells)} |", flush=True)
+                print(f"| {model} {side} x {side} | {entry} | {' | '.join(cells(row, first))} |", flush=True)
 
 
 if __name__ == "__main__":

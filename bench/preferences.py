@@ -51,7 +51,7 @@ def static(op):
     cuda = json.loads((BUDGETS / "budget.json").read_text())["instructions"][kernel]
     triton = json.loads((BUDGETS / "triton_budget.json").read_text())["counted"]
     ways = zip(*(triton[form]["instructions"].values() for form in forms))
-    counts = {"cuda": [cuda[loop] for loop in loops], "triton": [statistics.mean(way) for way in ways]}
+    counts = {"cuda": [cuda[loop] for loop in loops], "triton": [max(way) for way in ways]}
     mean = {name: statistics.mean(found) for name, found in counts.items()}
     tie = max(mean.values()) <= (1 + TIE) * min(mean.values())
     order = list(BACKENDS) if tie else sorted(BACKENDS, key=mean.get)

@@ -20,6 +20,9 @@ _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53)
 
 
 def _check_counts(num_classes: int, channels: int) -> None:
+    for name, value in (("num_classes", num_classes), ("channels", channels)):
+        if not hasattr(type(value), "__index__"):
+            raise TypeError(f"{name}: wanted an int; got {type(value).__name__}")
     if not 1 <= num_classes <= 65536:
         raise ValueError(f"num_classes: wanted 1 to 65536; got {num_classes}")
     if channels < 1:

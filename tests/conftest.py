@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import flowseg_kernels as fk
+from flowseg_kernels.runtime import backend as choosing
 from flowseg_kernels.runtime.backend import BACKENDS, backend_reasons
 from flowseg_kernels.runtime.triton_forms import INTERPRETED
 
@@ -31,6 +32,8 @@ REQUIRED = [name for name in os.environ.get("FLOWSEG_REQUIRE_BACKENDS", "").spli
 PROOFS = ("emulated", "cuda_code", "triton_code")
 REQUIRED_PROOFS = [name for name in os.environ.get("FLOWSEG_REQUIRE_PROOFS", "").split(",") if name]
 ran: set[str] = set()
+#: (op, backend) of every call that a backend was chosen for.
+ops_that_ran: set[tuple[str, str]] = set()
 not_shown: dict[str, str] = {}
 
 
@@ -59,6 +62,19 @@ def why_not(backend):
 
 # The CPU's backends always, so that a missing one is seen; the others where they can run or must.
 TESTED = [n for n in BACKENDS[::-1] if n in ("reference", "cpu") or n in REQUIRED or why_not(n) is None]
+
+
+def _noted(select):
+    @functools.wraps(select)
+    def run(op, *args):
+        chosen = select(op, *args)
+        ops_that_ran.update((op, name) for name, found in choosing.OPS[op].items() if found is chosen)
+        return chosen
+
+    return run
+
+
+choosing.select = _noted(choosing.select)
 
 
 def pytest_addoption(parser):

@@ -18,6 +18,7 @@ import tempfile
 import time
 
 from .native import ROOT, build
+from .sources import commit
 
 FOLDER = ROOT / "build" / "coverage"
 RESULTS = ROOT / "docs" / "results" / "coverage.md"
@@ -123,9 +124,7 @@ def main() -> int:
     table = "\n".join(("| folder | lines run | lines | |", "|---|---|---|---|", *rows))
     print(table)
     if passed and not sys.argv[1:]:
-        revision = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(revision, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
-        RESULTS.write_text(f"{HEAD.format(commit)}{table}\n")
+        RESULTS.write_text(f"{HEAD.format(commit(RESULTS))}{table}\n")
     return 0 if passed else 1
 
 

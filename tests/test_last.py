@@ -2,6 +2,8 @@
 
 import pytest
 
+from flowseg_kernels.runtime.backend import OPS
+
 from . import conftest
 
 
@@ -9,6 +11,8 @@ def test_every_required_backend_ran():
     """`make test` names the backends and proofs that must have run; a skipped one is a failure here."""
     required = {*conftest.REQUIRED, *conftest.REQUIRED_PROOFS}
     assert required <= conftest.ran, f"required {sorted(required)}, ran {sorted(conftest.ran)}"
+    kernels = {(op, name) for op, found in OPS.items() for name in found if name in conftest.REQUIRED}
+    assert kernels <= conftest.ops_that_ran, f"never called: {sorted(kernels - conftest.ops_that_ran)}"
 
 
 def test_a_required_proof_fails_instead_of_skipping(monkeypatch):

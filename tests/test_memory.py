@@ -5,6 +5,8 @@ import torch
 
 from bench import memory
 
+from .native import ROOT
+
 
 @pytest.mark.parametrize("side", [256, 512])
 @pytest.mark.parametrize("model", memory.MODELS)
@@ -25,6 +27,17 @@ def test_peak_by_count_is_a_fifth_of_eager(model, side):
     pytest.importorskip("triton", reason="the GPU kernels' host code needs Triton")
     eager, ours = (memory.counted_peak_bytes(entry, model, side, torch.bfloat16) for entry in memory.ENTRIES[:2])
     assert 5 * ours <= eager
+
+
+def test_the_notes_have_what_is_counted():
+    pytest.importorskip("triton", reason="the GPU kernels' host code needs Triton")
+    notes = (ROOT / "docs" / "notes" / "performance.md").read_text()
+    for model in memory.MODELS:
+        for side in (256, 512):
+            eager = memory.counted("eager", model, side)
+            for entry in memory.ENTRIES:
+                row = eager if entry == "eager" else memory.counted(entry, model, side)
+                assert f"| {model} {side} x {side} | {entry} | {' | '.join(memory.cells(row, eager))} | " in notes
 
 
 def test_the_count_follows_storages():

@@ -31,6 +31,8 @@ def _names(dtypes) -> str:
 def check_tensor(name: str, value, dtypes, shape: str, ndim: int) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: wanted a tensor {shape}; got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: wanted a dense tensor {shape}; got layout {_names([value.layout])}; call .to_dense()")
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: wanted dtype {_names(dtypes)}; got {_names([value.dtype])}")
     if value.ndim != ndim:

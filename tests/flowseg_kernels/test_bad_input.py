@@ -17,6 +17,11 @@ def good(codes150):
 CASES = [
     ({"prediction": [1.0]}, TypeError, r"prediction: wanted a tensor \(B, C, H, W\); got list"),
     ({"prediction": torch.zeros(2, 3, 9, 13, dtype=torch.int32)}, TypeError, "prediction: wanted dtype .*; got int32"),
+    (
+        {"source": torch.zeros(2, 3, 9, 13).to_sparse()},
+        TypeError,
+        "source: wanted a dense tensor .*; got layout sparse_coo",
+    ),
     ({"prediction": torch.zeros(3, 9, 13)}, ValueError, r"prediction: wanted shape \(B, C, H, W\); got \(3, 9, 13\)"),
     (
         {"source": torch.zeros(2, 3, 9, 12)},

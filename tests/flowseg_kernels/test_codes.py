@@ -49,6 +49,16 @@ def test_codes_fill_the_box_for_any_channels(make, channels):
         assert codes.abs().max() <= 1 and codes.unique(dim=0).shape[0] == classes
 
 
+@pytest.mark.parametrize("make", [fk.kronecker_centroids, fk.grid_centroids])
+def test_counts_are_whole_numbers(make):
+    with pytest.raises(TypeError, match="num_classes: wanted an int; got float"):
+        make(1.5)
+    with pytest.raises(TypeError, match="channels: wanted an int; got float"):
+        make(3, 2.0)
+    with pytest.raises(ValueError, match="num_classes: wanted 1 to 65536; got 0"):
+        make(0)
+
+
 def test_most_classes_with_a_decode_grid():
     book = fk.Codebook(fk.kronecker_centroids(65536, 3), ignore_index=-1)
     assert book.num_classes == 65536

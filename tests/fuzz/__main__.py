@@ -1,7 +1,8 @@
 """The long run: python -m tests.fuzz --backend cpu --cases 20000 [--minutes 3]
 
 Writes tests/fuzz/record.json after every piece of a few hundred cases. A run that was stopped, or whose minutes were over, goes on
-where it was when it is called again with the same seed; --anew starts over. Exit code 1 if any case ever failed in this run.
+where it was when it is called again at the same commit, with the same torch and seed; --anew starts over. Exit code 1 if any case
+ever failed in this run.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import json
 import multiprocessing
 import pathlib
 import platform
-import subprocess
 import time
 
+from ..sources import commit, is_known
 from .backends import prepare
 from .pieces import Piece, run_piece
 
@@ -32,6 +33,7 @@ failed are tests now (`tests/fuzz/test_fuzz.py`).
 | backend | calls | failures | numbers | unbounded | CPU seconds | seed | commit | torch | machine |
 |---|---|---|---|---|---|---|---|---|---|
 """
+TORCH = importlib.metadata.version("torch")
 PIECE = 250
 HOW = {"triton": " (interpreted)", "cuda": " (on the host shim)"}
 #: Share of the cases by op. The field is slow and has no CUDA kernel.
@@ -67,17 +69,12 @@ def machine() -> str:
     return names[0] if names else platform.machine()
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RECORD.parent)
-    return done.stdout.strip() or "unknown"
-
-
 def report(records: dict) -> str:
     rows = []
     for name, r in records.items():
         free = r["numbers_free"] / max(r["numbers"], 1)
         counts = f"{r['cases']:,} | {r['failures']} | {r['numbers']:,} | {free:.2%} | {r['seconds']:.0f}"
-        where = f"{r['seed']} | {r['commit_at_end']} | {r['torch']} | {r['machine']}"
+        where = f"{r['seed']} | {r['commit']} | {r['torch']} | {r['machine']}"
         rows.append(f"| {name}{HOW.get(name, '')} | {counts} | {where} |")
     return HEAD + "\n".join(rows) + "\n"
 
@@ -93,9 +90,7 @@ def store(backend: str, record: dict, piece: Piece) -> None:
         "seconds": round(record["seconds"] + piece.seconds, 1),
         "numbers": record["numbers"] + piece.seen.get("numbers", 0),
         "numbers_free": record["numbers_free"] + piece.seen.get("free", 0),
-        "commit_at_end": commit(),
         "machine": machine(),
-        "torch": importlib.metadata.version("torch"),
     }
     # Other backends may be running beside this one.
     every = json.loads(RECORD.read_text()) if RECORD.exists() else {}
@@ -115,14 +110,18 @@ def main() -> int:
     options = parser.parse_args()
     every = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     record = every.get(options.backend)
-    wanted = {"seed": options.seed, "wanted": options.cases}
-    if options.anew or record is None or {k: record[k] for k in wanted} != wanted:
+    # Of other sources, another torch or another wish a record says nothing.
+    wanted = {"seed": options.seed, "wanted": options.cases, "commit": commit(RECORD, RESULTS), "torch": TORCH}
+    known = record is not None and is_known(wanted["commit"])
+    if options.anew or not known or {k: record.get(k) for k in wanted} != wanted:
         record = {**wanted, "cases": 0, "failures": 0, "pieces": 0, "seconds": 0.0, "numbers": 0, "numbers_free": 0}
-        record |= {"failed": [], "ops": {}, "commit": commit()}
+        record |= {"failed": [], "ops": {}}
     pieces = [
         Piece(op, options.backend, cases, options.seed * 100_003 + number)
         for number, (op, cases) in enumerate(plan(options.backend, options.cases))
     ]
+    if record["pieces"] >= len(pieces):
+        print(f"{options.backend}: {record['cases']} cases are done at {record['commit']}; --anew takes them again")
     if options.backend == "cuda":
         prepare("cuda")  # compiles the kernels, which the processes must not do at once
     end = time.monotonic() + 60 * options.minutes

@@ -17,6 +17,7 @@ import time
 import torch
 
 from ..native import ROOT, build
+from ..sources import commit
 
 FOLDER = ROOT / "build" / "sanitize"
 RESULTS = ROOT / "docs" / "results" / "sanitizers.md"
@@ -87,6 +88,7 @@ def check(name: str) -> bool:
     planted = run(name, "-c", PLANT, str(library), name)
     if planted.returncode == 0 or WORDS[name] not in planted.stderr:
         print(f"{name}: the planted fault was not found\n{planted.stdout[-1000:]}{planted.stderr[-3000:]}")
+        store(name, f"| {name} | **not found** | | | {described()} |")
         return False
     harmless = run(name, "-c", PLANT, str(library), "none")
     if harmless.returncode:
@@ -99,16 +101,16 @@ def check(name: str) -> bool:
     print(f"{name}: {summary}; {time.monotonic() - start:.0f} s in all", flush=True)
     if tested.returncode:
         print(tested.stdout[-6000:] + tested.stderr[-6000:])
-    else:
-        passed = re.search(r"(\d+) passed", summary)[1]
-        store(name, f"| {name} | {WORDS[name]} | {passed} | 0 | {described()} |")
+    passed = re.search(r"(\d+) passed", summary)
+    # A finding ends the run, and so does a test that fails.
+    found = f"**stopped: {summary}**" if tested.returncode else "0"
+    store(name, f"| {name} | {WORDS[name]} | {passed[1] if passed else 0} | {found} | {described()} |")
     return tested.returncode == 0
 
 
 def described() -> str:
-    commands = (["git", "rev-parse", "--short", "HEAD"], ["g++", "-dumpfullversion"])
-    commit, compiler = (subprocess.run(c, cwd=ROOT, capture_output=True, text=True).stdout.strip() for c in commands)
-    return f"{commit or 'unknown'} | {compiler}"
+    compiler = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
+    return f"{commit(RESULTS)} | {compiler}"
 
 
 def store(name: str, row: str) -> None:

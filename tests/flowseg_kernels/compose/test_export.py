@@ -8,6 +8,9 @@ import flowseg_kernels as fk
 
 from .steps import OPS, EveryOp, batch, called
 
+#: What neural_field takes beside two images of 8 x 12 pixels in patches of 4 x 4.
+_FIELD = ((2, 6, 1, 256), (8, 7), (8,), (1, 8), (8,), (3, 8), (3,))
+
 
 @pytest.fixture
 def step(codes19):
@@ -37,35 +40,33 @@ def test_an_exported_program_survives_its_file(step, codes19, tmp_path):
         torch.testing.assert_close(got, want)
 
 
-def test_aot_inductor_packages_and_calls_our_ops(step, codes19, tmp_path, monkeypatch):
-    """A network compiled without Python around it: its ops are found by name when flowseg_kernels is imported."""
-
-    class Predict(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.step = step
-
-        def forward(self, source, labels, t):
-            return fk.nearest_centroid(self.step.predict(source, labels, t), codes19)
-
+def test_aot_inductor_packages_and_calls_every_op(step, codes19, tmp_path, monkeypatch):
+    """A step compiled without Python around it: its ops are found by name when flowseg_kernels is imported."""
     images = torch.export.Dim("images", min=1, max=64)
     shapes = {"source": {0: images}, "labels": {0: images}, "t": {0: images}}
     with torch.no_grad():
-        exported = torch.export.export(Predict(), batch(codes19), dynamic_shapes=shapes)
+        exported = torch.export.export(step, batch(codes19), dynamic_shapes=shapes)
         # Compiled once and run twice: most of the time is the compiler's.
         quick = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
         package = torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(tmp_path / "predict.pt2"), inductor_configs=quick
+            exported, package_path=str(tmp_path / "step.pt2"), inductor_configs=quick
         )
         compiled = torch._inductor.aoti_load_package(package)
         for count in (2, 5):
             inputs = batch(codes19, count)
-            want = Predict()(*inputs)
+            loss, correction, decoded, margin, counts = step(*inputs)
             with monkeypatch.context() as patch:
                 calls = called(patch)
                 got = compiled(*inputs)
-            assert sorted(calls) == ["flow_interpolate", "nearest_centroid", "neural_field"]
-            assert got.shape == want.shape and (got == want).float().mean() > 0.99
+            assert sorted(calls) == sorted(OPS)
+            for value, want in zip(got, (loss, correction, decoded, margin)):
+                assert value.shape == want.shape and value.dtype == want.dtype
+            torch.testing.assert_close(got[0], loss, rtol=1e-4, atol=0)
+            # Rounding of the network may move a pixel from one code to another.
+            same = got[2] == decoded
+            assert same.float().mean() > 0.99
+            torch.testing.assert_close(got[3][same], margin[same], rtol=1e-3, atol=1e-4)
+            assert got[4].shape == counts.shape and (got[4] - counts).abs().sum() <= 2 * (~same).sum()
 
 
 def test_number_of_images_known_only_at_run_time(codes19):
@@ -99,12 +100,13 @@ def test_shapes_and_dtypes_without_data_on_every_device(device, codes19):
             fk.flow_loss(x, x, labels, t, mu, eps=0.1, reduction="none"),
             *fk.nearest_centroid(x, mu, out_dtype=torch.int16, return_distance=True),
             fk.decode_confusion(x, labels, mu),
+            fk.neural_field(x, *(x.new_empty(shape) for shape in _FIELD), patch_size=4),
         )
         assert all(v.device.type == device for v in outs)
         bf16, fp32 = torch.bfloat16, torch.float32
-        assert [v.dtype for v in outs] == [bf16, bf16, fp32, torch.int16, fp32, torch.int64]
+        assert [v.dtype for v in outs] == [bf16, bf16, fp32, torch.int16, fp32, torch.int64, bf16]
         assert [tuple(v.shape) for v in outs] == [
-            (2, 3, 8, 12), (2, 3, 8, 12), (2, 8, 12), (2, 8, 12), (2, 8, 12), (19, 19)
+            (2, 3, 8, 12), (2, 3, 8, 12), (2, 8, 12), (2, 8, 12), (2, 8, 12), (19, 19), (2, 3, 8, 12)
         ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ class Decoded(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(index)
-        labels = torch.randint(0, self.codes.num_classes, (1, 16, 16), generator=generator)
+        labels = torch.randint(0, self.codes.num_classes, (1, 96, 64), generator=generator)
         x = self.codes.encode(labels) + 0.01
         loss = fk.flow_loss(x.requires_grad_(), torch.zeros_like(x), labels, torch.zeros(1), self.codes)
         loss.backward()
@@ -33,15 +33,20 @@ class Decoded(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_of_a_data_loader_call_ops(codes19, method):
-    data = Decoded(codes19)
-    [data[i] for i in range(2)]  # the parent has run its own threads before it forks
-    loader = torch.utils.data.DataLoader(data, batch_size=4, num_workers=2, multiprocessing_context=method, timeout=120)
-    seen = 0
-    for labels, decoded, grads in loader:
-        assert torch.equal(decoded, labels)
-        for place in range(4):
-            assert torch.equal(grads[place], data[seen + place][2])
-        seen += 4
+    data, threads, seen = Decoded(codes19), torch.get_num_threads(), 0
+    torch.set_num_threads(2)
+    try:
+        wanted = [data[i] for i in range(8)]  # images of two chunks: the parent has run its own threads before it forks
+        loader = torch.utils.data.DataLoader(
+            data, batch_size=4, num_workers=2, multiprocessing_context=method, timeout=120
+        )
+        for labels, decoded, grads in loader:
+            assert torch.equal(decoded, labels)
+            for grad in grads:
+                assert torch.equal(grad, wanted[seen][2])
+                seen += 1
+    finally:
+        torch.set_num_threads(threads)
     assert seen == 8
 
 

@@ -36,7 +36,7 @@ def test_grad_and_vjp_are_those_of_autograd(backend, codes19, reduction):
         torch.testing.assert_close(a, b)
 
 
-def test_vmap_of_every_op_is_a_loop(backend, codes19):
+def test_vmap_of_every_per_pixel_op_is_a_loop(backend, codes19):
     inputs = predictions(codes19)
 
     def each(x, source, labels, t):

@@ -84,7 +84,8 @@ def test_the_notes_show_the_budget():
 
 @pytest.mark.parametrize("name", [*FIRST_OF_KERNEL.values(), *FIELD])
 def test_new_shapes_do_not_recompile(name):
-    """Triton compiles anew when a size becomes 1 or a multiple of 16, unless told not to look at it."""
+    """Triton compiles anew when a size becomes 1 or a multiple of 16, unless told not to look at it. What is left are the few forms
+    that host code chooses by shape: how planes are loaded (three), and how many tiles a program of the field takes (1, 2 or 4)."""
     variant = VARIANTS.get(name) or FIELD[name]
     kernel = variant.kernel
     sizes = [p for p in kernel.params if variant.signature[p.name] in ("i32", "i64") and not p.is_constexpr]
