@@ -86,6 +86,15 @@ FOUND = [
         Pixels(height=63, classes=1, source_dtype="bfloat16", ignored=0.9, specials=(("source", 0, "1e-40"),)),
         "subnormal numbers of bf16, which the interpreter of Triton lost in conversion",
     ),
+    (
+        "distance_correction",
+        Pixels(
+            height=63,
+            specials=(("image", 0, "inf"),),
+            options={"temperature": 1.0, "eps": None, "transform": "inverse", "max_norm": None},
+        ),
+        "the reference left zeros in the other channels of a pixel with an infinite one",
+    ),
 ]
 
 

@@ -60,6 +60,8 @@ def distance_correction(
     grad = torch.stack(
         [(weight * (x[:, c, None] - mu[None, :, c, None, None])).sum(dim=1) for c in range(mu.shape[1])], dim=1
     )
+    # A pixel that is not finite, or whose square overflows, has no correction in any channel: "inverse" would give 0 in the others.
+    grad = grad + x.square().sum(dim=1, keepdim=True) * 0
     if max_norm is not None:
         norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
         grad = grad * (max_norm / norm.clamp_min(max_norm))
