@@ -143,9 +143,15 @@ def test_more_than_two_to_the_31_elements(gpu):
     x = torch.empty(1, 3, rows, columns, dtype=torch.bfloat16, device="cuda").uniform_(-1, 1)
     assert x.numel() > 2**31
     labels = torch.randint(0, 20, (1, rows, columns), dtype=torch.uint8, device="cuda")
+    ends = slice(0, 8), slice(rows - 8, rows)
+    t = torch.full((1,), 0.25, device="cuda")
+    interpolated = fk.flow_interpolate(x, labels, t, book)
+    for part in ends:
+        assert torch.equal(interpolated[:, :, part], fk.flow_interpolate(x[:, :, part], labels[:, part], t, book))
+    del interpolated
     decoded = fk.nearest_centroid(x, book, out_dtype=torch.uint8)
     corrected = fk.distance_correction(x, labels, book)
-    for part in (slice(0, 8), slice(rows - 8, rows)):
+    for part in ends:
         assert torch.equal(decoded[:, part], fk.nearest_centroid(x[:, :, part], book, out_dtype=torch.uint8))
         assert torch.equal(corrected[:, :, part], fk.distance_correction(x[:, :, part], labels[:, part], book))
     del corrected
@@ -179,3 +185,31 @@ def test_loss_and_gradient_beyond_two_to_the_31_elements(gpu, predicts):
     del gradient
     parts = sum(sum_and_gradient(slice(i, i + 3_000))[0].double() for i in range(0, rows, 3_000))
     torch.testing.assert_close(whole.double(), parts, rtol=1e-6, atol=0)
+
+
+def test_the_field_beyond_two_to_the_31_elements(gpu):
+    """Pixels and generated weights above 2^31 elements each; output and gradients compared at both ends with small calls."""
+    if requested_backend() != "triton":
+        pytest.skip("the field is Triton's on a GPU")
+    rows, columns, patch, hidden = 27_000, 27_000, 8, 16
+    patches, count = rows // patch * (columns // patch), 2 * hidden**2
+    # Weights and their gradient, pixels, output, gradient of the output and of the pixels, all in bf16.
+    needed = 2 * (2 * patches * count + 4 * 3 * rows * columns)
+    if torch.cuda.mem_get_info()[0] < 1.3 * needed:
+        pytest.skip(f"{needed / 2**30:.0f} GiB of GPU memory are needed")
+    random = functools.partial(torch.empty, dtype=torch.bfloat16, device="cuda")
+    x = random(1, 3, rows, columns).uniform_(-1, 1)
+    weights = random(1, patches, 1, count).uniform_(-1, 1)
+    assert x.numel() > 2**31 and weights.numel() > 2**31
+    shapes = (hidden, 3 + 64), (hidden,), (1, hidden), (hidden,), (3, hidden), (3,)
+    shared = [random(shape).uniform_(-1, 1) for shape in shapes]
+
+    def run(part, numbers):
+        leaves = [v.detach().requires_grad_() for v in (x[:, :, part], weights[:, numbers])]
+        out = fk.neural_field(*leaves, *shared, patch_size=patch, mlp_ratio=1)
+        return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    line = columns // patch  # patches in a row of them
+    out, of_x, of_weights = run(slice(0, rows), slice(0, patches))
+    for part, numbers in ((slice(0, 8), slice(0, line)), (slice(rows - 8, rows), slice(patches - line, patches))):
+        assert_same((out[:, :, part], of_x[:, :, part], of_weights[:, numbers]), run(part, numbers))

@@ -429,7 +429,10 @@ def test_decoder_starts_at_zero_and_loads_pixnerd(prefix, generator):
         (lambda a: a.update(x=torch.randn(2, 3, 9, 12)), "x: wanted height and width divisible by patch_size 4"),
         (lambda a: a.update(weights=torch.randn(2, 5, 2, 1024)), r"weights: wanted shape \(2, 6, L, 1024\)"),
         (lambda a: a.update(embed_weight=torch.randn(16, 20)), "embed_weight: wanted shape"),
-        (lambda a: a.update(norm_weight=torch.randn(1, 16)), r"norm_weight: wanted shape \(L, Hx\) = \(2, 16\); got \(1, 16\)"),
+        (
+            lambda a: a.update(norm_weight=torch.randn(1, 16)),
+            r"norm_weight: wanted shape \(L, Hx\) = \(2, 16\); got \(1, 16\)",
+        ),
         (lambda a: a.update(out_bias=torch.randn(4)), r"out_bias: wanted shape \(C,\) = \(3,\); got \(4,\)"),
     ],
 )
