@@ -37,3 +37,17 @@ def test_offsets_beyond_32_bits(backend, codes19):
     want = every_op(x, source, labels)
     for got in (every_op(far_apart(x), source, labels), every_op(x, far_apart(source), far_apart(labels))):
         assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_pixels_of_a_field_beyond_32_bits(backend):
+    x, weights = torch.randn(2, 3, 4, 8), torch.randn(2, 2, 1, 2 * 16 * 16)
+    embed, norms, out = torch.randn(16, 3 + 16), torch.ones(2, 16), torch.randn(3, 16)
+    bias, out_bias = torch.zeros(16), torch.zeros(3)
+
+    def run(x):
+        x = x.detach().requires_grad_()
+        y = fk.neural_field(x, weights, embed, bias, norms[:1], norms[1], out, out_bias, patch_size=4, mlp_ratio=1)
+        return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
+
+    for got, want in zip(run(far_apart(x)), run(x)):
+        assert torch.equal(got, want)
