@@ -183,7 +183,7 @@ def measure(benchmark, limits):
         begin = time.perf_counter()
         peak = machine.peak_mib(lambda: timed(next(inputs)), DEVICE)
         once = max(time.perf_counter() - begin, 1e-6)
-        rounds = 1 if QUICK else rounds or max(3, min(41, int(1.5 / once)))
+        rounds = 1 if QUICK else rounds or max(5, min(201, int(1.5 / once)))
         rates = [pairs_a_second(workload.channels)] if pairs else []
         name = workload.name + (f" {variant}" if variant else "")
         benchmark.group = f"{op} {name}" + (f" spread {workload.spread:g}" if spread else "")

@@ -142,7 +142,7 @@ def _spread(row):
 
 
 def _sentences(rows):
-    """What the table does not say: the limits, exactness, threads."""
+    """What the table does not say: the limits, exactness, calls in alternation."""
     rates = [f"{row['rate']:.3g} {row['entry']}" for row in rows if row["op"] == "machine"]
     if rates:
         yield (
@@ -154,10 +154,9 @@ def _sentences(rows):
     ]
     if checked:
         yield f"Pixels that our decoding gets wrong: {sum(checked)} in {len(checked)} entries."
-    threads = [row for row in rows if row["workload"] == "ade512 threads"]
-    if threads:
-        told = [f"{row['op']} on {row['entry']} {row['ms']:.3g} ms {_spread(row)}" for row in threads]
-        yield f"Threads: {', '.join(told)}."
+    pairs = [f"{row['entry']} {row['ratio']:.3g}x" for row in rows if row["op"] == "alternation"]
+    if pairs:
+        yield f"Calls in alternation, medians of their pairs' ratios: {'; '.join(pairs)}."
     graphs = [f"{row['graph_ms']:.3g} ms ({row['group']}, {row['entry']})" for row in rows if "graph_ms" in row]
     if graphs:
         yield f"One call inside a CUDA graph: {', '.join(graphs)}."

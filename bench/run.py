@@ -26,6 +26,7 @@ PARTS = {
     "scaling of the search": ("test_scaling.py", "not correction"),
     "neural field": ("test_neural_field.py", "float32"),
     "neural field bf16": ("test_neural_field.py", "not float32"),
+    "calls in alternation": ("test_alternation.py", ""),
     "training step and sampling": ("test_stack.py", ""),
 }
 PROGRESS = ROOT.parent / "build" / "bench"

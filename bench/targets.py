@@ -91,26 +91,19 @@ def _search(spread, workload="ade512"):
     return f"nearest_centroid {workload} spread {spread:g}"
 
 
-def _of_many(spread):
-    many, few = _search(spread / 2, "many"), _search(spread)
-    return Target(f"decoding K = 1000 against K = 150, spread {spread:g}", ratio((many,), (few,)), 1.7, at_most=True)
+def in_alternation(pair, wanted, form="{:.3g}x", at_most=False):
+    """Of two calls that ran in turn, where entries that ran one after the other would tell more of the host than of the calls."""
+
+    def value(groups):
+        row = find(groups, "calls in alternation", pair)
+        return row and row["ratio"]
+
+    return Target(pair, value, wanted, form, at_most)
 
 
 def _of_bf16(group):
-    value = ratio((group, "ours bf16"), (group, "ours"))
     # No slower: two medians of the same code differ by as much.
-    return Target(f"{group}: bf16 input against fp32", value, 1.02, "{:.2f}x", at_most=True)
-
-
-def _of_confusion(workload, spread):
-    group = f"decode_confusion {workload} spread {spread:g}"
-    value = ratio((group,), (_search(spread, workload),))
-    return Target(f"{group}: against nearest_centroid", value, 2.5, at_most=True)
-
-
-def _of_threads(op):
-    group = f"{op} ade512 threads"
-    return Target(f"{op}: two threads against one", ratio((group, "1 thread"), (group, "2 threads")), 1.8)
+    return in_alternation(f"{group}: bf16 against fp32", 1.02, "{:.2f}x", at_most=True)
 
 
 CPU = (
@@ -124,22 +117,24 @@ CPU = (
     peer(_search(0.05), "scipy cKDTree", 60),
     peer(_search(0.1), "faiss IndexFlatL2", 7),
     peer(_search(0.3), "faiss IndexFlatL2", 4.5),
-    *(_of_many(spread) for spread in (0.05, 0.1, 0.3)),
+    *(
+        in_alternation(f"nearest_centroid spread {spread}: K = 1000 against K = 150", 1.7, at_most=True)
+        for spread in (0.05, 0.1, 0.3)
+    ),
     Target("pixels that our decoding gets wrong", wrong_pixels, 0, "{:.0f}", at_most=True),
-    *(_of_confusion(*of) for of in (("ade512", 0.1), ("many", 0.05))),
+    *(
+        in_alternation(f"decode_confusion {of}: against nearest_centroid", 2.5, at_most=True)
+        for of in ("ade512 spread 0.1", "many spread 0.05")
+    ),
     _of_bf16(_CORRECTION),
     *(_of_bf16(_search(spread)) for spread in (0.05, 0.1, 0.3)),
-    *(_of_threads(op) for op in ("distance_correction", "nearest_centroid")),
+    *(in_alternation(f"{op} ade512: 1 thread against 2", 1.8) for op in ("distance_correction", "nearest_centroid")),
     peer(_FIELD.format("forward", "float32"), "torch.compile", 1.3),
-    peer(_FIELD.format("forward", "float32"), "eager", 3),
     peer(_FIELD.format("forward+backward", "float32"), "torch.compile", 1.1),
-    peer(_FIELD.format("forward+backward", "float32"), "eager", 2),
+    in_alternation("neural_field forward XL 256 patches float32: eager against ours", 3),
+    in_alternation("neural_field forward+backward XL 256 patches float32: eager against ours", 2),
     *(
-        Target(
-            f"neural_field {what} XL 256 patches: fp32 against bf16",
-            ratio((_FIELD.format(what, "float32"),), (_FIELD.format(what, "bfloat16"),)),
-            1.5,
-        )
+        in_alternation(f"neural_field {what} XL 256 patches of ours: fp32 against bf16", 1.5)
         for what in ("forward", "forward+backward")
     ),
     memory("neural_field forward+backward XL 1024 patches float32", "eager", 0.2),

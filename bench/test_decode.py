@@ -136,6 +136,15 @@ def test_nearest_centroid(workloads, measure, workload, entry, spread):
     measure(run, work, "nearest_centroid", entry, spread=True, graph=True, moved=moved, wrong_pixels=wrong)
 
 
+def assert_counts(run, entry, work):
+    i = work.sets[0]
+    with backend_of(entry):
+        got = run(i)
+    with fk.use_backend("reference"):
+        want = fk.decode_confusion(i["x"], i["labels"], work.codebook)
+    assert (got - want).abs().sum() <= (0 if entry in OURS else 60)
+
+
 @pytest.mark.parametrize("entry", [*OURS, "eager"])
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_decode_confusion(workloads, measure, workload, entry):
@@ -149,12 +158,7 @@ def test_decode_confusion(workloads, measure, workload, entry):
             return fk.decode_confusion(i["x"], i["labels"], work.codebook)
         return plain.confusion(i["x"], i["labels"].long(), mu)
 
-    i = work.sets[0]
-    with backend_of(entry):
-        got = run(i)
-    with fk.use_backend("reference"):
-        want = fk.decode_confusion(i["x"], i["labels"], work.codebook)
-    assert (got - want).abs().sum() <= (0 if entry in OURS else 60)
+    assert_counts(run, entry, work)
     moved = work.pixels * (12 + work.label_dtype.itemsize) if entry in OURS else 0
     measure(run, work, "decode_confusion", entry, spread=True, moved=moved)
 

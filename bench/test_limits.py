@@ -1,9 +1,6 @@
-"""The limits of the machine themselves, and how far a second thread goes."""
+"""The limits of the machine themselves."""
 
 import pytest
-import torch
-
-import flowseg_kernels as fk
 
 from . import machine
 from .conftest import DEVICE, PIPE_ROUNDS, pairs_a_second
@@ -38,24 +35,3 @@ def test_threads_of_the_multiply_pipes(benchmark, limits):
     if alone is None:
         pytest.skip("no C++ compiler")
     note(benchmark, "times one thread's multiply pipes on all threads", limits["multiply"] / 2 / alone)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="threads are a CPU's")
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("op", ["distance_correction", "nearest_centroid"])
-def test_threads(workloads, measure, op, threads):
-    if threads > torch.get_num_threads():
-        pytest.skip(f"this run has {torch.get_num_threads()} thread(s)")
-    work = workloads("ade512")
-    run = {
-        "distance_correction": lambda i: fk.distance_correction(i["x"], i["labels"], work.codebook),
-        "nearest_centroid": lambda i: fk.nearest_centroid(i["x"], work.codebook, out_dtype=torch.uint8),
-    }[op]
-    before = torch.get_num_threads()
-    alone = run(work.sets[0])
-    torch.set_num_threads(threads)
-    try:
-        assert torch.equal(run(work.sets[0]), alone)
-        measure(run, work, op, f"{threads} thread{'s' * (threads > 1)}", variant="threads")
-    finally:
-        torch.set_num_threads(before)

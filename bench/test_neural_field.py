@@ -65,6 +65,28 @@ def forward_of(entry, dtype):
     return lambda *inputs: field_plain.field(*inputs, dct)
 
 
+def field_call(entry, dtype, what):
+    """The function of the inputs that an entry times: a list of the output and, with its backward, all gradients."""
+    field = forward_of(entry, dtype)
+
+    def run(inputs):
+        with backend_of("(reference)" if entry == "reference" else entry):
+            if what == "forward":
+                with torch.no_grad():
+                    return [field(*inputs)]
+            out = field(*inputs)
+            return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+    return run
+
+
+def assert_agrees(run, work):
+    allowed = 0.05 if work.dtype == torch.bfloat16 else 1e-5 if DEVICE == "cpu" else 2e-3
+    for place, (got, want) in enumerate(zip(run(work.sets[0]), work.expected())):
+        error = float((got.float() - want).norm() / want.norm())
+        assert error < allowed, f"{'output' if place == 0 else f'gradient {place}'}: {error}"
+
+
 @pytest.mark.parametrize("entry", [*OURS, "reference", "eager", "torch.compile"])
 @pytest.mark.parametrize("what", ["forward", "forward+backward"])
 @pytest.mark.parametrize("patches", PATCHES)
@@ -79,20 +101,8 @@ def test_neural_field(fields, measure, dtype, model, patches, what, entry):
         pytest.skip("takes long to compile, so only at XL")
     if OURS == ("ours",) and entry == "ours" and fk.available_backends("neural_field")[0] == "reference":
         pytest.skip("no compiled kernel")
-    field, work = forward_of(entry, dtype), fields(model, patches, dtype)
-
-    def run(inputs):
-        with backend_of("(reference)" if entry == "reference" else entry):
-            if what == "forward":
-                with torch.no_grad():
-                    return [field(*inputs)]
-            out = field(*inputs)
-            return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))]
-
-    allowed = 1e-5 if dtype == torch.float32 and DEVICE == "cpu" else 2e-3 if dtype == torch.float32 else 0.05
-    for place, (got, want) in enumerate(zip(run(work.sets[0]), work.expected())):
-        error = float((got.float() - want).norm() / want.norm())
-        assert error < allowed, f"{'output' if place == 0 else f'gradient {place}'}: {error}"
+    run, work = field_call(entry, dtype, what), fields(model, patches, dtype)
+    assert_agrees(run, work)
     cost = {}
     if entry in OURS:
         # Weights are by far the most of what moves.
@@ -104,4 +114,4 @@ def test_neural_field(fields, measure, dtype, model, patches, what, entry):
             "operations": times * work.depth * patches * OPERATIONS,
         }
         cost["rate"] = "bf16" if dtype == torch.bfloat16 else "multiply"
-    measure(run, work, f"neural_field {what}", entry, rounds=5, **cost)
+    measure(run, work, f"neural_field {what}", entry, **cost)

@@ -1,0 +1,134 @@
+"""Two calls against each other, one of each in turn, so that a ratio near its target is of one state of the machine.
+
+Other guests of a host slow it for seconds: medians of two entries that ran one after the other differ by up to a third for the same
+code, pairs of neighbouring calls by little. What is kept is the median of the ratios of the pairs.
+"""
+
+import itertools
+import statistics
+import time
+
+import pytest
+import torch
+
+import flowseg_kernels as fk
+
+from .conftest import DEVICE, QUICK
+from .test_correction import assert_corrects, correction_entry, with_long_labels
+from .test_decode import assert_counts, assert_finds, search_entry
+from .test_neural_field import Field, assert_agrees, field_call
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="the ratios of a GPU's targets are far from 1")
+PATCHES = 4 if QUICK else 256
+
+
+def rotating(run, work):
+    sets = itertools.cycle(work.sets)
+    return lambda: run(next(sets))
+
+
+def search(work, entry="ours"):
+    run = search_entry(entry, work)
+    assert_finds(run, entry, work)
+    return rotating(run, work)
+
+
+def many_against_few(spread, workloads):
+    return search(workloads("many", spread)), search(workloads("ade512", spread))
+
+
+def bf16_search(spread, workloads):
+    work = workloads("ade512", spread)
+    return search(work, "ours bf16"), search(work)
+
+
+def bf16_correction(workloads):
+    work = with_long_labels(workloads("ade512"))
+    both = [correction_entry(entry, work) for entry in ("ours bf16", "ours")]
+    for run, entry in zip(both, ("ours bf16", "ours")):
+        assert_corrects(run, entry, work)
+    return [rotating(run, work) for run in both]
+
+
+def confusion(name, spread, workloads):
+    work = workloads(name, spread)
+
+    def run(i):
+        return fk.decode_confusion(i["x"], i["labels"], work.codebook)
+
+    assert_counts(run, "ours", work)
+    return rotating(run, work), search(work)
+
+
+def threads(op, workloads):
+    if torch.get_num_threads() < 2:
+        pytest.skip("this run has 1 thread")
+    work = with_long_labels(workloads("ade512"))
+    run = correction_entry("ours", work) if op == "distance_correction" else search_entry("ours", work)
+
+    def on(count):
+        def call(inputs):
+            torch.set_num_threads(count)
+            return run(inputs)
+
+        return call
+
+    one, two = on(1), on(2)
+    assert torch.equal(one(work.sets[0]), two(work.sets[0]))
+    return rotating(one, work), rotating(two, work)
+
+
+def eager_field(what, workloads):
+    field = Field("XL", PATCHES, torch.float32)
+    both = [field_call(entry, field.dtype, what) for entry in ("eager", "ours")]
+    for run in both:
+        assert_agrees(run, field)
+    return [rotating(run, field) for run in both]
+
+
+def bf16_field(what, workloads):
+    pair = [Field("XL", PATCHES, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    calls = [field_call("ours", field.dtype, what) for field in pair]
+    for run, field in zip(calls, pair):
+        assert_agrees(run, field)
+    return [rotating(run, field) for run, field in zip(calls, pair)]
+
+
+SPREADS = (0.05, 0.1, 0.3)
+#: What is divided by what: a function of `workloads` that makes both calls, after it asserted that they are right.
+PAIRS = {
+    **{f"nearest_centroid spread {s}: K = 1000 against K = 150": (many_against_few, s) for s in SPREADS},
+    **{f"nearest_centroid ade512 spread {s}: bf16 against fp32": (bf16_search, s) for s in SPREADS},
+    "distance_correction ade512: bf16 against fp32": (bf16_correction,),
+    "decode_confusion ade512 spread 0.1: against nearest_centroid": (confusion, "ade512", 0.1),
+    "decode_confusion many spread 0.05: against nearest_centroid": (confusion, "many", 0.1),
+    **{f"{op} ade512: 1 thread against 2": (threads, op) for op in ("distance_correction", "nearest_centroid")},
+    **{
+        f"neural_field {what} XL 256 patches {name}": (pair, what)
+        for what in ("forward", "forward+backward")
+        for name, pair in (("float32: eager against ours", eager_field), ("of ours: fp32 against bf16", bf16_field))
+    },
+}
+
+
+def seconds(call):
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_one_against_the_other(benchmark, workloads, name):
+    make, *of = PAIRS[name]
+    before = torch.get_num_threads()
+    try:
+        over, under = make(*of, workloads)
+        once = max(seconds(over) + seconds(under), 1e-6)
+        rounds = 2 if QUICK else max(11, min(301, int(4 / once)))
+        ratios = [seconds(over) / seconds(under) for _ in range(rounds)]
+    finally:
+        torch.set_num_threads(before)
+    benchmark.group = "calls in alternation"
+    benchmark.extra_info.update(op="alternation", workload="", spread=0.0, entry=name, pixels=0, rounds=rounds)
+    benchmark.extra_info["ratio"] = statistics.median(ratios)
+    benchmark.pedantic(lambda: None, rounds=1)
