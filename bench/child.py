@@ -1,6 +1,7 @@
 """One command as a child process that can be stopped without losing what it has measured."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -38,7 +39,14 @@ def carry_out(command, seconds, environment, log):
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent), "PYTHONUNBUFFERED": "1", **environment}
     with open(log, "w") as out:
         process = subprocess.Popen(
-            command, cwd=ROOT.parent, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT.parent,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # What a shell script starts with & ignores SIGINT, and so would the child, which is stopped by it.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         try:
             return f"exit {process.wait(seconds)}", None
