@@ -76,7 +76,8 @@ def load(folder):
 
 def of_one_pass(kept, fresh):
     """Rows of one group to store: of two passes of one commit the quicker one's, with what the other alone has; else `fresh` over
-    `kept`. A pass stays whole, so that its ratios are of one run."""
+    `kept`. A pass stays whole, so that its ratios are of one run. No pass of calls in alternation is the quicker one: the
+    newer stays."""
     both = [(kept[entry], row) for entry, row in fresh.items() if entry in kept]
     if not both or any(old["commit"] != new["commit"] or old["dirty"] or new["dirty"] for old, new in both):
         return kept | fresh

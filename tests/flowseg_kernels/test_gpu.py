@@ -133,12 +133,17 @@ def test_labels_out_of_range_count_as_ignored(gpu):
     assert_same(run_all(book, x, source, wrong, t), run_all(book, x, source, right, t))
 
 
+def skip_without(needed):
+    """needed: bytes of GPU memory that a test's own tensors take."""
+    if torch.cuda.mem_get_info()[0] < 1.3 * needed:
+        pytest.skip(f"{needed / 2**30:.0f} GiB of GPU memory are needed")
+
+
 def test_more_than_two_to_the_31_elements(gpu):
     """Above 2^31 elements in all, so that the last channel lies beyond 32 bits; compared at both ends with a small call."""
     rows, columns = 27_000, 27_000  # 3 planes of 729 million
     needed = rows * columns * (3 * 2 * 2 + 2)
-    if torch.cuda.mem_get_info()[0] < 1.3 * needed:
-        pytest.skip(f"{needed / 2**30:.0f} GiB of GPU memory are needed")
+    skip_without(needed)
     book = fk.Codebook(fk.kronecker_centroids(20, 3)).cuda()
     x = torch.empty(1, 3, rows, columns, dtype=torch.bfloat16, device="cuda").uniform_(-1, 1)
     assert x.numel() > 2**31
@@ -164,8 +169,7 @@ def test_loss_and_gradient_beyond_two_to_the_31_elements(gpu, predicts):
     rows, columns = 27_000, 27_000
     # Prediction, source, residual and gradient in bf16, and labels.
     needed = rows * columns * (4 * 3 * 2 + 1)
-    if torch.cuda.mem_get_info()[0] < 1.3 * needed:
-        pytest.skip(f"{needed / 2**30:.0f} GiB of GPU memory are needed")
+    skip_without(needed)
     book = fk.Codebook(fk.kronecker_centroids(20, 3)).cuda()
     x, source = (
         torch.empty(1, 3, rows, columns, dtype=torch.bfloat16, device="cuda").uniform_(-1, 1) for _ in range(2)
@@ -187,16 +191,14 @@ def test_loss_and_gradient_beyond_two_to_the_31_elements(gpu, predicts):
     torch.testing.assert_close(whole.double(), parts, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("gpu", ["triton"], indirect=True)  # the field has no CUDA kernel
 def test_the_field_beyond_two_to_the_31_elements(gpu):
     """Pixels and generated weights above 2^31 elements each; output and gradients compared at both ends with small calls."""
-    if requested_backend() != "triton":
-        pytest.skip("the field is Triton's on a GPU")
     rows, columns, patch, hidden = 27_000, 27_000, 8, 16
     patches, count = rows // patch * (columns // patch), 2 * hidden**2
     # Weights and their gradient, pixels, output, gradient of the output and of the pixels, all in bf16.
     needed = 2 * (2 * patches * count + 4 * 3 * rows * columns)
-    if torch.cuda.mem_get_info()[0] < 1.3 * needed:
-        pytest.skip(f"{needed / 2**30:.0f} GiB of GPU memory are needed")
+    skip_without(needed)
     random = functools.partial(torch.empty, dtype=torch.bfloat16, device="cuda")
     x = random(1, 3, rows, columns).uniform_(-1, 1)
     weights = random(1, patches, 1, count).uniform_(-1, 1)
