@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flowseg.errors import UserError
 
@@ -54,7 +54,8 @@ class ModelConfig(Section):
 class CodesConfig(Section):
     """The points in code space that stand for the classes."""
 
-    channels: Count = 3
+    channels: Count = 8
+    """Eight scored best on two data sets (docs/results/paints.md); the published recipes have three."""
     sequence: Literal["sqrt_primes", "r_sequence", "searched", "grid", "one_hot"] = "sqrt_primes"
     """``one_hot``: a channel a class (``channels`` must be their number); nearest code and largest channel agree."""
 
@@ -105,7 +106,7 @@ class RepaConfig(Section):
 class DataConfig(Section):
     """Where images and labels come from, and the size the network sees."""
 
-    name: Literal["digits", "camvid", "ade20k", "cocostuff", "cityscapes", "voc", "folder"] = "digits"
+    name: Literal["digits", "paints", "camvid", "ade20k", "cocostuff", "cityscapes", "voc", "folder"] = "digits"
     root: Path | None = None
     height: Count = 64
     width: Count = 64
@@ -128,9 +129,9 @@ class DataConfig(Section):
     max_class_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Draw a crop again, up to ten times, while one class covers more than this of its labelled pixels."""
     workers: Annotated[int, Field(ge=0)] = 0
-    digits_train: Count = 4000
-    """Scenes of one pass over the embedded data."""
-    digits_val: Count = 200
+    scenes_train: Count = 4000
+    """Scenes of one pass over embedded data (digits, paints)."""
+    scenes_val: Count = 200
 
     @model_validator(mode="after")
     def _scales(self) -> DataConfig:
@@ -178,7 +179,7 @@ class TrainConfig(Section):
     batch_size: Count = 32
     accumulation: Count = 1
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """``auto``: bf16 where the hardware multiplies it. The loss and the correction are float32 either way."""
+    """``auto``: bf16 where the hardware multiplies it; ``no``: float32. The loss and the correction are float32 either way."""
     seed: Annotated[int, Field(ge=0)] = 0
     log_every: Count = 10
     eval_every: Count = 500
@@ -194,6 +195,12 @@ class TrainConfig(Section):
     project: str = "flowseg"
     """Name of the project for the trackers."""
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        # YAML 1.1 reads an unquoted no as false.
+        return "no" if value is False else value
+
     @model_validator(mode="after")
     def _stages_in_order(self) -> TrainConfig:
         starts = [stage.at for stage in self.stages]
@@ -206,7 +213,8 @@ class SampleConfig(Section):
     """The ODE solver from source to code field, the views of an image, and how the result reaches native resolution."""
 
     method: Literal["euler", "heun", "midpoint"] = "euler"
-    steps: Annotated[int, Field(ge=1, le=100)] = 2
+    steps: Annotated[int, Field(ge=1, le=100)] = 1
+    """What scored best where we measured (docs/results/camvid.md); a model trained for longer may gain from more."""
     resize: Literal["fit", "cover", "native"] = "fit"
     """Size at which an image is seen: inside the training size, covering it, or its own; padded to whole patches."""
     window: Literal["whole", "slide"] = "whole"
@@ -342,7 +350,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
         raise UserError(f"--config {path}: wants sections such as 'optim:' at the top, got {type(tree).__name__}")
-    return tree
+    # A section without settings.
+    return {key: value for key, value in tree.items() if value is not None}
 
 
 def _number(value: Any) -> Any:

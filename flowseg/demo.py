@@ -51,12 +51,14 @@ def demo_config(*, quick: bool, steps: int, seed: int) -> Config:
     tree = {
         # One digit is about a patch wide, which a linear embedding of whole patches learns in a few hundred steps.
         "model": {"size": "nano", "stem_width": 0},
+        # Three, so that the states of the flow can be shown as colours.
+        "codes": {"channels": 3},
         "data": {
             "name": "digits",
             "height": 64,
             "width": 64,
-            "digits_train": 20000,
-            "digits_val": 24 if quick else 200,
+            "scenes_train": 20000,
+            "scenes_val": 24 if quick else 200,
         },
         "optim": {"lr": 2e-3, "warmup": min(50, max(1, steps // 10))},
         "sample": {"steps": 4, "batch_size": 50},
@@ -221,7 +223,7 @@ def _write_report(path: Path, arms: list[Arm], speed: list[dict], size: int, qui
     )
     curves = figures.curve_figure({a.name: a.curve for a in arms}, {a.name: a.errors for a in arms})
     curves.savefig(path.with_name("curves.png"), dpi=110)
-    scenes = _scenes(arms, chosen_indices(len(arms[0].curve) and config.data.digits_val, None)[: 2 if quick else 4])
+    scenes = _scenes(arms, chosen_indices(len(arms[0].curve) and config.data.scenes_val, None)[: 2 if quick else 4])
     scenes[0].savefig(path.with_name("scene.png"), dpi=110)
     page.section(
         "What came out",

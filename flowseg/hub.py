@@ -14,6 +14,7 @@ from flowseg.config import config_from_tree, override
 from flowseg.data.datasets import resolve_labels
 from flowseg.errors import UserError
 from flowseg.model import build_model
+from flowseg.model.sizes import check_sizes
 from flowseg.segment import Segmenter, default_device
 
 WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
@@ -83,6 +84,7 @@ def from_pretrained(
     if codebook.centroids.shape != centroids.shape or not torch.allclose(codebook.centroids, centroids, atol=1e-6):
         raise UserError(f"{folder / SETTINGS}: its codes are not those that codes.* describes; the file was edited")
     model = build_model(config)
+    check_sizes(config, model.size.patch_size)
     load_weights(model, folder / WEIGHTS)
     return Segmenter(model.eval(), codebook, config, device or default_device())
 

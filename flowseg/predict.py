@@ -72,7 +72,7 @@ def predict(
     result = Predictions([], [])
     for path, name in zip(images, names):
         try:
-            image = read_image(path)
+            image = read_image(path, upright=True)
             labels, margin = (part.numpy() for part in segmenter.labels(image, with_margin=True))
             for kind in outputs:
                 picture = _picture(kind, image, labels, margin, palette, segmenter.codebook.min_distance, opacity)

@@ -18,6 +18,7 @@ from flowseg.data.datasets import resolve_labels
 from flowseg.data.transforms import model_size, prepare
 from flowseg.flow import integrate, make_source
 from flowseg.model import FlowSegModel, build_model
+from flowseg.model.sizes import check_sizes
 from flowseg.views import class_probabilities, mean_over_windows, pad_to, resize_labels, windows
 from flowseg_kernels import Codebook, nearest_centroid
 
@@ -43,13 +44,14 @@ class Segmenter:
         """Load a trained run; ``config`` is its own, possibly with other sampling settings."""
         path = find_weights(run, checkpoint, config.sample.weights)
         model = build_model(config)
+        check_sizes(config, model.size.patch_size)
         load_weights(model, path)
         codebook = build_codebook(config.codes, len(resolve_labels(config.data).classes))
         return cls(model.eval(), codebook, config, device or default_device())
 
     @torch.no_grad()
-    def sample(self, images: Tensor, *, seed: int = 0, keep_path: bool = False):
-        """Run the flow on prepared images ``(B, 3, H, W)`` in [-1, 1].
+    def sample(self, images: Tensor, *, seed: int = 0, steps: int | None = None, keep_path: bool = False):
+        """Run the flow on prepared images ``(B, 3, H, W)`` in [-1, 1], in ``steps`` steps or ``sample.steps`` of the settings.
 
         Returns:
             The code field ``(B, C, H, W)`` float32 at t = 1, and with ``keep_path`` the states on the way.
@@ -57,7 +59,11 @@ class Segmenter:
         flow, sample = self.config.flow, self.config.sample
         images = images.to(self.device)
         generator = torch.Generator().manual_seed(seed)
-        source = make_source(images, self.config.codes.channels, flow.source, generator)
+        # Noise is the same for every image: what comes out does not depend on what it is batched with.
+        count = 1 if flow.source == "noise" else len(images)
+        source = make_source(images[:count], self.config.codes.channels, flow.source, generator).expand(
+            len(images), -1, -1, -1
+        )
         condition = images if self.model.condition_on_image else None
         was_training = self.model.training
         self.model.eval()
@@ -65,7 +71,7 @@ class Segmenter:
             result = integrate(
                 lambda x, t: self.model(x, t, condition).float(),
                 source,
-                steps=sample.steps,
+                steps=steps or sample.steps,
                 method=sample.method,
                 predicts=flow.predicts,
                 t_min=flow.t_min,

@@ -9,11 +9,14 @@ from typing import Protocol
 from PIL import Image
 
 from flowseg.config import DataConfig
-from flowseg.data.digits import CELL, DigitScenes
+from flowseg.data import digits, paints
 from flowseg.data.folder import FolderPairs
 from flowseg.data.layouts import SPLITS, find_pairs
 from flowseg.data.presets import PRESETS, Labels, spread_palette
 from flowseg.errors import UserError
+
+# Data that is made on the fly: its scenes and the smallest side they can have.
+EMBEDDED = {"digits": (digits.DigitScenes, digits.CELL), "paints": (paints.PaintScenes, paints.SMALLEST)}
 
 
 class Pairs(Protocol):
@@ -46,8 +49,8 @@ def resolve_labels(config: DataConfig) -> Labels:
         UserError: no class names for a folder, repeated names, or a palette of another length.
     """
     preset = PRESETS.get(config.name)
-    if config.name == "digits" and (config.classes or config.ignore or config.root):
-        raise UserError("data.classes, data.ignore and data.root do not apply to digits; set data.name=folder")
+    if config.name in EMBEDDED and (config.classes or config.ignore or config.root):
+        raise UserError(f"data.classes, data.ignore and data.root do not apply to {config.name}; set data.name=folder")
     classes = config.classes or (preset.classes if preset else None)
     if not classes:
         raise UserError("data.classes is missing: list the class names in the order of the label values 0, 1, 2, ...")
@@ -87,13 +90,15 @@ def open_data(
     labels = resolve_labels(config)
     opened: dict[str, Pairs] = {}
     for split in splits:
-        if config.name == "digits":
-            if min(config.height, config.width) < CELL:
+        if config.name in EMBEDDED:
+            scenes, smallest = EMBEDDED[config.name]
+            if min(config.height, config.width) < smallest:
                 raise UserError(
-                    f"data.height and data.width must be at least {CELL} for digits, got {config.height}x{config.width}"
+                    f"data.height and data.width must be at least {smallest} for {config.name}, "
+                    f"got {config.height}x{config.width}"
                 )
-            count = config.digits_train if split == "train" else config.digits_val
-            opened[split] = DigitScenes(split, count, config.height, config.width, seed)
+            count = config.scenes_train if split == "train" else config.scenes_val
+            opened[split] = scenes(split, count, config.height, config.width, seed)
         else:
             if config.root is None:
                 raise UserError(f"data.root is missing: --root must name the folder of the {config.name} data")

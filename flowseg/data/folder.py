@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from flowseg.codes import IGNORE_INDEX
 from flowseg.data.layouts import IMAGE_SUFFIXES, Pair
@@ -77,15 +77,24 @@ class FolderPairs:
             _same_size(self.labels[index], _size(self.labels[index], "a label map"), size)
 
 
-def read_image(path: Path) -> Image.Image:
-    """An RGB image; grey, palette and alpha images are converted.
+def read_image(path: Path, *, upright: bool = False) -> Image.Image:
+    """An RGB image; grey, palette and alpha images are converted, 16 bits a pixel become 8.
+
+    Args:
+        path: the file.
+        upright: turn it as the camera noted (EXIF). Images with label maps are not turned: their labels are not either.
 
     Raises:
         UserError: the file cannot be decoded.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            picture = ImageOps.exif_transpose(image) if upright else image
+            if picture.mode.startswith("I;16") or picture.mode == "I":
+                # Pillow's own conversion would take everything above 255 for white.
+                values = np.asarray(picture).clip(0, 65535)
+                picture = Image.fromarray((values >> 8).astype(np.uint8))
+            return picture.convert("RGB")
     except _BROKEN as error:
         raise UserError(f"{path}: cannot be read as an image ({error})") from None
 

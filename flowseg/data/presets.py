@@ -6,6 +6,7 @@ import colorsys
 import dataclasses
 
 from flowseg.data import class_names
+from flowseg.data.paints import PAINTS as PAINT_KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,8 @@ DIGITS = Labels(
     classes=("background", *(str(digit) for digit in range(10))), palette=((40, 40, 40), *spread_palette(10))
 )
 
+PAINTS = Labels(tuple(" ".join(kind) for kind in PAINT_KINDS), spread_palette(len(PAINT_KINDS)))
+
 ADE20K = Labels(class_names.ADE20K, spread_palette(150), ignore=(0,), values=tuple(range(1, 151)))
 
 _USED = tuple(k for k in range(182) if k not in class_names.COCO_STUFF_UNUSED)
@@ -81,6 +84,7 @@ VOC = Labels(class_names.VOC, voc_palette(21))
 
 PRESETS = {
     "digits": DIGITS,
+    "paints": PAINTS,
     "camvid": CAMVID,
     "ade20k": ADE20K,
     "cocostuff": COCO_STUFF,

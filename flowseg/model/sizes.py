@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 
-from flowseg.config import ModelConfig
+from flowseg.config import Config, ModelConfig
 from flowseg.errors import UserError
 
 
@@ -62,4 +62,25 @@ def resolve_size(config: ModelConfig) -> ModelSize:
         raise UserError(
             f"model.dim / model.heads must be a multiple of 4 (2-D rotary embedding), got {size.dim} / {size.heads}"
         )
+    if size.stem_width and size.patch_size & (size.patch_size - 1):
+        raise UserError(
+            f"model.patch_size must be a power of two with a convolutional stem, got {size.patch_size}; "
+            "set model.stem_width=0 for the linear patch embedding"
+        )
     return size
+
+
+def check_sizes(config: Config, patch: int) -> None:
+    """Refuse training sizes, those of later stages too, that are no whole patches.
+
+    Raises:
+        UserError: naming the setting and the nearest size that fits.
+    """
+    for step in (0, *(stage.at for stage in config.train.stages)):
+        data = config.at_step(step).data
+        for name in ("height", "width"):
+            value = getattr(data, name)
+            if value % patch:
+                near = max(patch, round(value / patch) * patch)
+                place = f"train.stages at {step}: {name}" if step else f"data.{name}"
+                raise UserError(f"{place} must be a multiple of the patch size {patch}, got {value}; try {near}")

@@ -182,7 +182,7 @@ def trajectory_figure(
     """
     centre = codes.mean(0)
     _, _, axes = np.linalg.svd(codes - centre, full_matrices=False)
-    plane = axes[:2].T
+    plane = axes[:2].T if codes.shape[1] > 1 else np.array([[1.0, 0.0]])
     figure = Figure(figsize=(7.5, 6.2), layout="constrained")
     axis = figure.subplots()
     present = [k for k in np.unique(truth) if k != 255]

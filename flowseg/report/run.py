@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import yaml
 
+from flowseg.config import Config
 from flowseg.data import SegmentationData, open_data
 from flowseg.errors import UserError
 from flowseg.evaluate import Scores, chosen_indices, evaluate
@@ -56,7 +57,7 @@ def write_report(
         f"FlowSeg run: {run.resolve().name}",
         f"{config.model.size} on {config.data.name}, {len(labels.classes)} classes, {config.codes.channels} code channels, "
         + ("plain flow matching" if weight == 0 else f"flow matching with the correction at weight {weight:g}")
-        + f", {config.sample.steps} {config.sample.method.capitalize()} steps.",
+        + f", {config.sample.steps} {config.sample.method.capitalize()} step{'s' * (config.sample.steps > 1)}.",
     )
     speed = float(np.median([line["images_per_second"] for line in training])) if training else 0.0
     page.cards(
@@ -106,7 +107,8 @@ def write_report(
         paragraph(
             "Some pixels of the first example on their way from the image (t = 0) to a code (t = 1), in the plane in which the "
             "codes spread most. Stars are the codes of the classes that are in the picture, circles the others; a way has the "
-            "colour of its true class. In more than two channels, what looks near in the plane need not be near."
+            f"colour of its true class. The solver takes {_path_steps(config)} steps here. In more than two channels, what looks "
+            "near in the plane need not be near."
         ),
         picture(_trajectories(segmenter, data, indices[0]), "trajectories"),
     )
@@ -166,10 +168,15 @@ def _example(segmenter: Segmenter, data: SegmentationData, index: int) -> dict:
     return {"image": np.asarray(image), "truth": np.asarray(truth), "labels": found.numpy(), "margin": share}
 
 
+def _path_steps(config: Config) -> int:
+    """Enough for a way to show its bends, also where the scores take a single step."""
+    return max(8, config.sample.steps)
+
+
 def _trajectories(segmenter: Segmenter, data: SegmentationData, index: int):
     image, truth = data.val[index]
     pixels, (height, width) = segmenter.prepare_batch([image])
-    _, path = segmenter.sample(pixels, keep_path=True)
+    _, path = segmenter.sample(pixels, steps=_path_steps(segmenter.config), keep_path=True)
     truth = np.asarray(truth.resize((width, height), 0))
     states = [(t, x[0, :, :height, :width]) for t, x in path]
     return figures.trajectory_figure(states, truth, segmenter.codebook.centroids.cpu().numpy(), data.labels.palette)

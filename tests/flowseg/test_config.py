@@ -1,9 +1,9 @@
 """Settings: layering, checks, and messages that say what to do."""
 
+import typing
 from pathlib import Path
 
 import pytest
-import yaml
 
 from flowseg.config import Config, known_keys, load_config, save_config
 from flowseg.errors import UserError
@@ -21,7 +21,7 @@ def test_defaults_are_the_measured_ones():
     config = Config()
     assert (config.flow.predicts, config.flow.zero_fraction, config.flow.time_sampler) == ("endpoint", 0.5, "uniform")
     assert (config.loss.correction_weight, config.loss.temperature, config.loss.eps) == (1.0, 1.0, None)
-    assert config.optim.grad_clip == 1.0 and 2 <= config.sample.steps <= 5
+    assert (config.optim.grad_clip, config.sample.steps, config.codes.channels) == (1.0, 1, 8)
 
 
 def test_saved_settings_read_back(tmp_path):
@@ -95,17 +95,40 @@ def test_the_published_recipe_is_the_papers():
 
 
 def test_every_field_can_be_set_from_the_command_line():
-    changed = {
-        "bool": lambda v: not v, "int": lambda v: v + 1, "float": lambda v: v * 0.5, "str": lambda v: v,
-        "NoneType": lambda v: None, "list": lambda v: v,
+    changed = {"bool": lambda v: not v, "int": lambda v: v + 1, "float": lambda v: v * 0.5 or 0.5}
+    others = {
+        "codes.channels": "12", "data.scale_max": "2.0", "data.classes": "[a, b]", "data.palette": "[[1,2,3],[4,5,6]]",
+        "data.ignore": "[7]", "train.trackers": "[tensorboard]", "sample.scales": "[0.5, 1.0]", "train.project": "mine",
+        "train.stages": "[{at: 5, height: 32, width: 32}]", "repa.encoder": "folder", "model.pixnerd": "a.ckpt",
+        "model.size": "B", "data.root": "here", "data.train_split": "one", "data.val_split": "two",
     }  # fmt: skip
     config = Config()
     for key in known_keys():
-        section, field = key.split(".")
-        value = getattr(getattr(config, section), field)
-        wanted = {"codes.channels": 8, "data.scale_max": 2.0}.get(key, changed[type(value).__name__](value))
-        got = load_config(None, [f"{key}={yaml.safe_dump(wanted, default_flow_style=True).splitlines()[0]}"])
-        assert getattr(getattr(got, section), field) == wanted, key
+        section, leaf = key.split(".")
+        value, field = getattr(getattr(config, section), leaf), type(getattr(config, section)).model_fields[leaf]
+        words = [] if key in others else [word for word in _literals(field.annotation) if word != value]
+        for text in words or [others.get(key) or str(changed.get(type(value).__name__, lambda _: 16)(value))]:
+            with_it = ["codes.channels=11"] if text == "one_hot" else []
+            if (key, text) == ("loss.kind", "cross_entropy"):
+                with_it = ["codes.sequence=one_hot", "codes.channels=11", "flow.zero_fraction=1"]
+            got = getattr(getattr(load_config(None, [f"{key}={text}", *with_it]), section), leaf)
+            assert got != value, key
+            if words:
+                assert got == text, "an unquoted word is that word"
+
+
+def _literals(annotation):
+    """The words of a Literal, also of one that may be None."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return parts
+    return [word for part in parts for word in _literals(part)]
+
+
+def test_a_section_without_settings_is_the_default(tmp_path):
+    (tmp_path / "c.yaml").write_text("optim:\ntrain:\n  mixed_precision: no\n")
+    config = load_config(tmp_path / "c.yaml")
+    assert config.optim == Config().optim and config.train.mixed_precision == "no"
 
 
 def test_stages_must_come_in_order():

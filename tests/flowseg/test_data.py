@@ -9,21 +9,43 @@ from flowseg.config import DataConfig
 from flowseg.data import open_data, training_batches
 from flowseg.data.datasets import resolve_labels
 from flowseg.data.digits import DigitScenes, _digits
+from flowseg.data.folder import read_image
+from flowseg.data.paints import PAINTS, PaintScenes
 from flowseg.data.transforms import augment, model_size, prepare
 from flowseg.errors import UserError
 
 from .tiny import folder_section, tiny_config
 
 
-def test_scenes_are_repeatable_and_labelled():
-    scenes = DigitScenes("train", 10, 64, 64, seed=3)
+@pytest.mark.parametrize(("kind", "classes"), [(DigitScenes, 11), (PaintScenes, 48)])
+def test_scenes_are_repeatable_and_labelled(kind, classes):
+    scenes = kind("train", 40, 64, 48, seed=3)
     image, labels = scenes[4]
-    again, labels_again = DigitScenes("train", 99, 64, 64, seed=3)[4]
+    again, labels_again = kind("train", 99, 64, 48, seed=3)[4]
     assert np.array_equal(image, again) and np.array_equal(labels, labels_again)
-    assert not np.array_equal(image, DigitScenes("train", 10, 64, 64, seed=4)[4][0])
-    assert image.size == labels.size == (64, 64) and image.mode == "RGB"
-    seen = np.unique(np.concatenate([np.unique(scenes[i][1]) for i in range(10)]))
-    assert seen.max() <= 10 and len(seen) > 6
+    assert not np.array_equal(image, kind("train", 40, 64, 48, seed=4)[4][0])
+    assert not np.array_equal(image, kind("val", 40, 64, 48, seed=3)[4][0])
+    assert image.size == labels.size == (48, 64) and image.mode == "RGB"
+    seen = np.unique(np.concatenate([np.unique(scenes[i][1]) for i in range(len(scenes))]))
+    assert seen.max() < classes and len(seen) > 0.8 * classes
+
+
+def test_a_paint_is_told_by_its_mean_color():
+    # Nearest mean of other scenes: the classes can be learnt, and are no clearer than that they must be.
+    def means(split, count):
+        found = {}
+        for image, labels in (PaintScenes(split, count, 48, 48)[index] for index in range(count)):
+            pixels, labels = np.asarray(image, np.float32), np.asarray(labels)
+            for k in np.unique(labels):
+                if (labels == k).sum() > 100:
+                    found.setdefault(int(k), []).append(pixels[labels == k].mean(0))
+        return found
+
+    known = {k: np.mean(colors, 0) for k, colors in means("train", 150).items()}
+    assert len(known) == len(PAINTS)
+    asked = [(k, color) for k, colors in means("val", 40).items() for color in colors]
+    right = [k == min(known, key=lambda c: np.square(known[c] - color).sum()) for k, color in asked]
+    assert 0.7 < np.mean(right) < 1
 
 
 def test_digits_of_the_splits_are_disjoint():
@@ -37,6 +59,20 @@ def test_folder_pairs(folder_data):
     image, labels = data.train[0]
     assert image.size == labels.size == (40, 24)
     assert set(np.unique(labels)) <= {0, 1, 2, 255} and 255 in np.unique(labels)
+
+
+def test_16_bit_grey_keeps_its_shades_and_a_photograph_is_turned(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    read = np.asarray(read_image(tmp_path / "deep.png"))[..., 0]
+    assert np.abs(read.astype(int) - ramp // 257).max() <= 1
+    photo = Image.new("RGB", (40, 20))
+    photo.putpixel((0, 0), (255, 255, 255))
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "turned.png", exif=exif)
+    assert read_image(tmp_path / "turned.png").size == (40, 20)
+    assert read_image(tmp_path / "turned.png", upright=True).size == (20, 40)
 
 
 def test_ignored_values_become_255(folder_data):
@@ -109,6 +145,7 @@ def test_wrong_places_and_class_lists(folder_data, tmp_path):
         ({"name": "folder", "classes": ["a", "b"], "ignore": [1]}, "is the class 'b'"),
         ({"name": "folder", "classes": ["a", "b"], "palette": [(1, 2, 3)]}, "one colour for each of 2"),
         ({"name": "digits", "root": "x"}, "do not apply to digits"),
+        ({"name": "paints", "ignore": [3]}, "do not apply to paints"),
     ):
         with pytest.raises(UserError, match=words):
             resolve_labels(DataConfig(**section))

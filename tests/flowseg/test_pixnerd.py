@@ -145,6 +145,17 @@ def test_what_does_not_fit_is_named(tmp_path):
         load_pixnerd(model, tmp_path / "x.ckpt")
 
 
+def test_a_model_with_a_projector_is_as_strict(tmp_path):
+    weights = pixnerd_weights(SIZE)
+    model = FlowSegModel(SIZE, align_dim=12)
+    before = {name: value.clone() for name, value in model.projector.state_dict().items()}
+    assert not load_pixnerd(model, weights).missing
+    assert before and all(torch.equal(before[name], value) for name, value in model.projector.state_dict().items())
+    wider = ModelSize(patch_size=4, dim=32, heads=2, depth=2, field_depth=2, field_hidden=8)
+    with pytest.raises(UserError, match="30 mismatched"):
+        load_pixnerd(FlowSegModel(wider, align_dim=12), weights)
+
+
 @pytest.mark.parametrize(("size", "published"), [("L/16", 452.1), ("XL/16", 700.6)])
 def test_parameter_counts_are_pixnerds_less_its_class_table(size, published):
     size = resolve_size(ModelConfig(size=size))
