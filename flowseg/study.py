@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -19,8 +21,12 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flowseg.config import Count, Section, load_config, parse_section
+from flowseg.checkpoint import list_checkpoints
+from flowseg.config import Config, Count, Section, load_config, parse_section
 from flowseg.errors import UserError
+
+# Arms of a picture that have a colour of their own.
+COLORED_ARMS = 5
 
 
 class Study(Section):
@@ -42,7 +48,7 @@ class Run:
 
     def __init__(self, study: Study, arm: str, seed: int, out: Path):
         self.arm, self.seed, self.study = arm, seed, study
-        self.folder = out / re.sub(r"[^a-z0-9.]+", "-", arm.lower()) / f"seed{seed}"
+        self.folder = out / folder_name(arm) / f"seed{seed}"
         fixed = [int(pair.partition("=")[2]) for pair in study.arms[arm] if pair.startswith("sample.steps=")]
         self.sample_steps = fixed[-1:] or study.sample_steps
 
@@ -58,7 +64,7 @@ class Run:
             yield [
                 *("train", "--config", str(self.study.base), *where, "--out", str(self.folder)),
                 *("--steps", str(self.study.steps), "--seed", str(self.seed)),
-                *(["--resume"] if list(self.folder.glob("checkpoints/*")) else []),
+                *(["--resume"] if list_checkpoints(self.folder) else []),
                 *(part for pair in pairs for part in ("--set", pair)),
             ]
             (self.folder / "trained").touch()
@@ -66,6 +72,23 @@ class Run:
             if not self.score_file(steps).exists():
                 target = str(self.score_file(steps))
                 yield ["evaluate", "--run", str(self.folder), *where, "--steps", str(steps), "--json", target]
+
+    def check(self) -> None:
+        """Refuse to take what was trained with other settings for this run's.
+
+        Raises:
+            UserError: naming the folder and the first setting that differs.
+        """
+        if not (self.folder / "config.yaml").is_file():
+            return
+        pairs = [*self.study.settings, *self.study.arms[self.arm], f"train.steps={self.study.steps}"]
+        wanted = _settings(load_config(self.study.base, [*pairs, f"train.seed={self.seed}"]))
+        for key, was in _settings(load_config(self.folder / "config.yaml")).items():
+            if was != wanted[key]:
+                raise UserError(
+                    f"{self.folder} was trained with {key} = {was!r}, the study now wants {wanted[key]!r}; give a new --out, "
+                    "or remove that folder to train it again"
+                )
 
     def scores(self) -> dict[int, dict]:
         """Scores by number of Euler steps, of those there are."""
@@ -76,6 +99,18 @@ class Run:
         """``(step, mIoU)`` of the validations while training."""
         lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
         return [(line["step"], line["miou"]) for line in lines if line["event"] == "validation"]
+
+
+def folder_name(arm: str) -> str:
+    """Letters, digits and dots of an arm's name, joined by dashes."""
+    return re.sub(r"[^a-z0-9.]+", "-", arm.lower())
+
+
+def _settings(config: Config) -> dict[str, object]:
+    """Dotted settings, less those of a place and a machine."""
+    tree = config.model_dump(mode="json")
+    flat = {f"{section}.{leaf}": value for section, fields in tree.items() for leaf, value in fields.items()}
+    return {key: value for key, value in flat.items() if key not in ("data.root", "train.mixed_precision")}
 
 
 def load_study(path: Path) -> Study:
@@ -92,7 +127,12 @@ def load_study(path: Path) -> Study:
         ) from None
     study = parse_section(Study, tree if isinstance(tree, dict) else {}, str(path))
     study.base = (path.parent / study.base).resolve()
+    folders: dict[str, str] = {}
     for name, pairs in study.arms.items():
+        if (other := folders.setdefault(folder_name(name), name)) != name:
+            raise UserError(
+                f"study {path}: arms {other!r} and {name!r} would share the folder {folder_name(name)!r}; rename one"
+            )
         try:
             load_config(study.base, study.settings + pairs)
         except UserError as error:
@@ -118,21 +158,35 @@ def run_study(study: Study, out: Path, *, root: Path | None, jobs: int, console:
     runs = [Run(study, arm, seed, out) for arm in study.arms for seed in study.seeds]
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     environment = os.environ | {"OMP_NUM_THREADS": threads}
+    for run in runs:
+        run.check()
     failed: list[str] = []
-    stop = threading.Event()
+    stop, starting = threading.Event(), threading.Lock()
+    children: set[subprocess.Popen] = set()
 
     def work(run: Run) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         with (run.folder / "log.txt").open("ab") as log:
             for command in run.commands(root):
+                with starting:
+                    if stop.is_set():
+                        return
+                    # In a session of its own: Ctrl-C reaches it through us once; a second signal would end it unsaved.
+                    child = subprocess.Popen(
+                        [sys.executable, "-m", "flowseg", *command],
+                        stdout=log,
+                        stderr=log,
+                        env=environment,
+                        start_new_session=True,
+                    )
+                    children.add(child)
+                status = child.wait()
+                children.discard(child)
                 if stop.is_set():
                     return
-                done = subprocess.run(
-                    [sys.executable, "-m", "flowseg", *command], stdout=log, stderr=log, env=environment, check=False
-                )
-                if done.returncode:
+                if status:
                     lines = (run.folder / "log.txt").read_text(errors="replace").splitlines()
-                    failed.append(f"{run.arm}, seed {run.seed} (status {done.returncode}): " + " ".join(lines[-3:]))
+                    failed.append(f"{run.arm}, seed {run.seed} (status {status}): " + " ".join(lines[-3:]))
                     return
         progress.advance(task)
 
@@ -140,14 +194,37 @@ def run_study(study: Study, out: Path, *, root: Path | None, jobs: int, console:
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task("study", total=len(runs))
         try:
-            list(pool.map(work, runs))
-        except KeyboardInterrupt:
-            stop.set()
+            with _terminated_is_interrupted():
+                list(pool.map(work, runs))
+        except BaseException:
+            # Each saves a checkpoint and leaves; the pool waits for them.
+            with starting:
+                stop.set()
+                for child in list(children):
+                    child.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
     table = write_results(study, runs, out)
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed, the others are in {table}. First: {failed[0]}")
     return table
+
+
+@contextlib.contextmanager
+def _terminated_is_interrupted() -> Iterator[None]:
+    """SIGTERM as :class:`SystemExit`, so that the runs are told too."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def write_results(study: Study, runs: list[Run], out: Path) -> Path:
@@ -161,25 +238,49 @@ def write_results(study: Study, runs: list[Run], out: Path) -> Path:
     for arm, members in by_arm.items():
         scored = [run.scores() for run in members]
         cells = [_spread([one[steps]["miou"] for one in scored if steps in one]) for steps in study.sample_steps]
-        best = max(scored[0], key=lambda steps: mean(one[steps]["miou"] for one in scored if steps in one))
+        best = _best(scored)
         accuracy = _spread([one[best]["pixel_accuracy"] for one in scored if best in one])
         lines.append(f"| {arm} | {len(members)} | " + " | ".join(cells) + f" | {accuracy} ({best}) |")
     _replace(out / "table.md", ("\n".join(lines) + "\n").encode())
 
-    figure = Figure(figsize=(9, 0.28 * len(by_arm) + 3.5), layout="constrained")
-    axis = figure.subplots()
-    for arm, members in by_arm.items():
+    _draw(by_arm).savefig(out / ".curves.png", dpi=110)
+    os.replace(out / ".curves.png", out / "curves.png")
+    return out / "table.md"
+
+
+def _draw(by_arm: dict[str, list[Run]]) -> Figure:
+    """Convergence, the first arms in colour before the others in grey; beside it every seed's final score."""
+    figure = Figure(figsize=(11, max(4.0, 0.24 * len(by_arm) + 1.5)), layout="constrained")
+    curves, finals = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    for place, (arm, members) in enumerate(by_arm.items()):
+        color = f"C{place}" if place < COLORED_ARMS else "0.75"
         points = list(zip(*(run.curve() for run in members)))
         steps = [group[0][0] for group in points]
         values = [[miou for _, miou in group] for group in points]
-        axis.plot(steps, [mean(group) for group in values], marker="o", markersize=3, label=arm)
-        axis.fill_between(steps, [min(group) for group in values], [max(group) for group in values], alpha=0.12)
-    axis.set(xlabel="training steps", ylabel="validation mIoU, %", ylim=(0, None))
-    axis.set_title("mean over seeds; the band is from the worst to the best seed", fontsize=9)
-    axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out / ".curves.png", dpi=110)
-    os.replace(out / ".curves.png", out / "curves.png")
-    return out / "table.md"
+        front = {"color": color, "zorder": 2 + (place < COLORED_ARMS)}
+        label = arm if place < COLORED_ARMS else "the others" if place == COLORED_ARMS else None
+        curves.plot(steps, [mean(group) for group in values], marker="o", markersize=3, label=label, **front)
+        if place < COLORED_ARMS:
+            curves.fill_between(steps, list(map(min, values)), list(map(max, values)), alpha=0.15, color=color)
+        best = _best([run.scores() for run in members])
+        scores = [run.scores()[best]["miou"] for run in members if best in run.scores()]
+        finals.plot(scores, [place] * len(scores), "o", markersize=4, alpha=0.6, color=color)
+        finals.plot([mean(scores)], [place], "|", markersize=12, markeredgewidth=2, color=color)
+    curves.set(xlabel="training steps", ylabel="validation mIoU, %", ylim=(0, None))
+    curves.set_title("while training: mean of the seeds, worst to best", fontsize=9)
+    curves.legend(frameon=False, fontsize=8)
+    finals.set_yticks(range(len(by_arm)), list(by_arm), fontsize=8)
+    finals.invert_yaxis()
+    finals.grid(axis="y", alpha=0.3)
+    finals.set_xlabel("mIoU, %")
+    finals.set_title("at the end, best number of Euler steps: seeds and mean", fontsize=9)
+    return figure
+
+
+def _best(scored: list[dict[int, dict]]) -> int:
+    """The number of Euler steps with the highest mean mIoU, of those that every seed was scored at if there are any."""
+    everywhere = set.intersection(*map(set, scored)) or set(scored[0])
+    return max(sorted(everywhere), key=lambda steps: mean(one[steps]["miou"] for one in scored if steps in one))
 
 
 def _spread(values: list[float]) -> str:

@@ -1,19 +1,25 @@
 """Studies: what is run, what is kept, what is written, and what is refused."""
 
 import json
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from rich.console import Console
 
+from flowseg.checkpoint import list_checkpoints
 from flowseg.codes import build_codebook
 from flowseg.config import load_config, save_config
 from flowseg.data import open_data, training_batches
 from flowseg.errors import UserError
 from flowseg.objective import flow_step
-from flowseg.study import Run, load_study, run_study
+from flowseg.study import Run, folder_name, load_study, run_study
+from flowseg.train import train
 from flowseg_kernels import nearest_centroid
 
 from .tiny import folder_section, tiny_config
@@ -47,7 +53,7 @@ def test_runs_scores_and_keeps_what_is_done_when_a_run_fails(study_file, tmp_pat
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and not [*out.glob(".*")]
 
     # Without the arm that failed nothing is left to run.
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a finished run was started again"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a finished run was started again"))
     study = load_study(study_file(arms={"softmax head": HEAD}))
     assert run_study(study, out, root=None, jobs=1, console=QUIET).read_text() == table
 
@@ -80,10 +86,56 @@ def test_a_wrong_file_is_refused_before_anything_runs(study_file, changes, wante
         load_study(study_file(**changes))
 
 
-@pytest.mark.parametrize("left_out", [pair for pair in HEAD[1:5] if "channels" not in pair])
-def test_a_softmax_head_wants_settings_that_have_no_flow(left_out):
-    with pytest.raises(UserError, match=left_out.partition("=")[0]):
-        load_config(None, [pair for pair in HEAD if pair != left_out])
+@pytest.mark.parametrize(
+    "other", ["codes.sequence=kronecker", "flow.zero_fraction=0.5", "flow.predicts=velocity", "sample.steps=2"]
+)
+def test_a_softmax_head_wants_settings_that_have_no_flow(other):
+    load_config(None, HEAD)
+    with pytest.raises(UserError, match=other.partition("=")[0]):
+        load_config(None, [*HEAD, other])
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_are_valid(path):
+    study = load_study(path)
+    assert len(study.seeds) >= 3 and len({folder_name(arm) for arm in study.arms}) == len(study.arms)
+
+
+def test_arms_that_would_share_a_folder_are_refused(study_file):
+    with pytest.raises(UserError, match=r"'C=3, λ=2' and 'C=3, τ=2' would share the folder 'c-3-2'"):
+        load_study(study_file(arms={"C=3, λ=2": [], "C=3, τ=2": []}))
+
+
+def test_results_of_other_settings_are_not_taken_for_this_studys(study_file, tmp_path):
+    out = tmp_path / "out"
+    run_study(load_study(study_file()), out, root=None, jobs=1, console=QUIET)
+    for changes, key in (
+        ({"steps": 3}, "train.steps = 2, the study now wants 3"),
+        ({"arms": {"FlowSeg": ["loss.correction_weight=2"]}}, "loss.correction_weight = 1.0"),
+    ):
+        with pytest.raises(UserError, match=key):
+            run_study(load_study(study_file(**changes)), out, root=None, jobs=1, console=QUIET)
+
+
+def test_a_run_killed_in_its_first_checkpoint_starts_again(study_file, tmp_path):
+    run = Run(load_study(study_file()), "FlowSeg", 0, tmp_path / "out")
+    (run.folder / "checkpoints" / ".step-00000004.999").mkdir(parents=True)
+    assert "--resume" not in next(run.commands(None))
+
+
+def test_sigterm_ends_the_runs_of_a_study_too(study_file, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "flowseg", "study", str(study_file(steps=100000)), "--out", str(out)]
+    study = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    metrics, deadline = out / "flowseg" / "seed0" / "metrics.jsonl", time.monotonic() + 90
+    while not (metrics.is_file() and metrics.read_text()):
+        assert time.monotonic() < deadline and study.poll() is None
+        time.sleep(0.05)
+    study.terminate()
+    assert study.wait(timeout=90) == 128 + signal.SIGTERM
+    assert list_checkpoints(metrics.parent), "the run has saved what it had"
+    # Nobody is left in the folder, or this would be refused.
+    train(load_config(metrics.parent / "config.yaml", ["train.steps=1"]), metrics.parent, resume=True)
 
 
 def test_softmax_head_is_cross_entropy_and_decodes_to_the_largest_channel(folder_data):
