@@ -35,11 +35,13 @@ class TrainState:
         step: optimiser steps done.
         seconds: wall-clock time used.
         best_miou: best validation mIoU in percent so far, -1 before the first.
+        validated: step of the newest validation.
     """
 
     step: int = 0
     seconds: float = 0.0
     best_miou: float = -1.0
+    validated: int = 0
 
 
 def save_checkpoint(
@@ -90,7 +92,9 @@ def save_checkpoint(
     temporary.rename(final)
     shutil.rmtree(temporary.with_suffix(REPLACED), ignore_errors=True)
     for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        # Out of the way first: a process killed while it deletes leaves what the next save clears away.
+        with contextlib.suppress(OSError):
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.dropped")), ignore_errors=True)
     return final
 
 
@@ -221,16 +225,58 @@ def find_weights(run: Path, checkpoint: str = "latest", weights: str = "ema") ->
     return path
 
 
-def read_run_config(run: Path, pairs: list[str] | None = None, flags: dict[str, Any] | None = None) -> Config:
-    """The settings of a run, of its last stage where it has several, with some replaced.
+def read_run_config(
+    run: Path,
+    pairs: list[str] | None = None,
+    flags: dict[str, Any] | None = None,
+    *,
+    checkpoint: str = "latest",
+) -> Config:
+    """The settings of a run with some replaced; of a run with several stages, those of the checkpoint's stage.
 
     Raises:
-        UserError: not a run folder.
+        UserError: not a run folder, or a setting replaced that gives what was learnt another meaning.
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"run folder {run}: no config.yaml there; give a folder written by 'flowseg train --out'")
     config = load_config(run / "config.yaml")
-    return override(config.at_step(config.train.steps).model_dump(mode="json"), pairs, flags)
+    step = _trained_steps(run, checkpoint)
+    stage = config.at_step(config.train.steps if step is None else max(step - 1, 0))
+    replaced = override(stage.model_dump(mode="json"), pairs, flags)
+    check_meaning(config, replaced, run)
+    return replaced
+
+
+def _trained_steps(run: Path, checkpoint: str) -> int | None:
+    """How many steps a checkpoint has seen, where that is known."""
+    if checkpoint.isdigit():
+        return int(checkpoint)
+    if checkpoint == "latest":
+        return max((int(path.name.removeprefix(PREFIX)) for path in list_checkpoints(run)), default=None)
+    path = run / "best.safetensors" if checkpoint == "best" else Path(checkpoint)
+    with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
+        return int(read_facts(path)["step"])
+    return None
+
+
+def check_meaning(before: Config, after: Config, run: Path) -> None:
+    """Refuse settings under which the numbers that a network has learnt to give would be taken for something else.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    for key in (
+        "codes.channels",
+        "codes.sequence",
+        "flow.predicts",
+        "flow.source",
+        "loss.kind",
+        "model.condition_on_image",
+    ):
+        section, leaf = key.split(".")
+        was, now = (getattr(getattr(config, section), leaf) for config in (before, after))
+        if was != now:
+            raise UserError(f"{key}: {run} was trained with {was!r}, got {now!r}; train another run for that")
 
 
 _OTHER_NUMBERS = "its numbers are not those that its checksum was taken of"

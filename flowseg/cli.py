@@ -35,6 +35,7 @@ class DataName(str, Enum):
     """Data sets known by name."""
 
     digits = "digits"
+    paints = "paints"
     camvid = "camvid"
     ade20k = "ade20k"
     cocostuff = "cocostuff"
@@ -65,6 +66,7 @@ def main() -> None:
 
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+_NOT_WRITABLE += (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
 DEMO_FILES = """  open it in a browser: scores, the flow step by step, the kernels' speed on this machine; beside it
@@ -119,7 +121,7 @@ def train(
     config: Annotated[Path | None, typer.Option(help="YAML file with settings, such as configs/camvid.yaml.")] = None,
     data: Annotated[
         DataName | None,
-        typer.Option(help="Data set; only digits needs no --root. Default: digits, or as in --config."),
+        typer.Option(help="Data set; only digits and paints need no --root. Default: digits, or as in --config."),
     ] = None,
     root: Annotated[Path | None, typer.Option(help="Folder that holds the data set.")] = None,
     model: Annotated[str | None, typer.Option(help="Size of the network: nano (for a CPU), S, B, L or XL.")] = None,
@@ -155,7 +157,8 @@ def train(
     if resume and config is None and (out / "config.yaml").is_file():
         config = out / "config.yaml"
     settings = load_config(config, sets, flags)
-    console = Console(stderr=True)
+    # The launcher's name for it; the first of several processes speaks for all.
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     console.print(f"flowseg {__version__}  {settings.data.name}  {settings.model.size}  -> {out}", highlight=False)
     if settings.train.steps < 2 * settings.optim.warmup:
         console.print(
@@ -202,9 +205,14 @@ def evaluate(
     from flowseg.parallel import Peers
     from flowseg.segment import Segmenter
 
+    if json_file:
+        _make_place("--json", json_file)
     state = PartialState(cpu=not torch.accelerator.is_available())
     settings = read_run_config(
-        run, sets, {"data.root": _absolute(root), "sample.steps": steps, "sample.method": method}
+        run,
+        sets,
+        {"data.root": _absolute(root), "sample.steps": steps, "sample.method": method},
+        checkpoint=checkpoint,
     )
     data = open_data(settings.data, (split.value,), seed=settings.train.seed)
     pairs = data.train if split is Split.train else data.val
@@ -253,9 +261,10 @@ def report(
     from flowseg.report.run import write_report
     from flowseg.segment import Segmenter
 
-    settings = read_run_config(run, sets, {"data.root": _absolute(root)})
-    segmenter = Segmenter.from_run(run, settings, checkpoint)
+    settings = read_run_config(run, sets, {"data.root": _absolute(root)}, checkpoint=checkpoint)
     target = out or run / "report.html"
+    _make_place("--out", target)
+    segmenter = Segmenter.from_run(run, settings, checkpoint)
     with _bar("report", limit) as advance:
         scores = write_report(run, segmenter, target, limit=limit, kernel_size=256 if speed else None, on_batch=advance)
     typer.echo(f"report: {target.resolve()}  (mIoU {scores.miou:.2f} on {scores.images} images)")
@@ -277,11 +286,14 @@ def export(
     from flowseg.hub import save_pretrained
     from flowseg.segment import Segmenter
 
-    segmenter = Segmenter.from_run(run, read_run_config(run, sets), checkpoint, "cpu")
+    _check_folder(out)
     try:
         measured = json.loads(scores.read_text()) if scores else None
     except (OSError, ValueError) as error:
         raise UserError(f"--scores {scores}: cannot be read as JSON ({error})") from None
+    if scores and not (isinstance(measured, dict) and {"miou", "pixel_accuracy", "images"} <= measured.keys()):
+        raise UserError(f"--scores {scores}: not what 'flowseg evaluate --json' writes; give that file")
+    segmenter = Segmenter.from_run(run, read_run_config(run, sets, checkpoint=checkpoint), checkpoint, "cpu")
     typer.echo(f"written: {save_pretrained(segmenter, out, scores=measured, license=license)}")
 
 
@@ -309,8 +321,11 @@ def predict(
     from flowseg.predict import predict as segment_files
     from flowseg.segment import Segmenter
 
+    _check_folder(out)
     shared = not (Path(run) / "config.yaml").is_file() and is_shared(run)
-    settings = None if shared else read_run_config(Path(run), sets, {"sample.steps": steps})
+    if shared and checkpoint != "latest":
+        raise UserError(f"--checkpoint {checkpoint}: {run} is one set of weights, not a run; leave --checkpoint out")
+    settings = None if shared else read_run_config(Path(run), sets, {"sample.steps": steps}, checkpoint=checkpoint)
     images = find_images(inputs)
     if shared:
         segmenter = from_pretrained(run, sets + ([] if steps is None else [f"sample.steps={steps}"]))
@@ -347,8 +362,31 @@ def study(
     """Train and score several settings with several seeds; write table.md and curves.png. Stopped, it goes on when called again."""
     from flowseg.study import load_study, run_study
 
+    _check_folder(out)
     table = run_study(load_study(file), out, root=root, jobs=jobs, console=Console(stderr=True))
     typer.echo(table.read_text())
+
+
+def _check_folder(out: Path) -> None:
+    """Before the work, not after it."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; give a folder")
+
+
+def _make_place(option: str, file: Path) -> None:
+    """The folder of a file that will be written when the work is done.
+
+    Raises:
+        UserError: the file or its folder cannot be.
+    """
+    if file.is_dir():
+        raise UserError(f"{option} {file}: is a folder; give a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {file}: its folder cannot be made ({error.strerror})") from None
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{option} {file}: {file.parent} cannot be written to; give another place")
 
 
 def _absolute(path: Path | None) -> str | None:

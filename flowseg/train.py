@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import errno
+import fcntl
+import importlib.util
 import itertools
 import json
 import math
@@ -13,6 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flowseg.align import ImageFeatures
-from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint, save_weights
+from flowseg.checkpoint import (
+    TrainState,
+    check_meaning,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
 from flowseg.codes import IGNORE_INDEX, build_codebook
 from flowseg.config import Config, OptimConfig, load_config, save_config
 from flowseg.data import SegmentationData, open_data, resolve_labels, training_batches
@@ -31,6 +42,7 @@ from flowseg.errors import UserError
 from flowseg.evaluate import Scores, evaluate
 from flowseg.memory import keep_freed_memory
 from flowseg.model import FlowSegModel, build_model, load_pixnerd
+from flowseg.model.sizes import check_sizes
 from flowseg.objective import flow_step, squared_error
 from flowseg.parallel import Peers, shard, whole
 from flowseg.progress import training_bar
@@ -117,6 +129,7 @@ def train(
     config = config.model_copy(deep=True)
     config.train.mixed_precision = resolve_precision(config.train.mixed_precision, default_device())
     out = Path(out)
+    _check_trackers(config)
     # Autocast is ours: accelerate keeps the first precision for the life of the process, and a demo may want two.
     accelerator = Accelerator(
         mixed_precision="no",
@@ -124,18 +137,31 @@ def train(
         log_with=config.train.trackers or None,
         project_dir=out,
     )
+    _check_out(out, resume)
+    with _occupied(out) if accelerator.is_main_process else contextlib.nullcontext():
+        return _train(config, out, accelerator, resume, console, title, on_validation)
+
+
+def _train(
+    config: Config,
+    out: Path,
+    accelerator: Accelerator,
+    resume: bool,
+    console: Console | None,
+    title: str,
+    on_validation: Callable[[int, Scores], None] | None,
+) -> TrainResult:
     main, device = accelerator.is_main_process, accelerator.device
     peers = Peers(accelerator.num_processes)
-    _check_out(out, resume)
     if resume:
         _check_codes(config, out)
     data = open_data(config.data, seed=config.train.seed, check=main)
     codebook = build_codebook(config.codes, data.num_classes).to(device)
     encoder = ImageFeatures.from_pretrained(config.repa.encoder).to(device) if config.repa.weight else None
     bare_model = build_model(config, align_dim=encoder.dim if encoder else None)
-    _check_sizes(config, bare_model)
+    _check_model(config, bare_model)
     if config.model.pixnerd and not resume:
-        report = load_pixnerd(bare_model, config.model.pixnerd, strict=encoder is None)
+        report = load_pixnerd(bare_model, config.model.pixnerd)
         if console:
             console.print(f"{config.model.pixnerd}: {report}", highlight=False)
     bare_model.to(device)
@@ -164,10 +190,13 @@ def train(
             raise UserError(f"--resume: no checkpoint in {out / 'checkpoints'}; leave --resume out to start anew")
         state = load_checkpoint(found[-1], bare_model, ema.tensors, optimizer)
     if main:
-        out.mkdir(parents=True, exist_ok=True)
         save_config(config, out / "config.yaml")
         if resume:
-            _truncate_metrics(out / "metrics.jsonl", state.step)
+            _truncate_metrics(out / "metrics.jsonl", state)
+        else:
+            # What a run that never came to a checkpoint left; it is not this run's.
+            for name in ("metrics.jsonl", "best.safetensors"):
+                (out / name).unlink(missing_ok=True)
     if config.train.trackers:
         accelerator.init_trackers(config.train.project, config=_flat(config.model_dump(mode="json")))
 
@@ -181,6 +210,12 @@ def train(
     def validate() -> None:
         nonlocal window_start
         begin = time.monotonic()
+
+        def leave_on_signal(_count: int) -> None:
+            # Several processes would not leave together: they finish the validation first.
+            if stop and peers.world == 1:
+                raise _Interrupted
+
         weights = ema.tensors if config.sample.weights == "ema" else dict(bare_model.named_parameters())
         _copy_into(ema_model, weights)
         segmenter.config = config.at_step(state.step - 1)
@@ -191,15 +226,16 @@ def train(
             rank=accelerator.process_index,
             world=peers.world,
             add_up=peers.add_up_counts,
+            on_batch=leave_on_signal,
         )
-        if main:
+        if main and state.validated < state.step:
             result.curve.append((state.step, scores.miou))
             log(event="validation", step=state.step, miou=scores.miou, pixel_accuracy=scores.pixel_accuracy)
             if scores.miou > state.best_miou:
                 save_weights(out / "best.safetensors", ema_model, step=state.step, miou=scores.miou)
             if on_validation:
                 on_validation(state.step, scores)
-        state.best_miou = max(state.best_miou, scores.miou)
+        state.best_miou, state.validated = max(state.best_miou, scores.miou), state.step
         window_start += time.monotonic() - begin
 
     def check_finite(*values: Tensor) -> None:
@@ -233,6 +269,13 @@ def train(
     ):
         model.train()
         batches, batches_of = iter(()), None
+
+        def due(step: int) -> bool:
+            return step > 0 and step % config.train.eval_every == 0 and step < config.train.steps
+
+        with contextlib.suppress(_Interrupted):
+            if due(state.step) and state.validated < state.step:
+                validate()
         while state.step < config.train.steps:
             now = config.at_step(state.step)
             if batches_of != (now.data, now.train.batch_size):
@@ -297,13 +340,18 @@ def train(
             if stop and peers.world == 1:
                 result.stopped_by = stop[0]
                 break
-            if state.step % config.train.eval_every == 0 and not at_end:
-                validate()
+            # Saved first: a process that is killed while it validates loses no step, and validates when it goes on.
             if state.step % config.train.checkpoint_every == 0 and not at_end:
                 save()
-        if not isinstance(result.stopped_by, int):
-            validate()
-            show(fraction=1.0, miou=result.scores and result.scores.miou)
+            if due(state.step):
+                with contextlib.suppress(_Interrupted):
+                    validate()
+        try:
+            if not isinstance(result.stopped_by, int):
+                validate()
+                show(fraction=1.0, miou=result.scores and result.scores.miou)
+        except _Interrupted:
+            result.stopped_by = stop[0]
         save()
     accelerator.wait_for_everyone()
     if config.train.trackers:
@@ -356,6 +404,46 @@ def _copy_into(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             own[name].copy_(value)
 
 
+class _Interrupted(Exception):
+    """A signal arrived during a validation."""
+
+
+def _check_trackers(config: Config) -> None:
+    for name in config.train.trackers:
+        if not any(map(importlib.util.find_spec, {"tensorboard": ("tensorboard", "tensorboardX")}.get(name, (name,)))):
+            raise UserError(f"train.trackers: {name} is not installed; pip install {name}, or leave it out")
+
+
+@contextlib.contextmanager
+def _occupied(out: Path) -> Iterator[None]:
+    """Keep other trainers out of the folder until the context ends, or the process does.
+
+    Raises:
+        UserError: one is in there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems cannot lock a folder; that is no reason not to train.
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(handle)
+            raise UserError(f"--out {out}: another process trains there; wait for it, or give another folder") from None
+    # A data loader's worker outlives a killed trainer by seconds, and would keep others out for as long.
+    holder = {handle}
+    register_after_fork(holder, lambda handles: os.close(*handles))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(holder.pop())
+        # Of a run that failed before it wrote anything nothing stays.
+        with contextlib.suppress(OSError):
+            out.rmdir()
+
+
 def _check_out(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a folder")
@@ -374,45 +462,39 @@ def _check_codes(config: Config, out: Path) -> None:
             f"--resume: {out} learnt {len(old)} classes, {_listed(old)}; data.classes has {len(new)}, {_listed(new)}; "
             "give a new --out"
         )
-    if before.codes != config.codes:
-        raise UserError(f"--resume: {out} learnt the codes {before.codes!r}, got {config.codes!r}; give a new --out")
+    check_meaning(before, config, out)
 
 
 def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names[:20]) + ", ..." * (len(names) > 20)
 
 
-def _check_sizes(config: Config, model: FlowSegModel) -> None:
-    patch = model.size.patch_size
-    for step in (0, *(stage.at for stage in config.train.stages)):
-        data = config.at_step(step).data
-        for name in ("height", "width"):
-            value = getattr(data, name)
-            if value % patch:
-                near = max(patch, round(value / patch) * patch)
-                place = f"train.stages at {step}: {name}" if step else f"data.{name}"
-                raise UserError(f"{place} must be a multiple of the patch size {patch}, got {value}; try {near}")
+def _check_model(config: Config, model: FlowSegModel) -> None:
+    check_sizes(config, model.size.patch_size)
     if config.repa.weight and config.repa.block > model.size.depth:
         raise UserError(
             f"repa.block must be at most the {model.size.depth} blocks of the model, got {config.repa.block}"
         )
 
 
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint: those steps are done again."""
+def _truncate_metrics(path: Path, state: TrainState) -> None:
+    """Drop what was logged after the checkpoint: those steps and validations are done again."""
     if path.is_file():
-        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+        until = {"validation": state.validated}
+        lines = ((line, *_step_of(line)) for line in path.read_text().splitlines())
+        kept = [line for line, event, step in lines if step <= until.get(event, state.step)]
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, path)
 
 
-def _step_of(line: str) -> float:
-    """Step of a metrics line; infinite for one that a killed process left unfinished."""
+def _step_of(line: str) -> tuple[str, float]:
+    """Event and step of a metrics line; an infinite step for one that a killed process left unfinished."""
     try:
-        return json.loads(line)["step"]
+        fields = json.loads(line)
+        return fields["event"], fields["step"]
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return "", math.inf
 
 
 @contextlib.contextmanager

@@ -118,6 +118,28 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, argum
     assert status == 2 and words in err and len(err.strip().splitlines()) <= 2 and "Traceback" not in err
 
 
+def test_places_that_cannot_be_written_are_named_before_the_work(trained, folder_data, tmp_path, monkeypatch, capsys):
+    file, image = tmp_path / "file", folder_data / "images" / "val" / "e.jpg"
+    file.write_text("[1]")
+    for arguments, words in (
+        (["evaluate", "--run", trained, "--json", tmp_path], "is a folder; give a file"),
+        (["report", trained, "--out", file / "r.html"], "its folder cannot be made"),
+        (["predict", image, "--run", trained, "--out", file], "is a file; give a folder"),
+        (["export", "--run", trained, "--out", file], "is a file; give a folder"),
+        (
+            ["export", "--run", trained, "--out", tmp_path / "x", "--scores", file],
+            "not what 'flowseg evaluate --json' writes",
+        ),
+        (["evaluate", "--run", trained, "--set", "data.height=20"], "multiple of the patch size"),
+        (["train", "--out", tmp_path / "y", "--set", "model.patch_size=12"], "must be a power of two"),
+    ):
+        status, _, err = run(monkeypatch, capsys, *arguments)
+        assert status == 2 and words in err and "Traceback" not in err, arguments
+    assert file.read_text() == "[1]"
+    target = tmp_path / "new" / "scores.json"
+    assert run(monkeypatch, capsys, "evaluate", "--run", trained, "--json", target)[0] == 0 and target.is_file()
+
+
 def test_missing_checkpoint_and_input(trained, monkeypatch, capsys):
     status, _, err = run(monkeypatch, capsys, "evaluate", "--run", trained, "--checkpoint", "99")
     assert status == 2 and "steps kept: 3" in err

@@ -9,6 +9,7 @@ from torch import nn
 from flowseg.codes import build_codebook
 from flowseg.data.transforms import to_tensor
 from flowseg.evaluate import chosen_indices, evaluate, scores_from_confusion
+from flowseg.model.sizes import resolve_size
 from flowseg.segment import Segmenter
 from flowseg.views import resize_labels, window_starts
 
@@ -87,6 +88,19 @@ def test_evaluation_agrees_with_torchmetrics():
     assert 60 < scores.pixel_accuracy < 90 and scores.images == 5
 
 
+class Drifting(nn.Module):
+    """Answers with the state it is given and the image, so that every draw of the source matters."""
+
+    condition_on_image = True
+
+    def __init__(self):
+        super().__init__()
+        self.size = resolve_size(tiny_config().model)
+
+    def forward(self, x, t, image):
+        return 0.5 * x + 0.2 * image
+
+
 def official_ade20k(predictions, truths, classes):
     """The challenge's own sums: areas of intersection and union, values 1..K, 0 left out, prediction masked where truth is 0."""
     intersection, union, right, labelled = np.zeros(classes), np.zeros(classes), 0, 0
@@ -111,6 +125,21 @@ def test_evaluation_agrees_with_the_official_formula_of_ade20k():
         assert (value is None) == (union[k] == 0)
         assert value is None or value == pytest.approx(100 * intersection[k] / union[k])
     assert scores.pixel_accuracy == pytest.approx(100 * accuracy)
+    # The official mean takes a class that occurs nowhere for 0; on the whole validation set there is none.
+    assert scores.miou == pytest.approx(100 * (intersection / np.maximum(union, 1))[union > 0].mean())
+
+
+def test_noise_gives_the_same_scores_in_any_batches():
+    pairs = make_pairs([(32, 32)] * 5, seed=5)
+    found = []
+    for size in (1, 2, 5):
+        segmenter = make_segmenter(flow={"source": "noise"}, sample={"batch_size": size})
+        segmenter.model = Drifting()
+        found.append(evaluate(segmenter, pairs).confusion)
+    assert all(torch.equal(one, found[0]) for one in found)
+    # Another draw of the noise would show.
+    moved = segmenter.sample(torch.zeros(2, 3, 32, 32), seed=0) - segmenter.sample(torch.zeros(2, 3, 32, 32), seed=1)
+    assert moved.abs().max() > 0.1
 
 
 def test_processes_add_up_counts_not_scores():

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import flowseg.checkpoint as checkpoint
 import flowseg.train as training
 from flowseg import cli
-from flowseg.checkpoint import list_checkpoints
+from flowseg.checkpoint import list_checkpoints, read_facts, read_run_config
+from flowseg.config import save_config
 from flowseg.segment import Segmenter
 from flowseg.train import train
 
@@ -220,6 +221,13 @@ def test_a_later_stage_changes_the_size_and_resumes_in_it(tmp_path):
         shorter.train.steps, shorter.optim.schedule = 3, "constant"
         settings.optim.schedule = "constant"
         train(shorter, tmp_path / "part")
+        # A run that has not come to its last stage is scored at the size of the stage that it is in.
+        train(shorter.model_copy(deep=True), tmp_path / "scored")
+        save_config(settings, tmp_path / "scored" / "config.yaml")
+        heights = {2: 16, 3: 32}
+        best = int(read_facts(tmp_path / "scored" / "best.safetensors")["step"])
+        for which, height in {"latest": 32, "best": heights[best], "2": 16}.items():
+            assert read_run_config(tmp_path / "scored", checkpoint=which).data.height == height, which
         train(settings, tmp_path / "part", resume=True)
         train(settings, tmp_path / "again")
     finally:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,13 +16,15 @@ from safetensors.torch import load_file
 
 import flowseg.objective as objective
 import flowseg.train as training
-from flowseg.checkpoint import find_weights, list_checkpoints
+from flowseg.checkpoint import find_weights, list_checkpoints, read_facts, read_run_config
+from flowseg.codes import build_codebook
 from flowseg.config import save_config
-from flowseg.data import open_data
+from flowseg.data import open_data, training_batches
 from flowseg.errors import UserError
 from flowseg.evaluate import evaluate
 from flowseg.segment import Segmenter
-from flowseg.train import learning_rate, train
+from flowseg.train import Ema, learning_rate, train
+from flowseg_kernels import flow_loss
 
 from .tiny import TINY_MODEL, folder_section, tiny_config
 
@@ -143,7 +147,7 @@ def test_learns_a_folder_it_can_memorise(tmp_path, folder_data):
         optim={"lr": 5e-3, "warmup": 10},
         sample={"steps": 2},
     )
-    config.data.digits_train = config.data.digits_val = 1
+    config.data.scenes_train = config.data.scenes_val = 1
     result = train(config, tmp_path / "run")
     assert result.scores.miou > 60, result.scores
     segmenter = Segmenter.from_run(tmp_path / "run", config)
@@ -157,6 +161,151 @@ def test_learning_rate_schedule():
     assert learning_rate(optim, 10, 0.5) == pytest.approx(0.55) and learning_rate(optim, 10, 1.0) == pytest.approx(0.1)
     optim.schedule = "constant"
     assert learning_rate(optim, 10, 1.0) == 1.0
+
+
+def test_learning_rate_falls_in_a_straight_line():
+    optim = tiny_config(optim={"lr": 1.0, "warmup": 0, "lr_end": 0.1, "schedule": "linear"}).optim
+    assert [learning_rate(optim, 10, share) for share in (0, 0.5, 1)] == pytest.approx([1.0, 0.55, 0.1])
+
+
+def test_averaged_weights_follow_their_formula():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema, wanted = Ema(model, 0.5), model.weight.item()
+    for updates in range(12):
+        with torch.no_grad():
+            model.weight.fill_(float(updates))
+        decay = min(0.5, (1 + updates) / (10 + updates))
+        wanted = decay * wanted + (1 - decay) * updates
+        ema.update(model, updates)
+        assert ema.tensors["weight"].item() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_bf16_training_stays_near_float32(tmp_path):
+    runs = {}
+    for precision in ("no", "bf16"):
+        train(tiny_config(train={"mixed_precision": precision, "steps": 4}), tmp_path / precision)
+        runs[precision] = [line["loss"] for line in metrics(tmp_path / precision) if line["event"] == "train"]
+    assert runs["bf16"] == pytest.approx(runs["no"], rel=0.03) and runs["bf16"] != runs["no"]
+
+
+def test_two_trainers_do_not_share_a_folder(tmp_path):
+    run = tmp_path / "run"
+
+    def second(step, _scores):
+        with pytest.raises(UserError, match="another process trains there"):
+            train(tiny_config(), run)
+        seen.append(step)
+
+    seen = []
+    train(tiny_config(), run, on_validation=second)
+    assert seen == [3, 6]
+    assert train(tiny_config(train={"steps": 7}), run, resume=True).state.step == 7
+
+
+def trainer_that_dies(run, worker_lives):
+    with training._occupied(run):
+        multiprocessing.get_context("fork").Process(target=worker_lives.wait).start()
+        os._exit(9)
+
+
+def test_a_worker_that_outlives_its_trainer_keeps_nobody_out(tmp_path):
+    context = multiprocessing.get_context("fork")
+    worker_lives = context.Event()
+    trainer = context.Process(target=trainer_that_dies, args=(tmp_path / "run", worker_lives))
+    trainer.start()
+    trainer.join()
+    assert trainer.exitcode == 9
+    try:
+        time.sleep(0.5)
+        with training._occupied(tmp_path / "run"):
+            pass
+    finally:
+        worker_lives.set()
+
+
+def test_a_run_without_a_checkpoint_starts_anew_with_empty_files(tmp_path):
+    run = tmp_path / "run"
+    train(tiny_config(), run)
+    shutil.rmtree(run / "checkpoints")
+    train(tiny_config(train={"steps": 2, "eval_every": 2}), run)
+    assert [line["step"] for line in metrics(run) if line["event"] == "train"] == [1, 2]
+    assert read_facts(run / "best.safetensors")["step"] == "2"
+
+
+def test_a_finished_run_resumed_logs_nothing_twice(tmp_path):
+    train(tiny_config(), tmp_path / "run")
+    before = metrics(tmp_path / "run")
+    again = train(tiny_config(), tmp_path / "run", resume=True)
+    assert metrics(tmp_path / "run") == before and again.scores.miou == before[-1]["miou"]
+
+
+def test_a_signal_in_a_validation_ends_it_and_resuming_makes_up_for_it(tmp_path, monkeypatch):
+    config = tiny_config(train={"checkpoint_every": 100})
+    train(config, tmp_path / "whole")
+
+    def interrupted(segmenter, pairs, *, on_batch, **others):
+        os.kill(os.getpid(), signal.SIGTERM)
+        on_batch(1)
+        pytest.fail("the validation went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", interrupted)
+        result = train(config, tmp_path / "part")
+    assert result.stopped_by == signal.SIGTERM and result.state.step == 3
+    train(config, tmp_path / "part", resume=True)
+    keys = ("event", "step", "loss", "miou")
+    whole, part = ([[line.get(k) for k in keys] for line in metrics(tmp_path / name)] for name in ("whole", "part"))
+    assert part == whole
+
+
+def test_settings_that_change_what_was_learnt_are_refused(tmp_path):
+    train(tiny_config(), tmp_path / "run")
+    with pytest.raises(UserError, match=r"flow.predicts: .*was trained with 'endpoint', got 'velocity'"):
+        train(tiny_config(flow={"predicts": "velocity"}), tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match=r"codes\.sequence"):
+        read_run_config(tmp_path / "run", ["codes.sequence=r_sequence"])
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="wandb is not installed"):
+        train(tiny_config(train={"trackers": ["wandb"]}), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"transform": "inverse"}, {"transform": "neg_sq"}, {"transform": "neg_dist"}, {"max_norm": 0.01}, {"temperature": 3.0},
+        {"eps": 0.5}, {"schedule": "annealed"}, {"space": "velocity"}, {"correction_weight": 0.2},
+    ],
+)  # fmt: skip
+def test_every_option_of_the_loss_reaches_the_op(options):
+    config = tiny_config(loss=options)
+    codebook = build_codebook(config.codes, 11)
+    data = open_data(config.data, seed=0)
+    images, labels, draws = next(training_batches(data.train, config.data, 4, seed=0))
+    given = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    step = objective.flow_step(lambda x, t, image: given, codebook, config, images, labels, draws)
+    names = {"space": "loss_space"}
+    named = {names.get(key, key): value for key, value in options.items()}
+    args = given, step.source, labels, step.t, codebook
+    torch.testing.assert_close(step.flow, flow_loss(*args, predicts="endpoint", reduction="sum", **named))
+    assert not torch.isclose(step.flow, flow_loss(*args, predicts="endpoint", reduction="sum"), rtol=1e-4)
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path, monkeypatch):
+    norms = []
+    original = torch.optim.AdamW.step
+
+    def step(self, *arguments, **others):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
+        return original(self, *arguments, **others)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train(tiny_config(optim={"grad_clip": 0.01}), tmp_path / "run")
+    logged = [line["grad_norm"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
+    assert norms == pytest.approx([0.01] * 6, rel=1e-3) and min(logged) > 0.1
 
 
 def test_time_limit_ends_the_run(tmp_path):
