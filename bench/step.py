@@ -35,7 +35,7 @@ class Case:
 
         self.device, self.side = default_device(), side
         self.autocast, self.integrate = lambda: autocast(precision, self.device), integrate
-        config = Config.model_validate({"model": {"size": size}, "codes": {"channels": 3}})
+        config = Config.model_validate({"model": {"size": size}, "codes": {"channels": 3, "sequence": "sqrt_primes"}})
         self.model = build_model(config).to(self.device)
         torch.manual_seed(0)
         with torch.no_grad():

@@ -30,7 +30,7 @@ class Stack:
         self.name, self.spread = "nano", 0.0
         self.batch, self.side = (1, 32) if QUICK else (BATCH if DEVICE == "cuda" else 4, min(SIZE, 256))
         self.pixels = self.batch * self.side**2
-        self.config = Config.model_validate({"codes": {"channels": 3}})
+        self.config = Config.model_validate({"codes": {"channels": 3, "sequence": "sqrt_primes"}})
         self.model = build_model(self.config).to(DEVICE)
         # Its last layer starts at zero, which would leave nothing for the decoder to tell apart.
         for p in self.model.parameters():

@@ -52,7 +52,7 @@ def demo_config(*, quick: bool, steps: int, seed: int) -> Config:
         # One digit is about a patch wide, which a linear embedding of whole patches learns in a few hundred steps.
         "model": {"size": "nano", "stem_width": 0},
         # Three, so that the states of the flow can be shown as colours.
-        "codes": {"channels": 3},
+        "codes": {"channels": 3, "sequence": "sqrt_primes"},
         "data": {
             "name": "digits",
             "height": 64,

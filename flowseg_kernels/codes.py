@@ -76,10 +76,12 @@ def _searched_alpha(num_classes: int, channels: int) -> Tensor:
         step = torch.frac(n[:, None] * alphas[at : at + 64, None])
         step = torch.minimum(step, 1 - step)
         score[at : at + 64] = step.square().sum(dim=2).amin(dim=1)
-    best = score.topk(min(12 if num_classes <= 4096 else 1, alphas.shape[0])).indices.sort().values
+    # Equal scores keep their order and last digits are dropped: a model trained on one machine is decoded on another.
+    kept = min(12 if num_classes <= 4096 else 1, alphas.shape[0])
+    best = score.round(decimals=9).sort(descending=True, stable=True).indices[:kept].sort().values
     if best.numel() == 1:
         return alphas[best[0]]
-    exact = [smallest_distance(_kronecker(alphas[i], num_classes)) for i in best]
+    exact = [round(float(smallest_distance(_kronecker(alphas[i], num_classes))), 6) for i in best]
     return alphas[best[max(range(len(exact)), key=exact.__getitem__)]]
 
 

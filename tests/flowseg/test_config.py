@@ -21,7 +21,8 @@ def test_defaults_are_the_measured_ones():
     config = Config()
     assert (config.flow.predicts, config.flow.zero_fraction, config.flow.time_sampler) == ("endpoint", 0.5, "uniform")
     assert (config.loss.correction_weight, config.loss.temperature, config.loss.eps) == (1.0, 1.0, None)
-    assert (config.optim.grad_clip, config.sample.steps, config.codes.channels) == (1.0, 1, 8)
+    assert (config.codes.channels, config.codes.sequence) == (8, "searched")
+    assert (config.optim.grad_clip, config.sample.steps) == (1.0, 1)
 
 
 def test_saved_settings_read_back(tmp_path):

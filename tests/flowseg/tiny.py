@@ -11,7 +11,7 @@ def tiny_config(**sections) -> Config:
     """A network of a few thousand parameters on 16x16 scenes, in float32."""
     tree = {
         "model": dict(TINY_MODEL),
-        "codes": {"channels": 3},
+        "codes": {"channels": 3, "sequence": "sqrt_primes"},
         "data": {"height": 16, "width": 16, "scenes_train": 12, "scenes_val": 6},
         "train": {"batch_size": 4, "steps": 6, "log_every": 1, "eval_every": 3, "mixed_precision": "no"},
         "optim": {"warmup": 2},

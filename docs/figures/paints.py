@@ -1,0 +1,27 @@
+"""The embedded scenes of 48 paints: images, and their classes in the report's colours."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from flowseg.data.paints import PaintScenes
+from flowseg.data.presets import PRESETS
+from flowseg.predict import colorize
+
+from . import style
+
+SCENES = 5
+
+
+def draw():
+    figure, axes = plt.subplots(2, SCENES, figsize=(9, 3.8), layout="constrained")
+    scenes = PaintScenes("val", SCENES, 64, 64)
+    for column in range(SCENES):
+        image, labels = scenes[column]
+        found = np.unique(np.array(labels))
+        for axis, shown in zip(axes[:, column], (image, colorize(np.array(labels), PRESETS["paints"].palette))):
+            axis.imshow(shown, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        axes[1, column].set_xlabel("\n".join(PRESETS["paints"].classes[k] for k in found), fontsize=6)
+    axes[0, 0].set_ylabel("image")
+    axes[1, 0].set_ylabel("classes")
+    style.save(figure, "paints_scenes")
