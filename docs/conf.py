@@ -61,6 +61,7 @@ NAVIGATION = {
     "Results": [
         "results/bench",
         "results/camvid",
+        "results/paints",
         "results/fuzz",
         "results/mutation",
         "results/sanitizers",

@@ -273,7 +273,7 @@ def _draw(by_arm: dict[str, list[Run]]) -> Figure:
     finals.invert_yaxis()
     finals.grid(axis="y", alpha=0.3)
     finals.set_xlabel("mIoU, %")
-    finals.set_title("at the end, best number of Euler steps: seeds and mean", fontsize=9)
+    finals.set_title("at the end, best number of Euler steps: seeds and mean", fontsize=9, loc="right")
     return figure
 
 
