@@ -72,7 +72,8 @@ class FlowConfig(Section):
     time_shift: Positive = 1.0
     """``s`` of ``t / (t + (1 - t) s)``: above 1 it moves draws towards the source."""
     zero_fraction: Fraction = 0.5
-    """Share of the draws that are exactly t = 0, where ``x_t`` holds nothing of the answer."""
+    """Share of the draws that are exactly t = 0, where ``x_t`` holds nothing of the answer. 1 trains a network that
+    answers in one Euler step and no more."""
     t_min: Annotated[float, Field(gt=0.0, le=0.01)] = 1e-3
     """Smallest ``1 - t`` by which the ODE solver divides an end-point prediction to get a velocity."""
 
@@ -266,6 +267,12 @@ class Config(Section):
                         f"{key} must be {value} when loss.kind is 'cross_entropy' (a softmax head has no flow to "
                         f"follow), got {given}; add --set {key}={value}"
                     )
+        elif self.flow.zero_fraction == 1.0 and (self.sample.steps, self.sample.method) != (1, "euler"):
+            raise ValueError(
+                "sample.steps must be 1 and sample.method euler when flow.zero_fraction is 1 (the network has seen t = 0 "
+                f"alone and cannot go on from there), got {self.sample.steps} of {self.sample.method}; sample with one "
+                "Euler step, or train with flow.zero_fraction below 1"
+            )
         return self
 
     def at_step(self, step: int) -> Config:

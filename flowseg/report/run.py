@@ -102,13 +102,14 @@ def write_report(
             else []
         ),
     )
+    count = _path_steps(config)
     page.section(
         "Through code space",
         paragraph(
             "Some pixels of the first example on their way from the image (t = 0) to a code (t = 1), in the plane in which the "
             "codes spread most. Stars are the codes of the classes that are in the picture, circles the others; a way has the "
-            f"colour of its true class. The solver takes {_path_steps(config)} steps here. In more than two channels, what looks "
-            "near in the plane need not be near."
+            f"colour of its true class. The solver takes {count} step{'s' * (count > 1)} here. In more than two channels, what "
+            "looks near in the plane need not be near."
         ),
         picture(_trajectories(segmenter, data, indices[0]), "trajectories"),
     )
@@ -170,7 +171,8 @@ def _example(segmenter: Segmenter, data: SegmentationData, index: int) -> dict:
 
 def _path_steps(config: Config) -> int:
     """Enough for a way to show its bends, also where the scores take a single step."""
-    return max(8, config.sample.steps)
+    # What saw t = 0 alone knows no way between the ends.
+    return 1 if config.flow.zero_fraction == 1.0 else max(8, config.sample.steps)
 
 
 def _trajectories(segmenter: Segmenter, data: SegmentationData, index: int):

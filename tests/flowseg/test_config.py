@@ -137,3 +137,10 @@ def test_stages_must_come_in_order():
         load_config(None, ["train.stages=[{at: 9, height: 16, width: 16}, {at: 4, height: 16, width: 16}]"])
     with pytest.raises(UserError, match=r"train.stages.0.hieght'; did you mean 'train.stages: height'"):
         load_config(None, ["train.stages=[{at: 9, hieght: 16, width: 16}]"])
+
+
+@pytest.mark.parametrize("pair", ["sample.steps=2", "sample.method=heun"])
+def test_a_network_trained_at_t_0_alone_takes_one_euler_step(pair):
+    assert load_config(None, ["flow.zero_fraction=1"]).sample.steps == 1
+    with pytest.raises(UserError, match=r"must be 1 and sample\.method euler when flow\.zero_fraction is 1"):
+        load_config(None, ["flow.zero_fraction=1", pair])
