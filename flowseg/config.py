@@ -73,7 +73,7 @@ class FlowConfig(Section):
     """``s`` of ``t / (t + (1 - t) s)``: above 1 it moves draws towards the source."""
     zero_fraction: Fraction = 0.5
     """Share of the draws that are exactly t = 0, where ``x_t`` holds nothing of the answer. 1 trains a network that
-    answers in one Euler step and no more."""
+    answers in one Euler step and no more: other ``sample.steps`` and ``sample.method`` are refused."""
     t_min: Annotated[float, Field(gt=0.0, le=0.01)] = 1e-3
     """Smallest ``1 - t`` by which the ODE solver divides an end-point prediction to get a velocity."""
 
@@ -83,7 +83,7 @@ class LossConfig(Section):
 
     kind: Literal["flow", "cross_entropy"] = "flow"
     """``cross_entropy`` reads the prediction's channels as class scores: a softmax head on the same network, the
-    yardstick of a study. Wants ``codes.sequence=one_hot``, ``flow.zero_fraction=1`` and ``sample.steps=1``."""
+    yardstick of a study. Wants ``codes.sequence=one_hot`` and ``flow.zero_fraction=1``."""
     correction_weight: Annotated[float, Field(ge=0.0)] = 1.0
     schedule: Literal["static", "annealed"] = "static"
     temperature: Positive = 1.0
@@ -259,7 +259,7 @@ class Config(Section):
             )
         if self.loss.kind == "cross_entropy":
             wanted = {"codes.sequence": "one_hot", "flow.predicts": "endpoint", "flow.zero_fraction": 1.0}
-            for key, value in (wanted | {"sample.steps": 1}).items():
+            for key, value in wanted.items():
                 section, leaf = key.split(".")
                 given = getattr(getattr(self, section), leaf)
                 if given != value:
@@ -267,7 +267,7 @@ class Config(Section):
                         f"{key} must be {value} when loss.kind is 'cross_entropy' (a softmax head has no flow to "
                         f"follow), got {given}; add --set {key}={value}"
                     )
-        elif self.flow.zero_fraction == 1.0 and (self.sample.steps, self.sample.method) != (1, "euler"):
+        if self.flow.zero_fraction == 1.0 and (self.sample.steps, self.sample.method) != (1, "euler"):
             raise ValueError(
                 "sample.steps must be 1 and sample.method euler when flow.zero_fraction is 1 (the network has seen t = 0 "
                 f"alone and cannot go on from there), got {self.sample.steps} of {self.sample.method}; sample with one "

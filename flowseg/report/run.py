@@ -170,8 +170,7 @@ def _example(segmenter: Segmenter, data: SegmentationData, index: int) -> dict:
 
 
 def _path_steps(config: Config) -> int:
-    """Enough for a way to show its bends, also where the scores take a single step."""
-    # What saw t = 0 alone knows no way between the ends.
+    """Enough for a way to show its bends, also where the scores take a single step; 1 where training saw t = 0 alone."""
     return 1 if config.flow.zero_fraction == 1.0 else max(8, config.sample.steps)
 
 
