@@ -36,7 +36,8 @@ def stop(process):
 def carry_out(command, seconds, environment, log):
     """Runs a command in the repository for at most some seconds, its output in the file `log`; returns how it ended and, if it was
     to be cut, the Cut to raise once everything is written down."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent), "PYTHONUNBUFFERED": "1", **environment}
+    path = os.pathsep.join(filter(None, (str(ROOT.parent), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
     with open(log, "w") as out:
         process = subprocess.Popen(
             command,

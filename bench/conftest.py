@@ -1,4 +1,7 @@
-"""Workloads and the timing of one entry: inputs rotate so that no cache answers, correctness is asserted first."""
+"""Workloads and the timing of one entry: inputs rotate so that no cache answers, correctness is asserted first.
+
+On a CPU pytest-benchmark times the calls. On a GPU gpu_timing.py does, and the entry's extra_info carries the times.
+"""
 
 import contextlib
 import importlib.metadata
@@ -16,7 +19,7 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.runtime.backend import backend_reasons
 
-from . import machine
+from . import gpu_timing, machine
 
 #: name: (classes, factor on the spread of points around their codes)
 WORKLOADS = {"ade512": (150, 1.0), "coco512": (171, 1.0), "many": (1000, 0.5)}
@@ -28,34 +31,46 @@ BATCH = 16 if DEVICE == "cuda" else 1
 SETS = 4
 #: Rounds of the loops that measure the pipes.
 PIPE_ROUNDS = 20_000 if QUICK else 2_000_000
+#: Label maps: on a CPU a random class per pixel. On a GPU the main workloads have squares of one class each, as real maps have
+#: regions, and a random class per pixel is a workload of its own, the worst case.
+SQUARE = 32
+#: Names for workloads(): on a GPU with the random label maps.
+NAMES = (*WORKLOADS, "ade512 random") if DEVICE == "cuda" else tuple(WORKLOADS)
 #: Entries of our own kernels; on a GPU each backend is one.
 OURS = ("ours (cuda)", "ours (triton)") if DEVICE == "cuda" else ("ours",)
+
+
+def label_map(classes, batch, size, square, generator):
+    """(B, size, size) random classes; with `square`, of squares of that many pixels."""
+    square = min(square or 1, size)
+    few = torch.randint(0, classes, (batch, *[-(-size // square)] * 2), generator=generator, device=DEVICE)
+    return few.repeat_interleave(square, 1).repeat_interleave(square, 2)[:, :size, :size].contiguous()
 
 
 class Workload:
     """Rotating inputs of one workload: x near its codes, source, labels, times."""
 
-    def __init__(self, name, classes, spread, *, channels=3, size=SIZE, batch=BATCH, spread_factor=1.0):
+    def __init__(self, name, classes, spread, *, channels=3, size=SIZE, batch=BATCH, spread_factor=1.0, square=None):
         # What is reported is the standard deviation that the points really have.
         self.name, self.spread, self.pixels = name, spread * spread_factor, batch * size * size
         self.classes, self.channels = classes, channels
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(DEVICE).manual_seed(0)
         ignore = 255 if classes <= 255 else -1
-        codebook = fk.Codebook(fk.kronecker_centroids(classes, channels), ignore_index=ignore)
+        self.codebook = fk.Codebook(fk.kronecker_centroids(classes, channels), ignore_index=ignore).to(DEVICE)
         dtype = torch.uint8 if classes <= 255 else torch.int16 if classes <= 32767 else torch.int32
         self.label_dtype, self.sets = dtype, []
+        shape = batch, channels, size, size
         for _ in range(SETS):
-            classes_of = torch.randint(0, classes, (batch, size, size), generator=generator)
-            noise = torch.randn(batch, channels, size, size, generator=generator)
-            source = torch.rand(batch, channels, size, size, generator=generator) * 2 - 1
+            classes_of = label_map(classes, batch, size, square, generator)
+            noise = torch.randn(shape, generator=generator, device=DEVICE)
+            source = torch.rand(shape, generator=generator, device=DEVICE) * 2 - 1
             inputs = {
-                "x": codebook.encode(classes_of) + self.spread * noise,
+                "x": self.codebook.encode(classes_of) + self.spread * noise,
                 "source": source,
                 "labels": classes_of.to(dtype),
-                "t": torch.rand(batch, generator=generator),
+                "t": torch.rand(batch, generator=generator, device=DEVICE),
             }
-            self.sets.append({key: value.to(DEVICE) for key, value in inputs.items()})
-        self.codebook = codebook.to(DEVICE)
+            self.sets.append(inputs)
 
     def rotate(self):
         return itertools.cycle(self.sets)
@@ -68,25 +83,22 @@ def workloads():
 
     def get(name, spread=0.3):
         if (name, spread) not in made:
-            classes, factor = WORKLOADS[name]
-            made[name, spread] = Workload(name, classes, spread, spread_factor=factor)
+            if DEVICE == "cuda":
+                made.clear()  # one workload is several GB with its peers' forms of the labels
+            classes, factor = WORKLOADS[name.removesuffix(" random")]
+            square = SQUARE if DEVICE == "cuda" and not name.endswith(" random") else None
+            made[name, spread] = Workload(name, classes, spread, spread_factor=factor, square=square)
         return made[name, spread]
 
     return get
 
 
-def synchronize():
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 def median_seconds(run, rounds=9):
-    """Median time of run(), for figures that are no entry of their own."""
+    """Median time of run() on a CPU, for figures that are no entry of their own."""
     times = []
     for _ in range(rounds + 2):
         begin = time.perf_counter()
         run()
-        synchronize()
         times.append(time.perf_counter() - begin)
     return sorted(times[2:])[rounds // 2]
 
@@ -95,20 +107,22 @@ def median_seconds(run, rounds=9):
 def limits():
     """What this machine gives in this run, a second: bytes copied (read and written), operations of its multiply pipes and of
     fp32 and bf16 matrix products."""
-    planes = [torch.rand(BATCH, 3, SIZE, SIZE, device=DEVICE) for _ in range(2 * SETS)]
+    if DEVICE == "cuda":
+        return gpu_timing.limits(QUICK)
+    planes = [torch.rand(BATCH, 3, SIZE, SIZE) for _ in range(2 * SETS)]
     turn = itertools.cycle(range(SETS))
 
     def copy():
         i = next(turn)
         planes[SETS + i].copy_(planes[i])
 
-    n = 128 if QUICK else 8192 if DEVICE == "cuda" else 1024
+    n = 128 if QUICK else 1024
     found = {"copy": 2 * 4 * planes[0].numel() / median_seconds(copy, 31)}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+        a, b = (torch.randn(n, n, dtype=dtype) for _ in range(2))
         found[name] = 2 * n**3 / median_seconds(lambda a=a, b=b: a @ b)
-    fma = machine.multiply_adds(torch.get_num_threads(), PIPE_ROUNDS) if DEVICE == "cpu" else None
-    # Without a compiler, and on a GPU, a matrix product in fp32 stands for the multiply pipes.
+    fma = machine.multiply_adds(torch.get_num_threads(), PIPE_ROUNDS)
+    # Without a compiler a matrix product in fp32 stands for the multiply pipes.
     found["multiply"] = 2 * fma if fma else found["fp32"]
     return found
 
@@ -130,19 +144,29 @@ def backend_of(entry):
         yield
 
 
-def graph_milliseconds(run, sets):
-    """Time of one call inside a CUDA graph that goes over all sets: what is left when launching costs nothing."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for inputs in sets:
-            run(inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for inputs in sets:
-            run(inputs)
-    return median_seconds(graph.replay, 21) / len(sets) * 1e3
+def cpu_times(benchmark, call, inputs, rounds):
+    """Let pytest-benchmark time call(inputs); returns the peak memory in MiB, None where it cannot be measured."""
+    call(next(inputs))
+    begin = time.perf_counter()
+    peak = machine.peak_mib(lambda: call(next(inputs)), DEVICE)
+    once = max(time.perf_counter() - begin, 1e-6)
+    rounds = 1 if QUICK else rounds or max(5, min(201, int(1.5 / once)))
+    benchmark.extra_info["asked"] = rounds
+    # What takes long was warmed up by the calls above.
+    warmup = 0 if QUICK or once > 0.3 else 3
+    benchmark.pedantic(call, setup=lambda: ((next(inputs),), {}), rounds=rounds, warmup_rounds=warmup)
+    return peak
+
+
+def gpu_times(benchmark, entry, run, sets, graph):
+    """Time run(inputs) by CUDA events into the entry's extra_info; returns the peak memory in MiB."""
+    with backend_of(entry):
+        run(sets[0])
+        peak = machine.peak_mib(lambda: run(sets[-1]), DEVICE)
+        found = gpu_timing.call_times(run, sets, graph=graph and not entry.startswith(("KeOps", "faiss")))
+    benchmark.extra_info.update(found)
+    benchmark.pedantic(lambda: None, rounds=1)
+    return peak
 
 
 @pytest.fixture
@@ -152,7 +176,7 @@ def measure(benchmark, limits):
     moved: bytes that the op has to read and write. operations: those of the multiply pipes, 2 for a fused multiply-add; rate: the
     limit that they are held against. pairs: those of a pixel and a class, whose arithmetic as a whole is measured on a CPU, right
     before and after the entry, and then counts instead of the operations. The limit is the longer of moving and computing at the
-    rates measured in this run.
+    rates measured in this run. graph: on a GPU the entry may be timed inside a CUDA graph.
     """
 
     def call(
@@ -168,23 +192,13 @@ def measure(benchmark, limits):
         operations=0,
         pairs=0,
         rate="multiply",
-        graph=False,
+        graph=True,
         **info,
     ):
-        inputs = workload.rotate()
-
-        def timed(i):
+        def in_backend(i):
             with backend_of(entry):
-                result = run(i)
-            synchronize()
-            return result
+                return run(i)
 
-        timed(next(inputs))
-        begin = time.perf_counter()
-        peak = machine.peak_mib(lambda: timed(next(inputs)), DEVICE)
-        once = max(time.perf_counter() - begin, 1e-6)
-        rounds = 1 if QUICK else rounds or max(5, min(201, int(1.5 / once)))
-        rates = [pairs_a_second(workload.channels)] if pairs else []
         name = workload.name + (f" {variant}" if variant else "")
         benchmark.group = f"{op} {name}" + (f" spread {workload.spread:g}" if spread else "")
         benchmark.extra_info.update(
@@ -193,26 +207,21 @@ def measure(benchmark, limits):
             spread=workload.spread,
             entry=entry,
             pixels=getattr(workload, "pixels", SIZE * SIZE),
-            asked=rounds,
             **info,
         )
+        rates = [pairs_a_second(workload.channels)] if pairs else []
+        if DEVICE == "cuda":
+            peak = gpu_times(benchmark, entry, run, workload.sets, graph)
+        else:
+            peak = cpu_times(benchmark, in_backend, workload.rotate(), rounds)
         if peak is not None:
             benchmark.extra_info["peak_mib"] = peak
-        # What takes long was warmed up by the calls above.
-        warmup = 0 if QUICK or once > 0.3 else 3
-        benchmark.pedantic(timed, setup=lambda: ((next(inputs),), {}), rounds=rounds, warmup_rounds=warmup)
         if moved or operations:
             rates += [pairs_a_second(workload.channels)] if pairs else []
             # The better of the two is the machine; the other one was disturbed.
             computing = pairs / max(rates) if all(rates) and rates else operations / limits[rate]
             limit = max(moved / limits["copy"], computing)
             benchmark.extra_info.update(moved=moved, operations=operations, limit_ms=limit * 1e3)
-        if graph and DEVICE == "cuda" and entry.startswith(OURS):
-            with backend_of(entry):
-                try:
-                    benchmark.extra_info["graph_ms"] = graph_milliseconds(run, workload.sets)
-                except RuntimeError as error:  # the time without a graph stands
-                    benchmark.extra_info["graph_error"] = str(error).splitlines()[0]
 
     return call
 
@@ -248,11 +257,20 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
-    """Dirty: sources differ from the commit. What a run itself writes, its results and what is rendered of them, is no source."""
+    """Dirty: sources differ from the commit. What a run itself writes, its results and what is rendered of them, is no source.
+
+    FLOWSEG_BENCH_COMMIT names the commit of a copy without git, with "-dirty" after it where its sources differ.
+    """
+    given = os.environ.get("FLOWSEG_BENCH_COMMIT")
+    if given:
+        commit_info.update(id=given.removesuffix("-dirty"), dirty=given.endswith("-dirty"))
+        return
     written = ("bench/results", "README.md", "docs/images", "docs/results")
     query = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in written)]
-    asked = subprocess.run(query, cwd=config.rootpath, capture_output=True, text=True)
-    commit_info["dirty"] = asked.returncode != 0 or bool(asked.stdout.strip())
+    commit_info["dirty"] = True
+    with contextlib.suppress(OSError):  # without git nothing is known
+        asked = subprocess.run(query, cwd=config.rootpath, capture_output=True, text=True)
+        commit_info["dirty"] = asked.returncode != 0 or bool(asked.stdout.strip())
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -8,14 +8,14 @@ from flowseg_kernels.ops.neural_field.reference import cosine_features
 
 def inputs(
     patches: int = 256, depth: int = 4, hidden: int = 64, ratio: int = 2, p: int = 16, channels: int = 3, freqs: int = 8,
-    dtype: torch.dtype = torch.float32, seed: int = 0,
+    dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu",
 ):  # fmt: skip
     """One image of a row-major square grid of patches, generated weights, and the shared parameters, as leaves."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     side = round(patches**0.5)
 
     def normal(*shape, scale=1.0, shift=0.0):
-        return (shift + scale * torch.randn(*shape, generator=generator)).to(dtype).requires_grad_()
+        return (shift + scale * torch.randn(*shape, generator=generator, device=device)).to(dtype).requires_grad_()
 
     return (
         normal(1, channels, side * p, side * p),
@@ -94,9 +94,9 @@ def features(dtype: torch.dtype = torch.float32, p: int = 16, freqs: int = 8):
 class EagerDecoder(torch.nn.Module):
     """PixNerd's decoder in plain PyTorch on the parameters of ours."""
 
-    def __init__(self, decoder):
+    def __init__(self, decoder, views=False):
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.views = decoder, views
         self.dct = features()
 
     def forward(self, x, s):
@@ -107,4 +107,4 @@ class EagerDecoder(torch.nn.Module):
         dtype = weights.dtype
         norms = torch.stack([block.norm.weight for block in own.blocks]).to(dtype)
         shared = (embed.weight, embed.bias, norms, last.norm.weight.to(dtype), last.linear.weight, last.linear.bias)
-        return field(x, weights, *shared, self.dct.to(x.device, x.dtype))
+        return field(x, weights, *shared, self.dct.to(x.device, x.dtype), views=self.views)

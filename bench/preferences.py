@@ -75,9 +75,7 @@ def measured(op, folders):
             (m["ours (cuda)"], m["ours (triton)"]) for m in times.values() if {"ours (cuda)", "ours (triton)"} <= set(m)
         ]
         for rows in both:
-            # In a CUDA graph where both ran in one: what is left when launching costs nothing.
-            clock = "graph_ms" if all("graph_ms" in row for row in rows) else "ms"
-            ratios.append(rows[1][clock] / rows[0][clock])
+            ratios.append(rows[1]["ms"] / rows[0]["ms"])
             commits |= {row["commit"] for row in rows}
         gpus += [result["machine"]["gpu"]] if both else []
     if not ratios:

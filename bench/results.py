@@ -37,7 +37,8 @@ def rows_of(result):
         stats, info = item["stats"], dict(item["extra_info"])
         if stats["rounds"] < info.pop("asked", 1):
             continue
-        plain = "rate" in info or "ratio" in info  # a figure of its own, no call that was timed
+        # A figure of its own, no call that was timed; or a call that CUDA events timed.
+        plain = "rate" in info or "ratio" in info or "ms" in info
         times = {"ms": stats["median"] * 1e3, "iqr_ms": stats["iqr"] * 1e3, "rounds": stats["rounds"]}
         rows.append({"group": item["group"], **info, **({} if plain else times), **mark})
     return rows

@@ -60,9 +60,19 @@ def peer(group, entry, wanted):
 def share(group, wanted):
     def value(groups):
         row = find(groups, group)
-        return row["limit_ms"] / row.get("graph_ms", row["ms"]) if row and "limit_ms" in row else None
+        return row["limit_ms"] / row["ms"] if row and "limit_ms" in row else None
 
     return Target(f"{group}: share of the limit", value, wanted, "{:.0%}")
+
+
+def host_share(group, wanted):
+    """Time that a call keeps Python busy, as a share of the GPU's time."""
+
+    def value(groups):
+        row = find(groups, group)
+        return row["host_ms"] / row["ms"] if row and "host_ms" in row else None
+
+    return Target(f"{group}: host time of a call against the GPU's", value, wanted, "{:.2g}x", at_most=True)
 
 
 def wrong_pixels(groups):
@@ -142,18 +152,24 @@ CPU = (
     peer("sampling nano", "eager", 1),
 )
 
+_RANDOM = "ade512 random"
+_STEP = "training step L/16 512 batch 16 bf16"
+_FIELD_GPU = "neural_field {} {} 4096 patches bfloat16"
+
 GPU = (
     share(_CORRECTION, 0.75),
     peer(_CORRECTION, "torch.compile", 8),
     peer(_CORRECTION, "eager", 40),
-    peer(_CORRECTION, "KeOps", 4),
+    peer(_CORRECTION, "KeOps", 8),
     share(_LOSS, 0.75),
     *(share(_search(spread), 0.85) for spread in (0.05, 0.1, 0.3)),
+    *(share(_search(spread, _RANDOM), 0.6) for spread in (0.05, 0.1, 0.3)),
     *(share(_search(spread / 2, "many"), 0.85) for spread in (0.05, 0.1, 0.3)),
     peer(_search(0.3), "cdist+argmin compiled", 10),
+    *(peer(_search(spread), "flash-kmeans", 5) for spread in (0.05, 0.1, 0.3)),
     Target("pixels that our decoding gets wrong", wrong_pixels, 0, "{:.0f}", at_most=True),
     *(
-        peer(f"neural_field {what} XL 4096 patches bfloat16", name, wanted)
+        peer(_FIELD_GPU.format(what, "XL"), name, wanted)
         for what, name, wanted in (
             ("forward", "eager", 4),
             ("forward", "torch.compile", 2),
@@ -161,8 +177,12 @@ GPU = (
             ("forward+backward", "torch.compile", 1.5),
         )
     ),
-    share("neural_field forward+backward XL 4096 patches bfloat16", 0.6),
-    memory("neural_field forward+backward XL 4096 patches bfloat16", "eager", 1 / 6),
+    *(share(_FIELD_GPU.format(what, model), 0.6) for what in ("forward", "forward+backward") for model in ("L", "XL")),
+    host_share(_FIELD_GPU.format("forward+backward", "XL"), 1 / 3),
+    memory(_FIELD_GPU.format("forward+backward", "XL"), "eager", 1 / 6),
+    peer(_STEP, "eager", 1.3),
+    peer(_STEP, "torch.compile", 1.08),
+    peer("sampling L/16 512 batch 16 bf16", "eager", 1.15),
     peer("training step nano", "eager", 1.3),
     peer("sampling nano", "eager", 1.3),
 )

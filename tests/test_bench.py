@@ -3,14 +3,12 @@
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-from bench import compare, gpu_report, report, results, run, targets
+from bench import compare, report, results, run, targets
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "FLOWSEG_BENCH_QUICK": "1", "FLOWSEG_BENCH_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
@@ -237,87 +235,3 @@ class TestTargets:
         assert [target.what for target in targets.missed(machine, slow)] == ["training step nano: eager takes"]
         line = next(line for line in targets.table(machine, slow) if "training step" in line)
         assert line == "| training step nano: eager takes | at least 1x | 0.5x | **no** |"
-
-
-def test_the_shares_of_a_gpu_report_fit_its_budget():
-    assert sum(step.seconds for step in gpu_report.steps(dry=False) if step) <= gpu_report.BUDGET <= 540
-
-
-def test_a_dry_gpu_report_takes_every_step(tmp_path):
-    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; `make install` installs it")
-    command = [sys.executable, "-m", "bench.gpu_report", "--dry-run", "--results", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (written,) = tmp_path.glob("*/gpu_report.txt")
-    text = written.read_text()
-    for step in filter(None, gpu_report.steps(dry=True)):
-        assert f"ok        {step.name}: exit 0" in text
-    assert "% of the limit" in text and "distance_correction ade512: share of the limit" in text and "rendered" in text
-    assert {path.stem for path in written.parent.glob("*.json")} >= {
-        "machine",
-        "distance-correction",
-        "nearest-centroid",
-    }
-
-
-class TestStepsOfAGpuReport:
-    @pytest.fixture
-    def run(self, tmp_path):
-        return gpu_report.Run(tmp_path, dry=True, budget=60)
-
-    def written(self, run):
-        return (run.results / "gpu_report.txt").read_text()
-
-    def test_a_failing_a_missing_and_a_late_step_do_not_stop_the_rest(self, run):
-        # slow has the eight seconds that the two before it leave; good may take all that is left of the sixty.
-        run.carry_out(gpu_report.Step("bad", [sys.executable, "-c", "raise SystemExit('no such thing')"], 8))
-        run.carry_out(gpu_report.Step("gone", ["no-such-program"], 0))
-        run.carry_out(gpu_report.Step("slow", [sys.executable, "-c", "import time; time.sleep(60)"], 0))
-        run.carry_out(gpu_report.Step("good", [sys.executable, "-c", "print('here')"], 30))
-        text = self.written(run)
-        assert "FAILED    bad: exit 1" in text and "no such thing" in text
-        assert "left out  gone: no-such-program was not found" in text
-        assert "FAILED    slow: stopped at its limit" in text
-        assert "ok        good: exit 0" in text and "here" in text
-
-    def test_nothing_starts_once_the_time_is_used_up(self, tmp_path):
-        run = gpu_report.Run(tmp_path, dry=True, budget=12)
-        run.carry_out(gpu_report.Step("late", [sys.executable, "-c", ""], 30))
-        assert "left out  late: the time is used up" in self.written(run)
-
-    def test_a_bench_step_that_is_stopped_keeps_what_it_measured(self, run, tmp_path):
-        pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; `make install` installs it")
-        test = tmp_path / "test_slow.py"
-        test.write_text(
-            "import time\n"
-            "def test_first(benchmark):\n"
-            "    benchmark.extra_info.update(op='op', workload='w', entry='ours', pixels=1)\n"
-            "    benchmark.pedantic(lambda: None, rounds=1)\n"
-            "    print('measured')\n"
-            "def test_second():\n    time.sleep(60)\n"
-        )
-        (tmp_path / "conftest.py").write_text(
-            "def pytest_benchmark_update_machine_info(machine_info):\n"
-            "    machine_info.update(model='M', threads=1, torch='2')\n"
-        )
-        command = [sys.executable, "-m", "pytest", str(test), "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-        # As a shell script's background job, which a request to stop must reach too.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            run.carry_out(gpu_report.Step("cut", command, 10, bench=True))
-        finally:
-            signal.signal(signal.SIGINT, before)
-        assert "FAILED    cut: stopped at its limit" in (tmp_path / "m-1-threads" / "gpu_report.txt").read_text()
-        assert len(results.load(tmp_path / "m-1-threads")["rows"]) == 1
-
-
-def test_a_gpu_report_told_to_end_writes_what_it_has(tmp_path):
-    command = [sys.executable, "-m", "bench.gpu_report", "--dry-run", "--results", str(tmp_path)]
-    run = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    for line in run.stdout:
-        if line.startswith("ok        build"):
-            break
-    time.sleep(0.5)
-    run.send_signal(signal.SIGTERM)
-    rest = run.communicate(timeout=30)[0]
-    assert "cut by SIGTERM" in rest and "ok        build" in (tmp_path / "gpu_report.txt").read_text()

@@ -1,0 +1,239 @@
+"""`python -m bench.gpu_smoke WHAT`: the shortest programs that say whether the kernels are right on this GPU.
+
+load    what this machine is, and whether the compiled library loads; builds it in place if it does not
+ops     every op and gradient on one backend against fp64, in fp32, bf16 and fp16, for 3, 8 and 16 channels
+field   the neural field at PixNerd's sizes against fp64, output and all eight gradients
+calls   every op once, for a memory checker; at the benches' size with --large, for a profiler
+
+`ops` and `field` print one line per check: our error, plain PyTorch's error in the same dtype, and whether ours is at most twice
+that. The exit status is 1 if a check failed; all checks are made.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+
+import torch
+
+import flowseg_kernels as fk
+from flowseg_kernels import info
+from flowseg_kernels.runtime import extension
+
+from . import field_plain
+from .results import ROOT
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Allowed beside twice plain PyTorch's error: it may be right by luck.
+FLOOR = {"fp32": 2e-6, "bf16": 4e-3, "fp16": 5e-4}
+
+
+def relative_error(got, want):
+    """|got - want| / |want| over the whole tensor, NaN if either holds one."""
+    want = want.double()
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+
+
+class Checks:
+    """Prints each check and remembers whether one failed."""
+
+    def __init__(self):
+        self.failed = 0
+
+    def say(self, good, line):
+        self.failed += not good
+        print(f"{'ok    ' if good else 'WRONG '} {line}", flush=True)
+
+    def close(self, name, dtype, got, plain, want):
+        ours, theirs = relative_error(got, want), relative_error(plain, want)
+        good = ours <= 2 * theirs + FLOOR[dtype]
+        self.say(good, f"{name} {dtype}: error {ours:.2e}, plain PyTorch {theirs:.2e}")
+
+    def equal(self, name, dtype, got, want):
+        wrong = int((got.long() != want.long()).sum())
+        self.say(wrong == 0, f"{name} {dtype}: {wrong} of {want.numel()} differ")
+
+    def attempt(self, name, check, *arguments):
+        """check(*arguments); an exception counts as a failed check."""
+        try:
+            check(*arguments)
+        except Exception as error:
+            traceback.print_exc(limit=4)
+            self.say(False, f"{name}: {type(error).__name__}: {str(error)[:300]}")
+
+
+def load(device):
+    """Show the machine; build the library in place if this GPU cannot use it."""
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            sys.exit("torch sees no GPU here")
+        if extension.why_no_cuda_kernels():
+            print(f"building: {extension.why_no_cuda_kernels()}", flush=True)
+            architecture = "{}.{}".format(*torch.cuda.get_device_capability())
+            command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+            environment = {**os.environ, "FLOWSEG_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": architecture}
+            subprocess.run(command, cwd=ROOT.parent, env=environment, check=True)
+            # In a process of its own: this one remembers that the library does not load.
+            ask = "from flowseg_kernels.runtime import extension; raise SystemExit(extension.why_no_cuda_kernels())"
+            subprocess.run([sys.executable, "-c", ask], cwd=ROOT.parent, check=True)
+        print(torch.cuda.get_device_properties())
+        if shutil.which("nvidia-smi"):
+            subprocess.run(["nvidia-smi"], check=False)
+    print(info.report())
+
+
+def pixel_inputs(classes, channels, device, dtype, shape=(2, 67, 45)):
+    """(codebook, x, source, labels, t): x near its codes, of odd sides unless told otherwise, with ignored pixels."""
+    generator = torch.Generator(device).manual_seed(channels)
+    codebook = fk.Codebook(fk.kronecker_centroids(classes, channels), ignore_index=-1).to(device)
+    labels = torch.randint(0, classes, shape, generator=generator, device=device)
+    x = codebook.encode(labels)
+    x = (x + 0.1 * torch.randn(x.shape, generator=generator, device=device)).to(dtype)
+    source = (torch.rand(x.shape, generator=generator, device=device) * 2 - 1).to(dtype)
+    labels[:, :3, :5] = -1
+    return codebook, x, source, labels, torch.rand(shape[0], generator=generator, device=device)
+
+
+def pixel_results(codebook, x, source, labels, t):
+    """{name: tensor} of every per-pixel op and the loss's gradient."""
+    leaf = x.detach().requires_grad_()
+    loss = fk.flow_loss(leaf, source, labels, t, codebook)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    with torch.no_grad():
+        label, distance, margin = fk.nearest_centroid(x, codebook, return_distance=True, return_margin=True)
+        return {
+            "flow_interpolate": fk.flow_interpolate(source, labels, t, codebook),
+            "distance_correction": fk.distance_correction(x, labels, codebook),
+            "flow_loss": loss.detach(),
+            "flow_loss gradient": gradient,
+            "nearest_centroid distance": distance,
+            "nearest_centroid margin": margin,
+            "nearest_centroid": fk.nearest_centroid(x, codebook),
+            "nearest_centroid without grid": fk.nearest_centroid(x, codebook.centroids),
+            "nearest_centroid with margin": label,
+            "decode_confusion": fk.decode_confusion(x, labels, codebook),
+        }
+
+
+def check_pixels(checks, backend, device, dtype, classes, channels):
+    inputs = pixel_inputs(classes, channels, device, DTYPES[dtype])
+    with fk.use_backend("reference"):
+        plain = pixel_results(*inputs)
+        codebook, x, source, labels, t = inputs
+        want = pixel_results(codebook, x.double(), source.double(), labels, t.double())
+    with fk.use_backend(backend):
+        got = pixel_results(*inputs)
+    for name, value in got.items():
+        title = f"{name} K={classes} C={channels}"
+        if value.is_floating_point():
+            checks.close(title, dtype, value, plain[name], want[name])
+        else:
+            checks.equal(title, dtype, value, want[name])
+
+
+def check_ops(checks, backend, device):
+    for dtype in DTYPES:
+        for classes, channels in ((150, 3), (1000, 3), (150, 8), (150, 16)) if device == "cuda" else ((20, 3),):
+            name = f"{dtype} K={classes} C={channels}"
+            checks.attempt(name, check_pixels, checks, backend, device, dtype, classes, channels)
+    if backend in fk.available_backends("neural_field", device):
+        checks.attempt("neural_field", check_field, checks, backend, device, "bf16", 4, 2, {})
+
+
+FIELD_NAMES = (
+    "output", "of x", "of weights", "of embed_weight", "of embed_bias", "of norm_weight", "of out_norm_weight",
+    "of out_weight", "of out_bias",
+)  # fmt: skip
+
+
+def field_results(inputs, grad, options):
+    """The output and the gradient of every input; None in place of the gains, which the plain form does not have."""
+    leaves = [v.detach().requires_grad_() for v in inputs]
+    if options.get("form") == "plain":
+        leaves[4] = leaves[5] = None
+    out = fk.neural_field(*leaves, **options)
+    found = iter(torch.autograd.grad(out, [v for v in leaves if v is not None], grad.to(out.dtype)))
+    return [out.detach(), *(v if v is None else next(found) for v in leaves)]
+
+
+def check_field(checks, backend, device, dtype, patches, depth, options):
+    inputs = field_plain.inputs(patches=patches, depth=depth, dtype=DTYPES[dtype], device=device)
+    grad = torch.randn(inputs[0].shape, device=device)
+    with fk.use_backend("reference"):
+        want = field_results([v.double() for v in inputs], grad.double(), options)
+        plain = field_results(inputs, grad, options)
+    with fk.use_backend(backend):
+        got = field_results(inputs, grad, options)
+        again = field_results(inputs, grad, options)
+    shown = " ".join(options.values())
+    for name, *values in zip(FIELD_NAMES, got, plain, want, again):
+        if values[0] is None:
+            continue
+        title = f"neural_field {patches} patches L={depth} {shown} {name}"
+        checks.close(title, dtype, *values[:3])
+        checks.say(torch.equal(values[0], values[3]), f"{title} {dtype}: repeats bit for bit")
+
+
+def check_fields(checks, backend, device):
+    for dtype in ("bf16", "fp32", "fp16"):
+        for patches, depth in ((256, 2), (1024, 4)) if device == "cuda" else ((4, 2),):
+            name = f"{dtype} {patches} patches"
+            checks.attempt(name, check_field, checks, backend, device, dtype, patches, depth, {})
+    for options in ({"form": "plain"}, {"normalise": "first"}):
+        checks.attempt(str(options), check_field, checks, backend, device, "bf16", 16, 2, options)
+
+
+def call_all(backend, device, dtype, shape, patches):
+    """A function that calls every op once on inputs that exist already."""
+    pixels = pixel_inputs(150, 3, device, dtype, shape)
+    field = field_plain.inputs(patches=patches, depth=2, dtype=dtype, device=device)
+    grad = torch.ones(field[0].shape, device=device)
+
+    def run():
+        with fk.use_backend(backend):
+            pixel_results(*pixels)
+            if backend in fk.available_backends("neural_field", device):
+                field_results(field, grad, {})
+
+    return run
+
+
+def calls(backend, device, large):
+    """One call of every op, of odd sides; `large`: at the benches' size, warmed up, between the profiler's start and stop."""
+    shape, patches = ((16, 512, 512), 4096) if large else ((2, 67, 45), 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        run = call_all(backend, device, dtype, shape, patches)
+        if large:
+            run()
+            torch.cuda.synchronize()
+            with torch.cuda.profiler.profile():
+                run()
+                torch.cuda.synchronize()
+        else:
+            run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print("every op was called")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_smoke", description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("load", "ops", "field", "calls"))
+    parser.add_argument("--backend", default="triton")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--large", action="store_true", help="calls: at the benches' size")
+    given = parser.parse_args()
+    if given.what == "load":
+        return load(given.device)
+    if given.what == "calls":
+        return calls(given.backend, given.device, given.large)
+    checks = Checks()
+    {"ops": check_ops, "field": check_fields}[given.what](checks, given.backend, given.device)
+    print(f"{checks.failed} checks failed")
+    return 1 if checks.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""The GPU report: its steps and budgets, how it is cut and goes on, its archive and the import at home. No time is judged here."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+from bench import gpu_archive, gpu_report, gpu_steps, preferences, report, results
+from bench.gpu_steps import Step
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def made_up(ms=1.0, entry="ours (cuda)", op="distance_correction"):
+    """A pytest-benchmark result of one entry that CUDA events have timed."""
+    info = {"op": op, "workload": "ade512", "spread": 0.3, "entry": entry, "pixels": 1}
+    info |= {"ms": ms, "iqr_ms": 0.01, "rounds": 9, "clock": "graph", "host_ms": 0.02, "stream_ms": ms}
+    stats = {"median": 1e-7, "iqr": 0.0, "rounds": 1, "data": [1e-7]}
+    return {
+        "benchmarks": [{"group": f"{op} ade512", "stats": stats, "extra_info": info}],
+        "machine_info": {"model": "Some CPU", "threads": 16, "torch": "2.11.0", "gpu": "NVIDIA Pretend"},
+        "commit_info": {"id": "0123456789ab", "dirty": False},
+        "datetime": "2026-01-01T00:00:00",
+    }
+
+
+def step(name, code, *arguments, limit=30.0, **options):
+    return Step(name, "first", (sys.executable, "-c", code, *arguments), limit, 1, "none", **options)
+
+
+@pytest.fixture
+def made(tmp_path):
+    return gpu_report.Report(tmp_path / "report", tmp_path / "report.tar.gz", 60)
+
+
+class TestSteps:
+    @pytest.mark.parametrize("preset", ["first", "second"])
+    def test_expected_seconds_fit_the_budget(self, preset):
+        expected = [step.expected for step in gpu_steps.steps() if step.preset == preset]
+        assert sum(expected) <= gpu_steps.BUDGETS[preset] and min(expected) > 0
+
+    def test_both_calls_and_two_starts_fit_fifteen_minutes(self):
+        assert gpu_steps.BUDGETS["first"] + gpu_steps.BUDGETS["second"] + 2 * 90 <= 900
+
+    def test_the_field_is_checked_before_anything_is_timed_and_ours_before_peers(self):
+        names = [step.name for step in gpu_steps.steps()]
+        order = ["load", "smoke cuda", "smoke triton", "field", "own field", "own pixel ops", "peers correction"]
+        assert [name for name in names if name in order] == order
+
+    def test_names_are_unique_and_every_chosen_file_exists(self):
+        found = gpu_steps.steps()
+        assert len({gpu_archive.file_name(step.name) for step in found}) == len(found)
+        for each in found:
+            for part in each.command:
+                if part.startswith(("bench/", "tests/")):
+                    assert (ROOT / part).exists(), part
+
+    def test_an_unknown_step_is_named(self):
+        with pytest.raises(SystemExit, match=r"wanted names of .*first.*; got nonsense"):
+            gpu_report.chosen_steps(["nonsense"], dry=True)
+
+    def test_the_table_gives_the_sums(self):
+        text = "\n".join(gpu_steps.table(gpu_steps.steps()))
+        assert "| all of `first` | first | 200 | 200 | |" in text
+
+
+class TestRun:
+    def test_failing_missing_and_slow_steps_do_not_stop_the_rest(self, made):
+        assert not made.run(step("bad", "print('WRONG nearest_centroid'); raise SystemExit('no such thing')"))
+        assert not made.run(Step("gone", "first", ("no-such-program",), 5, 1, ""))
+        assert not made.run(step("slow", "import time; time.sleep(60)", limit=5.5))
+        assert made.run(step("good", "print('here')"))
+        text = (made.folder / "report.txt").read_text()
+        assert "FAILED    bad: exit 1" in text and "no such thing" in text and "WRONG nearest_centroid" in text
+        assert "left out  gone: no-such-program was not found" in text
+        assert "FAILED    slow: stopped at its limit" in text
+        assert "ok        good: exit 0" in text and "here" in text
+
+    def test_nothing_starts_once_the_time_is_used_up(self, tmp_path):
+        late = gpu_report.Report(tmp_path / "r", tmp_path / "r.tar.gz", 3)
+        assert not late.run(step("late", ""))
+        assert "left out  late: the time is used up" in (tmp_path / "r" / "report.txt").read_text()
+
+    def test_a_second_run_skips_what_is_done_and_repeats_what_failed(self, tmp_path, monkeypatch, capsys):
+        flag = tmp_path / "mended"
+        failing = step("b", "import pathlib, sys; sys.exit(not pathlib.Path(sys.argv[1]).exists())", str(flag))
+        monkeypatch.setattr(gpu_steps, "steps", lambda dry=False: [step("a", ""), failing, step("c", "")])
+        monkeypatch.setattr(gpu_report, "cut_on_signals", lambda: None)
+        arguments = ["--dry-run", "--steps", "first", "--folder", str(tmp_path / "r")]
+        assert gpu_report.main(arguments) == 1
+        assert "FAILED    b" in capsys.readouterr().out
+        flag.touch()
+        assert gpu_report.main(arguments) == 0
+        text = capsys.readouterr().out
+        assert "done      a" in text and "ok        b" in text and "done      c" in text
+
+    def test_the_report_ends_where_the_library_does_not_load(self, tmp_path, monkeypatch, capsys):
+        found = [step("load", "raise SystemExit('no kernels')", vital=True), step("next", "")]
+        monkeypatch.setattr(gpu_steps, "steps", lambda dry=False: found)
+        monkeypatch.setattr(gpu_report, "cut_on_signals", lambda: None)
+        assert gpu_report.main(["--dry-run", "--steps", "first", "--folder", str(tmp_path / "r")]) == 1
+        text = capsys.readouterr().out
+        assert "no kernels" in text and "without load no later step can tell anything" in text and "next" not in text
+
+    def test_without_a_gpu_it_says_so(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(gpu_report, "sees_a_gpu", lambda: False)
+        assert gpu_report.main(["--folder", str(tmp_path / "r")]) == 1
+        assert "torch sees no GPU here" in capsys.readouterr().out
+
+    def test_a_bench_step_that_is_stopped_keeps_what_it_measured(self, made, tmp_path):
+        pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; `make install` installs it")
+        test = tmp_path / "test_slow.py"
+        test.write_text(
+            "import time\n"
+            "def test_first(benchmark):\n"
+            "    benchmark.extra_info.update(op='op', workload='w', entry='ours', pixels=1)\n"
+            "    benchmark.pedantic(lambda: None, rounds=1)\n"
+            "def test_second():\n    time.sleep(60)\n"
+        )
+        command = (sys.executable, "-m", "pytest", str(test), "-p", "no:cacheprovider", "--rootdir", str(tmp_path))
+        # As a shell script's background job, which a request to stop must reach too.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            assert not made.run(Step("cut", "first", command, 12, 1, "", bench=True))
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert made.state["cut"]["entries"] == 1
+        (kept,) = gpu_archive.results_in(made.folder)
+        assert "data" not in kept["benchmarks"][0]["stats"]
+
+
+class TestArchive:
+    def folder(self, tmp_path):
+        folder = tmp_path / "report"
+        folder.mkdir()
+        (folder / "own.json").write_text(json.dumps(made_up()))
+        slower = made_up(2.0, "ours (triton)") | {"datetime": "2026-01-01T00:01:00"}
+        (folder / "peers.json").write_text(json.dumps(slower))
+        (folder / "own.log").write_text("whole log\n")
+        gpu_archive.write_state(folder, {"own": {"ended": "exit 0"}})
+        return folder
+
+    def test_import_stores_figures_preferences_and_pages(self, tmp_path, capsys):
+        archive = tmp_path / "a.tar.gz"
+        gpu_archive.pack(self.folder(tmp_path), archive)
+        with tarfile.open(archive) as tar:
+            assert {"state.json", "own.json", "own.log"} <= set(tar.getnames())
+        readme, stored = tmp_path / "README.md", tmp_path / "results"
+        readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+        chosen = tmp_path / "preferences.json"
+        arguments = ["--results", str(stored), "--readme", str(readme), "--preferences", str(chosen)]
+        assert gpu_archive.main([str(archive), *arguments]) == 0
+        rows = results.load(stored / "nvidia-pretend")["rows"]
+        assert {row["entry"]: row["ms"] for row in rows} == {"ours (cuda)": 1.0, "ours (triton)": 2.0}
+        order = json.loads(chosen.read_text())["distance_correction"]
+        assert order["order"] == ["cuda", "triton"] and "measured on NVIDIA Pretend" in order["because"]
+        assert set(json.loads(chosen.read_text())) == set(preferences.OPS)
+        assert "NVIDIA Pretend" in (tmp_path / "docs" / "results" / "bench.md").read_text()
+
+    def test_an_archive_without_figures_changes_nothing(self, tmp_path, capsys):
+        (tmp_path / "r").mkdir()
+        (tmp_path / "r" / "load.log").write_text("no\n")
+        gpu_archive.pack(tmp_path / "r", tmp_path / "a.tar.gz")
+        assert gpu_archive.main([str(tmp_path / "a.tar.gz"), "--results", str(tmp_path / "results")]) == 1
+        assert "no figure was measured" in capsys.readouterr().out and not (tmp_path / "results").exists()
+
+    def test_a_long_log_keeps_its_ends(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(gpu_archive, "LONGEST_LOG", 1000)
+        folder = tmp_path / "r"
+        folder.mkdir()
+        (folder / "long.log").write_text("begin" + "x" * 5000 + "end")
+        gpu_archive.pack(folder, tmp_path / "a.tar.gz")
+        gpu_archive.unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+        text = (tmp_path / "out" / "long.log").read_text()
+        assert text.startswith("begin") and text.endswith("end") and len(text) < 1100
+
+    def test_a_state_file_that_was_cut_counts_as_none(self, tmp_path):
+        (tmp_path / "state.json").write_text('{"load": {"end')
+        assert gpu_archive.read_state(tmp_path) == {}
+
+
+def test_a_dry_report_cut_in_the_middle_goes_on_and_its_archive_is_imported(tmp_path):
+    """`first` and `second` at tiny sizes on the CPU, as on a GPU: told to end in the middle, started again, imported."""
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; `make install` installs it")
+    command = [sys.executable, "-m", "bench.gpu_report", "--dry-run", "--folder", str(tmp_path / "r")]
+    run = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("ok        own field"):
+            break
+    run.send_signal(signal.SIGTERM)
+    rest = run.communicate(timeout=60)[0]
+    assert "cut by SIGTERM: start again to go on" in rest and run.returncode == 1
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "done      own field" in done.stdout and "ok        own pixel ops" in done.stdout
+    for each in gpu_steps.steps(dry=True):
+        if each.preset != "rest":
+            assert gpu_archive.read_state(tmp_path / "r")[each.name]["ended"] == "exit 0", each.name
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    command = [sys.executable, "-m", "bench.gpu_archive", str(tmp_path / "r.tar.gz"), "--results", str(tmp_path / "s")]
+    command += ["--readme", str(readme), "--preferences", str(tmp_path / "p.json")]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "distance_correction ade512" in (tmp_path / "docs" / "results" / "bench.md").read_text()
