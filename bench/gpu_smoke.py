@@ -6,10 +6,13 @@ field   the neural field at PixNerd's sizes against fp64, output and all eight g
 calls   every op once, for a memory checker; at the benches' size with --large, for a profiler
 
 `ops` and `field` print one line per check: our error, plain PyTorch's error in the same dtype, and whether ours is at most twice
-that. The exit status is 1 if a check failed; all checks are made.
+that. The exit status is 1 if a check failed; all checks are made. On a GPU the cases run in several processes, since their time
+goes into importing torch and compiling Triton kernels.
 """
 
 import argparse
+import concurrent.futures
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -37,14 +40,14 @@ def relative_error(got, want):
 
 
 class Checks:
-    """Prints each check and remembers whether one failed."""
+    """The lines of the checks of one case, and how many failed."""
 
     def __init__(self):
-        self.failed = 0
+        self.failed, self.lines = 0, []
 
     def say(self, good, line):
         self.failed += not good
-        print(f"{'ok    ' if good else 'WRONG '} {line}", flush=True)
+        self.lines.append(f"{'ok    ' if good else 'WRONG '} {line}")
 
     def close(self, name, dtype, got, plain, want):
         ours, theirs = relative_error(got, want), relative_error(plain, want)
@@ -55,13 +58,34 @@ class Checks:
         wrong = int((got.long() != want.long()).sum())
         self.say(wrong == 0, f"{name} {dtype}: {wrong} of {want.numel()} differ")
 
-    def attempt(self, name, check, *arguments):
-        """check(*arguments); an exception counts as a failed check."""
-        try:
-            check(*arguments)
-        except Exception as error:
-            traceback.print_exc(limit=4)
-            self.say(False, f"{name}: {type(error).__name__}: {str(error)[:300]}")
+
+def run_case(name, arguments):
+    """(number of failed checks, lines) of one case; an exception counts as a failed check."""
+    checks = Checks()
+    try:
+        CHECKS[name](checks, *arguments)
+    except Exception as error:
+        shown = " ".join(map(str, arguments))
+        checks.say(False, f"{name} {shown}: {type(error).__name__}: {str(error)[:300]}")
+        checks.lines += traceback.format_exc(limit=4).splitlines()
+    return checks.failed, checks.lines
+
+
+def run_cases(cases, processes):
+    """Print the lines of all cases, each as it ends; returns how many checks failed."""
+    failed = 0
+    if processes == 1:
+        ended = (run_case(*case) for case in cases)
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(min(processes, len(cases)), mp_context=spawn)
+        started = [pool.submit(run_case, *case) for case in cases]
+        ended = (future.result() for future in concurrent.futures.as_completed(started))
+    for wrong, lines in ended:
+        failed += wrong
+        print("\n".join(lines), flush=True)
+    print(f"{failed} checks failed")
+    return failed
 
 
 def load(device):
@@ -133,15 +157,6 @@ def check_pixels(checks, backend, device, dtype, classes, channels):
             checks.equal(title, dtype, value, want[name])
 
 
-def check_ops(checks, backend, device):
-    for dtype in DTYPES:
-        for classes, channels in ((150, 3), (1000, 3), (150, 8), (150, 16)) if device == "cuda" else ((20, 3),):
-            name = f"{dtype} K={classes} C={channels}"
-            checks.attempt(name, check_pixels, checks, backend, device, dtype, classes, channels)
-    if backend in fk.available_backends("neural_field", device):
-        checks.attempt("neural_field", check_field, checks, backend, device, "bf16", 4, 2, {})
-
-
 FIELD_NAMES = (
     "output", "of x", "of weights", "of embed_weight", "of embed_bias", "of norm_weight", "of out_norm_weight",
     "of out_weight", "of out_bias",
@@ -159,11 +174,12 @@ def field_results(inputs, grad, options):
 
 
 def check_field(checks, backend, device, dtype, patches, depth, options):
+    """Against fp64, beside PixNerd's own form in the same dtype where it has the options, else our reference."""
     inputs = field_plain.inputs(patches=patches, depth=depth, dtype=DTYPES[dtype], device=device)
     grad = torch.randn(inputs[0].shape, device=device)
     with fk.use_backend("reference"):
         want = field_results([v.double() for v in inputs], grad.double(), options)
-        plain = field_results(inputs, grad, options)
+        plain = field_results(inputs, grad, options) if options else plain_field_results(inputs, grad)
     with fk.use_backend(backend):
         got = field_results(inputs, grad, options)
         again = field_results(inputs, grad, options)
@@ -176,13 +192,33 @@ def check_field(checks, backend, device, dtype, patches, depth, options):
         checks.say(torch.equal(values[0], values[3]), f"{title} {dtype}: repeats bit for bit")
 
 
-def check_fields(checks, backend, device):
-    for dtype in ("bf16", "fp32", "fp16"):
-        for patches, depth in ((256, 2), (1024, 4)) if device == "cuda" else ((4, 2),):
-            name = f"{dtype} {patches} patches"
-            checks.attempt(name, check_field, checks, backend, device, dtype, patches, depth, {})
-    for options in ({"form": "plain"}, {"normalise": "first"}):
-        checks.attempt(str(options), check_field, checks, backend, device, "bf16", 16, 2, options)
+def plain_field_results(inputs, grad):
+    """As field_results, by PixNerd's own form in plain PyTorch."""
+    leaves = [v.detach().requires_grad_() for v in inputs]
+    out = field_plain.field(*leaves, field_plain.features(inputs[0].dtype).to(grad.device))
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+CHECKS = {"pixels": check_pixels, "field": check_field}
+
+
+def op_cases(backend, device):
+    """The cases of `ops`: (name in CHECKS, arguments)."""
+    if device == "cpu":
+        return [("pixels", (backend, device, dtype, 20, 3)) for dtype in DTYPES]
+    sizes = {"fp32": ((150, 3), (1000, 3), (150, 8), (150, 16)), "bf16": ((150, 3), (150, 16)), "fp16": ((150, 3),)}
+    cases = [("pixels", (backend, device, dtype, *size)) for dtype, found in sizes.items() for size in found]
+    if backend in fk.available_backends("neural_field", device):
+        cases.append(("field", (backend, device, "bf16", 4, 2, {})))
+    return cases
+
+
+def field_cases(backend, device):
+    """The cases of `field`: PixNerd's sizes, and every option once."""
+    sizes = ((256, 2), (1024, 4)) if device == "cuda" else ((4, 2),)
+    cases = [("field", (backend, device, dtype, *size, {})) for dtype in DTYPES for size in sizes]
+    options = ({"form": "plain"}, {"normalise": "first"})
+    return cases + [("field", (backend, device, "bf16", 16, 2, chosen)) for chosen in options]
 
 
 def call_all(backend, device, dtype, shape, patches):
@@ -229,10 +265,9 @@ def main():
         return load(given.device)
     if given.what == "calls":
         return calls(given.backend, given.device, given.large)
-    checks = Checks()
-    {"ops": check_ops, "field": check_fields}[given.what](checks, given.backend, given.device)
-    print(f"{checks.failed} checks failed")
-    return 1 if checks.failed else 0
+    cases = {"ops": op_cases, "field": field_cases}[given.what](given.backend, given.device)
+    processes = min(8, os.cpu_count() or 1) if given.device == "cuda" and given.backend == "triton" else 1
+    return 1 if run_cases(cases, processes) else 0
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def of_one_pass(kept, fresh):
     `kept`. A pass stays whole, so that its ratios are of one run. No pass of calls in alternation is the quicker one: the
     newer stays."""
     both = [(kept[entry], row) for entry, row in fresh.items() if entry in kept]
-    if not both or any(old["commit"] != new["commit"] or old["dirty"] or new["dirty"] for old, new in both):
+    other = any(old["commit"] != new["commit"] or old["dirty"] or new["dirty"] for old, new in both)
+    if not both or other or all(old["date"] == new["date"] for old, new in both):  # the same date: imported twice
         return kept | fresh
     passes = 1 + max(old.get("passes", 1) for old, _ in both)
     slower = sum(new.get("ms", 0) - new.get("rate", 0) - old.get("ms", 0) + old.get("rate", 0) for old, new in both) > 0

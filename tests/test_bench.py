@@ -127,7 +127,7 @@ def test_an_entry_that_was_cut_short_is_not_stored_and_changed_sources_are_told(
 
 def test_the_quicker_of_two_passes_of_a_commit_stays_whole(tmp_path):
     def stored(ours, eager, commit="0" * 40):
-        result = made_up(ours)
+        result = made_up(ours) | {"datetime": f"2026-01-01 {ours} {eager}"}
         result["benchmarks"] += made_up(eager, entry="eager")["benchmarks"]
         result["commit_info"]["id"] = commit
         rows = results.load(results.store(result, tmp_path))["rows"]
@@ -139,6 +139,12 @@ def test_the_quicker_of_two_passes_of_a_commit_stays_whole(tmp_path):
     assert stored(0.5, 85.0) == ({"ours": 1.0, "eager": 80.0}, 3), "no ratio of two runs"
     assert "of each row the quickest of 3 passes" in report.where(results.load(next(tmp_path.iterdir())))
     assert stored(4.0, 99.0, "f" * 40) == ({"ours": 4.0, "eager": 99.0}, 1)
+
+
+def test_a_result_that_is_stored_twice_is_one_pass(tmp_path):
+    for _ in range(2):
+        folder = results.store(made_up(1.0), tmp_path)
+    assert "passes" not in results.load(folder)["rows"][0]
 
 
 class TestRunInParts:

@@ -46,7 +46,8 @@ class TestSteps:
         assert sum(expected) <= gpu_steps.BUDGETS[preset] and min(expected) > 0
 
     def test_both_calls_and_two_starts_fit_fifteen_minutes(self):
-        assert gpu_steps.BUDGETS["first"] + gpu_steps.BUDGETS["second"] + 2 * 90 <= 900
+        expected = sum(step.expected for step in gpu_steps.steps() if step.preset != "rest")
+        assert expected + 2 * 155 <= 900  # a bare machine took 155 s to start
 
     def test_the_field_is_checked_before_anything_is_timed_and_ours_before_peers(self):
         names = [step.name for step in gpu_steps.steps()]
@@ -67,7 +68,8 @@ class TestSteps:
 
     def test_the_table_gives_the_sums(self):
         text = "\n".join(gpu_steps.table(gpu_steps.steps()))
-        assert "| all of `first` | first | 200 | 200 | |" in text
+        total = sum(step.expected for step in gpu_steps.steps() if step.preset == "first")
+        assert f"| all of `first` | first | {total:g} | 200 | |" in text
 
 
 class TestRun:
