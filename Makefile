@@ -90,7 +90,7 @@ bench-compare: $(VENV)/.bench
 	$(RUN) -m bench.run -k ours --again --progress build/bench-compare
 	$(RUN) -m bench.compare build/bench-compare/*.json
 
-# On a machine with a GPU, with the interpreter that is there: nothing is installed or downloaded. Under 9 minutes.
+# On a machine with a GPU, with the interpreter that is there: nothing is installed or downloaded. docs/guides/gpu.md says more.
 gpu-report:
 	$(PYTHON) -m bench.gpu_report
 

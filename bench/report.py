@@ -326,8 +326,7 @@ _WORKLOADS = (
     "512 x 512 pixels, C = 3, fp32; ade512: K = 150, coco512: K = 171, many: K = 1000; spread: standard deviation of the points "
     "around their codes; neural field: PixNerd's decoder, Hx = 64, p = 16, L of 2 and XL of 4 blocks; training step and sampling: "
     "the nano network at 256 x 256. A CPU takes one image with a random class per pixel. A GPU takes 16 images with squares of 32 "
-    "pixels of one class each, or, where the workload says so, with a random class per pixel; its times are of CUDA graphs of up to "
-    "50 calls."
+    "pixels of one class each or, where the workload says so, a random class per pixel; it runs up to 50 calls in one CUDA graph."
 )
 _COLUMNS = (
     "Medians; every result was checked before it was timed, gradients included. For a peer: how many times longer it takes. Of "

@@ -48,7 +48,14 @@ copybutton_prompt_is_regexp = True
 #: The side bar: titles and the pages below them. README.md stays free of directives, as it is read on GitHub too.
 NAVIGATION = {
     "Start": ["installing", "method", "codes"],
-    "Guides": ["guides/drop_in", "guides/composing", "guides/pixnerd", "guides/training", "guides/adding_an_op"],
+    "Guides": [
+        "guides/drop_in",
+        "guides/composing",
+        "guides/pixnerd",
+        "guides/training",
+        "guides/gpu",
+        "guides/adding_an_op",
+    ],
     "Ops": [
         "ops/flow_interpolate",
         "ops/distance_correction",
@@ -67,6 +74,7 @@ NAVIGATION = {
         "results/sanitizers",
         "results/coverage",
         "notes/performance",
+        "notes/h100",
     ],
 }
 
