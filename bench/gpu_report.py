@@ -92,14 +92,15 @@ def _share(row):
     return share + (f" host {row['host_ms']:.2g}" if is_ours(row) and "host_ms" in row else "")
 
 
-def chosen_steps(names, dry):
-    """The steps that `names` name: presets and steps."""
+def chosen_steps(names, dry, only=""):
+    """The steps that `names` name: presets and steps. `only` narrows the entries of bench steps, as pytest's -k."""
     known = gpu_steps.steps(dry)
     every = {step.name for step in known} | set(gpu_steps.BUDGETS)
     unknown = [name for name in names if name not in every]
     if unknown:
         sys.exit(f"--steps: wanted names of {', '.join(sorted(every))}; got {', '.join(unknown)}")
-    return [step for step in known if step.name in names or step.preset in names]
+    chosen = [step for step in known if step.name in names or step.preset in names]
+    return [gpu_steps.narrowed(step, only) for step in chosen]
 
 
 def parse(arguments):
@@ -108,6 +109,7 @@ def parse(arguments):
     parser.add_argument("--seconds", type=float, help="for the whole run (default: the budgets of the presets)")
     parser.add_argument("--folder", type=pathlib.Path, default=FOLDER, help="of logs, figures and state")
     parser.add_argument("--archive", type=pathlib.Path, help="default FOLDER.tar.gz")
+    parser.add_argument("--only", default="", help="of bench steps only these entries, as pytest's -k")
     parser.add_argument("--again", action="store_true", help="also run steps that are done")
     parser.add_argument("--dry-run", action="store_true", help="every step on the CPU at tiny sizes; judges no time")
     parser.add_argument("--list", action="store_true", help="show the steps and their expected seconds, and end")
@@ -127,7 +129,7 @@ def sees_a_gpu():
 
 def main(arguments=None):
     given = parse(arguments)
-    found = chosen_steps(given.names, given.dry_run)
+    found = chosen_steps(given.names, given.dry_run, given.only)
     if given.list:
         print("\n".join(gpu_steps.table(found)))
         return 0

@@ -160,6 +160,15 @@ def steps(dry=False):
     return [*_first(dry), *_second(dry), *_rest(dry)]
 
 
+def narrowed(step, only):
+    """A bench step with only some of its entries; other steps as they are."""
+    if not only or not step.bench:
+        return step
+    place = step.command.index("-k") + 1
+    chosen = f"({step.command[place]}) and ({only})"
+    return dataclasses.replace(step, command=(*step.command[:place], chosen, *step.command[place + 1 :]))
+
+
 def table(found):
     """Lines of Markdown: the steps with their expected seconds, and the sums of the presets."""
     yield "| step | preset | expected, s | limit, s | basis |"

@@ -66,6 +66,11 @@ class TestSteps:
         with pytest.raises(SystemExit, match=r"wanted names of .*first.*; got nonsense"):
             gpu_report.chosen_steps(["nonsense"], dry=True)
 
+    def test_entries_of_bench_steps_can_be_narrowed(self):
+        load, field = gpu_report.chosen_steps(["load", "own field"], dry=False, only="XL")
+        assert "XL" not in " ".join(load.command)
+        assert "(ours and bfloat16 and (4096 or 1024)) and (XL)" in field.command
+
     def test_the_table_gives_the_sums(self):
         text = "\n".join(gpu_steps.table(gpu_steps.steps()))
         total = sum(step.expected for step in gpu_steps.steps() if step.preset == "first")
