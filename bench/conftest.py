@@ -164,7 +164,8 @@ def gpu_times(benchmark, entry, run, sets, graph):
         run(sets[0])
         peak = machine.peak_mib(lambda: run(sets[-1]), DEVICE)
         found = gpu_timing.call_times(run, sets, graph=graph and not entry.startswith(("KeOps", "faiss")))
-    benchmark.extra_info.update(found)
+        kernels = gpu_timing.kernel_times(run, sets[:2])
+    benchmark.extra_info.update(found, kernels=kernels)
     benchmark.pedantic(lambda: None, rounds=1)
     return peak
 

@@ -1,4 +1,5 @@
 """Times of calls on a GPU, by CUDA events: in CUDA graphs of many calls, call after call from Python, and the host's own time.
+PyTorch's profiler says what each kernel takes of them.
 
 A graph of many calls measures the kernels: launching them costs nothing, and the graph's own start is shared by all calls.
 Call after call measures what a user of eager PyTorch gets. The host time says how long Python and the launches keep the CPU busy.
@@ -100,6 +101,21 @@ def host_milliseconds(run, turn, repeats):
         times.append(time.perf_counter() - begin)
     torch.cuda.synchronize()
     return statistics.median(times) * 1e3
+
+
+def kernel_times(run, sets, most=12):
+    """{kernel: microseconds per call} of the longest kernels of run(inputs), by PyTorch's profiler; {} where it cannot look."""
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for inputs in sets:
+                run(inputs)
+            torch.cuda.synchronize()
+        events = profile.key_averages()
+    except Exception:  # a profiler that fails must not lose the times
+        return {}
+    times = {event.key[:80]: event.self_device_time_total / len(sets) for event in events}
+    longest = sorted(times, key=times.get, reverse=True)[:most]
+    return {name: round(times[name], 2) for name in longest if times[name] > 0}
 
 
 def limits(quick=False):

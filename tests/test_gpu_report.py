@@ -1,5 +1,6 @@
 """The GPU report: its steps and budgets, how it is cut and goes on, its archive and the import at home. No time is judged here."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -9,8 +10,9 @@ import sys
 import tarfile
 
 import pytest
+import torch
 
-from bench import gpu_archive, gpu_report, gpu_steps, preferences, report, results
+from bench import gpu_archive, gpu_report, gpu_steps, gpu_timing, preferences, report, results
 from bench.gpu_steps import Step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -140,6 +142,81 @@ class TestRun:
         assert made.state["cut"]["entries"] == 1
         (kept,) = gpu_archive.results_in(made.folder)
         assert "data" not in kept["benchmarks"][0]["stats"]
+
+
+class _Clock:
+    """Stands for a GPU: events read a clock that a call moves on."""
+
+    now = 0.0
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = _Clock.now
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    class CUDAGraph:
+        def replay(self):
+            _Clock.now += 1e-3 * self.calls
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+
+class TestTiming:
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        """Inputs of the calls that were made, on a pretended GPU on which a call takes 2 ms, and 1 ms in a graph."""
+        made = []
+
+        @contextlib.contextmanager
+        def graph(which):
+            before = len(made)
+            yield
+            which.calls = len(made) - before
+
+        for name in ("Event", "CUDAGraph", "Stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(_Clock, name))
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", _Clock.Stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        return made
+
+    def run(self, calls):
+        def call(inputs):
+            calls.append(inputs)
+            _Clock.now += 2e-3
+
+        return call
+
+    def test_a_call_in_a_graph_and_call_after_call_over_all_inputs(self, calls):
+        found = gpu_timing.call_times(self.run(calls), [1, 2, 3])
+        assert found["clock"] == "graph" and found["ms"] == pytest.approx(1.0)
+        assert found["stream_ms"] == pytest.approx(2.0) and found["calls"] % 3 == 0 and found["calls"] <= 51
+        assert {calls.count(i) for i in (1, 2, 3)} <= set(range(len(calls) // 3 - 5, len(calls) // 3 + 6))
+
+    def test_without_a_graph_the_time_call_after_call_counts(self, calls):
+        found = gpu_timing.call_times(self.run(calls), [1], graph=False)
+        assert found["clock"] == "events" and found["ms"] == found["stream_ms"] == pytest.approx(2.0)
+
+    def test_what_forbids_a_graph_is_told_and_the_time_stands(self, calls, monkeypatch):
+        def refuse(which):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        monkeypatch.setattr(torch.cuda, "graph", refuse)
+        found = gpu_timing.call_times(self.run(calls), [1])
+        assert found["clock"] == "events" and found["no_graph"] == "operation not permitted when stream is capturing"
+        assert found["ms"] == pytest.approx(2.0)
+
+    def test_a_profiler_that_fails_loses_nothing(self, calls, monkeypatch):
+        monkeypatch.setattr(torch.profiler, "profile", lambda **options: 1 / 0)
+        assert gpu_timing.kernel_times(self.run(calls), [1]) == {}
 
 
 class TestArchive:
