@@ -89,10 +89,26 @@ class Allocated(TorchDispatchMode):
 
 
 class _NoKernel:
-    """Takes a launch and does nothing."""
+    """Takes a launch and at most notes its name."""
+
+    def __init__(self, name, noted):
+        self.name, self.noted = name, noted
 
     def __getitem__(self, grid):
-        return lambda *args, **options: None
+        return self.launch
+
+    def launch(self, *args, **options):
+        if self.noted is not None:
+            self.noted.append(self.name)
+
+
+def without_kernels(noted: list | None = None):
+    """Inside the block the field's Triton kernels do nothing, on tensors anywhere; `noted` gets the names of those launched."""
+    from flowseg_kernels.ops.neural_field import triton_kernels
+
+    names = [name for name in vars(triton_kernels) if name.endswith("_kernel") and name != "triton_kernel"]
+    stubs = {name: _NoKernel(name, noted) for name in names}
+    return unittest.mock.patch.multiple(triton_kernels, **stubs)
 
 
 def counted_peak_bytes(entry: str, model: str, side: int, dtype: torch.dtype) -> int:
@@ -110,8 +126,7 @@ def counted_peak_bytes(entry: str, model: str, side: int, dtype: torch.dtype) ->
             out = field_plain.field(*inputs, dct)
             torch.autograd.grad(out, inputs, torch.empty_like(out))
         else:
-            kernels = [name for name in vars(triton_kernels) if name.endswith("_kernel") and name != "triton_kernel"]
-            with unittest.mock.patch.multiple(triton_kernels, **dict.fromkeys(kernels, _NoKernel())), torch.no_grad():
+            with without_kernels(), torch.no_grad():
                 options = PATCH, 2, 1e-6, "both", "residual"
                 out = triton_kernels.neural_field(*inputs, *options)
                 triton_kernels.neural_field_bwd(torch.empty_like(out), *inputs, *options, [True] * len(inputs))
