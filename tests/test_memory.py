@@ -21,12 +21,12 @@ def test_saved_memory_is_that_of_the_inputs_and_a_sixth_of_eager(model, side):
     assert chunked <= ours - 2 * patches * depth * 2 * 2 * 64 * 64 + 2**16
 
 
-@pytest.mark.parametrize("side", [256, 512])
+@pytest.mark.parametrize("side", [256, 512, 1024])
 @pytest.mark.parametrize("model", memory.MODELS)
-def test_peak_by_count_is_a_fifth_of_eager(model, side):
+def test_peak_by_count_is_a_sixth_of_eager(model, side):
     pytest.importorskip("triton", reason="the GPU kernels' host code needs Triton")
     eager, ours = (memory.counted_peak_bytes(entry, model, side, torch.bfloat16) for entry in memory.ENTRIES[:2])
-    assert 5 * ours <= eager
+    assert 6 * ours <= eager
 
 
 def test_the_notes_have_what_is_counted():

@@ -21,6 +21,7 @@ from .triton_forward import (
     load_vector,
     product,
     silu_and_tanh,
+    state_before,
     store_tile,
 )
 
@@ -51,17 +52,17 @@ def scaled(g, lengths, column, H: tl.constexpr, HP: tl.constexpr, BOTH: tl.const
     return in_range(g, OPERAND)
 
 
-@triton.jit(do_not_specialize=["first", "depth"])
+@triton.jit(do_not_specialize=["first", "depth", "sums"])
 def backward_kernel(
-    weights, gains, states, norms, scales, grad_weights, grad_gains, grads, sums, first, depth,
+    weights, gains, states, later, norms, scales, grad_weights, partials, grads, raw, first, depth, sums,
     H: tl.constexpr, HP: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, BAND: tl.constexpr, P: tl.constexpr,
     ROWS: tl.constexpr, BOTH: tl.constexpr, RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, TANH: tl.constexpr,
+    UPCAST: tl.constexpr, TANH: tl.constexpr, LENT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the generated weights, and of the state: `grads` (n, p^2, Hx), after the last block, becomes that before the
-    first. A patch's share of the gradient of the gains goes to `grad_gains` (n, L, Hx).
+    first. A patch's share of the gradient of the gains begins its row of `partials`, of `sums` numbers (forward_kernel).
 
-    `sums` (n, 2 r Hx^2) holds the sums over pixels between the tiles of a patch; of one tile, they lie in grad_weights. There they
+    `raw` (n, 2 r Hx^2) holds the sums over pixels between the tiles of a patch; of one tile, they lie in grad_weights. There they
     are taken up again, BAND columns of W1 and rows of W2 at a time, for what the lengths of the columns add."""
     TILES: tl.constexpr = (P * P + ROWS - 1) // ROWS
     SHAVED: tl.constexpr = HP != H or WIDE % SLICE != 0
@@ -69,11 +70,10 @@ def backward_kernel(
     PARTIAL: tl.constexpr = HP != H or P * P % ROWS != 0
     local = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, HP)
-    states += local * depth * (P * P * H)
     norms += local * depth * (P * P)
     scales += local * depth * (WIDE + H)
     grads += local * (P * P * H)
-    sums += local * (2 * WIDE * H)
+    raw += local * (2 * WIDE * H)
 
     g = load_tile(grads, tl.arange(0, ROWS), column, P * P, H, PARTIAL).to(tl.float32)
     # Carried into the loop, not made where it is used: of an operand that a loop carries, products read shared memory whichever way
@@ -83,13 +83,16 @@ def backward_kernel(
         level = depth - 1 - step // TILES
         tile = step % TILES
         row = tile * ROWS + tl.arange(0, ROWS)
-        normals = states + level * (P * P * H)
         lengths = scales + level * (WIDE + H)
         at = ((first + local) * depth + level) * (2 * WIDE * H)
         block = weights + at
         into_block = grad_weights + at
+        if LENT:
+            normals = state_before(states, grad_weights, local, level, depth, at, H, WIDE, P, True)
+        else:
+            normals = state_before(states, later, local, level, depth, at, H, WIDE, P, False)
         if TILES > 1:
-            held = sums
+            held = raw
         else:
             held = into_block
         normal = load_tile(normals, row, column, P * P, H, PARTIAL)
@@ -159,7 +162,7 @@ def backward_kernel(
                     raw2 = load_tile(block + H * WIDE, wide, column, WIDE, H, BARRED).to(tl.float32)
                     store_tile(into_block + H * WIDE, wide, column, into2 - raw2 * along2[None, :], WIDE, H, BARRED)
             if RESIDUAL:
-                tl.store(grad_gains + (local * depth + level) * H + column, along_gain, mask=column < H)
+                tl.store(partials + (first + local) * sums + level * H + column, along_gain, mask=column < H)
         if RESIDUAL:
             # Read again rather than held in registers through the products.
             normal = load_tile(normals, row, column, P * P, H, PARTIAL).to(tl.float32)
@@ -172,22 +175,29 @@ def backward_kernel(
             tl.debug_barrier()
             row = ((step + 1) % TILES) * ROWS + tl.arange(0, ROWS)
             g = load_tile(grads, row, column, P * P, H, PARTIAL)
+        elif LENT:
+            # The next block's gradients overwrite the state that another thread may still read.
+            tl.debug_barrier()
         coming = tl.maximum(depth - 1 - (step + 1) // TILES, 0)
         g_in = scaled(g, scales + coming * (WIDE + H) + WIDE, column, H, HP, BOTH, OPERAND)
     if TILES == 1:
         store_tile(grads, tl.arange(0, ROWS), column, g, P * P, H, PARTIAL)
 
 
-@triton.jit(do_not_specialize=["first", "columns", "per_image", "features", "sb", "sc", "sh", "sw", "patches"])
+@triton.jit(
+    do_not_specialize=[
+        "first", "columns", "per_image", "features", "sb", "sc", "sh", "sw", "patches", "shares", "together"
+    ]
+)  # fmt: skip
 def enter_kernel(
-    x, embed, grads, grad_x, positions, partials,
-    first, columns, per_image, features, sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64, patches,
-    H: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr, C: tl.constexpr,
+    x, embed, grads, grad_x, partials,
+    first, columns, per_image, features, sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64, patches, shares, together,
+    H: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x from that of the embedding's result. A program takes the same pixels of TOGETHER patches one after another, and
-    leaves their share of its sum over patches in `positions` (., p^2, Hx), of the gradient of the embedding's weights on the
-    channels in `partials` (., Hx, C)."""
+    """Gradient of x from that of the embedding's result. A program takes the same pixels of `together` patches one after another.
+    Their row of `partials`, `shares` rows after those of earlier rounds, has their share of the gradient's sum over patches
+    (p^2, Hx), then of each tile that of the gradient of the embedding's weights on the channels (Hx, C)."""
     TILES: tl.constexpr = (P * P + ROWS - 1) // ROWS
     PARTIAL: tl.constexpr = HP != H or P * P % ROWS != 0
     share = tl.program_id(0) // TILES
@@ -197,7 +207,7 @@ def enter_kernel(
     from_embed = tl.trans(load_embedding(embed, column, channel, features, H, C).to(OPERAND))
     by_position = tl.zeros((ROWS, HP), tl.float32)
     by_pixel = tl.zeros((HP, CP), tl.float32)
-    for local in range(share * TOGETHER, tl.minimum((share + 1) * TOGETHER, patches)):
+    for local in range(share * together, tl.minimum((share + 1) * together, patches)):
         g = load_tile(grads + tl.cast(local, tl.int64) * (P * P * H), row, column, P * P, H, PARTIAL)
         by_position += g.to(tl.float32)
         g_in = rounded(g, OPERAND)
@@ -208,5 +218,66 @@ def enter_kernel(
         at, exists = dense_places(patch, row, channel, columns, per_image, P, C)
         into = rounded(product(g_in, from_embed, PRECISION, UPCAST), grad_x.dtype.element_ty)
         tl.store(grad_x + at, into, mask=exists)
-    store_tile(positions + share.to(tl.int64) * (P * P * H), row, column, by_position, P * P, H, PARTIAL)
-    store_tile(partials + tl.program_id(0).to(tl.int64) * (H * C), column, channel, by_pixel, H, C, True)
+    into = partials + (shares + share).to(tl.int64) * (P * P * H + TILES * (H * C))
+    store_tile(into, row, column, by_position, P * P, H, PARTIAL)
+    into += P * P * H + (tl.program_id(0) % TILES) * (H * C)
+    store_tile(into, column, channel, by_pixel, H, C, True)
+
+
+@triton.jit(do_not_specialize=["freqs", "depth"])
+def finish_kernel(
+    by_patch, by_share, waves, grad_embed, grad_bias, grad_gains, grad_out_gain, grad_out_weight, grad_out_bias,
+    freqs, depth,
+    H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, LEAVING: tl.constexpr, ENTERING: tl.constexpr,
+    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of what patches share, from the sums over the rows that forward_kernel and backward_kernel (`by_patch`, LEAVING
+    tiles) and enter_kernel (`by_share`, ENTERING tiles) left. A program takes one of the Hx hidden units.
+
+    Sums over pixels are in fp64, as the feature of frequency 0 is one everywhere: in fp32 its sum over pixels had up to 2.2 times
+    PyTorch's error."""
+    unit = tl.program_id(0)
+    channel = tl.arange(0, CP)
+    count = freqs * freqs
+    embed = grad_embed + unit * (C + count)
+    for start in range(0, count, BLOCK):
+        feature = start + tl.arange(0, BLOCK)
+        found = tl.zeros((BLOCK,), tl.float64)
+        for first in range(0, P * P, BLOCK):
+            pixel = first + tl.arange(0, BLOCK)
+            g = tl.load(by_share + pixel * H + unit, mask=pixel < P * P, other=0.0).to(tl.float64)
+            exists = (pixel < P * P)[:, None] & (feature < count)[None, :]
+            wave = tl.load(waves + pixel[:, None] * count + feature[None, :], mask=exists, other=0.0)
+            found += tl.sum(g[:, None] * wave.to(tl.float64), 0)
+        found = rounded(found.to(tl.float32), grad_embed.dtype.element_ty)
+        tl.store(embed + C + feature, found, mask=feature < count)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, P * P, BLOCK):
+        pixel = first + tl.arange(0, BLOCK)
+        total += tl.load(by_share + pixel * H + unit, mask=pixel < P * P, other=0.0).to(tl.float64)
+    tl.store(grad_bias + unit, rounded(tl.sum(total, 0).to(tl.float32), grad_bias.dtype.element_ty))
+
+    by_pixel = tl.zeros((CP,), tl.float32)
+    for tile in range(ENTERING):
+        by_pixel += load_vector(by_share + P * P * H + tile * (H * C) + unit * C, channel, C, True)
+    tl.store(embed + channel, rounded(by_pixel, grad_embed.dtype.element_ty), mask=channel < C)
+
+    by_gain = 0.0
+    by_weight = tl.zeros((CP,), tl.float32)
+    by_bias = tl.zeros((CP,), tl.float32)
+    for tile in range(LEAVING):
+        leaving = by_patch + depth * H + tile * ((1 + C) * H + C)
+        if RESIDUAL:
+            by_gain += tl.load(leaving + unit)
+        by_weight += tl.load(leaving + H + channel * H + unit, mask=channel < C, other=0.0)
+        by_bias += load_vector(leaving + (1 + C) * H, channel, C, True)
+    tl.store(
+        grad_out_weight + channel * H + unit, rounded(by_weight, grad_out_weight.dtype.element_ty), mask=channel < C
+    )
+    if unit == 0:
+        tl.store(grad_out_bias + channel, rounded(by_bias, grad_out_bias.dtype.element_ty), mask=channel < C)
+    if RESIDUAL:
+        tl.store(grad_out_gain + unit, rounded(by_gain, grad_out_gain.dtype.element_ty))
+        for level in range(depth):
+            gain = tl.load(by_patch + level * H + unit)
+            tl.store(grad_gains + level * H + unit, rounded(gain, grad_gains.dtype.element_ty))

@@ -168,23 +168,40 @@ def block_step(
     return out
 
 
+@triton.jit
+def state_before(
+    states, later, local, level, depth, at, H: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr, LENT: tl.constexpr
+):  # fmt: skip
+    """Where the state of a patch before block `level` lies: the first in `states` (n, p^2, Hx), the others in `later`, of the round
+    (n, L - 1, p^2, Hx) or, LENT, in the gradients of the generated weights: there each in the place of the block before its own,
+    whose gradients are written when the state has been read for the last time. Those of its own begin at `at`."""
+    if LENT:
+        found = later + (at - 2 * WIDE * H)
+    else:
+        found = later + (local * (depth - 1) + (level - 1)) * (P * P * H)
+    if level == 0:
+        found = states + local * (P * P * H)
+    return found
+
+
 @triton.jit(
     do_not_specialize=[
-        "first", "columns", "per_image", "depth", "features", "sb", "sc", "sh", "sw", "gb", "gc", "gh", "gw"
+        "first", "columns", "per_image", "depth", "features", "sums", "sb", "sc", "sh", "sw", "gb", "gc", "gh", "gw"
     ]
 )  # fmt: skip
 def forward_kernel(
-    x, weights, embed, table, gains, out_gain, out_weight, out_bias, out, grad, states, norms, scales, grads, partials,
-    first, columns, per_image, depth, features,
+    x, weights, embed, table, gains, out_gain, out_weight, out_bias, out, grad, states, later, norms, scales, grads, partials,
+    first, columns, per_image, depth, features, sums,
     sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64, gb: tl.int64, gc: tl.int64, gh: tl.int64, gw: tl.int64, eps,
     H: tl.constexpr, HP: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
     TOGETHER: tl.constexpr, WIDEP: tl.constexpr, AREA: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
     BOTH: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr, LENT: tl.constexpr,
 ):  # fmt: skip
-    """Velocity of patches from `first`; with KEEP instead what their backward starts from: the states (n, L, p^2, Hx) before the
+    """Velocity of patches from `first`; with KEEP instead what their backward starts from: the states (state_before) before the
     blocks, normalised, what normalised them (n, L, p^2), and `grads` (n, p^2, Hx), the gradient of the state after the last, from
-    `grad` of the velocity. A row of `partials` is then a tile's share of the gradients of out_gain (Hx) and out_weight (C, Hx).
+    `grad` of the velocity. A patch's row of `partials`, `sums` numbers, then has the share of the gradients of the gains (L, Hx),
+    which backward_kernel writes, then of each tile those of out_gain (Hx), out_weight (C, Hx) and out_bias (C).
 
     A program takes TOGETHER tiles of a patch one by one, and leaves the reciprocal lengths (n, L, r Hx + Hx) in `scales`."""
     SHARES: tl.constexpr = (P * P + ROWS * TOGETHER - 1) // (ROWS * TOGETHER)
@@ -208,7 +225,9 @@ def forward_kernel(
         for level in range(depth):
             entered, scale = normalised(h, eps, H, RESIDUAL)
             if KEEP:
-                store_tile(states + (local * depth + level) * (P * P * H), row, column, entered, P * P, H, PARTIAL)
+                begin = (patch * depth + level) * (2 * WIDE * H)
+                state = state_before(states, later, local, level, depth, begin, H, WIDE, P, LENT)
+                store_tile(state, row, column, entered, P * P, H, PARTIAL)
                 if RESIDUAL:
                     tl.store(norms + (local * depth + level) * (P * P) + row, scale, mask=row < P * P)
             if RESIDUAL:
@@ -227,7 +246,8 @@ def forward_kernel(
             # Rows beyond the patch have a zero gradient, so they add nothing here, whatever their states hold.
             by_out = product(tl.trans(g_out), rounded(last, OPERAND), PRECISION, UPCAST)
             g = product(g_out, leaving.to(OPERAND), PRECISION, UPCAST)
-            into = partials + (local * (SHARES * TOGETHER) + place) * ((1 + C) * H)
+            into = partials + patch * sums + depth * H + place * ((1 + C) * H + C)
+            tl.store(into + (1 + C) * H + channel, tl.sum(g_out.to(tl.float32), 0), mask=channel < C)
             if RESIDUAL:
                 last_gain = load_vector(out_gain, column, H, HP != H)[None, :]
                 # d(out_gain) is read off the same sum over pixels: with M = dv^T n(h), the sum of M's rows times out_weight's.
@@ -257,18 +277,38 @@ def cosine_of_turns(part, turn):
     )
 
 
-@triton.jit(do_not_specialize=["p", "freqs", "count"])
-def features_kernel(out, p, freqs, count, BLOCK: tl.constexpr):
-    """reference.cosine_features (p^2, F^2) in fp32."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    pixel, feature = at // (freqs * freqs), at % (freqs * freqs)
+@triton.jit
+def cosine_features(pixel, feature, freqs, P: tl.constexpr):
+    """reference.cosine_features at some pixels of a patch, in fp32."""
     i, j = feature // freqs, feature % freqs
     # u f is a fraction of integers, so whole turns leave the argument of the cosine before it is rounded.
-    turn = 2 * tl.maximum((p - 1) * (freqs - 1), 1)
-    along = ((pixel % p) * i * freqs) % turn
-    across = ((pixel // p) * j * freqs) % turn
+    turn = 2 * tl.maximum((P - 1) * (freqs - 1), 1)
+    along = ((pixel % P) * i * freqs) % turn
+    across = ((pixel // P) * j * freqs) % turn
     wave = cosine_of_turns(tl.minimum(along, turn - along), turn) * cosine_of_turns(
         tl.minimum(across, turn - across), turn
     )
     scale = freqs / tl.maximum(freqs - 1, 1)
-    tl.store(out + at, wave / (1 + scale * scale * (i * j)), mask=at < count)
+    return wave / (1 + scale * scale * (i * j))
+
+
+@triton.jit(do_not_specialize=["freqs"])
+def table_kernel(
+    embed, bias, table, waves, freqs, H: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the embedding adds at each pixel of every patch (p^2, Hx), in fp32; and, unless it is None, `waves` (p^2, F^2)."""
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, HP)
+    count = freqs * freqs
+    found = tl.zeros((BLOCK, HP), tl.float32) + load_vector(bias, column, H, HP != H)[None, :]
+    for start in range(0, count, BLOCK):
+        feature = start + tl.arange(0, BLOCK)
+        wave = cosine_features(pixel[:, None], feature[None, :], freqs, P)
+        if waves is not None:
+            exists = (pixel < P * P)[:, None] & (feature < count)[None, :]
+            tl.store(waves + pixel[:, None] * count + feature[None, :], wave, mask=exists)
+        exists = (feature < count)[:, None] & (column < H)[None, :]
+        into = tl.load(embed + column[None, :] * (C + count) + C + feature[:, None], mask=exists, other=0.0)
+        found += tl.dot(wave, into.to(tl.float32), input_precision="ieee")
+    store_tile(table, pixel, column, found, P * P, H, True)

@@ -1,4 +1,7 @@
-"""Launches of the neural field's Triton kernels: settings from sizes alone, bounded scratch, second stage of the shared sums."""
+"""Launches of the neural field's Triton kernels: settings from sizes alone, bounded scratch, one sum of all shares at the end.
+
+Small calls are bound by this code, not by the GPU: what sizes alone decide is found once, and a backward of up to 4,096 patches
+makes the same few launches and calls of PyTorch whatever their number (tests/flowseg_kernels/static/test_field_host.py)."""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from torch import Tensor
 from ...runtime.registry import COMPILED_CHANNELS
 from ...runtime.triton_forms import INTERPRETED, Variant, compile_options, on_device_of
 from . import reference
-from .triton_backward import backward_kernel, enter_kernel
-from .triton_forward import features_kernel, forward_kernel
+from .triton_backward import backward_kernel, enter_kernel, finish_kernel
+from .triton_forward import forward_kernel, table_kernel
 
 __all__ = ["Settings", "form", "launch_settings", "neural_field", "neural_field_bwd", "patches_at_once", "variants"]
 
@@ -29,13 +32,18 @@ _LARGEST_HIDDEN = 128
 _AREA = 2048
 #: Elements of the gradient of a weight matrix that a program takes up at a time.
 _BAND_AREA = 2048
-#: Patches in a round of the backward, a program of backward_kernel each: two waves on the largest GPUs. As many programs of the
-#: other kernels at least, where several tiles or patches fall to one.
+#: Programs of a launch that keep the largest GPUs busy, two waves of the backward's.
 _PROGRAMS_AT_ONCE = 256
-#: Patches that a program of enter_kernel sums over.
+#: Patches that a round of the backward takes, a program of backward_kernel each, and bytes of scratch that it takes where these are
+#: enough for _PROGRAMS_AT_ONCE patches: at PixNerd's sizes 71 KiB (bf16, L = 4) to 300 KiB (fp32) for each patch.
+_PATCHES_AT_ONCE = 4096
+_SCRATCH = 2**30
+#: Patches that a program of enter_kernel sums over, at least.
 _SUMMED = 4
-#: Numbers of the cosine features that a program writes.
-_FEATURES = 1024
+#: Sums over patches that the programs of enter_kernel leave for each pixel, at most, but for a short last round.
+_SHARES = 256
+#: Pixels and features in a step of table_kernel and of finish_kernel.
+_TABLE_BLOCK, _FINISH_BLOCK = 16, 64
 
 
 class Settings(NamedTuple):
@@ -86,6 +94,21 @@ _OTHER_SETTINGS = {
 }
 
 
+class Sizes(NamedTuple):
+    """Of one call, what the forms of its kernels depend on; what the products round to is `operand`."""
+
+    hidden: int
+    wide: int
+    p: int
+    channels: int
+    operand: torch.dtype
+    both: bool
+    residual: bool
+    precision: str
+    products: str
+    lent: bool
+
+
 @functools.cache
 def product_kind(device: int) -> str:
     """How a GPU multiplies matrices, a key of _OTHER_SETTINGS."""
@@ -122,11 +145,15 @@ def launch_settings(
     return Settings(rows, min(chosen.slice, max(_SMALLEST, triton.next_power_of_2(wide))), warps, chosen.num_stages)
 
 
-def tiles_of(
-    kernel: str, hidden: int, wide: int, pixels: int, operand: torch.dtype, products: str, residual: bool
-) -> int:
+@functools.cache
+def tiles_of(kernel: str, sizes: Sizes) -> int:
     """Steps that a kernel takes the pixels of a patch in."""
-    return -(-pixels // launch_settings(kernel, hidden, wide, pixels, operand, products, residual).rows)
+    return -(-(sizes.p**2) // settings_of(kernel, sizes).rows)
+
+
+@functools.cache
+def settings_of(kernel: str, sizes: Sizes) -> Settings:
+    return launch_settings(kernel, sizes.hidden, sizes.wide, sizes.p**2, sizes.operand, sizes.products, sizes.residual)
 
 
 def tiles_together(patches: int, pixels: int, rows: int) -> int:
@@ -135,57 +162,95 @@ def tiles_together(patches: int, pixels: int, rows: int) -> int:
     return next(n for n in (4, 2, 1) if tiles % n == 0 and (n == 1 or patches * tiles >= n * _PROGRAMS_AT_ONCE))
 
 
-def patches_at_once(patches: int) -> int:
-    """Patches that one round of the backward takes: what fills a GPU, or an eighth of all if that is more."""
-    return min(patches, max(_PROGRAMS_AT_ONCE, -(-patches // 8)))
+def patches_at_once(patches: int, scratch: int) -> int:
+    """Patches that one round of the backward takes, with `scratch` bytes for each."""
+    return min(patches, _PATCHES_AT_ONCE, max(_PROGRAMS_AT_ONCE, _SCRATCH // max(scratch, 1)))
 
 
-def constants(
-    kernel: str,
-    hidden: int,
-    wide: int,
-    p: int,
-    channels: int,
-    operand: torch.dtype,
-    both: bool,
-    residual: bool,
-    precision: str,
-    patches: int,
-    products: str,
-) -> dict:
-    """The constexpr arguments of a kernel; what the products round to is `operand`; `patches` are those of one launch."""
-    chosen = launch_settings(kernel, hidden, wide, p * p, operand, products, residual)
-    padded = max(_SMALLEST, triton.next_power_of_2(hidden))
-    found = {
-        "H": hidden,
+def patches_together(patches: int) -> int:
+    """Patches that a program of enter_kernel sums over."""
+    return max(_SUMMED, -(-patches // _SHARES))
+
+
+def lends(hidden: int, wide: int, p: int, operand: torch.dtype, weights: torch.dtype) -> bool:
+    """Whether the states before the later blocks fit where the gradients of the generated weights will be."""
+    return weights == operand and p * p <= 2 * wide
+
+
+class Scratch(NamedTuple):
+    """Elements that the backward keeps for each patch of a round, in the dtype of the products or in fp32."""
+
+    state: int
+    later: int
+    norms: int
+    scales: int
+    raw: int
+
+    def bytes(self, operand: torch.dtype, grads: torch.dtype) -> int:
+        return (self.state + self.later) * operand.itemsize + self.state * grads.itemsize + 4 * sum(self[2:])
+
+
+@functools.cache
+def scratch_of(sizes: Sizes, depth: int) -> tuple[Scratch, torch.dtype]:
+    """And the dtype of the gradient of the state, which lies in memory between tiles."""
+    several = tiles_of("backward", sizes) > 1
+    state = sizes.p**2 * sizes.hidden
+    later = 0 if sizes.lent else max(depth - 1, 0) * state
+    raw = 2 * sizes.wide * sizes.hidden if several else 0
+    found = Scratch(state, later, depth * sizes.p**2, depth * (sizes.wide + sizes.hidden), raw)
+    return found, torch.float32 if several else sizes.operand
+
+
+def constants(kernel: str, sizes: Sizes, together: int = 1) -> dict:
+    """The constexpr arguments of a kernel; `together`: tiles that a program of forward_kernel takes."""
+    hidden, channels = sizes.hidden, sizes.channels
+    padded, padded_channels = (max(_SMALLEST, triton.next_power_of_2(n)) for n in (hidden, channels))
+    found = {"H": hidden, "P": sizes.p}
+    if kernel == "table":
+        return found | {"HP": padded, "C": channels, "BLOCK": _TABLE_BLOCK}
+    if kernel == "finish":
+        tiles = {"LEAVING": tiles_of("states", sizes), "ENTERING": tiles_of("enter", sizes)}
+        return (
+            found | tiles | {"C": channels, "CP": padded_channels, "RESIDUAL": sizes.residual, "BLOCK": _FINISH_BLOCK}
+        )
+    chosen = settings_of(kernel, sizes)
+    found |= {
         "HP": padded,
-        "P": p,
         "ROWS": chosen.rows,
-        "OPERAND": _OPERANDS[operand],
-        "PRECISION": precision,
-        "UPCAST": INTERPRETED and operand != torch.float32,
+        "OPERAND": _OPERANDS[sizes.operand],
+        "PRECISION": sizes.precision,
+        "UPCAST": INTERPRETED and sizes.operand != torch.float32,
     }
-    if kernel != "enter":
-        found |= {
-            "WIDE": wide,
-            "SLICE": chosen.slice,
-            "BOTH": both,
-            "RESIDUAL": residual,
-            "TANH": takes_tanh(operand, residual),
-        }
-    if kernel == "backward":
-        widest = max(_SMALLEST, triton.next_power_of_2(wide))
-        return found | {"BAND": min(widest, max(_SMALLEST, _BAND_AREA // padded))}
     if kernel == "enter":
-        found |= {"TOGETHER": _SUMMED}
-    else:
-        found |= {
-            "KEEP": kernel == "states",
-            "TOGETHER": tiles_together(patches, p * p, chosen.rows),
-            "WIDEP": max(_SMALLEST, triton.next_power_of_2(wide)),
-            "AREA": _AREA,
-        }
-    return found | {"C": channels, "CP": max(_SMALLEST, triton.next_power_of_2(channels))}
+        return found | {"C": channels, "CP": padded_channels}
+    widest = max(_SMALLEST, triton.next_power_of_2(sizes.wide))
+    found |= {
+        "WIDE": sizes.wide,
+        "SLICE": chosen.slice,
+        "BOTH": sizes.both,
+        "RESIDUAL": sizes.residual,
+        "TANH": takes_tanh(sizes.operand, sizes.residual),
+        "LENT": sizes.lent and kernel != "forward",
+    }
+    if kernel == "backward":
+        return found | {"BAND": min(widest, max(_SMALLEST, _BAND_AREA // padded))}
+    found |= {"KEEP": kernel == "states", "TOGETHER": together, "WIDEP": widest, "AREA": _AREA}
+    return found | {"C": channels, "CP": padded_channels}
+
+
+@functools.cache
+def options_of(kernel: str, sizes: Sizes) -> dict:
+    """Compiler options of a kernel."""
+    if kernel in ("table", "finish"):
+        return compile_options(4, stages=1)
+    chosen = settings_of(kernel, sizes)
+    return compile_options(chosen.num_warps, stages=chosen.num_stages)
+
+
+@functools.cache
+def launch_of(kernel: str, sizes: Sizes, together: int = 1) -> dict:
+    """Keyword arguments of a launch: constants and compiler options. Kept, as finding them takes as long as the launch."""
+    return constants(kernel, sizes, together) | options_of(kernel, sizes)
 
 
 _KERNELS = {
@@ -193,12 +258,19 @@ _KERNELS = {
     "states": forward_kernel,
     "backward": backward_kernel,
     "enter": enter_kernel,
+    "table": table_kernel,
+    "finish": finish_kernel,
 }
 #: Arguments that are fp32 in memory whatever the operands are.
-_FP32 = ("table", "norms", "scales", "sums", "positions", "partials", "grad_gains")
-_INT32 = ("first", "columns", "per_image", "depth", "features", "patches")
+_FP32 = ("table", "waves", "norms", "scales", "raw", "partials", "by_patch", "by_share")
+_INT32 = (
+    "first", "columns", "per_image", "depth", "features", "sums", "patches", "shares", "together", "freqs",
+)  # fmt: skip
 _STRIDES = ("sb", "sc", "sh", "sw", "gb", "gc", "gh", "gw")
-_UNUSED = {"forward": ("grad", "states", "norms", "grads", "partials"), "states": ("out", "out_bias")}
+_UNUSED = {
+    "forward": ("grad", "states", "later", "norms", "grads", "partials"),
+    "states": ("out", "out_bias"),
+}
 
 
 def form(
@@ -208,10 +280,15 @@ def form(
     """The compiled form of a kernel that a call on `patches` of one dtype ("fp32", "bf16" or "fp16") launches on an NVIDIA GPU."""
     operand = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     wide = ratio * hidden
-    tiled = tiles_of("backward", hidden, wide, p * p, operand, products, residual) > 1
-    launched = patches if kernel == "forward" else patches_at_once(patches)
-    found = constants(kernel, hidden, wide, p, channels, operand, both, residual, precision, launched, products)
-    found |= {"UPCAST": False} | dict.fromkeys(_UNUSED.get(kernel, ()))
+    lent = lends(hidden, wide, p, operand, operand)
+    sizes = Sizes(hidden, wide, p, channels, operand, both, residual, precision, products, lent)
+    together = 1
+    if kernel in ("forward", "states"):
+        together = tiles_together(patches, p * p, settings_of(kernel, sizes).rows)
+    found = constants(kernel, sizes, together)
+    found |= dict.fromkeys(_UNUSED.get(kernel, ("later",) if kernel == "backward" and lent else ()))
+    if "UPCAST" in found:
+        found["UPCAST"] = False
 
     def kind(argument: str) -> str:
         if argument in found:
@@ -222,13 +299,14 @@ def form(
             return "i64"
         if argument == "eps":
             return "fp32"
-        return "*fp32" if argument in _FP32 or (argument == "grads" and tiled) else f"*{dtype}"
+        tiled = argument == "grads" and tiles_of("backward", sizes) > 1
+        return "*fp32" if argument in _FP32 or tiled else f"*{dtype}"
 
-    chosen = launch_settings(kernel, hidden, wide, p * p, operand, products, residual)
     signature = {argument: kind(argument) for argument in _KERNELS[kernel].arg_names}
-    options = compile_options(chosen.num_warps, stages=chosen.num_stages)
     name = f"neural_field {kernel} {dtype} Hx={hidden} r={ratio} p={p} C={channels}"
-    return Variant(name + (" tf32" if precision == "tf32" else ""), _KERNELS[kernel], signature, found, options)
+    return Variant(
+        name + (" tf32" if precision == "tf32" else ""), _KERNELS[kernel], signature, found, options_of(kernel, sizes)
+    )
 
 
 def variants(products: str = "warp_groups") -> Iterator[Variant]:
@@ -241,13 +319,6 @@ def variants(products: str = "warp_groups") -> Iterator[Variant]:
         yield made("fp32")
         yield made("fp32", precision="tf32")
         yield made("fp32", 128, 1)
-    yield Variant(
-        "neural_field features",
-        features_kernel,
-        {"out": "*fp32", "p": "i32", "freqs": "i32", "count": "i32", "BLOCK": "constexpr"},
-        {"BLOCK": _FEATURES},
-        compile_options(4),
-    )
     yield form("backward", hidden=128, products=products)
     yield form("backward", "fp16", products=products)
     yield form("backward", ratio=4, residual=False, products=products)
@@ -260,71 +331,58 @@ class _Call:
         self, x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, p, ratio, eps,
         normalise, form,
     ):  # fmt: skip
-        self.x, self.weights, self.embed = x, weights.contiguous(), embed_weight.contiguous()
-        self.gains, self.out_gain = norm_weight.contiguous(), out_norm_weight.contiguous()
-        self.out_weight, self.out_bias = out_weight.contiguous(), out_bias.contiguous()
-        self.p, self.eps = p, eps
-        self.columns = x.shape[3] // p
-        self.per_image = self.columns * (x.shape[2] // p)
-        self.patches = x.shape[0] * self.per_image
+        self.tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
+        shared = (v.contiguous() for v in self.tensors[1:])
+        self.x = x
+        self.weights, self.embed, self.bias, self.gains, self.out_gain, self.out_weight, self.out_bias = shared
+        batch, channels, height, width = x.shape
+        self.eps = eps
+        self.columns = width // p
+        self.per_image = self.columns * (height // p)
+        self.patches = batch * self.per_image
         self.depth = weights.shape[2]
-        self.hidden = embed_bias.shape[0]
-        self.wide = ratio * self.hidden
-        tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
-        self.operand = functools.reduce(torch.promote_types, (v.dtype for v in tensors))
+        hidden = embed_bias.shape[0]
+        wide = ratio * hidden
+        dtypes = {v.dtype for v in self.tensors}
+        operand = x.dtype if len(dtypes) == 1 else functools.reduce(torch.promote_types, dtypes)
         precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-        self.products = product_kind(x.device.index) if x.is_cuda else "warp_groups"
-        self.residual = form == "residual"
-        self.options = (normalise == "both", self.residual, precision)
+        products = product_kind(x.device.index) if x.is_cuda else "warp_groups"
+        lent = lends(hidden, wide, p, operand, weights.dtype)
+        self.sizes = Sizes(
+            hidden, wide, p, channels, operand, normalise == "both", form == "residual", precision, products, lent
+        )
+        self.freqs = math.isqrt(embed_weight.shape[1] - channels)
 
     def runs(self) -> bool:
         """Whether these kernels take the call."""
-        return self.operand in _OPERANDS and self.hidden <= _LARGEST_HIDDEN and self.x.shape[1] <= COMPILED_CHANNELS
+        sizes = self.sizes
+        return sizes.operand in _OPERANDS and sizes.hidden <= _LARGEST_HIDDEN and sizes.channels <= COMPILED_CHANNELS
 
-    def launch(self, kernel: str, patches: int) -> dict:
-        """Keyword arguments of a launch on some patches: constants and compiler options."""
-        chosen = launch_settings(kernel, self.hidden, self.wide, self.p**2, self.operand, self.products, self.residual)
-        found = constants(
-            kernel,
-            self.hidden,
-            self.wide,
-            self.p,
-            self.x.shape[1],
-            self.operand,
-            *self.options,
-            patches,
-            self.products,
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.x.device)
+
+    def table(self, waves: Tensor | None = None) -> Tensor:
+        """(p^2, Hx): what the embedding adds at each pixel of every patch. `waves` (p^2, F^2) gets the cosine features."""
+        pixels = self.sizes.p**2
+        found = self.empty(pixels, self.sizes.hidden)
+        table_kernel[(-(-pixels // _TABLE_BLOCK),)](
+            self.embed, self.bias, found, waves, self.freqs, **launch_of("table", self.sizes)
         )
-        return found | compile_options(chosen.num_warps, stages=chosen.num_stages)
-
-    def tiles(self, kernel: str) -> int:
-        """Tiles of a patch."""
-        return tiles_of(kernel, self.hidden, self.wide, self.p**2, self.operand, self.products, self.residual)
-
-    def forward(
-        self, kernel: str, patches: int, table, scales, first: int, *, out=None, grad=None, scratch=(None,) * 4
-    ) -> None:
-        """Run forward_kernel on some patches, as "forward" into `out` or as "states" from `grad` into `scratch`."""
-        launch = self.launch(kernel, patches)
-        states, norms, grads, partials = scratch
-        forward_kernel[(patches * self.tiles(kernel) // launch["TOGETHER"],)](
-            self.x, self.weights, self.embed, table, self.gains, self.out_gain, self.out_weight,
-            None if out is None else self.out_bias, out, grad, states, norms, scales, grads, partials,
-            first, self.columns, self.per_image, self.depth, self.embed.shape[1], *self.x.stride(),
-            *(self.x if grad is None else grad).stride(), self.eps, **launch,
-        )  # fmt: skip
-
-    def features(self) -> Tensor:
-        """reference.cosine_features in one launch."""
-        freqs = math.isqrt(self.embed.shape[1] - self.x.shape[1])
-        found = self.x.new_empty(self.p**2, freqs**2, dtype=torch.float32)
-        programs = -(-found.numel() // _FEATURES)
-        features_kernel[(programs,)](found, self.p, freqs, found.numel(), _FEATURES, **compile_options(4))
         return found
 
-    def table(self, bias: Tensor, features: Tensor) -> Tensor:
-        """(p^2, Hx): what the embedding adds at each pixel of every patch."""
-        return torch.addmm(bias.float(), features, self.embed[:, self.x.shape[1] :].float().T)
+    def forward(
+        self, kernel: str, patches: int, table, scales, first: int, *, out=None, grad=None, scratch=(None,) * 5, sums=0
+    ) -> None:
+        """Run forward_kernel on some patches, as "forward" into `out` or as "states" from `grad` into `scratch`."""
+        sizes = self.sizes
+        together = tiles_together(patches, sizes.p**2, settings_of(kernel, sizes).rows)
+        states, later, norms, grads, partials = scratch
+        forward_kernel[(patches * tiles_of(kernel, sizes) // together,)](
+            self.x, self.weights, self.embed, table, self.gains, self.out_gain, self.out_weight,
+            None if out is None else self.out_bias, out, grad, states, later, norms, scales, grads, partials,
+            first, self.columns, self.per_image, self.depth, self.embed.shape[1], sums, *self.x.stride(),
+            *(self.x if grad is None else grad).stride(), self.eps, **launch_of(kernel, sizes, together),
+        )  # fmt: skip
 
 
 def neural_field(x: Tensor, weights: Tensor, embed_weight: Tensor, embed_bias: Tensor, *rest) -> Tensor:
@@ -332,14 +390,79 @@ def neural_field(x: Tensor, weights: Tensor, embed_weight: Tensor, embed_bias: T
     call = _Call(x, weights, embed_weight, embed_bias, *rest)
     if not call.runs():
         return reference.neural_field(x, weights, embed_weight, embed_bias, *rest)
-    out = x.new_empty(x.shape)
+    out = call.empty(*x.shape, dtype=x.dtype)
     if out.numel() == 0:
         return out
     with on_device_of(x):
-        table = call.table(embed_bias, call.features())
-        scales = x.new_empty(call.patches, call.depth, call.wide + call.hidden, dtype=torch.float32)
+        table = call.table()
+        scales = call.empty(call.patches, call.depth, call.sizes.wide + call.sizes.hidden)
         call.forward("forward", call.patches, table, scales, 0, out=out)
     return out
+
+
+class _Backward:
+    """One call's backward: scratch of a round, and a row for each patch and for each share of enter_kernel, summed at the end."""
+
+    def __init__(self, call: _Call, grad: Tensor):
+        self.call, self.grad = call, grad
+        sizes, depth = call.sizes, call.depth
+        per_patch, kept = scratch_of(sizes, depth)
+        self.at_once = patches_at_once(call.patches, per_patch.bytes(sizes.operand, kept))
+        count = self.at_once
+        self.states = call.empty(count, per_patch.state, dtype=sizes.operand)
+        self.grads = call.empty(count, per_patch.state, dtype=kept)
+        self.norms = call.empty(count, per_patch.norms)
+        self.scales = call.empty(count, per_patch.scales)
+        self.raw = call.empty(count, per_patch.raw)
+        self.grad_x, self.grad_weights = (call.empty(*v.shape, dtype=v.dtype) for v in call.tensors[:2])
+        self.later = self.grad_weights if sizes.lent else call.empty(count, per_patch.later, dtype=sizes.operand)
+        self.together = patches_together(call.patches)
+        self.tiles = {kernel: tiles_of(kernel, sizes) for kernel in ("states", "enter")}
+        leaving = (1 + sizes.channels) * sizes.hidden + sizes.channels
+        self.by_patch = call.empty(call.patches, depth * sizes.hidden + self.tiles["states"] * leaving)
+        shares = sum(-(-now // self.together) for _, now in self.rounds())
+        entering = sizes.p**2 + self.tiles["enter"] * sizes.channels
+        self.by_share = call.empty(shares, entering * sizes.hidden)
+        self.waves = call.empty(sizes.p**2, call.freqs**2)
+
+    def rounds(self) -> Iterator[tuple[int, int]]:
+        """First patch and number of patches of each."""
+        for first in range(0, self.call.patches, max(self.at_once, 1)):
+            yield first, min(self.at_once, self.call.patches - first)
+
+    def patches(self) -> None:
+        """Gradients of x and of the generated weights, and the rows of shares."""
+        call, sizes, sums = self.call, self.call.sizes, self.by_patch.shape[1]
+        table = call.table(self.waves)
+        later = None if sizes.lent else self.later
+        scratch = self.states, self.later, self.norms, self.grads, self.by_patch
+        shares_before = 0
+        for first, now in self.rounds():
+            call.forward("states", now, table, self.scales, first, grad=self.grad, scratch=scratch, sums=sums)
+            if call.depth:
+                backward_kernel[(now,)](
+                    call.weights, call.gains, self.states, later, self.norms, self.scales, self.grad_weights,
+                    self.by_patch, self.grads, self.raw, first, call.depth, sums, **launch_of("backward", sizes),
+                )  # fmt: skip
+            shares = -(-now // self.together)
+            enter_kernel[(shares * self.tiles["enter"],)](
+                call.x, call.embed, self.grads, self.grad_x, self.by_share, first, call.columns, call.per_image,
+                call.embed.shape[1], *call.x.stride(), now, shares_before, self.together, **launch_of("enter", sizes),
+            )  # fmt: skip
+            shares_before += shares
+
+    def shared(self) -> tuple[Tensor, ...]:
+        """Gradients of what patches share, by sums over the rows in a fixed order."""
+        call, sizes = self.call, self.call.sizes
+        made = [call.empty(*v.shape, dtype=v.dtype) for v in call.tensors[2:]]
+        embed, bias, gains, out_gain, out_weight, out_bias = made
+        if not sizes.residual:
+            gains, out_gain = gains.zero_(), out_gain.zero_()
+        finish_kernel[(sizes.hidden,)](
+            self.by_patch.sum(0), self.by_share.sum(0), self.waves, embed, bias, gains, out_gain, out_weight, out_bias,
+            call.freqs, call.depth, **launch_of("finish", sizes),
+        )  # fmt: skip
+        return embed, bias, gains, out_gain, out_weight, out_bias
 
 
 def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
@@ -348,64 +471,8 @@ def neural_field_bwd(grad: Tensor, *arguments) -> tuple[Tensor, ...]:
     call = _Call(*inputs)
     if not call.runs():
         return reference.neural_field_bwd(grad, *arguments)
-    x, channels, hidden, depth = call.x, call.x.shape[1], call.hidden, call.depth
-    count = patches_at_once(call.patches)
-    tiles = {kernel: call.tiles(kernel) for kernel in ("states", "backward", "enter")}
-    several = tiles["backward"] > 1
-    scratch = functools.partial(torch.empty, device=x.device, dtype=torch.float32)
-    states = scratch(count, depth, call.p**2, hidden, dtype=call.operand)
-    grads = scratch(count, call.p**2, hidden, dtype=torch.float32 if several else call.operand)
-    norms = scratch(count, depth, call.p**2)
-    scales = scratch(count, depth, call.wide + hidden)
-    between_tiles = scratch(count if several else 0, 2 * call.wide * hidden)
-    shares = -(-count // _SUMMED)
-    leaving = scratch(count * tiles["states"], (1 + channels) * hidden)
-    entering = scratch(shares * tiles["enter"], hidden * channels)
-    positions = scratch(shares, call.p**2, hidden)
-    gains_shares = scratch(count, depth * hidden)
-    by_out = x.new_zeros((1 + channels) * hidden, dtype=torch.float32)
-    by_pixel = x.new_zeros(hidden * channels, dtype=torch.float32)
-    by_position = x.new_zeros(call.p**2, hidden, dtype=torch.float32)
-    grad_gains = x.new_zeros(depth * hidden, dtype=torch.float32)
-    grad_x, grad_weights = x.new_empty(x.shape), torch.empty_like(call.weights)
-    with on_device_of(x):
-        features = call.features()
-        table = call.table(inputs[3], features)
-        for first in range(0, call.patches, max(count, 1)):
-            now = min(count, call.patches - first)
-            call.forward("states", now, table, scales, first, grad=grad, scratch=(states, norms, grads, leaving))
-            if depth:
-                backward_kernel[(now,)](
-                    call.weights, call.gains, states, norms, scales, grad_weights, gains_shares, grads, between_tiles, first, depth,
-                    **call.launch("backward", now),
-                )  # fmt: skip
-            shares = -(-now // _SUMMED)
-            enter_kernel[(shares * tiles["enter"],)](
-                x, call.embed, grads, grad_x, positions, entering,
-                first, call.columns, call.per_image, call.embed.shape[1], *x.stride(), now, **call.launch("enter", now),
-            )  # fmt: skip
-            # Sums over patches in a fixed order: the programs of a round, then the rounds.
-            by_out += leaving[: now * tiles["states"]].sum(0)
-            by_pixel += entering[: shares * tiles["enter"]].sum(0)
-            by_position += positions[:shares].sum(0)
-            if call.residual:
-                grad_gains += gains_shares[:now].sum(0)
-    sizes = (hidden, channels * hidden)
-    # Copies: an output of an op must not be a view of a larger tensor.
-    grad_out_gain, grad_out_weight = (part.clone() for part in by_out.split(sizes))
-    if not call.residual:
-        grad_gains, grad_out_gain = torch.zeros_like(call.gains), torch.zeros_like(call.out_gain)
-    found = (
-        grad_x,
-        grad_weights,
-        torch.cat((by_pixel.view(hidden, channels), reference.by_features(by_position, features)), dim=1),
-        by_position.sum(0),
-        grad_gains,
-        grad_out_gain,
-        grad_out_weight,
-        grad.sum((0, 2, 3), dtype=torch.float32),
-    )
-    return tuple(
-        f.to(v.dtype).reshape(v.shape).contiguous() if need else v.new_empty(0)
-        for f, v, need in zip(found, inputs, needs)
-    )
+    with on_device_of(call.x):
+        work = _Backward(call, grad)
+        work.patches()
+        found = (work.grad_x, work.grad_weights, *work.shared())
+    return tuple(f if need else f.new_empty(0) for f, need in zip(found, needs))

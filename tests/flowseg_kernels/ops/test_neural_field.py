@@ -286,8 +286,8 @@ def test_rounds_of_the_triton_backward(backend, monkeypatch):
 
     want = run()
     assert all(torch.equal(a, b) for a, b in zip(run(), want))
-    monkeypatch.setattr(triton_kernels, "_PROGRAMS_AT_ONCE", 1)
-    assert triton_kernels.patches_at_once(9) == 2
+    monkeypatch.setattr(triton_kernels, "_PATCHES_AT_ONCE", 2)
+    assert triton_kernels.patches_at_once(9, 1) == 2
     got = run()
     for place, (a, b) in enumerate(zip(got, want)):
         torch.testing.assert_close(a, b, msg=str(place))

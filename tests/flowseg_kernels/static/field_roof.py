@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.field_plain import products
-from flowseg_kernels.ops.neural_field.triton_kernels import form
+from flowseg_kernels.ops.neural_field.triton_kernels import form, patches_together
 
 from . import sass
 from .cuda_budget import REGISTERS
@@ -71,10 +71,10 @@ class Cost(NamedTuple):
     bytes: float
 
 
-def trips(name: str, constants: dict, depth: int) -> list[int]:
+def trips(name: str, constants: dict, depth: int, patches: int) -> list[int]:
     """How often each loop of a kernel runs, in the order of the code."""
     if name == "enter":
-        return [constants["TOGETHER"]]
+        return [patches_together(patches)]
     slices = WIDE // constants["SLICE"]
     if name == "backward":
         return [depth, slices, WIDE // constants["BAND"]]  # of two loops over bands one is unrolled
@@ -98,9 +98,10 @@ def warp_totals(code: list[sass.Instruction], counts: list[int]) -> tuple[int, i
 
 def costs(name: str, depth: int, patches: int) -> Cost:
     variant, _, code = machine_code(name, patches)
-    programs = 1 if name == "backward" else TILES / variant.constants["TOGETHER"]
+    together = patches_together(patches) if name == "enter" else variant.constants.get("TOGETHER", TILES)
+    programs = TILES / together
     warps = programs * variant.options["num_warps"]
-    issued, read = warp_totals(code, trips(name, variant.constants, depth))
+    issued, read = warp_totals(code, trips(name, variant.constants, depth, patches))
     multiplied = {"forward": 2, "states": 2, "backward": 5, "enter": 0}[name] * depth
     states = depth * (_STATE + PIXELS * 4)
     traffic = {
@@ -108,7 +109,7 @@ def costs(name: str, depth: int, patches: int) -> Cost:
         "states": depth * _MATRIX + 2 * _PIXELS + states + _STATE,
         "backward": 2 * depth * _MATRIX + states + 2 * _STATE,
         # A program of `enter` leaves the sum over its patches in fp32, which is read once more.
-        "enter": _STATE + 2 * _PIXELS + 4 * _STATE / variant.constants.get("TOGETHER", 1),
+        "enter": _STATE + 2 * _PIXELS + 4 * _STATE / together,
     }[name]
     return Cost(warps * issued / ISSUED, multiplied * _PRODUCT / PRODUCTS, warps / 4 * read / SHARED, traffic / BYTES)
 

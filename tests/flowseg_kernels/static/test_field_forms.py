@@ -24,9 +24,13 @@ import torch
 import triton
 
 from flowseg_kernels.ops.neural_field.triton_kernels import (
+    Sizes,
     form,
     launch_settings,
+    lends,
     patches_at_once,
+    patches_together,
+    scratch_of,
     tiles_together,
     variants,
 )
@@ -72,7 +76,7 @@ def test_within_its_budget_on_sm_90(name):
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_spills_and_tensor_cores_on_every_target(target, request):
     every, kind = request.config.getoption("--every-variant", default=False), KINDS.get(target, "registers")
-    seen = {form(name, products=kind).name for name in field_roof.KERNELS} | {"neural_field features"}
+    seen = {form(name, products=kind).name for name in (*field_roof.KERNELS, "table", "finish")}
     for variant in [v for v in variants(kind) if every or v.name in seen]:
         kernel = compiled(variant, target)
         spilled = spilled_bytes(kernel, target)
@@ -83,7 +87,7 @@ def test_no_spills_and_tensor_cores_on_every_target(target, request):
             assert not any({"STL", "LDL"} & set(loop.opcodes()) for loop in sass.innermost_loops(code)), variant.name
         else:
             assert spilled == 0, variant.name
-        if target in PRODUCT and "bf16 Hx=64" in variant.name:
+        if target in PRODUCT and "bf16 Hx=64" in variant.name and not re.search("table|finish", variant.name):
             (code,) = sass.disassemble(kernel.asm["cubin"]).values()
             assert any(i.opcode == PRODUCT[target] for i in code), variant.name
 
@@ -128,8 +132,29 @@ def test_programs_of_the_forward_fill_a_gpu():
     assert tiles_together(1024, 24 * 24, 64) == 1, "nine tiles are no whole number of twos or fours"
 
 
-def test_scratch_of_the_backward_is_bounded():
-    assert patches_at_once(6) == 6
-    assert patches_at_once(1024) == patches_at_once(300) == 256
-    assert patches_at_once(16 * 1024) == 2048
-    assert patches_at_once(0) == 0
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("hidden, ratio, p, depth", [(64, 2, 16, 2), (64, 2, 16, 4), (128, 4, 32, 8), (7, 1, 3, 1)])
+def test_scratch_of_the_backward_is_bounded(hidden, ratio, p, depth, dtype):
+    """A GiB at most, or what 256 patches take; up to 4,096 patches at PixNerd's sizes are one round."""
+    sizes = Sizes(hidden, ratio * hidden, p, 3, dtype, True, True, "ieee", "warp_groups", p <= 2 * ratio * hidden // p)
+    per_patch, grads = scratch_of(sizes, depth)
+    each = per_patch.bytes(dtype, grads)
+    for patches in (0, 6, 256, 1024, 4096, 5000, 1 << 20):
+        at_once = patches_at_once(patches, each)
+        assert at_once <= patches and at_once * each <= max(2**30, 256 * each)
+        assert at_once == patches or at_once >= 256
+        if (hidden, p) == (64, 16) and dtype == torch.bfloat16:
+            assert at_once == min(patches, 4096) and at_once * each <= 320 * 2**20
+    if (hidden, p, dtype) == (64, 16, torch.float32):
+        assert patches_at_once(4096, each) == 4096
+
+
+def test_states_are_lent_only_where_they_fit():
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert lends(64, 128, 16, bf16, bf16) and lends(64, 128, 16, fp32, fp32)
+    assert not lends(64, 128, 17, bf16, bf16) and not lends(64, 64, 16, bf16, bf16)
+    assert not lends(64, 128, 16, fp32, bf16), "an fp32 state is twice as long as a bf16 weight's gradient"
+
+
+def test_shares_of_sums_over_patches_are_bounded():
+    assert [patches_together(n) for n in (0, 9, 1024, 1025, 4096, 16384)] == [4, 4, 4, 5, 16, 64]

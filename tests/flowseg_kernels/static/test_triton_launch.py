@@ -155,13 +155,13 @@ def losses(option):
 
 
 def fields(options):
-    """A Call of the field for each option. rounds: of the backward, where its patches are more than one takes."""
+    """A Call of the field for each option."""
     for option in options:
-        rounds, needs = option.get("rounds", 1), option.get("needs", range(8))
-        one = ["forward_kernel", *(["backward_kernel"] if option.get("depth", 2) else []), "enter_kernel"]
-        kernels = ["features_kernel", "forward_kernel"] if rounds else []
-        kernels += ["features_kernel", *one * rounds] if needs else []
-        yield Call(functools.partial(field, **{k: v for k, v in option.items() if k != "rounds"}), kernels)
+        patches, needs = option.get("shape", (1,))[0], option.get("needs", range(8))
+        round_ = ["forward_kernel", *(["backward_kernel"] if option.get("depth", 2) else []), "enter_kernel"]
+        kernels = ["table_kernel", "forward_kernel"] if patches else []
+        kernels += ["table_kernel", *(round_ if patches else []), "finish_kernel"] if needs else []
+        yield Call(functools.partial(field, **option), kernels)
 
 
 #: By op: calls, of which one in n is made by default.
@@ -224,9 +224,10 @@ GROUPS = {
             {"dtype": "fp32", "precision": "tf32", "needs": ()},
             {"p": 4, "hidden": 16, "ratio": 1, "depth": 1, "shape": (2, 1, 4, 4), "layout": "offset_by_one"},
             {"p": 3, "hidden": 7, "ratio": 3, "shape": (1, 2, 3, 6), "layout": "every_second", "shared": "fp32"},
-            {"p": 2, "hidden": 16, "shape": (1, 3, 4, 600), "depth": 1, "rounds": 3},
+            {"p": 2, "hidden": 16, "shape": (1, 3, 4, 600), "depth": 1},
             {"shape": (1, 3, 512, 512), "depth": 1, "needs": ()},
-            {"shape": (0, 3, 32, 32), "rounds": 0},
+            {"p": 2, "hidden": 16, "depth": 3, "shape": (1, 3, 4, 12), "dtype": "fp32", "shared": "bf16"},
+            {"shape": (0, 3, 32, 32)},
         ]),
     ),
 }  # fmt: skip
@@ -323,4 +324,4 @@ def test_too_much_shared_memory_is_an_error(monkeypatch):
     monkeypatch.setattr(pretended_gpu, "DEVICE", "a smaller one")
     with launches() as found, pytest.raises(OutOfResources, match="shared memory"):
         field()
-    assert [launch.kernel for launch in found] == ["features_kernel"]
+    assert [launch.kernel for launch in found] == ["table_kernel"]
