@@ -30,7 +30,7 @@ from .runtime.checks import (
     check_tensor,
     check_time,
 )
-from .runtime.transforms import call, check_no_forward_mode, under_transform
+from .runtime.transforms import call, call_op, check_no_forward_mode, under_transform
 
 __all__ = [
     "decode_confusion",
@@ -471,5 +471,5 @@ def neural_field(
             raise ValueError(f"{name}: wanted shape {dims} = {shape}; got {tuple(value.shape)}")
         check_device(name, value, ("x", x))
     tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
-    run = _plain_neural_field if under_transform(*tensors) else torch.ops.flowseg.neural_field
-    return run(*tensors, patch_size, mlp_ratio, eps, normalise, form)
+    arguments = (*tensors, patch_size, mlp_ratio, eps, normalise, form)
+    return _plain_neural_field(*arguments) if under_transform(*tensors) else call_op("neural_field", *arguments)

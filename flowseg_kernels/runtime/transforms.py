@@ -12,10 +12,12 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import TransformType, retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
-__all__ = ["call", "check_no_forward_mode", "define_transforms", "under_transform"]
+__all__ = ["call", "call_op", "check_no_forward_mode", "define_transforms", "under_transform"]
 
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 _IN_EAGER: dict[str, type[torch.autograd.Function]] = {}
+#: Ops whose tensors autocast casts.
+_CAST: set[str] = set()
 
 
 def under_transform(*values) -> bool:
@@ -63,10 +65,20 @@ def call(name: str, *args):
     """torch.ops.flowseg.NAME(*args), inside torch.func.grad, vjp, jacrev and vmap too."""
     if under_transform(*args):
         return _FUNCTIONS[name].apply(*args)
+    return call_op(name, *args)
+
+
+def call_op(name: str, *args):
+    """torch.ops.flowseg.NAME(*args), outside transforms."""
     if name in _IN_EAGER and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        if any(isinstance(v, Tensor) and v.requires_grad for v in args):
+        if any(isinstance(v, Tensor) and v.requires_grad for v in args) and not _may_be_cast(name, args[0]):
             return _IN_EAGER[name].apply(*args)
     return getattr(torch.ops.flowseg, name).default(*args)
+
+
+def _may_be_cast(name: str, x: Tensor) -> bool:
+    """Whether autocast may cast the op's tensors, which PyTorch's rule has to see; of other devices PyTorch does not say it."""
+    return name in _CAST and (x.device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(x.device.type))
 
 
 def define_transforms(
@@ -74,8 +86,7 @@ def define_transforms(
 ) -> None:
     """Make op `flowseg::NAME`, which has the rule (backward, setup_context), callable inside transforms.
 
-    Also give eager code a short way around the Python that PyTorch runs for an op with a rule, 0.1 ms a call at 17 arguments; not
-    with autocast, whose casts the rule has to see.
+    Also give eager code a short way around the Python that PyTorch runs for an op with a rule, 0.1 ms per call at 17 arguments.
     """
     op = getattr(torch.ops.flowseg, name).default
 
@@ -101,10 +112,11 @@ def define_transforms(
         setup_context(ctx, args, output)
         return output
 
-    if not autocast:
-        _IN_EAGER[name] = type(
-            name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        )
+    if autocast:
+        _CAST.add(name)
+    _IN_EAGER[name] = type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
 
     def one_by_one(info, in_dims, *args):
         """An op sees one batch of images at a time: reductions and counts are of each."""

@@ -80,7 +80,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     needs = list(ctx.needs_input_grad[:8])
-    grads = torch.ops.flowseg.neural_field_bwd(grad, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
+    grads = torch.ops.flowseg.neural_field_bwd.default(grad, *ctx.saved_tensors, *ctx.options, needs, ctx.backend)
     return (*(g if need else None for g, need in zip(grads, needs)), *(None for _ in ctx.options))
 
 
