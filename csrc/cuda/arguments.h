@@ -5,6 +5,13 @@
 
 namespace flowseg::cuda {
 
+// What a launch asks of the GPU to choose its number of blocks.
+struct Device {
+  int64_t multiprocessors;
+  int64_t threads;                              // of 64 registers each on a multiprocessor
+  int64_t shared_block, shared_multiprocessor;  // bytes of shared memory
+};
+
 // How neighbouring pixels of a plane may be read.
 struct Layout {
   bool flat;    // the pixels of a plane follow each other without a gap

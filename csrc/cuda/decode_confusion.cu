@@ -18,8 +18,7 @@ Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional
                     codes,
                     grid_for_vectors(centroids, cells, records, groups, grid_low, grid_scale),
                     static_cast<unsigned long long*>(counts.data_ptr()),
-                    0,
-                    0};
+                    {}};
   launch_confusion(a, Launch(x));
   return counts;
 }

@@ -1,15 +1,16 @@
 // decode_confusion on a GPU: decode and count in one pass, without a label map.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/decode.cuh"
 #include "cuda/dispatch.h"
 
 namespace flowseg::cuda {
 
-// Counts of a block are 16 bits wide, two in a word of shared memory, so that 150 classes fit into what every GPU gives a block
-// without asking; a block counts fewer than 65,536 pixels. More classes count in global memory, where the lanes of a warp with
-// the same cell add once. Sums of integers do not depend on the order.
-constexpr int kMostShared = 48 * 1024;
+// Counts of a block are 16 bits wide, two in a word of shared memory; a block counts fewer than 65,536 pixels. More classes than
+// have room there count in global memory, where the lanes of a warp with the same cell add once. Sums of integers do not depend on
+// the order.
 constexpr int kMostCounted = 32768;  // pixels a block
 
 struct Confusion {
@@ -18,28 +19,31 @@ struct Confusion {
   Codes codes;
   Grid grid;
   unsigned long long* counts;  // (K, K), zero at first
-  unsigned blocks;             // an image
-  int steps;                   // runs of pixels a thread
+  Parts parts;
 };
 
 inline int64_t shared_bytes(int64_t classes) { return (classes * classes + 1) / 2 * 4; }
 
-// The smallest number of steps that fills the counts of a block, if there are pixels for it.
-inline int steps_of(int64_t pixels, int pixels_a_thread, bool shared) {
-  const int64_t each = int64_t{kThreads} * pixels_a_thread;
-  const int64_t most = shared ? kMostCounted / each : 1;
-  const int64_t wanted = (pixels + each - 1) / each;
-  return static_cast<int>(wanted < most ? wanted : most);
+__device__ __forceinline__ void add_shared(unsigned* counts, int cell, unsigned n) {
+  atomicAdd(&counts[cell / 2], cell % 2 ? n << 16 : n);
 }
 
+// Additions to one address go one after the other, and in a map of areas most pixels of a warp are of one cell: that of a lane
+// whose neighbouring pixels agree is counted by votes and added once.
 template <int P>
-__device__ __forceinline__ void count_shared(const Confusion& a, unsigned* counts, const int (&y)[P], const int (&label)[P]) {
+__device__ __forceinline__ void count_shared(int classes, unsigned* counts, const int (&y)[P], const int (&label)[P]) {
+  int cell[P];
+#pragma unroll
+  for (int p = 0; p < P; ++p) cell[p] = y[p] < 0 || label[p] < 0 ? -1 : y[p] * classes + label[p];
+  const unsigned agree = __ballot_sync(kAllLanes, cell[0] >= 0 && cell[0] == cell[P > 1 ? 1 : 0]);
+  const int common = __shfl_sync(kAllLanes, cell[0], agree ? __ffs(static_cast<int>(agree)) - 1 : 0);
+  int same = 0;
 #pragma unroll
   for (int p = 0; p < P; ++p) {
-    if (y[p] < 0 || label[p] < 0) continue;
-    const int cell = y[p] * a.codes.classes + label[p];
-    atomicAdd(&counts[cell / 2], cell % 2 ? 65536u : 1u);
+    same += __popc(__ballot_sync(kAllLanes, cell[p] == common));
+    if (cell[p] != common && cell[p] >= 0) add_shared(counts, cell[p], 1);
   }
+  if (common >= 0 && threadIdx.x % 32 == 0) add_shared(counts, common, static_cast<unsigned>(same));
 }
 
 template <int P>
@@ -56,37 +60,37 @@ __device__ __forceinline__ void count_global(const Confusion& a, const int (&y)[
 }
 
 // Calls decode(place, label) for each run of the block's pixels and counts what it finds.
-template <int P, bool kShared, class Find>
-__device__ __forceinline__ void count_pixels(const Confusion& a, Find decode) {
-  FLOWSEG_DYNAMIC_SHARED(unsigned, counts);
-  const int size = kShared ? a.codes.classes * a.codes.classes : 0;
+template <int kBlock, int P, bool kShared, class Find>
+__device__ __forceinline__ void count_pixels(const Confusion& a, unsigned* counts, Find decode) {
+  const int words = kShared ? (a.codes.classes * a.codes.classes + 1) / 2 : 0;
   if constexpr (kShared) {
-    for (int i = threadIdx.x; i < (size + 1) / 2; i += kThreads) counts[i] = 0;
+    for (int i = threadIdx.x; i < words; i += kBlock) counts[i] = 0;
     __syncthreads();
   }
-  for (int step = 0; step < a.steps; ++step) {
-    const Place place = place_of<P>(a.x.height * a.x.width, a.blocks, a.steps, step);
+  for_each_place<kBlock, P>(a.parts, a.x.height * a.x.width, [&](const Place& place) {
     int y[P], label[P];
     load_labels(a.target, a.codes.classes, place, y);
     decode(place, label);
     if constexpr (kShared) {
-      count_shared(a, counts, y, label);
+      count_shared(a.codes.classes, counts, y, label);
     } else {
       count_global(a, y, label);
     }
-  }
+  });
   if constexpr (kShared) {
     if (!FLOWSEG_PLANTED(histogram)) __syncthreads();
-    for (int i = threadIdx.x; i < size; i += kThreads) {
-      const unsigned n = counts[i / 2] >> (i % 2 * 16) & 0xffff;
-      if (n) atomicAdd(&a.counts[i], static_cast<unsigned long long>(n));
+    for (int i = threadIdx.x; i < words; i += kBlock) {
+      const unsigned two = counts[i];
+      if (two & 0xffff) atomicAdd(&a.counts[2 * i], static_cast<unsigned long long>(two & 0xffff));
+      if (two >> 16) atomicAdd(&a.counts[2 * i + 1], static_cast<unsigned long long>(two >> 16));
     }
   }
 }
 
 template <bool kShared>
-__global__ void __launch_bounds__(kThreads) confusion_by_grid(const Confusion a) {
-  count_pixels<kLookedUp, kShared>(a, [&](const Place& place, int (&label)[kLookedUp]) {
+__global__ void __launch_bounds__(kWide, 2) confusion_by_grid(const Confusion a) {
+  FLOWSEG_DYNAMIC_SHARED(unsigned, counts);
+  count_pixels<kWide, kLookedUp, kShared>(a, counts, [&](const Place& place, int (&label)[kLookedUp]) {
     float x[3][kLookedUp];
     load_points(a.x, 3, place, x);
     look_up(a.grid, a.codes, x, label);
@@ -97,7 +101,8 @@ template <class T, int C, bool kShared>
 __global__ void __launch_bounds__(kThreads) confusion_by_search(const Confusion a) {
   constexpr int P = kSearched<T, C>;
   FLOWSEG_TILE(T, C, tile);
-  count_pixels<P, kShared>(a, [&](const Place& place, int (&label)[P]) {
+  FLOWSEG_DYNAMIC_SHARED(unsigned, counts);
+  count_pixels<kThreads, P, kShared>(a, counts, [&](const Place& place, int (&label)[P]) {
     T x[C][P], nearest[P], second[P];
     load_points(a.x, a.codes.channels, place, x);
     search<false>(a.codes, tile, x, label, nearest, second);
@@ -105,21 +110,24 @@ __global__ void __launch_bounds__(kThreads) confusion_by_search(const Confusion 
 }
 
 template <class Launch>
-void launch_confusion(Confusion a, Launch launch) {
+void launch_confusion(Confusion a, const Launch& launch) {
+  const Device device = launch.device();
   const bool grid = a.grid.cells && a.x.type != Real::f64;
   // The tile of centroids of a search is in shared memory too.
-  const bool shared = shared_bytes(a.codes.classes) <= kMostShared - (grid ? 0 : kTileBytes);
-  const int64_t pixels = a.x.height * a.x.width;
-  const auto go = [&](auto kernel, int pixels_a_thread) {
-    a.steps = steps_of(pixels, pixels_a_thread, shared);
-    const int64_t blocks = blocks_an_image(pixels, pixels_a_thread * a.steps);
-    a.blocks = static_cast<unsigned>(blocks);
-    launch(kernel, blocks * a.x.batch, shared ? shared_bytes(a.codes.classes) : 0, a);
+  const int64_t bytes = shared_bytes(a.codes.classes), whole = bytes + (grid ? 0 : kTileBytes);
+  const bool shared = whole <= device.shared_block;
+  const auto go = [&](auto kernel, int64_t threads, int64_t pixels_a_thread) {
+    const int64_t room = shared ? device.shared_multiprocessor / (whole + 1024) : device.threads;  // 1 KiB is the system's
+    const int64_t at_once = std::max<int64_t>(1, std::min(room, device.threads / threads));
+    const int64_t pixels_a_part = threads * pixels_a_thread;
+    a.parts = parts_of(a.x.batch, a.x.height * a.x.width, pixels_a_part, at_once * device.multiprocessors,
+                       kMostCounted / pixels_a_part);
+    launch.of_threads(threads, kernel, blocks_of(a.parts), shared ? bytes : 0, a);
   };
-  if (grid) return shared ? go(confusion_by_grid<true>, kLookedUp) : go(confusion_by_grid<false>, kLookedUp);
+  if (grid) return shared ? go(confusion_by_grid<true>, kWide, kLookedUp) : go(confusion_by_grid<false>, kWide, kLookedUp);
   for_type_and_channels(a.x.type, a.codes.channels, [&]<class T, int C>() {
     constexpr int P = kSearched<T, C>;
-    shared ? go(confusion_by_search<T, C, true>, P) : go(confusion_by_search<T, C, false>, P);
+    shared ? go(confusion_by_search<T, C, true>, kThreads, P) : go(confusion_by_search<T, C, false>, kThreads, P);
   });
 }
 

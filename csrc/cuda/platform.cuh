@@ -25,6 +25,12 @@
 namespace flowseg::cuda {
 
 constexpr int kThreads = FLOWSEG_THREADS;
+// A block that fills shared memory once for many pixels.
+#ifdef __CUDACC__
+constexpr int kWide = 512;
+#else
+constexpr int kWide = kThreads;
+#endif
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 }  // namespace flowseg::cuda

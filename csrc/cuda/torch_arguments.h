@@ -45,7 +45,7 @@ inline Grid grid_for_vectors(const Tensor& centroids, const std::optional<Tensor
 // Launches on the device of a tensor and on the current stream there; nothing waits for the device.
 class Launch {
  public:
-  explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
+  explicit Launch(const Tensor& t) : index_(t.get_device_index()), guard_(t.get_device_index()) {
     // This library has a CUDA runtime of its own, which does not see what torch's one has set.
     STD_CUDA_CHECK(cudaSetDevice(t.get_device_index()));
     void* stream = nullptr;
@@ -55,12 +55,33 @@ class Launch {
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, const Arguments&... arguments) const {
+    of_threads(kThreads, kernel, blocks, shared, arguments...);
+  }
+
+  template <class... Parameters, class... Arguments>
+  void of_threads(int64_t threads, void (*kernel)(Parameters...), int64_t blocks, int64_t shared,
+                  const Arguments&... arguments) const {
     FLOWSEG_CHECK(blocks <= INT32_MAX, "image: wanted at most 2^31 blocks of pixels");
-    kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared), stream_>>>(arguments...);
+    // More than 48 KiB, a kernel's own arrays of at most 16 KiB included, have to be asked for.
+    if (shared > 32 * 1024) {
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    }
+    kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared), stream_>>>(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
+  Device device() const {
+    const auto ask = [this](cudaDeviceAttr what) {
+      int value = 0;
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, what, index_));
+      return value;
+    };
+    return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxRegistersPerMultiprocessor) / 64,
+            ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  }
+
  private:
+  int index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };

@@ -13,6 +13,13 @@ struct OnCpu {
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, const Arguments&... arguments) const {
     emu::run(kernel, blocks, static_cast<size_t>(shared), arguments...);
   }
+  template <class... All>
+  void of_threads(int64_t, All&&... all) const {
+    (*this)(all...);
+  }
+
+  // Room for one block at once, so that it takes as many pixels as a block ever does.
+  Device device() const { return {1, kThreads, 48 * 1024, 64 * 1024}; }
 };
 
 inline Real real_of(const Array& a) {

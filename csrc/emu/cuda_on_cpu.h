@@ -116,6 +116,17 @@ inline int __any_sync(unsigned, int own) {
     return static_cast<int>(any);
   });
 }
+inline unsigned __ballot_sync(unsigned, int own) {
+  return flowseg::emu::exchange_in_warp(own, [](auto value) {
+    unsigned set = 0;
+    for (int i = 0; i < flowseg::emu::kLanes; ++i) set |= static_cast<unsigned>(value(i) != 0) << i;
+    return set;
+  });
+}
+template <class T>
+T __shfl_sync(unsigned, T own, int lane) {
+  return flowseg::emu::exchange_in_warp(own, [&](auto value) { return value(lane); });
+}
 template <class T>
 T __shfl_down_sync(unsigned, T own, int step) {
   return flowseg::emu::exchange_in_warp(own, [&](auto value) {
@@ -139,6 +150,7 @@ unsigned __match_any_sync(unsigned, T own) {
   });
 }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __ffs(int v) { return __builtin_ffs(v); }
 
 template <class T>
 T atomicAdd(T* at, T v) {

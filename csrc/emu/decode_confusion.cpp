@@ -8,7 +8,7 @@ namespace flowseg::cuda {
 void emulate_decode_confusion(const Array& x, const Array& y, const Array& mu, const Array& cells, const Array& records, const Array& groups,
                           double low, double scale, int64_t ignore, const Array& counts) {
   launch_confusion({source(x), labels(y, ignore), codes(mu), grid(cells, records, groups, low, scale),
-                    static_cast<unsigned long long*>(counts.data), 0, 0},
+                    static_cast<unsigned long long*>(counts.data), {}},
                    OnCpu{});
 }
 

@@ -12,6 +12,11 @@ struct Instantiate {
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, const Arguments&... arguments) const {
     kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared)>>>(arguments...);
   }
+  template <class... All>
+  void of_threads(int64_t, const All&... all) const {
+    (*this)(all...);
+  }
+  Device device() const { return {}; }
 };
 
 void instantiate(const Correct& correct, const Interpolate& interpolate, const InterpolateBackward& backward, const Loss& loss,
