@@ -21,14 +21,20 @@ _LEVELS = 6
 _SIZE = 2**_LEVELS  # cells an axis
 _PAIRS_AT_ONCE = 1 << 16
 _MOST_PAIRS = 1 << 23  # 65,536 well spread codes need 4 million
+#: Classes of up to _WORD_CLASSES fit three in a word, with the sign left over (csrc/include/flowseg/decode_grid.h).
+_WORD_BITS = 10
+_WORD_CLASSES = 2**_WORD_BITS
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeGrid:
     """The candidate lists of a codebook.
 
-    cells:   (G, G, G) int32 over (channel 2, channel 1, channel 0). A value v >= 0: class v is nearest in the whole cell.
-             v < 0: the candidates are in the records from -1 - v on.
+    cells:   (2, G, G, G) int32, two tables over (channel 2, channel 1, channel 0). The first: a value v >= 0 says that class v
+             is nearest in the whole cell; v < 0: the candidates are in the records from -1 - v on. The second is what a GPU
+             reads, where each step of a chain of look-ups waits long: up to three candidates of ten bits each in the word
+             itself, in the order of the classes, the last one repeated; more are in the records as before. Of more than 1024
+             classes it is the first again.
     records: (R, 4, 8) fp32: channel 0, 1, 2 of up to eight candidates, and their classes; padding is at +inf.
     groups:  (R,) int32: the number of records left in the list that holds record r, r included.
     low, scale: cell index along an axis = floor((x - low) * scale).
@@ -128,4 +134,12 @@ def _pack(cell: Tensor, candidate: Tensor, mu: Tensor, low: float, scale: float)
         base += lists.shape[0] * groups
     records = torch.cat(all_records) if all_records else torch.empty(0, 4, LANES)
     groups = torch.cat(all_groups).to(torch.int32) if all_groups else torch.empty(0, dtype=torch.int32)
-    return DecodeGrid(cells.view(_SIZE, _SIZE, _SIZE), records.contiguous(), groups, low, scale)
+    words = cells.clone()
+    if mu.shape[0] <= _WORD_CLASSES:
+        short = (count <= 3).nonzero()[:, 0]
+        places = torch.arange(3).minimum(count[short][:, None] - 1)
+        words[short] = (
+            (candidate[start[short][:, None] + places] << torch.arange(3) * _WORD_BITS).sum(dim=1).to(torch.int32)
+        )
+    cells = torch.stack((cells, words)).view(2, _SIZE, _SIZE, _SIZE)
+    return DecodeGrid(cells, records.contiguous(), groups, low, scale)

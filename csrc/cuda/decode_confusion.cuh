@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/decode.cuh"
 #include "cuda/dispatch.h"
@@ -9,8 +10,7 @@
 namespace flowseg::cuda {
 
 // Counts of a block are 16 bits wide, two in a word of shared memory; a block counts fewer than 65,536 pixels. More classes than
-// have room there count in global memory, where the lanes of a warp with the same cell add once. Sums of integers do not depend on
-// the order.
+// have room there count in global memory. Sums of integers do not depend on the order.
 constexpr int kMostCounted = 32768;  // pixels a block
 
 struct Confusion {
@@ -24,44 +24,40 @@ struct Confusion {
 
 inline int64_t shared_bytes(int64_t classes) { return (classes * classes + 1) / 2 * 4; }
 
-__device__ __forceinline__ void add_shared(unsigned* counts, int cell, unsigned n) {
-  atomicAdd(&counts[cell / 2], cell % 2 ? n << 16 : n);
+template <bool kShared>
+__device__ __forceinline__ void add(const Confusion& a, unsigned* counts, int64_t cell, unsigned n) {
+  if constexpr (kShared) {
+    const auto at = static_cast<unsigned>(cell);
+    atomicAdd(&counts[at / 2], at % 2 ? n << 16 : n);
+  } else {
+    atomicAdd(&a.counts[cell], static_cast<unsigned long long>(n));
+  }
 }
 
 // Additions to one address go one after the other, and in a map of areas most pixels of a warp are of one cell: that of a lane
 // whose neighbouring pixels agree is counted by votes and added once.
-template <int P>
-__device__ __forceinline__ void count_shared(int classes, unsigned* counts, const int (&y)[P], const int (&label)[P]) {
-  int cell[P];
+template <bool kShared, int P>
+__device__ __forceinline__ void count(const Confusion& a, unsigned* counts, const int (&y)[P], const int (&label)[P]) {
+  using Cell = std::conditional_t<kShared, int, int64_t>;
+  Cell cell[P];
 #pragma unroll
-  for (int p = 0; p < P; ++p) cell[p] = y[p] < 0 || label[p] < 0 ? -1 : y[p] * classes + label[p];
+  for (int p = 0; p < P; ++p) {
+    cell[p] = y[p] < 0 || label[p] < 0 ? Cell{-1} : static_cast<Cell>(y[p]) * a.codes.classes + label[p];
+  }
   const unsigned agree = __ballot_sync(kAllLanes, cell[0] >= 0 && cell[0] == cell[P > 1 ? 1 : 0]);
-  const int common = __shfl_sync(kAllLanes, cell[0], agree ? __ffs(static_cast<int>(agree)) - 1 : 0);
+  const Cell common = __shfl_sync(kAllLanes, cell[0], agree ? __ffs(static_cast<int>(agree)) - 1 : 0);
   int same = 0;
 #pragma unroll
   for (int p = 0; p < P; ++p) {
     same += __popc(__ballot_sync(kAllLanes, cell[p] == common));
-    if (cell[p] != common && cell[p] >= 0) add_shared(counts, cell[p], 1);
+    if (cell[p] != common && cell[p] >= 0) add<kShared>(a, counts, cell[p], 1);
   }
-  if (common >= 0 && threadIdx.x % 32 == 0) add_shared(counts, common, static_cast<unsigned>(same));
+  if (common >= 0 && threadIdx.x % 32 == 0) add<kShared>(a, counts, common, static_cast<unsigned>(same));
 }
 
-template <int P>
-__device__ __forceinline__ void count_global(const Confusion& a, const int (&y)[P], const int (&label)[P]) {
-#pragma unroll
-  for (int p = 0; p < P; ++p) {
-    const bool counts = y[p] >= 0 && label[p] >= 0;
-    const unsigned long long cell = counts ? static_cast<unsigned long long>(y[p]) * a.codes.classes + label[p] : ~0ull;
-    const unsigned same = __match_any_sync(kAllLanes, cell);
-    if (counts && (same & ((1u << (threadIdx.x % 32)) - 1)) == 0) {
-      atomicAdd(&a.counts[cell], static_cast<unsigned long long>(__popc(same)));
-    }
-  }
-}
-
-// Calls decode(place, label) for each run of the block's pixels and counts what it finds.
+// Calls find(place, y, label) for each run of the block's pixels and counts what it finds.
 template <int kBlock, int P, bool kShared, class Find>
-__device__ __forceinline__ void count_pixels(const Confusion& a, unsigned* counts, Find decode) {
+__device__ __forceinline__ void count_pixels(const Confusion& a, unsigned* counts, Find find) {
   const int words = kShared ? (a.codes.classes * a.codes.classes + 1) / 2 : 0;
   if constexpr (kShared) {
     for (int i = threadIdx.x; i < words; i += kBlock) counts[i] = 0;
@@ -69,31 +65,29 @@ __device__ __forceinline__ void count_pixels(const Confusion& a, unsigned* count
   }
   for_each_place<kBlock, P>(a.parts, a.x.height * a.x.width, [&](const Place& place) {
     int y[P], label[P];
-    load_labels(a.target, a.codes.classes, place, y);
-    decode(place, label);
-    if constexpr (kShared) {
-      count_shared(a.codes.classes, counts, y, label);
-    } else {
-      count_global(a, y, label);
-    }
+    find(place, y, label);
+    count<kShared>(a, counts, y, label);
   });
   if constexpr (kShared) {
     if (!FLOWSEG_PLANTED(histogram)) __syncthreads();
     for (int i = threadIdx.x; i < words; i += kBlock) {
       const unsigned two = counts[i];
-      if (two & 0xffff) atomicAdd(&a.counts[2 * i], static_cast<unsigned long long>(two & 0xffff));
-      if (two >> 16) atomicAdd(&a.counts[2 * i + 1], static_cast<unsigned long long>(two >> 16));
+      if (two & 0xffff) add<false>(a, counts, 2 * i, two & 0xffff);
+      if (two >> 16) add<false>(a, counts, 2 * i + 1, two >> 16);
     }
   }
 }
 
-template <bool kShared>
+template <bool kShared, bool kWords, class S>
 __global__ void __launch_bounds__(kWide, 2) confusion_by_grid(const Confusion a) {
-  FLOWSEG_DYNAMIC_SHARED(unsigned, counts);
-  count_pixels<kWide, kLookedUp, kShared>(a, counts, [&](const Place& place, int (&label)[kLookedUp]) {
-    float x[3][kLookedUp];
-    load_points(a.x, 3, place, x);
-    look_up(a.grid, a.codes, x, label);
+  FLOWSEG_DYNAMIC_ROWS(rows);
+  if constexpr (kWords) stage_rows<kWide>(a.codes, rows);
+  auto* counts = reinterpret_cast<unsigned*>(rows + (kWords ? a.codes.classes : 0));
+  count_pixels<kWide, kLookedUp, kShared>(a, counts, [&](const Place& place, int (&y)[kLookedUp], int (&label)[kLookedUp]) {
+    Points<S> x;
+    x.load(a.x, place);  // the target is waited for meanwhile
+    load_labels(a.target, a.codes.classes, place, y);
+    look_up<kWords>(a.grid, a.codes, rows, x, label);
   });
 }
 
@@ -102,7 +96,8 @@ __global__ void __launch_bounds__(kThreads) confusion_by_search(const Confusion 
   constexpr int P = kSearched<T, C>;
   FLOWSEG_TILE(T, C, tile);
   FLOWSEG_DYNAMIC_SHARED(unsigned, counts);
-  count_pixels<kThreads, P, kShared>(a, counts, [&](const Place& place, int (&label)[P]) {
+  count_pixels<kThreads, P, kShared>(a, counts, [&](const Place& place, int (&y)[P], int (&label)[P]) {
+    load_labels(a.target, a.codes.classes, place, y);
     T x[C][P], nearest[P], second[P];
     load_points(a.x, a.codes.channels, place, x);
     search<false>(a.codes, tile, x, label, nearest, second);
@@ -112,19 +107,26 @@ __global__ void __launch_bounds__(kThreads) confusion_by_search(const Confusion 
 template <class Launch>
 void launch_confusion(Confusion a, const Launch& launch) {
   const Device device = launch.device();
-  const bool grid = a.grid.cells && a.x.type != Real::f64;
-  // The tile of centroids of a search is in shared memory too.
-  const int64_t bytes = shared_bytes(a.codes.classes), whole = bytes + (grid ? 0 : kTileBytes);
-  const bool shared = whole <= device.shared_block;
+  const bool grid = a.grid.cells && a.x.type != Real::f64, words = grid && has_words(a.codes);
+  // A search has a tile of centroids in shared memory too, which it need not ask for.
+  const int64_t bytes = shared_bytes(a.codes.classes) + (grid ? row_bytes(a.codes) : 0), whole = bytes + (grid ? 0 : kTileBytes);
+  const bool shared = whole <= device.shared_block && (words || !grid);
   const auto go = [&](auto kernel, int64_t threads, int64_t pixels_a_thread) {
     const int64_t room = shared ? device.shared_multiprocessor / (whole + 1024) : device.threads;  // 1 KiB is the system's
     const int64_t at_once = std::max<int64_t>(1, std::min(room, device.threads / threads));
     const int64_t pixels_a_part = threads * pixels_a_thread;
     a.parts = parts_of(a.x.batch, a.x.height * a.x.width, pixels_a_part, at_once * device.multiprocessors,
                        kMostCounted / pixels_a_part);
-    launch.of_threads(threads, kernel, blocks_of(a.parts), shared ? bytes : 0, a);
+    launch.of_threads(threads, kernel, blocks_of(a.parts), shared ? bytes : grid ? row_bytes(a.codes) : 0, a);
   };
-  if (grid) return shared ? go(confusion_by_grid<true>, kWide, kLookedUp) : go(confusion_by_grid<false>, kWide, kLookedUp);
+  if (grid) {
+    return for_half_or_float(a.x.type, [&]<class S>() {
+      go(shared  ? confusion_by_grid<true, true, S>
+         : words ? confusion_by_grid<false, true, S>
+                 : confusion_by_grid<false, false, S>,
+         kWide, kLookedUp);
+    });
+  }
   for_type_and_channels(a.x.type, a.codes.channels, [&]<class T, int C>() {
     constexpr int P = kSearched<T, C>;
     shared ? go(confusion_by_search<T, C, true>, kThreads, P) : go(confusion_by_search<T, C, false>, kThreads, P);

@@ -1,6 +1,8 @@
 // nearest_centroid on a GPU.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/decode.cuh"
 #include "cuda/dispatch.h"
 
@@ -16,6 +18,7 @@ struct Decode {
   bool label_vector;
   Target distance, margin;  // (B, H, W); data null when not needed
   unsigned blocks;          // an image
+  Parts parts;              // by the grid
 };
 
 template <class S, int P>
@@ -36,13 +39,17 @@ __device__ __forceinline__ void store_labels(const Decode& a, const Place& place
   }
 }
 
-static __global__ void __launch_bounds__(kThreads) decode_by_grid(const Decode a) {
-  const Place place = place_of<kLookedUp>(a.x.height * a.x.width, a.blocks);
-  float x[3][kLookedUp];
-  int label[kLookedUp];
-  load_points(a.x, 3, place, x);
-  look_up(a.grid, a.codes, x, label);
-  store_labels(a, place, label);
+template <bool kWords, class S>
+__global__ void __launch_bounds__(kWide, 2) decode_by_grid(const Decode a) {
+  FLOWSEG_DYNAMIC_ROWS(rows);
+  if constexpr (kWords) stage_rows<kWide>(a.codes, rows);
+  for_each_place<kWide, kLookedUp>(a.parts, a.x.height * a.x.width, [&](const Place& place) {
+    Points<S> x;
+    int label[kLookedUp];
+    x.load(a.x, place);
+    look_up<kWords>(a.grid, a.codes, rows, x, label);
+    store_labels(a, place, label);
+  });
 }
 
 template <class T, int C, bool kSecond>
@@ -65,14 +72,27 @@ __global__ void __launch_bounds__(kThreads) decode_by_search(const Decode a) {
 }
 
 template <class Launch>
-void launch_decode(Decode a, Launch launch) {
+void launch_decode_by_grid(Decode a, const Launch& launch) {
+  // Blocks stay, as each begins by reading codes into shared memory and ends when its slowest warp does.
+  constexpr int64_t kMostParts = 64;
+  const Device device = launch.device();
+  const bool words = has_words(a.codes);
+  const int64_t at_once = std::max<int64_t>(1, device.threads / kWide) * device.multiprocessors;
+  a.parts = parts_of(a.x.batch, a.x.height * a.x.width, int64_t{kWide} * kLookedUp, at_once, kMostParts);
+  for_half_or_float(a.x.type, [&]<class S>() {
+    launch.of_threads(kWide, words ? decode_by_grid<true, S> : decode_by_grid<false, S>, blocks_of(a.parts), row_bytes(a.codes), a);
+  });
+}
+
+template <class Launch>
+void launch_decode(Decode a, const Launch& launch) {
+  if (a.grid.cells && a.x.type != Real::f64 && !a.distance.data && !a.margin.data) return launch_decode_by_grid(a, launch);
   const int64_t pixels = a.x.height * a.x.width;
   const auto go = [&](auto kernel, int pixels_a_thread) {
     const int64_t blocks = blocks_an_image(pixels, pixels_a_thread);
     a.blocks = static_cast<unsigned>(blocks);
     launch(kernel, blocks * a.x.batch, 0, a);
   };
-  if (a.grid.cells && a.x.type != Real::f64 && !a.distance.data && !a.margin.data) return go(decode_by_grid, kLookedUp);
   for_type_and_channels(a.x.type, a.codes.channels, [&]<class T, int C>() {
     a.margin.data ? go(decode_by_search<T, C, true>, kSearched<T, C>) : go(decode_by_search<T, C, false>, kSearched<T, C>);
   });

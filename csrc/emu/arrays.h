@@ -47,9 +47,9 @@ inline Times times(const Array& a) { return {a.data, real_of(a), a.stride[0]}; }
 inline Codes codes(const Array& a) { return {a.data, static_cast<int>(a.shape[0]), static_cast<int>(a.shape[1])}; }
 inline Grid grid(const Array& cells, const Array& records, const Array& groups, double low, double scale) {
   if (!cells.data) return {};
-  return {static_cast<const int32_t*>(cells.data), static_cast<const float*>(records.data),
-          static_cast<const int32_t*>(groups.data), static_cast<float>(low), static_cast<float>(scale),
-          static_cast<int>(cells.shape[0])};
+  const auto* table = static_cast<const int32_t*>(cells.data);
+  return {table, static_cast<const float*>(records.data), static_cast<const int32_t*>(groups.data), static_cast<float>(low),
+          static_cast<float>(scale), static_cast<int>(cells.shape[3]), table + cells.size() / 2};
 }
 
 }  // namespace flowseg::cuda

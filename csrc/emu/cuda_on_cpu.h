@@ -149,6 +149,11 @@ unsigned __match_any_sync(unsigned, T own) {
     return same;
   });
 }
+// Rounded down; for sums whose double is exact or lies as the exact one does.
+inline float __fadd_rd(float a, float b) {
+  const float sum = a + b;
+  return static_cast<double>(sum) - b > a ? std::nextafter(sum, -INFINITY) : sum;
+}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 

@@ -12,6 +12,7 @@
 #include "cuda/half.cuh"
 #include "emu/cuda_on_cpu.h"
 #include "emu/ops.h"
+#include "flowseg/decode_grid.h"
 
 namespace {
 
@@ -85,13 +86,14 @@ bool run_all(int64_t batch, int64_t height, int64_t width, int64_t gap, int64_t 
   return all_finite(out) && all_finite(back) && all_finite(corrected) && all_finite(loss) && all_finite(distance) && counted == count[0];
 }
 
-// A grid of eight cells. Six hold one code each, and answer at once; one has a short list, and the last one a list of two records.
+// A grid of eight cells. Five hold one code each, and answer at once; one names two codes in its word, one has a short list, and the
+// last one a list of two records.
 struct Octants {
-  static constexpr int kClasses = 21, kMore = 12;
+  static constexpr int kClasses = 22, kMore = 12;
   std::vector<float> mu, records;
-  std::vector<int32_t> cells, groups{1, 2, 1};
+  std::vector<int32_t> cells, words, groups{1, 1, 2, 1};
 
-  Octants() : records(3 * 32, std::numeric_limits<float>::infinity()) {
+  Octants() : records(4 * 32, std::numeric_limits<float>::infinity()) {
     std::vector<int> corner;
     const auto add = [&](int octant, float at) {
       corner.push_back(octant);
@@ -101,8 +103,11 @@ struct Octants {
     // By a third or more deeper in their octants, further codes are nearest to no point of another one.
     for (int i = 0; i < kMore; ++i) add(7, 0.84f + 0.01f * static_cast<float>(i));
     add(3, 0.9f);
-    for (const auto& [octant, first] : {std::pair{3, 0}, {7, 1}}) {
-      cells[octant] = -1 - first;
+    add(2, 0.9f);
+    constexpr int kSecond = 1 << flowseg::kWordBits, kThird = kSecond << flowseg::kWordBits;
+    for (int octant = 0; octant < 8; ++octant) words.push_back(octant * (1 + kSecond + kThird));
+    for (const auto& [octant, first] : {std::pair{2, 0}, {3, 1}, {7, 2}}) {
+      cells[octant] = words[octant] = -1 - first;
       int slot = 0;
       for (int k = 0; k < kClasses; ++k) {
         if (corner[k] != octant) continue;
@@ -112,6 +117,8 @@ struct Octants {
         ++slot;
       }
     }
+    words[2] = 2 + (kClasses - 1) * (kSecond + kThird);
+    cells.insert(cells.end(), words.begin(), words.end());
   }
 };
 
@@ -137,7 +144,7 @@ bool run_grid(int64_t height, int64_t width) {
     }
   }
   const Array X = array(x, {1, 3, height, width}), MU = array(grid.mu, {Octants::kClasses, 3}), FOUND = array(found, plane);
-  const Array CELLS = array(grid.cells, {2, 2, 2}), RECORDS = array(grid.records, {3, 4, 8}), GROUPS = array(grid.groups, {3});
+  const Array CELLS = array(grid.cells, {2, 2, 2, 2}), RECORDS = array(grid.records, {4, 4, 8}), GROUPS = array(grid.groups, {4});
   emulate_nearest_centroid(X, MU, CELLS, RECORDS, GROUPS, -1, 1, FOUND, {}, {}, 255);
   emulate_decode_confusion(X, FOUND, MU, CELLS, RECORDS, GROUPS, -1, 1, 255, array(counts, {Octants::kClasses, Octants::kClasses}));
   int64_t diagonal = 0, known = 0;

@@ -74,9 +74,10 @@ inline Grid grid_of(const Tensor& centroids, const std::optional<Tensor>& cells,
   };
   FLOWSEG_CHECK(is_here(cells) && is_here(records) && is_here(groups),
                 "codebook: wanted its decode grid contiguous and on the device of its centroids");
-  return {static_cast<const int32_t*>(cells->data_ptr()), static_cast<const float*>(records->data_ptr()),
-          static_cast<const int32_t*>(groups->data_ptr()), static_cast<float>(low), static_cast<float>(scale),
-          static_cast<int>(cells->size(0))};
+  FLOWSEG_CHECK(cells->dim() == 4 && cells->size(0) == 2, "codebook: wanted the two tables of its decode grid");
+  const auto* table = static_cast<const int32_t*>(cells->data_ptr());
+  return {table, static_cast<const float*>(records->data_ptr()), static_cast<const int32_t*>(groups->data_ptr()),
+          static_cast<float>(low), static_cast<float>(scale), static_cast<int>(cells->size(3)), table + cells->stride(0)};
 }
 
 inline Output output_of(const Tensor& t) { return {t.data_ptr(), real_of(t, "output")}; }

@@ -18,13 +18,13 @@ def candidates(book):
     # A list of g records: its first record's total runs over the g that follow.
     for more in range(1, int(groups.max())):
         total[: len(total) - more] += torch.where(groups[: len(total) - more] > more, in_record[more:], 0)
-    return torch.where(cells >= 0, 1, total[(-1 - cells).clamp_min(0)])
+    return torch.where(cells[0] >= 0, 1, total[(-1 - cells[0]).clamp_min(0)])
 
 
 def draw():
     book = fk.Codebook(fk.kronecker_centroids(CLASSES))
     cells, _, _, low, scale = book.grid
-    high = low + cells.shape[0] / scale
+    high = low + cells.shape[-1] / scale
     line = torch.linspace(low, high, 512)
     v, u = torch.meshgrid(line, line, indexing="ij")
     labels = book.decode(torch.stack((u, v, torch.full_like(u, HEIGHT)))[None])[0]

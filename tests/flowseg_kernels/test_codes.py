@@ -66,6 +66,25 @@ def test_most_classes_with_a_decode_grid():
     assert torch.equal(book.decode(book.encode(labels)), labels)
 
 
+@pytest.mark.parametrize("classes", [1, 2, 150, 1024, 1025])
+def test_words_of_the_grid_name_what_its_lists_do(classes):
+    cells, records, groups, _, _ = fk.Codebook(fk.kronecker_centroids(classes, 3), ignore_index=-1).grid
+    cell, word = cells.flatten(1)
+    if classes > 1024:
+        assert torch.equal(cell, word)
+        return
+    named = torch.stack((word & 1023, word >> 10 & 1023, word >> 20), dim=1)
+    single, short, long = cell >= 0, (cell < 0) & (word >= 0), word < 0
+    assert torch.equal(named[single], cell[single, None].expand(-1, 3))
+    assert torch.equal(word[long], cell[long]) and (records[-1 - cell[long]][:, 3, 3] >= 0).all()
+    listed = records[-1 - cell[short]][:, 3]
+    assert (groups[-1 - cell[short]] == 1).all() and (listed[:, 3:] < 0).all()
+    # The last of a list is named again where there are fewer than three.
+    assert torch.equal(
+        named[short].float(), torch.where(listed[:, :3] >= 0, listed[:, :3], listed.amax(1, keepdim=True))
+    )
+
+
 @pytest.mark.parametrize("channels", [1, 2, 5, 8, 16, 20])
 def test_other_channels_decode_without_a_grid(channels):
     book = fk.Codebook(fk.kronecker_centroids(64, channels))

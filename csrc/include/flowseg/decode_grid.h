@@ -7,6 +7,9 @@
 
 namespace flowseg {
 
+// A word of the grid's second table holds three classes of this many bits; there is one for codebooks of so few classes.
+constexpr int kWordBits = 10, kWordClasses = 1 << kWordBits;
+
 // Index of the cell, -1 outside the grid and for NaN. The bitwise and keeps loops over it free of branches.
 FLOWSEG_INLINE int32_t cell_of(float x, float y, float z, float low, float scale, int size) {
   const float limit = static_cast<float>(size);

@@ -37,6 +37,7 @@ struct Grid {
   const int32_t* groups;
   float low, scale;
   int size;
+  const int32_t* words;
 };
 
 // A contiguous (B, C, H, W) result.

@@ -179,7 +179,7 @@ def grid_arguments(
     """The decode grid's tensors and its size; size 0, with any tensors, where there is none for these points."""
     if cells is None or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
         return (centroids, centroids, centroids), 0
-    return (cells, aligned(records), groups), cells.shape[0]
+    return (cells, aligned(records), groups), cells.shape[-1]
 
 
 def nearest_centroid(

@@ -62,11 +62,11 @@ def test_codes_of_any_place_and_size(backend, offset, span):
     assert_exact(points, book, book.centroids)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 3, 11, 150, 1000])
+@pytest.mark.parametrize("classes", [1, 2, 3, 11, 150, 1000, 1030])
 def test_cell_borders_corners_and_centroids(backend, classes):
     mu = fk.kronecker_centroids(classes, 3)
     book = fk.Codebook(mu, ignore_index=-1)
-    size = book.grid[0].shape[0]
+    size = book.grid[0].shape[-1]
     borders = book.grid_low + torch.arange(size + 1) / book.grid_scale
     ticks = torch.cat((borders, borders.nextafter(torch.tensor(9.0)), borders.nextafter(torch.tensor(-9.0))))
     n = 12_000

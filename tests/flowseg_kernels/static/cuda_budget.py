@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 PATH = pathlib.Path(__file__).with_name("budget.json")
 NOTES = ROOT / "docs" / "notes" / "performance.md"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-THREADS = 128  # a block, as csrc/cuda/platform.cuh has it
+THREADS, WIDE = 128, 512  # a block, as csrc/cuda/platform.cuh has it; the wide one is that of the grid
 #: What a multiprocessor of sm_90 has, and the lane-instructions a second that an H200 is taken to issue.
 REGISTERS, MOST_THREADS, LANE_INSTRUCTIONS = 65536, 2048, 33e12
 
@@ -90,7 +90,7 @@ def instructions() -> dict[str, dict[str, float]]:
         costs = sorted({len(loop) / 16 for loop in loops})
         assert len(costs) == 2, costs
         found[kernel] = dict(zip(("rivals", "rivals and own class"), costs))
-    # One copy of these loops for each pixel of a thread; a list is read in eight loads, the bare codes in six.
+    # A list is read in eight loads, the bare codes in six.
     loops = [loop for loop in _loops("decode_by_grid") if loop.opcodes()["FMUL"] == 8]
     found["decode_by_grid"] = {
         name: max(len(loop) / 8 for loop in loops if loop.opcodes()["LDG"] == loads)
@@ -114,8 +114,9 @@ def table(budget: dict) -> str:
     for kernel, costs in budget["instructions"].items():
         used = budget["registers"].get(kernel) or budget["registers"][f"{kernel} float 3"]
         registers = used["90"]
-        blocks = REGISTERS // ((registers + 7) // 8 * 8 * THREADS)
-        share = f"{blocks} blocks of {THREADS}: {100 * blocks * THREADS / MOST_THREADS:.0f} %"
+        threads = WIDE if kernel == "decode_by_grid" else THREADS
+        blocks = REGISTERS // ((registers + 7) // 8 * 8 * threads)
+        share = f"{blocks} blocks of {threads}: {100 * blocks * threads / MOST_THREADS:.0f} %"
         for i, (name, cost) in enumerate(costs.items()):
             rate = f"{LANE_INSTRUCTIONS / 150 / cost / 1e9:.1f} Gpixel/s" if kernel != "decode_by_grid" else ""
             first = (titles[kernel], registers, share) if i == 0 else ("", "", "")
