@@ -320,7 +320,7 @@ def test_a_form_that_spills_is_an_error(monkeypatch):
 
 
 def test_too_much_shared_memory_is_an_error(monkeypatch):
-    monkeypatch.setattr(pretended_gpu, "SHARED_MEMORY", 1024)
+    monkeypatch.setattr(pretended_gpu, "SHARED_MEMORY", 8192)
     monkeypatch.setattr(pretended_gpu, "DEVICE", "a smaller one")
     with launches() as found, pytest.raises(OutOfResources, match="shared memory"):
         field()
