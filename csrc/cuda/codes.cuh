@@ -32,15 +32,24 @@ struct Tile {
   __shared__ Row<T, C> name##_rows[Tile<T, C>::kRows];             \
   Tile<T, C> name { name##_rows }
 
-// Centroids [first, first + count) to shared memory, by the whole block.
-template <class T, int C>
+// Rows may be staged in groups of so many. Those that fill up the last group lie so far out that next to any centroid they weigh
+// nothing, and their squared distances still are normal numbers of fp32, and their reciprocals too.
+constexpr int kGroup = 4;
+constexpr float kFarOut = 1e18f;
+FLOWSEG_INLINE constexpr int in_groups(int rows) { return (rows + kGroup - 1) / kGroup * kGroup; }
+
+// Centroids [first, first + count) to shared memory, by the whole block. kFill: the last group is filled up.
+template <bool kFill = false, class T, int C>
 __device__ __forceinline__ void stage(const Codes& codes, int first, int count, const Tile<T, C>& tile) {
+  static_assert(Tile<T, C>::kRows % kGroup == 0);
   constexpr int kLength = Row<T, C>::kLength;
   const T* __restrict__ mu = static_cast<const T*>(codes.data) + static_cast<int64_t>(first) * codes.channels;
   __syncthreads();  // the part before may still be read
-  for (int i = threadIdx.x; i < count * kLength; i += kThreads) {
+  for (int i = threadIdx.x; i < (kFill ? in_groups(count) : count) * kLength; i += kThreads) {
     const int k = i / kLength, c = i % kLength;
-    tile.rows[k].at[c] = c < codes.channels ? mu[static_cast<int64_t>(k) * codes.channels + c] : T(0);
+    const bool filler = kFill && k >= count;
+    tile.rows[k].at[c] =
+        c < codes.channels && !filler ? mu[static_cast<int64_t>(k) * codes.channels + c] : filler ? T(kFarOut) : T(0);
   }
   if (!FLOWSEG_PLANTED(race)) __syncthreads();
 }

@@ -13,14 +13,13 @@ struct Correct {
   Codes codes;
   Correction correction;
   Target out;
-  unsigned blocks;  // an image
+  unsigned tiles, tiles_an_image;
 };
 
 template <class T, int C, Transform kind>
-__global__ void __launch_bounds__(kThreads, C == 8 ? 3 : 0) correct(const Correct a) {
+__device__ __forceinline__ void correct_tile(const Correct& a, unsigned tile, Staged<T, C>& staged) {
   constexpr int P = kPixels<T, C>;
-  FLOWSEG_TILE(T, C, tile);
-  const Place place = place_of<P>(a.out.pixels, a.blocks);
+  Place place = place_at<P>(a.out.pixels, a.tiles_an_image, tile);
   Pack<T, P> x[C], grad[C];
   Pack<int, P> y;
   const Offsets<P> offsets = offsets_of<P>(place, a.x);
@@ -33,7 +32,14 @@ __global__ void __launch_bounds__(kThreads, C == 8 ? 3 : 0) correct(const Correc
       x[c] = Pack<T, P>{};
     }
   }
-  correct_pixels<kind>(a.correction, a.codes, tile, x, y, grad);
+  if (tile + gridDim.x < a.tiles) {
+    const Place next = place_at<P>(a.out.pixels, a.tiles_an_image, tile + gridDim.x);
+    prefetch_labels(a.labels, next);
+    prefetch_planes<C>(a.x, a.codes.channels, next);
+  }
+  forget(tile);
+  correct_pixels<kind>(a.correction, a.codes, staged, x, y, grad);
+  place = place_at<P>(a.out.pixels, a.tiles_an_image, tile);
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     FLOWSEG_EACH(P) grad[c].at[p] = y.at[p] >= 0 ? grad[c].at[p] : T(0);
@@ -41,13 +47,24 @@ __global__ void __launch_bounds__(kThreads, C == 8 ? 3 : 0) correct(const Correc
   }
 }
 
+// As many blocks as the GPU holds at a time go through the tiles in turns: what a block finds out about the codes serves all of its
+// tiles, and the pixels of the next one arrive while it computes.
+template <class T, int C, Transform kind>
+__global__ void __launch_bounds__(kThreads, kResident<T, C>) correct(const Correct a) {
+  FLOWSEG_TILE(T, C, rows);
+  auto staged = stage_codes<kind>(a.correction, a.codes, rows);
+#pragma unroll 1
+  for (unsigned tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) correct_tile<T, C, kind>(a, tile, staged);
+}
+
 template <class Launch>
 void launch_correct(Correct a, Launch launch) {
   for_type_and_channels(a.x.type, a.codes.channels, [&]<class T, int C>() {
     for_transform(a.correction.transform, [&]<Transform kind>() {
-      const int64_t blocks = blocks_an_image(a.out.pixels, kPixels<T, C>);
-      a.blocks = static_cast<unsigned>(blocks);
-      launch(correct<T, C, kind>, blocks * a.x.batch, 0, a);
+      const int64_t tiles = blocks_an_image(a.out.pixels, kPixels<T, C>);
+      a.tiles_an_image = static_cast<unsigned>(tiles);
+      a.tiles = static_cast<unsigned>(tiles * a.x.batch);
+      launch(correct<T, C, kind>, launch.in_turns(correct<T, C, kind>, tiles * a.x.batch), 0, a);
     });
   });
 }

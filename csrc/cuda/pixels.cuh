@@ -31,11 +31,25 @@ __device__ __forceinline__ Place place_in(int64_t pixels, int64_t image, int64_t
   return place;
 }
 
-// One part a block.
+// One part a block: the step'th of `steps` parts of block `block` of its grid.
 template <int P>
-__device__ __forceinline__ Place place_of(int64_t pixels, unsigned blocks_an_image) {
-  const unsigned image = blockIdx.x / blocks_an_image;
-  return place_in<P>(pixels, image, blockIdx.x - image * blocks_an_image, kThreads);
+__device__ __forceinline__ Place place_at(int64_t pixels, unsigned blocks_an_image, unsigned block, int steps = 1, int step = 0) {
+  const unsigned image = block / blocks_an_image;
+  const int64_t part = static_cast<int64_t>(block - image * blocks_an_image) * steps + step;
+  return place_in<P>(pixels, image, part, kThreads);
+}
+
+// The same of this block.
+template <int P>
+__device__ __forceinline__ Place place_of(int64_t pixels, unsigned blocks_an_image, int steps = 1, int step = 0) {
+  return place_at<P>(pixels, blocks_an_image, blockIdx.x, steps, step);
+}
+
+// Makes the compiler read what was just written, and find out anew what follows from `tile`, instead of keeping it in registers.
+__device__ __forceinline__ void forget([[maybe_unused]] unsigned& tile) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(tile)::"memory");
+#endif
 }
 
 // All images in parts of one run a thread, of which a block takes `steps` that follow each other, also from one image to the next.
@@ -125,6 +139,29 @@ __device__ __forceinline__ void load_run(const S* __restrict__ plane, const Plac
   }
 }
 
+// Asks for pixels that are read later: they are then waited for in the second cache, and not in memory.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* at) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
+}
+__device__ __forceinline__ void prefetch_run(const void* plane, const Layout& layout, const Place& place, int64_t size) {
+  if (layout.flat && place.count > 0) prefetch(static_cast<const char*>(plane) + place.first * size);
+}
+__device__ __forceinline__ void prefetch_labels(const Labels& from, const Place& place) {
+  const int64_t size = size_of(from.type);
+  prefetch_run(static_cast<const char*>(from.data) + place.image * from.stride[0] * size, from.layout, place, size);
+}
+template <int C>
+__device__ __forceinline__ void prefetch_planes(const Source& from, int channels, const Place& place) {
+  const int64_t size = size_of(from.type);
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const int64_t start = place.image * from.stride[0] + c * from.stride[1];
+    if (c < channels) prefetch_run(static_cast<const char*>(from.data) + start * size, from.layout, place, size);
+  }
+}
+
 template <class S, class T, int P>
 __device__ __forceinline__ void load_plane_as(const Source& from, int64_t channel, const Place& place, const Offsets<P>& offsets,
                                               T (&to)[P]) {
@@ -147,6 +184,51 @@ __device__ __forceinline__ void load_plane(const Source& from, int64_t channel, 
       case Real::f32: return load_plane_as<float>(from, channel, place, offsets, to);
       case Real::f16: return load_plane_as<Half>(from, channel, place, offsets, to);
       case Real::bf16: return load_plane_as<BFloat>(from, channel, place, offsets, to);
+      case Real::f64: return;
+    }
+  }
+}
+
+template <class S, class T, int C, int P>
+__device__ __forceinline__ void load_planes_as(const Source& from, int channels, const Place& place, const Offsets<P>& offsets,
+                                               T (&to)[C][P]) {
+  const S* __restrict__ first = static_cast<const S*>(from.data) + place.image * from.stride[0];
+  if (from.layout.vector && place.count == P) {
+    Packed<S, P> runs[C];
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      if (c < channels) runs[c] = *reinterpret_cast<const Packed<S, P>*>(first + c * from.stride[1] + place.first);
+    }
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+#pragma unroll
+      for (int p = 0; p < P; ++p) to[c][p] = c < channels ? static_cast<T>(widen(runs[c].at[p])) : T(0);
+    }
+  } else {
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+#pragma unroll
+      for (int p = 0; p < P; ++p) {
+        const bool inside = c < channels && p < place.count;
+        to[c][p] = inside ? static_cast<T>(widen(first[c * from.stride[1] + offsets.at[p]])) : T(0);
+      }
+    }
+  }
+}
+
+// Every channel of a run of pixels; 0 past the end, and in channels that there are not. All are asked for before the first is waited
+// for, which one channel after the other is not: the branch on the dtype is between them.
+template <bool kAny = false, class T, int C, int P>
+__device__ __forceinline__ void load_planes(const Source& from, int channels, const Place& place, const Offsets<P>& offsets,
+                                            T (&to)[C][P]) {
+  if constexpr (kAny || sizeof(T) == 8) {
+    if (!kAny || from.type == Real::f64) return load_planes_as<double>(from, channels, place, offsets, to);
+  }
+  if constexpr (kAny || sizeof(T) == 4) {
+    switch (from.type) {
+      case Real::f32: return load_planes_as<float>(from, channels, place, offsets, to);
+      case Real::f16: return load_planes_as<Half>(from, channels, place, offsets, to);
+      case Real::bf16: return load_planes_as<BFloat>(from, channels, place, offsets, to);
       case Real::f64: return;
     }
   }

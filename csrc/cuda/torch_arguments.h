@@ -1,6 +1,8 @@
 // From torch tensors to the plain arguments of the kernels, and the launch of a kernel on torch's current stream.
 #pragma once
 
+#include <algorithm>
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -78,6 +80,17 @@ class Launch {
     };
     return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxRegistersPerMultiprocessor) / 64,
             ask(cudaDevAttrMaxSharedMemoryPerBlockOptin), ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  }
+
+  // Blocks of a kernel that goes through `tiles` in turns: as many as the device holds at a time.
+  template <class... Parameters>
+  int64_t in_turns(void (*kernel)(Parameters...), int64_t tiles) const {
+    FLOWSEG_CHECK(tiles <= INT32_MAX, "image: wanted at most 2^31 blocks of pixels");
+    int device = 0, processors = 0, blocks = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
+    return std::min(tiles, int64_t{processors} * std::max(1, blocks));
   }
 
  private:

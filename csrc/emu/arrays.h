@@ -20,6 +20,12 @@ struct OnCpu {
 
   // Room for one block at once, so that it takes as many pixels as a block ever does.
   Device device() const { return {1, kThreads, 48 * 1024, 64 * 1024}; }
+
+  // Few, so that blocks have several tiles; but where the last blocks alone run, each has one.
+  template <class Kernel>
+  int64_t in_turns(Kernel, int64_t tiles) const {
+    return tiles < 3 || emu::last_blocks < tiles ? tiles : 3;
+  }
 };
 
 inline Real real_of(const Array& a) {

@@ -36,7 +36,7 @@ inline Fault planted = Fault::none;
 struct Index {
   unsigned x;
 };
-inline thread_local Index threadIdx, blockIdx;
+inline thread_local Index threadIdx, blockIdx, gridDim;
 
 namespace flowseg::emu {
 
@@ -89,6 +89,7 @@ void run(void (*kernel)(Parameters...), int64_t blocks, size_t shared, const Arg
       threadIdx.x = t;
       for (int64_t b = blocks > last_blocks ? blocks - last_blocks : 0; b < blocks; ++b) {
         blockIdx.x = static_cast<unsigned>(b);
+        gridDim.x = static_cast<unsigned>(blocks);
         kernel(arguments...);
         state.all.arrive_and_wait();
       }
@@ -127,6 +128,8 @@ template <class T>
 T __shfl_sync(unsigned, T own, int lane) {
   return flowseg::emu::exchange_in_warp(own, [&](auto value) { return value(lane); });
 }
+
+inline int __all_sync(unsigned all, int own) { return !__any_sync(all, !own); }
 template <class T>
 T __shfl_down_sync(unsigned, T own, int step) {
   return flowseg::emu::exchange_in_warp(own, [&](auto value) {

@@ -24,13 +24,15 @@ void emulate_flow_loss(const Array& prediction, const Array& x, const Array& y, 
   a.residual = target(residual);
   (reduction == 2 ? a.per_pixel : a.loss) = target(loss);
   a.count = static_cast<int64_t*>(count.data);
-  const auto partials = std::make_unique<Partial[]>(static_cast<size_t>(loss_blocks(a) * prediction.shape[0]));
+  a.divided = a.residual.data && a.mean && a.prediction.type != Real::f16;
+  plan_loss(a, OnCpu{});
+  const auto partials = std::make_unique<Partial[]>(static_cast<size_t>(a.parts + a.counts));
   a.partials = partials.get();
   launch_loss(a, OnCpu{});
 }
 
 void emulate_flow_loss_bwd(const Array& grad, const Array& residual, const Array& count, int reduction, const Array& out) {
-  Scale a{source(residual), grad.data, {}, nullptr, target(out), 0};
+  Scale a{source(residual), grad.data, {}, nullptr, target(out), residual.data == out.data, 0};
   if (reduction == 0) a.count = static_cast<const int64_t*>(count.data);
   for (int i = 0; reduction == 2 && i < 3; ++i) a.stride[i] = grad.stride[i];
   launch_scale(a, OnCpu{});

@@ -88,8 +88,8 @@ template <int C, class V, class T>
 FLOWSEG_INLINE void finish_reciprocals(const V (&x)[C], const V (&own)[C], const Rivals<C, V>& sum, T eps, V (&grad)[C]) {
   V diff[C];
   for (int c = 0; c < C; ++c) diff[c] = x[c] - own[c];
-  const V r = T(1) / (squared_norm<C>(diff) + eps);
-  const V share = T(1) / (sum.weight + r);
+  const V r = reciprocal(squared_norm<C>(diff) + eps);
+  const V share = reciprocal(sum.weight + r);
   for (int c = 0; c < C; ++c) grad[c] = T(2) * (diff[c] * (r * (sum.weight * share)) - sum.pull[c] * share);
 }
 

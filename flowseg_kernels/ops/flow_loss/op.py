@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ...runtime.backend import requested_backend
+from ...runtime import backend
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from ...runtime.transforms import call, under_transform
 from ..common import compute_dtype
@@ -18,6 +18,9 @@ _FORWARD = (
     "int ignore_index, int reduction, float t_min, bool need_grad) -> (Tensor, Tensor, Tensor)"
 )
 _BACKWARD = "flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, int reduction) -> Tensor"
+_scale_in_place = cuda_kernel(
+    "flow_loss_bwd_(Tensor grad_loss, Tensor(a!) residual, Tensor count, int reduction) -> ()"
+)
 
 
 def _with_codes(kernel):
@@ -61,28 +64,37 @@ def _setup_context(ctx, inputs, output):
     # silently zero instead of an error.
     ctx.save_for_backward(residual, count, inputs[0])
     ctx.reduction, _, ctx.need_grad = inputs[-3:]
-    ctx.backend = requested_backend()
+    ctx.backend = backend.requested_backend()
 
 
 # Private, as torch tells nobody else; without it the backward scales the residual always.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _is_gradient(residual, count, grad_loss, reduction):
-    """Whether the residual is the gradient already, and free: this backward is the last reader of its graph. Only for eager code on
-    a CPU, where looking at a number costs nothing."""
+def _is_last_reader(residual, grad_loss, reduction):
+    """Whether nobody reads the residual after this backward, so that it may become the gradient. Only for eager code."""
     return (
         reduction != "none"
-        and residual.device.type == "cpu"
         and type(grad_loss) is torch.Tensor
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
         and not under_transform(grad_loss, residual)
         and not _keeps_graph()
-        and grad_loss.item() == 1
-        and (reduction == "sum" or count.item() == 1)
     )
+
+
+def _residual_as_gradient(residual, count, grad_loss, reduction, requested):
+    """The residual, where it is the gradient already or a kernel makes it that, else None. Looking at a number costs nothing on a
+    CPU; on a GPU the kernel looks, as Python would wait for the device."""
+    if not _is_last_reader(residual, grad_loss, reduction):
+        return None
+    chosen = backend.select("flow_loss_bwd", residual.device.type, residual.shape[1], requested)
+    if chosen is backend.OPS["flow_loss_bwd"]["cuda"]:
+        _scale_in_place(grad_loss, residual, count, reference.REDUCTIONS.index(reduction))
+        return residual
+    is_cpu = residual.device.type == "cpu"
+    return residual if is_cpu and grad_loss.item() == 1 and (reduction == "sum" or count.item() == 1) else None
 
 
 def _backward(ctx, grad_loss, grad_residual, grad_count):
@@ -91,12 +103,10 @@ def _backward(ctx, grad_loss, grad_residual, grad_count):
     if not ctx.need_grad:
         raise RuntimeError("flowseg::flow_loss: backward needs the op to have been called with need_grad=True")
     residual, count, prediction = ctx.saved_tensors
-    if _is_gradient(residual, count, grad_loss, ctx.reduction):
-        return (residual, *(None,) * 16)
-    return (
-        call("flow_loss_bwd", grad_loss, residual, count, prediction, ctx.reduction, ctx.backend),
-        *(None,) * 16,
-    )
+    grad = _residual_as_gradient(residual, count, grad_loss, ctx.reduction, ctx.backend)
+    if grad is None:
+        grad = call("flow_loss_bwd", grad_loss, residual, count, prediction, ctx.reduction, ctx.backend)
+    return (grad, *(None,) * 16)
 
 
 define_op(

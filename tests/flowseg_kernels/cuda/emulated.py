@@ -129,6 +129,10 @@ def flow_loss_bwd(grad_loss, residual, count, reduction):
     return out
 
 
+def flow_loss_bwd_(grad_loss, residual, count, reduction):
+    _call("flow_loss_bwd", grad_loss.to(compute_dtype(residual.dtype)), residual, count, reduction, residual)
+
+
 def nearest_centroid(x, centroids, cells, records, groups, low, scale, labels, distance, margin, ignore_index):
     # Bare views may start anywhere; torch_arguments.h leaves the grid to codes in whole vectors.
     assert centroids.data_ptr() % 16 == 0
@@ -147,6 +151,6 @@ def decode_confusion(x, target, centroids, cells, records, groups, low, scale, i
 def library() -> torch.library.Library:
     """Registers the functions above for CPU tensors, for as long as the process lives."""
     registered = torch.library.Library("flowseg_cuda", "IMPL")
-    for name in (*OPS, "flow_interpolate_bwd", "flow_loss_bwd"):
+    for name in (*OPS, "flow_interpolate_bwd", "flow_loss_bwd", "flow_loss_bwd_"):
         registered.impl(name, globals()[name], "CPU")
     return registered

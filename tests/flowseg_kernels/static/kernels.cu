@@ -8,6 +8,10 @@
 namespace flowseg::cuda {
 
 struct Instantiate {
+  template <class Kernel>
+  int64_t in_turns(Kernel, int64_t tiles) const {
+    return tiles;
+  }
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, const Arguments&... arguments) const {
     kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared)>>>(arguments...);
