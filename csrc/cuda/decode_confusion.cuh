@@ -91,8 +91,9 @@ __global__ void __launch_bounds__(kWide, 2) confusion_by_grid(const Confusion a)
   });
 }
 
+// Told of four blocks a multiprocessor, as ptxas spills for the sake of more.
 template <class T, int C, bool kShared>
-__global__ void __launch_bounds__(kThreads) confusion_by_search(const Confusion a) {
+__global__ void __launch_bounds__(kThreads, 4) confusion_by_search(const Confusion a) {
   constexpr int P = kSearched<T, C>;
   FLOWSEG_TILE(T, C, tile);
   FLOWSEG_DYNAMIC_SHARED(unsigned, counts);
@@ -113,7 +114,8 @@ void launch_confusion(Confusion a, const Launch& launch) {
   const bool shared = whole <= device.shared_block && (words || !grid);
   const auto go = [&](auto kernel, int64_t threads, int64_t pixels_a_thread) {
     const int64_t room = shared ? device.shared_multiprocessor / (whole + 1024) : device.threads;  // 1 KiB is the system's
-    const int64_t at_once = std::max<int64_t>(1, std::min(room, device.threads / threads));
+    // A search has up to 128 registers a thread.
+    const int64_t at_once = std::max<int64_t>(1, std::min(room, device.threads / (grid ? threads : 2 * threads)));
     const int64_t pixels_a_part = threads * pixels_a_thread;
     a.parts = parts_of(a.x.batch, a.x.height * a.x.width, pixels_a_part, at_once * device.multiprocessors,
                        kMostCounted / pixels_a_part);

@@ -23,8 +23,8 @@ inline int64_t blocks_an_image(int64_t pixels, int pixels_a_thread) {
 
 // Of part `part` of an image, P pixels a thread.
 template <int P>
-__device__ __forceinline__ Place place_in(int64_t pixels, int64_t image, int64_t part, int threads) {
-  Place place{image, (part * threads + threadIdx.x) * P, 0};
+__device__ __forceinline__ Place place_in(int64_t pixels, unsigned image, unsigned part, int threads) {
+  Place place{image, (static_cast<int64_t>(part) * threads + threadIdx.x) * P, 0};
   if (FLOWSEG_PLANTED(overrun)) pixels += P;
   const int64_t left = pixels - place.first;
   place.count = left >= P ? P : left > 0 ? static_cast<int>(left) : 0;
@@ -53,29 +53,28 @@ __device__ __forceinline__ void forget([[maybe_unused]] unsigned& tile) {
 }
 
 // All images in parts of one run a thread, of which a block takes `steps` that follow each other, also from one image to the next.
+// 2^31 parts would be pixels of more than a terabyte.
 struct Parts {
-  int64_t an_image, count;
-  int steps;
+  unsigned an_image, count;
+  unsigned steps;
 };
 
 // As many blocks as the GPU runs at once where `most` steps allow it.
 inline Parts parts_of(int64_t images, int64_t pixels, int64_t pixels_a_part, int64_t blocks_at_once, int64_t most) {
-  Parts parts{(pixels + pixels_a_part - 1) / pixels_a_part, 0, 1};
-  parts.count = parts.an_image * images;
-  const int64_t wanted = (parts.count + blocks_at_once - 1) / blocks_at_once;
-  parts.steps = static_cast<int>(wanted < most ? wanted : most > 1 ? most : 1);
-  return parts;
+  const int64_t an_image = (pixels + pixels_a_part - 1) / pixels_a_part, count = an_image * images;
+  const int64_t wanted = (count + blocks_at_once - 1) / blocks_at_once;
+  return {static_cast<unsigned>(an_image), static_cast<unsigned>(count),
+          static_cast<unsigned>(wanted < most ? wanted : most > 1 ? most : 1)};
 }
-inline int64_t blocks_of(const Parts& parts) { return (parts.count + parts.steps - 1) / parts.steps; }
+inline int64_t blocks_of(const Parts& parts) { return (int64_t{parts.count} + parts.steps - 1) / parts.steps; }
 
 // Calls use(place) for each of the block's parts.
 template <int kBlock, int P, class Use>
 __device__ __forceinline__ void for_each_place(const Parts& parts, int64_t pixels, Use use) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * parts.steps, left = parts.count - first;
-  const int steps = left < parts.steps ? static_cast<int>(left) : parts.steps;
-  int64_t image = first / parts.an_image, part = first - image * parts.an_image;
+  const unsigned first = blockIdx.x * parts.steps, left = parts.count - first;
+  unsigned image = first / parts.an_image, part = first - image * parts.an_image;
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
+  for (unsigned steps = left < parts.steps ? left : parts.steps; steps > 0; --steps) {
     use(place_in<P>(pixels, image, part, kBlock));
     if (++part == parts.an_image) {
       part = 0;
