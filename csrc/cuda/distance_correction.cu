@@ -17,7 +17,6 @@ Tensor distance_correction(Tensor xhat, Tensor labels, Tensor centroids, double 
                   codes_of(centroids, image),
                   {temperature, eps, max_norm, static_cast<int>(transform)},
                   target_of(out, image),
-                  0,
                   0};
   launch_correct(a, Launch(xhat));
   return out;

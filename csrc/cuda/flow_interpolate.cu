@@ -12,7 +12,7 @@ Tensor flow_interpolate(Tensor source, Tensor labels, Tensor t, Tensor centroids
   Tensor out = empty_like_shape(source, source.scalar_type(), shape_of(image));
   if (source.numel() == 0) return out;
   const Interpolate a{source_of(image), labels_of(labels, image, ignore_index, "labels"), times_of(t, image),
-                      codes_of(centroids, image), target_of(out, image), 0, 0};
+                      codes_of(centroids, image), target_of(out, image), 0};
   launch_interpolate(a, Launch(source));
   return out;
 }

@@ -6,7 +6,7 @@
 namespace flowseg::cuda {
 
 void emulate_flow_interpolate(const Array& x, const Array& y, const Array& t, const Array& mu, int64_t ignore, const Array& out) {
-  launch_interpolate({source(x), labels(y, ignore), times(t), codes(mu), target(out), 0, 0}, OnCpu{});
+  launch_interpolate({source(x), labels(y, ignore), times(t), codes(mu), target(out), 0}, OnCpu{});
 }
 
 void emulate_flow_interpolate_bwd(const Array& grad, const Array& x, const Array& y, const Array& t, const Array& mu, int64_t ignore,
