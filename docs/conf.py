@@ -73,6 +73,7 @@ NAVIGATION = {
         "results/mutation",
         "results/sanitizers",
         "results/coverage",
+        "results/versions",
         "notes/performance",
         "notes/h100",
     ],
