@@ -63,7 +63,10 @@ def groups_of(rows):
 
 
 def best_of_ours(members):
-    return min((row for row in members.values() if is_ours(row)), key=lambda row: row["ms"], default=None)
+    """The quickest of our entries at the commit that was measured last; None if there is none."""
+    ours = [row for row in members.values() if is_ours(row)]
+    last = max(ours, key=lambda row: row.get("date", ""), default={})
+    return min((row for row in ours if row.get("commit") == last.get("commit")), key=lambda row: row["ms"], default=None)
 
 
 def load(folder):
