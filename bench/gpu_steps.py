@@ -178,5 +178,6 @@ def table(found):
     for step in found:
         yield f"| {step.name} | {step.preset} | {step.expected:g} | {step.limit:g} | {step.basis} |"
     for preset, budget in BUDGETS.items():
-        total = sum(step.expected for step in found if step.preset == preset)
-        yield f"| all of `{preset}` | {preset} | {total:g} | {budget} | |"
+        expected = [step.expected for step in found if step.preset == preset]
+        if expected:
+            yield f"| all of `{preset}` | {preset} | {sum(expected):g} | {budget} | |"

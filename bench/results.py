@@ -66,7 +66,9 @@ def best_of_ours(members):
     """The quickest of our entries at the commit that was measured last; None if there is none."""
     ours = [row for row in members.values() if is_ours(row)]
     last = max(ours, key=lambda row: row.get("date", ""), default={})
-    return min((row for row in ours if row.get("commit") == last.get("commit")), key=lambda row: row["ms"], default=None)
+    return min(
+        (row for row in ours if row.get("commit") == last.get("commit")), key=lambda row: row["ms"], default=None
+    )
 
 
 def load(folder):

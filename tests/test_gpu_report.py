@@ -79,6 +79,16 @@ class TestSteps:
         assert f"| all of `first` | first | {total:g} | 200 | |" in text
 
 
+def test_the_guide_shows_the_steps():
+    shown = (
+        (ROOT / "docs" / "guides" / "gpu.md")
+        .read_text()
+        .split("<!-- steps begin -->\n")[1]
+        .split("\n<!-- steps end -->")[0]
+    )
+    assert shown == "\n".join(gpu_steps.table(gpu_steps.steps()))
+
+
 class TestRun:
     def test_failing_missing_and_slow_steps_do_not_stop_the_rest(self, made):
         assert not made.run(step("bad", "print('WRONG nearest_centroid'); raise SystemExit('no such thing')"))
