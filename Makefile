@@ -94,9 +94,9 @@ bench-compare: $(VENV)/.bench
 	$(RUN) -m bench.run -k ours --again --progress build/bench-compare
 	$(RUN) -m bench.compare build/bench-compare/*.json
 
-# On a machine with a GPU, with the interpreter that is there: nothing is installed or downloaded. docs/guides/gpu.md says more.
+# On a machine with a GPU, with .venv where there is one, else with PYTHON: nothing is installed or downloaded. docs/guides/gpu.md says more.
 gpu-report:
-	$(PYTHON) -m bench.gpu_report
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m bench.gpu_report
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --editable '.[bench]'

@@ -38,11 +38,21 @@ def write_state(folder, state):
     os.replace(part, folder / "state.json")
 
 
+def next_files(folder, step):
+    """(figures, log) of the next attempt at a step: what an earlier one measured stays."""
+    name, attempt = file_name(step), 1
+    while (folder / f"{name}.log").exists():
+        attempt += 1
+        name = f"{file_name(step)}.{attempt}"
+    return folder / f"{name}.json", folder / f"{name}.log"
+
+
 def slim(path):
-    """Drop the single times from a pytest-benchmark file, most of it; returns its number of entries."""
-    if not path.exists() or not path.stat().st_size:
+    """Drop the single times from a pytest-benchmark file, most of it; returns its number of entries, 0 if it was cut."""
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
         return 0
-    result = json.loads(path.read_text())
     for item in result["benchmarks"]:
         item["stats"].pop("data", None)
     path.write_text(json.dumps(result))
@@ -52,16 +62,20 @@ def slim(path):
 def results_in(folder):
     """The pytest-benchmark results in a folder, oldest first."""
     found = []
-    for path in folder.glob("*.json"):
-        if path.name != "state.json" and path.stat().st_size:
+    for path in sorted(folder.glob("*.json")):
+        if path.name == "state.json" or not path.stat().st_size:
+            continue
+        try:
             result = json.loads(path.read_text())
-            found += [result] if result.get("benchmarks") else []
+            found += [result] if result["benchmarks"] and result["datetime"] and result["machine_info"] else []
+        except (ValueError, KeyError, TypeError):
+            print(f"{path.name}: not the figures of a step, or cut; it is left out")
     return sorted(found, key=lambda result: result["datetime"])
 
 
 def _shortened(path):
     text = path.read_bytes()
-    if len(text) > LONGEST_LOG:
+    if len(text) > LONGEST_LOG and path.suffix != ".json":
         half = LONGEST_LOG // 2
         text = text[:half] + b"\n[... the middle was left out ...]\n" + text[-half:]
     return text
@@ -71,7 +85,7 @@ def pack(folder, archive):
     """Write everything in a folder to a .tar.gz of at most LARGEST bytes, in one move."""
     part = archive.with_name(archive.name + ".part")
     with tempfile.TemporaryDirectory() as scratch, tarfile.open(part, "w:gz") as tar:
-        for path in sorted(folder.iterdir()):
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
             copy = pathlib.Path(scratch) / path.name
             copy.write_bytes(_shortened(path))
             tar.add(copy, path.name)
@@ -82,16 +96,25 @@ def pack(folder, archive):
 
 
 def unpack(archive, folder):
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except FileNotFoundError:
+        sys.exit(f"archive: wanted gpu-report.tar.gz or its folder; {archive} does not exist")
+    except (OSError, EOFError, tarfile.TarError):
+        sys.exit(f"archive: wanted what bench.gpu_report packed; {archive} is none or was cut; copy it again")
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_archive", description=__doc__.splitlines()[0])
     parser.add_argument("archive", type=pathlib.Path, help="gpu-report.tar.gz, or the folder it was made of")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--readme", type=pathlib.Path, default=ROOT.parent / "README.md")
-    parser.add_argument("--preferences", type=pathlib.Path, default=preferences.FILE)
+    readme = ROOT.parent / "README.md"
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder to store the figures in")
+    parser.add_argument("--readme", type=pathlib.Path, default=readme, help="file to render; docs/ lies beside it")
+    parser.add_argument(
+        "--preferences", type=pathlib.Path, default=preferences.FILE, help="file of backend preferences"
+    )
+    parser.add_argument("--rehearsal", action="store_true", help="also take figures of a dry run, which mean nothing")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.archive
@@ -100,7 +123,12 @@ def main(arguments=None):
             unpack(given.archive, folder)
         results = results_in(folder)
         if not results:
-            print(f"{given.archive}: no figure was measured")
+            print(f"archive: wanted figures; {given.archive} has none; run a step that measures, such as own pixel ops")
+            return 1
+        if not given.rehearsal and not all("gpu" in result["machine_info"] for result in results):
+            print(
+                f"archive: wanted figures of a GPU; {given.archive} has those of a dry run; measure without --dry-run"
+            )
             return 1
         for result in results:
             stored = store(result, given.results)

@@ -6,9 +6,11 @@ most 16 MiB; `python -m bench.gpu_archive ARCHIVE` stores its figures at home. d
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import shutil
+import subprocess
 import sys
 import time
 
@@ -17,6 +19,8 @@ from .child import Cut, carry_out, cut_on_signals
 from .results import ROOT, groups_of, is_ours, rows_of
 
 FOLDER = ROOT.parent / "build" / "gpu-report"
+#: A rehearsal has a folder of its own: its steps are not those of a GPU.
+REHEARSAL = ROOT.parent / "build" / "gpu-report-dry"
 #: Seconds below which no step is started.
 LEAST = 5
 
@@ -24,8 +28,10 @@ LEAST = 5
 class Report:
     """Runs steps and keeps, in one folder, state.json, STEP.log, STEP.json and report.txt."""
 
-    def __init__(self, folder, archive, budget, judges=True):
-        self.folder, self.archive, self.judges = folder, archive, judges
+    def __init__(self, folder, archive, budget, dry=False, only=""):
+        self.folder, self.archive, self.dry = folder, archive, dry
+        #: What a step that is done was run as: another commit, selection or a rehearsal does not count.
+        self.run_as = {"commit": commit(), "only": only, "dry": dry}
         self.end = time.monotonic() + budget
         folder.mkdir(parents=True, exist_ok=True)
         self.state = gpu_archive.read_state(folder)
@@ -36,7 +42,8 @@ class Report:
             file.write(line + "\n")
 
     def is_done(self, step):
-        return self.state.get(step.name, {}).get("ended") == "exit 0"
+        kept = self.state.get(step.name, {})
+        return kept.get("ended") == "exit 0" and all(kept.get(key) == value for key, value in self.run_as.items())
 
     def run(self, step):
         """Run one step; returns whether it ended well."""
@@ -48,29 +55,39 @@ class Report:
             self.say(f"left out  {step.name}: {step.command[0]} was not found")
             return False
         begin = time.monotonic()
-        name = gpu_archive.file_name(step.name)
-        figures, log = self.folder / f"{name}.json", self.folder / f"{name}.log"
+        figures, log = gpu_archive.next_files(self.folder, step.name)
         command = [*step.command, *([f"--benchmark-json={figures}"] if step.bench else [])]
         ended, cut = carry_out(command, left, step.environment, log)
         seconds = time.monotonic() - begin
         count = gpu_archive.slim(figures) if step.bench else 0
-        self.state[step.name] = {"ended": ended, "seconds": round(seconds, 1), "limit": step.limit, "entries": count}
+        facts = {"ended": ended, "seconds": round(seconds, 1), "limit": step.limit, "entries": count}
+        self.state[step.name] = {**facts, **self.run_as}
         gpu_archive.write_state(self.folder, self.state)
+        if ended == "exit 5" and self.run_as["only"]:
+            self.say(f"left out  {step.name}: --only {self.run_as['only']!r} leaves no entry of it")
+            return True
         good = ended == "exit 0"
         entries = f", {count} entries" if step.bench else ""
         self.say(f"{'ok' if good else 'FAILED':8}  {step.name}: {ended}, {seconds:.0f} s{entries}")
         self.show(log, good)
-        gpu_archive.pack(self.folder, self.archive)
+        self.pack()
         if cut:
             raise cut
         return good
+
+    def pack(self):
+        """Write the archive; what goes wrong is said and ends nothing, as the folder has everything."""
+        try:
+            gpu_archive.pack(self.folder, self.archive)
+        except OSError as error:
+            self.say(f"no archive: {error}; everything is in {self.folder}")
 
     def show(self, log, good):
         """The last line of a step's log; more where it failed. The whole log is in the folder."""
         lines = log.read_text(errors="replace").rstrip().splitlines()
         wrong = [line for line in lines if line.startswith(("WRONG", "FAILED", "ERROR"))][:30]
         for line in lines[-1:] if good else [*wrong, *lines[-12:]]:
-            self.say(f"          {line[:220]}")
+            self.say(f"          {line[:600]}")
 
     def judge(self):
         """Each measured group, the limits, and each target; a dry run judges no target."""
@@ -81,7 +98,7 @@ class Report:
         for row in rows:
             if row["op"] == "machine":
                 self.say(f"limit: {row['rate']:.4g} {row['entry']}")
-        for target in targets.GPU if self.judges else ():
+        for target in () if self.dry else targets.GPU:
             measured, met = target.judge(groups_of(rows))
             if measured is not None:
                 self.say(f"{'met' if met else 'missed':8} {target.what}: {target.shown(measured)} ({target.bound})")
@@ -92,13 +109,25 @@ def _share(row):
     return share + (f" host {row['host_ms']:.2g}" if is_ours(row) and "host_ms" in row else "")
 
 
+def commit():
+    """The commit of this copy: FLOWSEG_BENCH_COMMIT, else what git says, else ""."""
+    given = os.environ.get("FLOWSEG_BENCH_COMMIT")
+    if given:
+        return given
+    with contextlib.suppress(OSError):
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        return asked.stdout.strip()
+    return ""
+
+
 def chosen_steps(names, dry, only=""):
     """The steps that `names` name: presets and steps. `only` narrows the entries of bench steps, as pytest's -k."""
     known = gpu_steps.steps(dry)
     every = {step.name for step in known} | set(gpu_steps.BUDGETS)
     unknown = [name for name in names if name not in every]
-    if unknown:
-        sys.exit(f"--steps: wanted names of {', '.join(sorted(every))}; got {', '.join(unknown)}")
+    if unknown or not names:
+        wanted = ", ".join(f'"{name}"' for name in sorted(every))
+        sys.exit(f"--steps: wanted names of {wanted}, between commas; got {', '.join(unknown) or 'none'}")
     chosen = [step for step in known if step.name in names or step.preset in names]
     return [gpu_steps.narrowed(step, only) for step in chosen]
 
@@ -107,7 +136,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_report", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", default="first,second", help="presets (first, second, rest) and names of steps")
     parser.add_argument("--seconds", type=float, help="for the whole run (default: the budgets of the presets)")
-    parser.add_argument("--folder", type=pathlib.Path, default=FOLDER, help="of logs, figures and state")
+    parser.add_argument("--folder", type=pathlib.Path, help="of logs, figures and state (default build/gpu-report)")
     parser.add_argument("--archive", type=pathlib.Path, help="default FOLDER.tar.gz")
     parser.add_argument("--only", default="", help="of bench steps only these entries, as pytest's -k")
     parser.add_argument("--again", action="store_true", help="also run steps that are done")
@@ -115,16 +144,30 @@ def parse(arguments):
     parser.add_argument("--list", action="store_true", help="show the steps and their expected seconds, and end")
     given = parser.parse_args(arguments)
     given.names = [name.strip() for name in given.steps.split(",") if name.strip()]
+    given.folder = given.folder or (REHEARSAL if given.dry_run else FOLDER)
     given.archive = given.archive or given.folder.with_name(given.folder.name + ".tar.gz")
     if given.seconds is None:
         given.seconds = sum(gpu_steps.BUDGETS.get(name, 0) for name in given.names) or max(gpu_steps.BUDGETS.values())
+    if given.seconds <= LEAST:
+        parser.error(f"--seconds: wanted more than {LEAST}; got {given.seconds:g}")
+    for path in (given.folder, given.archive.parent):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"wanted a folder that can be made; got {path} ({error.strerror}); name another one")
     return given
 
 
-def sees_a_gpu():
-    import torch
-
-    return torch.cuda.is_available()
+def why_no_gpu():
+    """None where torch sees a GPU, else the reason and what to do."""
+    try:
+        import torch
+    except ImportError:
+        return f"{sys.executable} has no torch; name an interpreter that has it: make gpu-report PYTHON=..."
+    if torch.cuda.is_available():
+        return None
+    kind = "sees no GPU here" if torch.version.cuda else "is built without CUDA; install a CUDA build of it"
+    return f"torch {torch.__version__} {kind}; `--dry-run` goes through the steps on the CPU"
 
 
 def main(arguments=None):
@@ -134,10 +177,12 @@ def main(arguments=None):
         print("\n".join(gpu_steps.table(found)))
         return 0
     begin = time.monotonic()
-    if not given.dry_run and not sees_a_gpu():
-        print("gpu-report: torch sees no GPU here; `--dry-run` goes through the steps on the CPU")
+    reason = None if given.dry_run else why_no_gpu()
+    if reason:
+        print(f"gpu-report: {reason}")
         return 1
-    report = Report(given.folder, given.archive, given.seconds - (time.monotonic() - begin), not given.dry_run)
+    left = given.seconds - (time.monotonic() - begin)
+    report = Report(given.folder, given.archive, left, given.dry_run, given.only)
     cut_on_signals()
     good = True
     try:
@@ -154,10 +199,8 @@ def main(arguments=None):
         report.say(f"cut by {error}: start again to go on")
         good = False
     report.judge()
-    gpu_archive.pack(given.folder, given.archive)
-    print(
-        f"{given.archive}: {os.path.getsize(given.archive) / 2**20:.1f} MiB; at home: python -m bench.gpu_archive FILE"
-    )
+    report.pack()
+    print(f"{given.archive}: at home, store and render it: python -m bench.gpu_archive FILE")
     return 0 if good else 1
 
 

@@ -124,7 +124,8 @@ def pixel_results(codebook, x, source, labels, t):
     """{name: tensor} of every per-pixel op and the loss's gradient."""
     leaf = x.detach().requires_grad_()
     loss = fk.flow_loss(leaf, source, labels, t, codebook)
-    (gradient,) = torch.autograd.grad(loss, leaf)
+    # Not 1, with which a backward has nothing to do.
+    (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, 3.0))
     with torch.no_grad():
         label, distance, margin = fk.nearest_centroid(x, codebook, return_distance=True, return_margin=True)
         return {

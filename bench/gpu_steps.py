@@ -122,13 +122,18 @@ def _first(dry):
 def _second(dry):
     basis = "as on one core of a CPU, where they take 25 s"
     yield _tests("tests cuda", "second", "cuda", "ops test_gpu.py", 70, 40, basis, dry)
-    peers = "(eager or compile or KeOps) and not random and not coco512 and not many"
+    # One entry of ours beside the peers, so that a ratio is of one run.
+    peers = "(eager or compile or KeOps or (ours and cuda and not bf16)) and not random and not coco512 and not many"
     basis = "measured: 8 s per entry that compiles or builds its graph for the first time"
     yield _bench("peers correction", "second", "test_correction.py", peers, 90, 60, basis, dry, "eager and ade512")
-    peers = "(cdist or compiled or KeOps or flash or faiss or without or eager) and not random and not coco512"
+    peers = "(cdist or compiled or KeOps or flash or faiss or without or eager or (ours and cuda and not bf16))"
+    peers += " and not random and not coco512"
     basis = "20 entries of 1 s, KeOps and one formula compile in 10 s each"
     yield _bench("peers decoding", "second", "test_decode.py", peers, 80, 50, basis, dry, "cdist and ade512-0.3")
-    peers, basis = "XL and 4096 and bfloat16 and (eager or compile)", "4 entries of 4 s, two compile in 20 s each"
+    peers, basis = (
+        "XL and 4096 and bfloat16 and (eager or compile or ours)",
+        "6 entries of 4 s, two compile in 20 s each",
+    )
     yield _bench("peers field", "second", "test_neural_field.py", peers, 90, 60, basis, dry, "eager and 4 and XL")
     basis = "measured: 17 and 9 s for two of five entries, one compiles for longer"
     yield _bench("stack L/16", "second", "test_stack.py", "L/16", 120, 85, basis, dry, "sampling and eager")
@@ -142,7 +147,7 @@ def _rest(dry):
     files = "test_correction.py test_decode.py"
     yield _bench("many classes", "rest", files, chosen, 90, 45, basis, dry, "many and interpolate and ours")
     chosen, basis = "not bfloat16 or not (4096 or 1024)", "64 entries of 2 s"
-    yield _bench("field, other sizes", "rest", "test_neural_field.py", chosen, 300, 150, basis, dry, "L-4")
+    yield _bench("field other sizes", "rest", "test_neural_field.py", chosen, 300, 150, basis, dry, "L-4")
     yield _bench("stack nano", "rest", "test_stack.py", "nano", 120, 60, "7 entries of 5 s", dry, "sampling and ours")
     chosen, short = "ours or eager or cdist", "search_by_classes and ours"
     yield _bench("scaling", "rest", "test_scaling.py", chosen, 300, 150, "70 entries of 1 s", dry, short)

@@ -87,6 +87,7 @@ def measured(op, folders):
     order = list(BACKENDS) if ratio >= 1 or tie else list(BACKENDS)[::-1]
     faster, other = (BACKENDS[name] for name in (("cuda", "triton") if ratio >= 1 else ("triton", "cuda")))
     because = f"{faster} takes {min(ratio, 1 / ratio):.2f} of the time of {other}, the geometric mean of {len(ratios)} workloads"
+    because += ", not of one run" if len(commits) > 1 else ""
     because += "; a tie, and CUDA C++ compiles nothing at the first call" if tie else ""
     return _entry(order, f"measured on {' and '.join(gpus)} at {', '.join(sorted(commits))}: {because}")
 

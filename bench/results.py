@@ -71,6 +71,12 @@ def best_of_ours(members):
     )
 
 
+def times_longer(row, ours):
+    """How many times as long as ours a row took. Where one of them could not run in a CUDA graph, both call after call."""
+    key = "ms" if row.get("clock") == ours.get("clock") else "stream_ms"
+    return row[key] / ours[key] if key in row and key in ours else row["ms"] / ours["ms"]
+
+
 def load(folder):
     """{"machine": ..., "rows": [...]} of a machine's folder, all ops together; None if nothing is stored there."""
     files = sorted(folder.glob("*.json"))

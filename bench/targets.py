@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from .results import best_of_ours
+from .results import best_of_ours, times_longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def ratio(over, under, key="ms"):
         a, b = find(groups, *over), find(groups, *under)
         if a is None or b is None or key not in a or not b.get(key):
             return None
-        return a[key] / b[key]
+        return times_longer(a, b) if key == "ms" else a[key] / b[key]
 
     return value
 

@@ -20,14 +20,17 @@ OPERATIONS = 2 * 256 * 64 * 128
 
 
 class Field:
-    """Rotating inputs of one decoder, size and dtype: together they exceed every cache."""
+    """Rotating inputs of one decoder, size and dtype."""
 
     def __init__(self, model, patches, dtype):
         self.dtype, self.spread, self.pixels = dtype, 0.0, patches * 256
         self.depth, self.patches = DEPTH[model], patches
         self.name = f"{model} {patches} patches {str(dtype).removeprefix('torch.')}"
         size = {"patches": patches, "depth": self.depth, "dtype": dtype, "device": DEVICE}
-        self.sets = [field_plain.inputs(**size, seed=seed) for seed in range(2)]
+        # On a GPU more than its cache holds, whose reads would pass for memory's.
+        weights = patches * self.depth * 4 * 64 * 64 * dtype.itemsize
+        sets = min(16, max(2, -(-200_000_000 // weights))) if DEVICE == "cuda" else 2
+        self.sets = [field_plain.inputs(**size, seed=seed) for seed in range(sets)]
         self.right = None
 
     def rotate(self):

@@ -1,6 +1,7 @@
 """The GPU report: its steps and budgets, how it is cut and goes on, its archive and the import at home. No time is judged here."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -119,6 +120,27 @@ class TestRun:
         text = capsys.readouterr().out
         assert "done      a" in text and "ok        b" in text and "done      c" in text
 
+    def test_a_rehearsal_another_commit_or_selection_do_not_count_as_done(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("FLOWSEG_BENCH_COMMIT", "a")
+        make = functools.partial(gpu_report.Report, tmp_path / "r", tmp_path / "r.tar.gz", 60)
+        assert make().run(step("a", "")) and make().is_done(step("a", ""))
+        assert not make(dry=True).is_done(step("a", "")) and not make(only="XL").is_done(step("a", ""))
+        monkeypatch.setenv("FLOWSEG_BENCH_COMMIT", "b")
+        assert not make().is_done(step("a", ""))
+
+    def test_a_second_attempt_keeps_what_the_first_measured(self, made):
+        code = "import pathlib, sys; pathlib.Path(sys.argv[2].split('=')[1]).write_text(sys.argv[1])"
+        for result in (made_up(1.0), made_up(2.0, "ours (triton)"), "{ cut"):
+            text = result if isinstance(result, str) else json.dumps(result)
+            made.run(step("own", code, text, bench=True))
+        assert len(gpu_archive.results_in(made.folder)) == 2 and made.archive.exists()
+        assert made.state["own"]["entries"] == 0 and made.state["own"]["ended"] == "exit 0"
+
+    def test_a_selection_that_leaves_nothing_is_told(self, tmp_path, capsys):
+        report = gpu_report.Report(tmp_path / "r", tmp_path / "r.tar.gz", 60, only="nothing")
+        assert report.run(step("own", "raise SystemExit(5)", bench=True))
+        assert "--only 'nothing' leaves no entry of it" in capsys.readouterr().out
+
     def test_the_report_ends_where_the_library_does_not_load(self, tmp_path, monkeypatch, capsys):
         found = [step("load", "raise SystemExit('no kernels')", vital=True), step("next", "")]
         monkeypatch.setattr(gpu_steps, "steps", lambda dry=False: found)
@@ -128,9 +150,9 @@ class TestRun:
         assert "no kernels" in text and "without load no later step can tell anything" in text and "next" not in text
 
     def test_without_a_gpu_it_says_so(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(gpu_report, "sees_a_gpu", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert gpu_report.main(["--folder", str(tmp_path / "r")]) == 1
-        assert "torch sees no GPU here" in capsys.readouterr().out
+        assert "--dry-run" in capsys.readouterr().out
 
     def test_a_bench_step_that_is_stopped_keeps_what_it_measured(self, made, tmp_path):
         pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; `make install` installs it")
@@ -262,7 +284,27 @@ class TestArchive:
         (tmp_path / "r" / "load.log").write_text("no\n")
         gpu_archive.pack(tmp_path / "r", tmp_path / "a.tar.gz")
         assert gpu_archive.main([str(tmp_path / "a.tar.gz"), "--results", str(tmp_path / "results")]) == 1
-        assert "no figure was measured" in capsys.readouterr().out and not (tmp_path / "results").exists()
+        assert "wanted figures" in capsys.readouterr().out and not (tmp_path / "results").exists()
+
+    def test_figures_of_a_dry_run_are_refused(self, tmp_path, capsys):
+        folder = tmp_path / "r"
+        folder.mkdir()
+        rehearsed = made_up()
+        del rehearsed["machine_info"]["gpu"]
+        (folder / "own.json").write_text(json.dumps(rehearsed))
+        assert gpu_archive.main([str(folder), "--results", str(tmp_path / "results")]) == 1
+        assert "those of a dry run" in capsys.readouterr().out and not (tmp_path / "results").exists()
+
+    @pytest.mark.parametrize("content", [None, b"", b"no archive", b"cut"])
+    def test_what_is_no_archive_is_named(self, tmp_path, content):
+        path = tmp_path / "a.tar.gz"
+        if content == b"cut":
+            gpu_archive.pack(self.folder(tmp_path), path)
+            path.write_bytes(path.read_bytes()[:200])
+        elif content is not None:
+            path.write_bytes(content)
+        with pytest.raises(SystemExit, match="archive: wanted"):
+            gpu_archive.main([str(path), "--results", str(tmp_path / "results")])
 
     def test_a_long_log_keeps_its_ends(self, tmp_path, monkeypatch):
         monkeypatch.setattr(gpu_archive, "LONGEST_LOG", 1000)
@@ -298,7 +340,8 @@ def test_a_dry_report_cut_in_the_middle_goes_on_and_its_archive_is_imported(tmp_
             assert gpu_archive.read_state(tmp_path / "r")[each.name]["ended"] == "exit 0", each.name
     readme = tmp_path / "README.md"
     readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    command = [sys.executable, "-m", "bench.gpu_archive", str(tmp_path / "r.tar.gz"), "--results", str(tmp_path / "s")]
+    command = [sys.executable, "-m", "bench.gpu_archive", str(tmp_path / "r.tar.gz"), "--rehearsal"]
+    command += ["--results", str(tmp_path / "s")]
     command += ["--readme", str(readme), "--preferences", str(tmp_path / "p.json")]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

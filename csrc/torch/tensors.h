@@ -74,7 +74,14 @@ inline Grid grid_of(const Tensor& centroids, const std::optional<Tensor>& cells,
   };
   FLOWSEG_CHECK(is_here(cells) && is_here(records) && is_here(groups),
                 "codebook: wanted its decode grid contiguous and on the device of its centroids");
-  FLOWSEG_CHECK(cells->dim() == 4 && cells->size(0) == 2, "codebook: wanted the two tables of its decode grid");
+  const int64_t side = cells->dim() == 4 ? cells->size(3) : 0;
+  FLOWSEG_CHECK(side > 0 && (side & (side - 1)) == 0 && cells->size(0) == 2 && cells->size(1) == side && cells->size(2) == side &&
+                    cells->scalar_type() == ScalarType::Int,
+                "codebook: wanted the cells of its decode grid as int32 (2, G, G, G), G a power of two; make the Codebook anew");
+  FLOWSEG_CHECK(records->dim() == 3 && records->size(1) == 4 && records->size(2) == 8 && records->scalar_type() == ScalarType::Float,
+                "codebook: wanted the records of its decode grid as float32 (R, 4, 8); make the Codebook anew");
+  FLOWSEG_CHECK(groups->dim() == 1 && groups->size(0) == records->size(0) && groups->scalar_type() == ScalarType::Int,
+                "codebook: wanted the groups of its decode grid as int32 (R,); make the Codebook anew");
   const auto* table = static_cast<const int32_t*>(cells->data_ptr());
   return {table, static_cast<const float*>(records->data_ptr()), static_cast<const int32_t*>(groups->data_ptr()),
           static_cast<float>(low), static_cast<float>(scale), static_cast<int>(cells->size(3)), table + cells->stride(0)};

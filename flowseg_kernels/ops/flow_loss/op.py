@@ -69,10 +69,14 @@ def _setup_context(ctx, inputs, output):
 
 # Private, as torch tells nobody else; without it the backward scales the residual always.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+# Private too: gradients of grad(..., is_grads_batched=True) are plain tensors by type; nothing else shows that they are a batch.
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
 
 
 def _is_last_reader(residual, grad_loss, reduction):
-    """Whether nobody reads the residual after this backward, so that it may become the gradient. Only for eager code."""
+    """Whether nobody reads the residual after this backward, so that it may become the gradient. Only for eager code.
+
+    A CUDA graph keeps what was decided when it was captured: its backward may be replayed once per forward."""
     return (
         reduction != "none"
         and type(grad_loss) is torch.Tensor
@@ -80,6 +84,7 @@ def _is_last_reader(residual, grad_loss, reduction):
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
         and not under_transform(grad_loss, residual)
+        and not _is_batched(grad_loss)
         and not _keeps_graph()
     )
 

@@ -50,6 +50,19 @@ def test_changing_a_gradient_leaves_the_next_one_right(backend, codes19, dtype, 
     torch.testing.assert_close(doubled, 2 * want)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_batch_of_incoming_gradients(backend, codes19, keep):
+    """What torch.autograd.functional.jacobian(vectorize=True) asks for: the residual must not become one gradient of several."""
+    x, source, labels, t = image_batch(codes19.centroids)
+    x = x.float().requires_grad_()
+    loss = fk.flow_loss(x, source.float(), labels, t, codes19)
+    (want,) = torch.autograd.grad(loss, x, retain_graph=True)
+    want = want.clone()
+    factors = torch.tensor([1.0, 3.0])
+    (found,) = torch.autograd.grad(loss, x, factors, is_grads_batched=True, retain_graph=keep)
+    torch.testing.assert_close(found, factors.view(2, 1, 1, 1, 1) * want)
+
+
 @pytest.mark.parametrize("transform", ["neg_log", "neg_sq", "neg_dist", "inverse"])
 def test_the_correction_is_an_auxiliary_cross_entropy(backend, transform):
     """grad of the reshaped loss = grad of |v - v_gt|^2 + 2 lambda w / (1-t) Phi(xhat), method section 7."""
