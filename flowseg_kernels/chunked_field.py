@@ -52,7 +52,7 @@ class _ChunkedField(torch.autograd.Function):
         ctx.size, ctx.options, ctx.backend = size, options, backend
         # Under autocast forward ran in its dtype, and so must backward, which runs outside of it.
         device = x.device.type
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        cast = _has_autocast(device) and torch.is_autocast_enabled(device)
         ctx.dtype = out.dtype if cast else None
         return out
 
@@ -109,8 +109,13 @@ def _backend_when_compiled() -> str:
     return requested_backend()
 
 
+def _has_autocast(device: str) -> bool:
+    # torch.compile of torch 2.10 cannot trace this question, whose answer is the same for the life of a process.
+    return torch.amp.is_autocast_available(device)
+
+
 # As torch.compiler.assume_constant_result does, which takes longer to import the compiler than all else that we import.
-_backend_when_compiled._dynamo_marked_constant = True
+_backend_when_compiled._dynamo_marked_constant = _has_autocast._dynamo_marked_constant = True
 
 
 def chunked_field(
