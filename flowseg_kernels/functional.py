@@ -340,7 +340,7 @@ def nearest_centroid(
         x.detach(),
         mu,
         *(codebook.grid if isinstance(codebook, Codebook) else _NO_GRID),
-        out_dtype,
+        str(out_dtype).removeprefix("torch."),
         return_distance,
         return_margin,
         ignored,

@@ -31,7 +31,7 @@ def op_arguments(name, codes, x, source, labels, t):
             x, source.detach(), labels, t.detach(), mu, "velocity", "velocity", 1.0, "static", 1.0, 0.01, "neg_log", None, 255,
             "mean", 0.05, True,
         ),
-        "nearest_centroid": (x.detach(), mu, *grid, torch.int64, True, True, 255),
+        "nearest_centroid": (x.detach(), mu, *grid, "int64", True, True, 255),
         "decode_confusion": (x.detach(), labels, mu, *grid, 255),
     }[name]  # fmt: skip
 

@@ -26,7 +26,7 @@ def decode_confusion(
     k = centroids.shape[0]
     # -1 can stand for an undecodable pixel here: the label map is int64 and never leaves this function.
     labels, _, _ = nearest_centroid(
-        x, centroids, cells, records, groups, grid_low, grid_scale, torch.int64, False, False, -1
+        x, centroids, cells, records, groups, grid_low, grid_scale, "int64", False, False, -1
     )
     valid, classes = valid_mask(target, k, ignore_index)
     # Pixels that do not count go to a last bin that is cut off: no data-dependent shape, no wait for a device.

@@ -22,7 +22,7 @@ def _empty(
     shape = (x.shape[0], x.shape[2], x.shape[3])
     dtype = compute_dtype(x.dtype)
     return (
-        torch.empty(shape, dtype=out_dtype, device=x.device),
+        torch.empty(shape, dtype=getattr(torch, out_dtype), device=x.device),
         torch.empty(shape if return_distance else (0,), dtype=dtype, device=x.device),
         torch.empty(shape if return_margin else (0,), dtype=dtype, device=x.device),
     )
@@ -37,8 +37,10 @@ def _filled(kernel):
     return run
 
 
+# A name and no ScalarType: AOTInductor of torch 2.10 and 2.11 hands another dtype to an op than the one that was exported
+# (pytorch/pytorch#169157).
 define_op(
-    f"nearest_centroid({_ARGUMENTS}ScalarType out_dtype, bool return_distance, bool return_margin, int ignore_index) "
+    f"nearest_centroid({_ARGUMENTS}str out_dtype, bool return_distance, bool return_margin, int ignore_index) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_empty,
     backends={

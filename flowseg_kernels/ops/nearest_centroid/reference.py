@@ -39,7 +39,7 @@ def nearest_centroid(
     groups: Tensor | None,
     grid_low: float,
     grid_scale: float,
-    out_dtype: torch.dtype,
+    out_dtype: str,
     return_distance: bool,
     return_margin: bool,
     ignore_index: int,
@@ -50,7 +50,7 @@ def nearest_centroid(
     columns = max(1, min(x.shape[3], _DISTANCES_AT_ONCE // mu.shape[0]))
     rows = max(1, _DISTANCES_AT_ONCE // (mu.shape[0] * columns))
     shape = (x.shape[0], x.shape[2], x.shape[3])
-    labels = torch.empty(shape, dtype=out_dtype, device=x.device)
+    labels = torch.empty(shape, dtype=getattr(torch, out_dtype), device=x.device)
     distance = torch.empty(shape if return_distance else (0,), dtype=dtype, device=x.device)
     margin = torch.empty(shape if return_margin else (0,), dtype=dtype, device=x.device)
     for b in range(shape[0]):

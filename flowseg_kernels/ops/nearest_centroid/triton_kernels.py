@@ -190,7 +190,7 @@ def nearest_centroid(
     groups: torch.Tensor | None,
     grid_low: float,
     grid_scale: float,
-    out_dtype: torch.dtype,
+    out_dtype: str,
     return_distance: bool,
     return_margin: bool,
     ignore_index: int,
@@ -199,7 +199,7 @@ def nearest_centroid(
     batch, channels, height, width = x.shape
     shape = (batch, height, width)
     dtype = compute_dtype(x.dtype)
-    labels = torch.empty(shape, dtype=out_dtype, device=x.device)
+    labels = torch.empty(shape, dtype=getattr(torch, out_dtype), device=x.device)
     distance = torch.empty(shape if return_distance else (0,), dtype=dtype, device=x.device)
     margin = torch.empty(shape if return_margin else (0,), dtype=dtype, device=x.device)
     if labels.numel() == 0:
