@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter twice as fast for the tests: the same results, found with less Python."""
+"""Makes Triton's interpreter twice as fast for the tests: the same results, found with less Python. And it takes any NumPy."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ def speed_up() -> None:
         data = numpy.bitwise_or.reduce(inputs[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
         return [self.to_tensor(data, inputs[0].dtype)]
 
+    # Triton 3.6 makes an index of an array of one number as NumPy from 2.4 on does not allow.
+    patched = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope) -> None:
+        patched(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     patch_builtin.names = names
+    interpreter._patch_lang_tensor = patch_lang_tensor
     interpreter._patch_builtin = patch_builtin
     interpreter.ReduceOps.generic_reduce = generic_reduce
