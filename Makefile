@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 SOURCES := $(shell find csrc build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') setup.py pyproject.toml
 
-.PHONY: install demo docs figures test test-library test-kernels test-packaging fuzz sanitize coverage mutation lint format bench bench-compare gpu-report clean
+.PHONY: install demo docs figures test test-library test-kernels test-packaging fuzz sanitize coverage mutation versions lint format bench bench-compare gpu-report clean
 
 install: $(VENV)/.installed
 
@@ -63,6 +63,10 @@ coverage: install
 
 mutation: install
 	$(RUN) -m tests.mutation
+
+# Environments with other torches and other Pythons, which are downloaded: some 3 GB each.
+versions: install
+	$(RUN) -m tests.versions
 
 # The site, in build/docs; a warning (a link that leads nowhere, a name without an entry) is an error.
 docs: install

@@ -66,6 +66,7 @@ NAVIGATION = {
         "results/mutation",
         "results/sanitizers",
         "results/coverage",
+        "results/versions",
         "notes/performance",
     ],
 }
