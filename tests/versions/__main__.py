@@ -32,7 +32,7 @@ CUDA, which also runs on a CPU) and the Triton that comes with it, compiles the 
 | contract | opcheck, compiled graphs with fixed and dynamic shapes, autocast, derivatives |
 | calls | codes, choice of the backend, settings, messages for bad arguments |
 | compose | export, AOTInductor, torch.func, DDP, FSDP2, checkpointing, workers, threads |
-| interpreted | the Triton kernels of the per-pixel ops in Triton's interpreter, a part |
+| interpreted | the Triton kernels of `flow_loss` and `nearest_centroid` in Triton's interpreter |
 | launches | every op's launches of its Triton kernels, compiled for sm_90, up to a driver that is pretended |
 
 A cell is the number of tests that passed, or that the one thing tried works; what failed or was skipped is named. The commit is
@@ -101,11 +101,12 @@ def store(name: str, record: dict) -> None:
     RESULTS.write_text(report(every))
 
 
-def left(environment: Environment, commit: str, only: str, again: bool) -> list[parts.Part]:
+def left(environment: Environment, commit: str, only: list[str] | None, again: bool) -> list[parts.Part]:
     """Parts that have no result at this commit."""
     records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     known = records.get(environment.name, {}).get("parts", {}) if is_known(commit) and not again else {}
-    every = [part for part in (*parts.PARTS, *parts.foreign(environment, commit)) if only in part.name]
+    every = (*parts.PARTS, *parts.foreign(environment, commit))
+    every = [part for part in every if not only or any(word in part.name for word in only)]
     return [part for part in every if known.get(part.name, {}).get("commit") != commit]
 
 
@@ -142,7 +143,7 @@ def made(environment: Environment, commit: str) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.versions", description=__doc__.partition("\n")[0])
     parser.add_argument("environments", nargs="*", metavar="PYTHON:TORCH", help="such as 3.11:2.10.0 or 3.13:newest")
-    parser.add_argument("--only", default="", help="parts whose name holds this word")
+    parser.add_argument("--only", action="append", metavar="WORD", help="parts whose name holds one of these words")
     parser.add_argument("--keep", action="store_true", help="leave the environments, of 5 GB each, where they are")
     parser.add_argument("--again", action="store_true", help="run what is recorded at this commit again")
     options = parser.parse_args()

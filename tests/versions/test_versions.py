@@ -47,14 +47,14 @@ def test_what_is_recorded_at_this_commit_is_not_run_again(monkeypatch, tmp_path)
     monkeypatch.setattr(environments, "FOLDER", tmp_path)
     every = {part.name for part in parts.PARTS}
 
-    def left(commit="1234567", only="", again=False):
+    def left(commit="1234567", only=(), again=False):
         return {part.name for part in command.left(environment, commit, only, again)}
 
     assert left() == every
     command.store(environment.name, {"parts": {"ops": {"passed": 3, "seconds": 1, "commit": "1234567"}}})
     assert left() == every - {"ops"}
     assert left(commit="7654321") == left(again=True) == left(commit="1234567 with uncommitted changes") == every
-    assert left(only="compose") == {"compose"}
+    assert left(only=["comp", "info"]) == {"compose", "info"}
     path = environments.library("1234567", "cpu", "2.11.0")
     path.parent.mkdir(parents=True)
     path.touch()
