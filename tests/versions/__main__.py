@@ -35,8 +35,8 @@ CUDA, which also runs on a CPU) and the Triton that comes with it, compiles the 
 | interpreted | the Triton kernels of `flow_loss` and `nearest_centroid` in Triton's interpreter |
 | launches | every op's launches of its Triton kernels, compiled for sm_90, up to a driver that is pretended |
 
-A cell is the number of tests that passed, or that the one thing tried works; what failed or was skipped is named. The commit is
-the last one that changed what runs.
+A cell is the number of tests that passed, or that the one thing tried works; what failed or was skipped is named (tests that are
+about Triton's kernels alone skip the other backends). The commit is the last one that changed what runs.
 
 """
 LIBRARIES = """
