@@ -92,9 +92,13 @@ def order(name: str) -> list[int]:
     return [int(n) for n in name.replace(" ", ".").split(".")]
 
 
+def stored() -> dict:
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
 def store(name: str, record: dict) -> None:
     # Another run, of other environments, may be under way.
-    every = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    every = stored()
     every[name] = record | {"date": datetime.date.today().isoformat()}
     every = {k: every[k] for k in sorted(every, key=order)}
     RECORD.write_text(json.dumps(every, indent=1) + "\n")
@@ -103,8 +107,7 @@ def store(name: str, record: dict) -> None:
 
 def left(environment: Environment, commit: str, only: list[str] | None, again: bool) -> list[parts.Part]:
     """Parts that have no result at this commit."""
-    records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    known = records.get(environment.name, {}).get("parts", {}) if is_known(commit) and not again else {}
+    known = stored().get(environment.name, {}).get("parts", {}) if is_known(commit) and not again else {}
     every = (*parts.PARTS, *parts.foreign(environment, commit))
     every = [part for part in every if not only or any(word in part.name for word in only)]
     return [part for part in every if known.get(part.name, {}).get("commit") != commit]
@@ -115,8 +118,7 @@ def check(environment: Environment, todo: list[parts.Part], commit: str) -> bool
     passed = True
     for part in todo:
         result = parts.run(part, environment) | {"commit": commit}
-        records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-        record = records.get(environment.name, {"parts": {}}) | parts.versions(environment)
+        record = stored().get(environment.name, {"parts": {}}) | parts.versions(environment)
         record["parts"] = {k: v for k, v in record["parts"].items() if k != "install"} | {part.name: result}
         store(environment.name, record)
         print(f"{environment.name}: {part.name}: {cell(result)}; {result['seconds']} s", flush=True)
@@ -156,7 +158,11 @@ def main() -> int:
             passed &= ok
             ready += [environment] if ok else []
         else:
-            print(f"{environment.name}: done at {commit}; --again runs it again")
+            bad = [k for k, part in stored()[environment.name]["parts"].items() if part.get("failed")]
+            passed &= not bad
+            print(
+                f"{environment.name}: done at {commit}{', failed: ' + ', '.join(bad) if bad else ''}; --again runs it again"
+            )
     for environment in ready:
         ok = check(environment, left(environment, commit, options.only, options.again), commit)
         passed &= ok
