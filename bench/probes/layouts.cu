@@ -1,4 +1,4 @@
-// Which descriptors give the right product? D (64, N) = A (64, 64) B (64, N), small integers: exact. One block a candidate.
+// Finds the descriptors that give the right product: D (64, N) = A (64, 64) B (64, N), small integers: exact. One block a candidate.
 #include "common.h"
 #include "wgmma.h"
 struct Candidate { uint64_t a_bits, b_bits; int a_step, b_step, a_at, b_at, image_a, image_b; };

@@ -6,7 +6,7 @@
 
 namespace flowseg::cuda {
 
-// What a launch asks of the GPU to choose its number of blocks.
+// Facts about the GPU from which a launch chooses its number of blocks.
 struct Device {
   int64_t multiprocessors;
   int64_t threads;                              // of 64 registers each on a multiprocessor

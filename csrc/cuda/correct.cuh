@@ -19,7 +19,7 @@ constexpr int kResident = sizeof(T) == 8 ? 1 : C == 3 ? 4 : C == 8 ? 3 : 1;
 // at most. Near a centroid and with a small eps they are millions of times as large.
 constexpr int kSmallOwn = 4;
 
-// What a block finds out once about the codes, for all its pixels.
+// A block finds this out about the codes once, for all its pixels.
 template <class T, int C>
 struct Staged {
   Tile<T, C> tile;

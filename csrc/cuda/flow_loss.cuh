@@ -48,7 +48,7 @@ static __global__ void __launch_bounds__(kThreads) count_valid(const Loss a) {
   if (threadIdx.x == 0) a.partials[a.parts + blockIdx.x].count = count;
 }
 
-// What waits in shared memory while the correction needs the registers: the errors of a block's pixels and the sums of each thread.
+// The errors of a block's pixels and the sums of each thread wait in shared memory while the correction needs the registers.
 template <class T, int C>
 struct Waiting {
   Packed<T, kPixels<T, C>> error[C][kThreads];

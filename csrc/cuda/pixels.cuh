@@ -21,7 +21,7 @@ inline int64_t blocks_an_image(int64_t pixels, int pixels_a_thread) {
   return (pixels + each - 1) / each;
 }
 
-// Of part `part` of an image, P pixels a thread.
+// A thread's place in part `part` of an image: P pixels per thread.
 template <int P>
 __device__ __forceinline__ Place place_in(int64_t pixels, unsigned image, unsigned part, int threads) {
   Place place{image, (static_cast<int64_t>(part) * threads + threadIdx.x) * P, 0};
