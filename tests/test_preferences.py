@@ -38,13 +38,21 @@ def test_measured_times_decide(tmp_path):
     assert found["nearest_centroid"] == preferences.static("nearest_centroid")
 
 
-def test_times_inside_a_graph_go_before_times_with_launches(tmp_path):
-    stored(tmp_path / "a", {"a": {"ours (cuda)": 1.0}}, graph_ms=0.1)
+@pytest.mark.parametrize("triton, first", [(0.95, "cuda"), (0.85, "triton"), (1.05, "cuda")])
+def test_a_measured_lead_of_triton_of_less_than_a_tenth_is_a_tie(tmp_path, triton, first):
+    stored(tmp_path / "a", {"a": {"ours (cuda)": 1.0, "ours (triton)": triton}})
+    found = preferences.preferences(tmp_path)["distance_correction"]
+    assert found["order"][0] == first
+    assert ("a tie, and CUDA C++ compiles nothing at the first call" in found["because"]) == (triton == 0.95)
+
+
+def test_times_of_several_commits_are_told(tmp_path):
+    stored(tmp_path / "a", {"a": {"ours (cuda)": 1.0, "ours (triton)": 3.0}})
     path = tmp_path / "a" / "op.json"
     result = json.loads(path.read_text())
-    result["rows"].append(result["rows"][0] | {"entry": "ours (triton)", "ms": 0.5, "graph_ms": 0.2})
+    result["rows"][1]["commit"] = "f" * 9
     path.write_text(json.dumps(result))
-    assert preferences.preferences(tmp_path)["distance_correction"]["order"] == ["cuda", "triton"]
+    assert ", not of one run" in preferences.preferences(tmp_path)["distance_correction"]["because"]
 
 
 @pytest.mark.parametrize(
