@@ -152,7 +152,7 @@ def cpu_times(benchmark, call, inputs, rounds):
     once = max(time.perf_counter() - begin, 1e-6)
     rounds = 1 if QUICK else rounds or max(5, min(201, int(1.5 / once)))
     benchmark.extra_info["asked"] = rounds
-    # What takes long was warmed up by the calls above.
+    # The calls above have warmed up what takes long.
     warmup = 0 if QUICK or once > 0.3 else 3
     benchmark.pedantic(call, setup=lambda: ((next(inputs),), {}), rounds=rounds, warmup_rounds=warmup)
     return peak

@@ -6,17 +6,14 @@ most 16 MiB; `python -m bench.gpu_archive ARCHIVE` stores its figures at home. d
 """
 
 import argparse
-import contextlib
-import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import time
 
 from . import gpu_archive, gpu_steps, targets
 from .child import Cut, carry_out, cut_on_signals
-from .results import ROOT, groups_of, is_ours, rows_of
+from .results import ROOT, commit, groups_of, is_ours, rows_of
 
 FOLDER = ROOT.parent / "build" / "gpu-report"
 #: A rehearsal has a folder of its own: its steps are not those of a GPU.
@@ -107,17 +104,6 @@ class Report:
 def _share(row):
     share = f" {row['limit_ms'] / row['ms']:.0%}" if "limit_ms" in row else ""
     return share + (f" host {row['host_ms']:.2g}" if is_ours(row) and "host_ms" in row else "")
-
-
-def commit():
-    """The commit of this copy: FLOWSEG_BENCH_COMMIT, else what git says, else ""."""
-    given = os.environ.get("FLOWSEG_BENCH_COMMIT")
-    if given:
-        return given
-    with contextlib.suppress(OSError):
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        return asked.stdout.strip()
-    return ""
 
 
 def chosen_steps(names, dry, only=""):

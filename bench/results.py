@@ -5,15 +5,29 @@ group and entry; rows that were not measured again stay, each with the commit an
 one commit measured in several passes the quicker pass stays, whole: other guests of a host slow it for minutes.
 """
 
+import contextlib
 import json
+import os
 import pathlib
 import re
+import subprocess
 import sys
 from collections import defaultdict
 
 ROOT = pathlib.Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 _OURS = re.compile(r"ours( \((cuda|triton)\))?$")
+
+
+def commit():
+    """The commit of this copy: FLOWSEG_BENCH_COMMIT, else what git says, else ""."""
+    given = os.environ.get("FLOWSEG_BENCH_COMMIT")
+    if given:
+        return given
+    with contextlib.suppress(OSError):
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        return asked.stdout.strip()
+    return ""
 
 
 def slug(text):

@@ -7,13 +7,12 @@ same commit; after the last part the stored rows that nothing measures any more 
 import argparse
 import json
 import pathlib
-import subprocess
 import sys
 import time
 
 from . import report
 from .child import Cut, carry_out, cut_on_signals
-from .results import RESULTS, ROOT, keep_only, machine_name, rows_of, store
+from .results import RESULTS, ROOT, commit, keep_only, machine_name, rows_of, store
 
 #: name: files and pytest's -k. Short enough each to fit a slice of ten minutes; a test holds that every entry is in one of them.
 PARTS = {
@@ -39,18 +38,13 @@ def command(part, measured, only=""):
     return [*pytest, *(["-k", chosen] if chosen else [])]
 
 
-def commit():
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return asked.stdout.strip()
-
-
 def is_complete(path):
     """Whether a part was measured to its end at this commit."""
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError):
         return False
-    return result.get("complete", False) and result["commit_info"]["id"] == commit()
+    return result.get("complete", False) and result["commit_info"]["id"] == commit().removesuffix("-dirty")
 
 
 def measure(part, path, seconds, only=""):

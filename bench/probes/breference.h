@@ -9,7 +9,7 @@ static Host make(int items, int grid) {
   for (int i = 0; i < 256; ++i) h.r[i] = 0.3f + 0.001f * i;
   return h;
 }
-// Of one block of the grid: dw (steps, [dW1 (hx, wide), dW2 (wide, hx)]) and the last g; ROUND: u, dz, g as bf16.
+// Results of one block of the grid: dw (steps, [dW1 (hx, wide), dW2 (wide, hx)]) and the last g; ROUND: u, dz, g as bf16.
 template <bool ROUND> static void reference(const Host& h, int block, std::vector<float>& dw, std::vector<float>& gl) {
   auto R = [](double v) { return ROUND ? (double)rounded((float)v) : v; };
   std::vector<double> g(h.g.begin(), h.g.end()), u(256 * 128), dz(256 * 128), next(256 * H);

@@ -31,18 +31,17 @@ __device__ __forceinline__ Place place_in(int64_t pixels, unsigned image, unsign
   return place;
 }
 
-// One part a block: the step'th of `steps` parts of block `block` of its grid.
+// One part per block: that of block `block` of its grid.
 template <int P>
-__device__ __forceinline__ Place place_at(int64_t pixels, unsigned blocks_an_image, unsigned block, int steps = 1, int step = 0) {
+__device__ __forceinline__ Place place_at(int64_t pixels, unsigned blocks_an_image, unsigned block) {
   const unsigned image = block / blocks_an_image;
-  const int64_t part = static_cast<int64_t>(block - image * blocks_an_image) * steps + step;
-  return place_in<P>(pixels, image, part, kThreads);
+  return place_in<P>(pixels, image, block - image * blocks_an_image, kThreads);
 }
 
 // The same of this block.
 template <int P>
-__device__ __forceinline__ Place place_of(int64_t pixels, unsigned blocks_an_image, int steps = 1, int step = 0) {
-  return place_at<P>(pixels, blocks_an_image, blockIdx.x, steps, step);
+__device__ __forceinline__ Place place_of(int64_t pixels, unsigned blocks_an_image) {
+  return place_at<P>(pixels, blocks_an_image, blockIdx.x);
 }
 
 // Makes the compiler read what was just written, and find out anew what follows from `tile`, instead of keeping it in registers.

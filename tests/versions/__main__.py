@@ -166,7 +166,7 @@ def main() -> int:
     for environment in ready:
         ok = check(environment, left(environment, commit, options.only, options.again), commit)
         passed &= ok
-        # Where something failed it stays, to be looked at.
+        # An environment in which something failed stays, to be looked at.
         if ok and not options.keep and not options.only:
             environment.remove()
     return 0 if passed else 1
