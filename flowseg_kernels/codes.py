@@ -6,13 +6,14 @@ found by a deterministic search, and a regular grid. The paper's codes are the d
 
 from __future__ import annotations
 
-import math
+import contextlib
 import warnings
 
 import torch
 from torch import Tensor
 
-from .decode_grid import build_decode_grid
+from .derived import Derived, check_codes, derived_from, ignored_label, smallest_distance
+from .runtime.checks import check_index
 
 __all__ = ["Codebook", "grid_centroids", "kronecker_centroids", "smallest_distance"]
 
@@ -164,40 +165,12 @@ def grid_centroids(
     return grid.to(dtype=dtype or torch.float32, device=_target(device))
 
 
-def smallest_distance(centroids: Tensor) -> float:
-    """Smallest Euclidean distance between two rows of (K, C) centroids, in fp64; inf for one centroid."""
-    mu = centroids.detach().to("cpu", torch.float64)
-    rows = torch.arange(mu.shape[0])
-    if mu.shape[0] > 2048:
-        rows = _rows_with_close_neighbours(mu)
-    smallest = math.inf
-    for part in rows.split(max(1, (1 << 22) // mu.shape[0])):
-        d = torch.cdist(mu[part], mu, compute_mode="donot_use_mm_for_euclid_dist")
-        d[torch.arange(len(part)), part] = math.inf
-        smallest = min(smallest, float(d.min()))
-    return smallest
-
-
-def _rows_with_close_neighbours(mu: Tensor) -> Tensor:
-    """Few rows of which one has the smallest distance to another row: decoding a code leaves its distance to the next as margin."""
-    from .functional import nearest_centroid
-    from .runtime.backend import automatic_backend
-
-    single = mu.float()
-    with automatic_backend():
-        margin = nearest_centroid(single.T.reshape(1, -1, 1, mu.shape[0]), single, return_margin=True)[1].flatten()
-    # fp32 rounding may reorder distances that are this close.
-    close = (margin <= margin.min() * (1 + 1e-5) + 1e-7).nonzero()[:, 0]
-    # A regular grid has its smallest distance everywhere; any of those rows gives it.
-    return close[:4096]
-
-
 class Codebook(torch.nn.Module):
-    """The codes of a set of classes, with what decoding needs. Functions take one wherever they take centroids.
+    """The codes of a set of classes. Functions take one wherever they take centroids.
 
-    The centroids stay in fp32 (or fp64) when a model is cast to bf16 or fp16: 150 codes are 0.15 apart, and the decode grid
-    belongs to these very values. Device moves and state_dict work as for any module; loading a state of another K or C
-    resizes the codebook.
+    Its state is two buffers: the codes and the ignored label. All else follows from their values and is found again whenever
+    they change, whoever changed them: loading, averaging, broadcasting, filling, moving. The codes stay in fp32 (or fp64) when
+    a model is cast to bf16 or fp16, as 150 codes are 0.15 apart. Loading a state of another K or C resizes the codebook.
 
     Args:
         centroids: (K, C), K from 1 to 65536, finite.
@@ -206,6 +179,8 @@ class Codebook(torch.nn.Module):
 
     Attributes:
         centroids: (K, C) buffer, fp32 or fp64.
+        ignored: () buffer, int64: the ignored label.
+        ignore_index: the ignored label as an int; may be set.
         num_classes, channels: K and C.
         min_distance: smallest Euclidean distance between two codes (inf for K = 1).
         default_eps: 0.2 * min_distance**2, the eps used where a function is given eps=None (0.2 for K = 1).
@@ -215,79 +190,165 @@ class Codebook(torch.nn.Module):
     """
 
     centroids: Tensor
+    ignored: Tensor
 
     def __init__(self, centroids: Tensor, *, ignore_index: int = 255):
         super().__init__()
         if not isinstance(centroids, Tensor):
             raise TypeError(f"centroids: wanted a (K, C) tensor; got {type(centroids).__name__}")
-        if not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index: wanted an int; got {type(ignore_index).__name__}")
-        self.register_buffer("centroids", None)
-        # A tensor beside the number, so that a state_dict holds tensors only.
-        self.register_buffer("ignored", torch.tensor(ignore_index, device="cpu"))
-        for name in ("_cells", "_records", "_groups"):
-            self.register_buffer(name, None, persistent=False)
-        # A device context of the caller's (even meta) must not reach the numbers that the codes are worked out from.
-        with torch.device("cpu"):
-            self._set(centroids, ignore_index)
-
-    def _set(self, centroids: Tensor, ignore_index: int) -> None:
-        if centroids.ndim != 2 or not 1 <= centroids.shape[0] <= 65536 or centroids.shape[1] < 1:
-            raise ValueError(f"centroids: wanted shape (K, C) with 1 <= K <= 65536; got {tuple(centroids.shape)}")
-        if not centroids.is_floating_point():
-            raise TypeError(f"centroids: wanted a floating dtype; got {centroids.dtype}")
-        if centroids.is_meta:
-            raise ValueError("centroids: wanted values; got a meta tensor, which has none")
-        if not bool(torch.isfinite(centroids).all()):
-            raise ValueError("centroids: wanted finite values; got NaN or infinity")
+        ignore_index = check_index("ignore_index", ignore_index)
+        check_codes("centroids", centroids)
         dtype = torch.float64 if centroids.dtype == torch.float64 else torch.float32
-        self.centroids = centroids.detach().to(dtype, copy=True).contiguous()
-        self.num_classes, self.channels = centroids.shape
-        self.min_distance = smallest_distance(self.centroids)
-        spacing = self.min_distance if math.isfinite(self.min_distance) else 1.0
-        # Coinciding codes leave no scale of their own; any positive number keeps the loss finite.
-        self.default_eps = 0.2 * spacing**2 if spacing > 0 else 1e-6
-        self.grid_low = self.grid_scale = 0.0
-        self._cells = self._records = self._groups = None
-        self.ignore_index = ignore_index
+        self.register_buffer("centroids", centroids.detach().to(dtype, copy=True).contiguous())
+        self.register_buffer("ignored", torch.tensor(ignore_index, device="cpu"))
+        # The values last seen: what a cast rounded, and a device without memory dropped, is taken from them.
+        self._known: Derived | None = derived_from(self.centroids)
+        self._known_label: int | None = ignore_index
         if 0 <= ignore_index < self.num_classes:
             warnings.warn(
                 f"Codebook: ignore_index {ignore_index} is also one of its {self.num_classes} classes, which will be ignored; "
                 "pass another ignore_index, such as -1, if that is not wanted",
-                stacklevel=3,
+                stacklevel=2,
             )
-        grid = build_decode_grid(self.centroids.float()) if self.channels == 3 else None
-        if grid is not None:
-            self.grid_low, self.grid_scale = grid.low, grid.scale
-            device = self.centroids.device
-            self._cells, self._records, self._groups = (v.to(device) for v in (grid.cells, grid.records, grid.groups))
+
+    @property
+    def num_classes(self) -> int:
+        return self.centroids.shape[0]
+
+    @property
+    def channels(self) -> int:
+        return self.centroids.shape[1]
+
+    @property
+    def min_distance(self) -> float:
+        return derived_from(self._values()).min_distance
+
+    @property
+    def default_eps(self) -> float:
+        return derived_from(self._values()).default_eps
+
+    @property
+    def ignore_index(self) -> int:
+        return ignored_label(self.ignored)
+
+    @ignore_index.setter
+    def ignore_index(self, value: int) -> None:
+        self.ignored = torch.tensor(check_index("ignore_index", value), device=self.ignored.device)
 
     @property
     def grid(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
-        """The decode grid's (cells, records, groups, low, scale); None for other than three channels."""
-        return self._cells, self._records, self._groups, self.grid_low, self.grid_scale
+        """A copy of the decode grid, to look at: (cells, records, groups, low, scale), None for other than three channels."""
+        tables = derived_from(self._values()).tables(self.centroids.device)
+        return *(None if v is None else v.clone() for v in tables[:3]), *tables[3:]
+
+    # Names that the tables had as buffers.
+    _cells = property(lambda self: self.grid[0])
+    _records = property(lambda self: self.grid[1])
+    _groups = property(lambda self: self.grid[2])
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The codes (K, C), fp32 or fp64, and the ignored label (), as the functions read them.
+
+        The functions call the module, so that hooks which bring its tensors from elsewhere run before they are read.
+
+        Raises:
+            TypeError, ValueError: the buffers hold no codes any more, with what became of them.
+        """
+        return self._values(), self.ignored
+
+    def _values(self) -> Tensor:
+        codes = self.centroids
+        if (
+            torch.compiler.is_compiling()
+            or type(codes) is not Tensor
+            or torch._C._functorch.is_functorch_wrapped_tensor(codes)
+        ):
+            _check_dtype(codes)
+            return codes
+        if codes.is_meta:
+            raise ValueError(
+                "codebook: wanted its centroids to hold values; got a meta tensor. Load a state into the model, or move it with "
+                "to_empty(device=...)"
+            )
+        if codes.dtype in (torch.float32, torch.float64):
+            self._known = derived_from(codes)
+            return codes
+        return self._unrounded(codes)
+
+    def _unrounded(self, codes: Tensor) -> Tensor:
+        """The known codes, where a cast that went around this module's own rule rounded them."""
+        if self._known is None or not codes.is_floating_point() or not self._known.is_rounded(codes):
+            _check_dtype(codes)
+        return self._known.codes_on(codes.device).clone()
 
     def _apply(self, fn, recurse=True):
-        kept = self.centroids, self._records
+        before = self.centroids, self.ignored
+        self._remember()
         super()._apply(fn, recurse)
-        device = self.centroids.device
-        # A cast must not touch the codes; a move must take them along.
-        if self.centroids.dtype != kept[0].dtype:
-            self.centroids = kept[0].to(device)
-        if self._records is not None and self._records.dtype != kept[1].dtype:
-            self._records = kept[1].to(device)
+        known = None if self._known is None else self._known.codes
+        label = None if self._known_label is None else torch.tensor(self._known_label, device="cpu")
+        self.centroids = _moved(before[0], self.centroids, known)
+        self.ignored = _moved(before[1], self.ignored, label)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        saved, ignored = state_dict.get(prefix + "centroids"), state_dict.get(prefix + "ignored")
-        if saved is not None and not saved.is_meta:
-            own = self.centroids
-            ignore_index = self.ignore_index if ignored is None else int(ignored)
-            if own.is_meta or saved.shape != own.shape or not torch.equal(saved.cpu(), own.cpu()):
-                with torch.device("cpu"):
-                    self._set(saved if own.is_meta else saved.to(own.device), ignore_index)
-            self.ignore_index = ignore_index
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _remember(self) -> None:
+        """Take down the values, for after a move through a device that has none."""
+        with contextlib.suppress(TypeError, ValueError):
+            if not self.centroids.is_meta:
+                self._known = derived_from(self._values())
+            if not self.ignored.is_meta:
+                self._known_label = ignored_label(self.ignored)
+
+    def reset_parameters(self) -> None:
+        """Does nothing, as codes are fixed. Frameworks call it on modules that they moved from the meta device."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # One codebook in two modules: file formats that refuse two names for one memory get a copy for the second name.
+        for name in ("centroids", "ignored"):
+            own = destination[prefix + name]
+            others = (v for key, v in destination.items() if key.endswith(f".{name}") and key != prefix + name)
+            if any(_same_memory(own, other) for other in others):
+                destination[prefix + name] = own.clone()
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        saved = state_dict.get(prefix + "centroids")
+        if isinstance(saved, Tensor) and not saved.is_meta:
+            try:
+                check_codes(prefix + "centroids", saved)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(str(error))
+                return
+            self._remember()
+            state_dict[prefix + "centroids"] = saved = self._full_precision(saved)
+            if saved.shape != self.centroids.shape or saved.dtype != self.centroids.dtype:
+                self.centroids = torch.empty_like(saved, device=self.centroids.device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._remember()
+
+    def _full_precision(self, saved: Tensor) -> Tensor:
+        """Saved codes in fp32 or fp64: this codebook's own where the saved ones are those, rounded."""
+        if saved.dtype in (torch.float32, torch.float64):
+            return saved
+        if self._known is not None and self._known.is_rounded(saved):
+            return self._known.codes_on(saved.device).clone()
+        return saved.float()
+
+    def __getstate__(self) -> dict:
+        # A shallow copy has buffers of its own: setting one must not reach the original.
+        return {**self.__dict__, "_buffers": dict(self._buffers), "_known": None}
+
+    def __setstate__(self, state: dict) -> None:
+        # Earlier versions kept what is derived among the buffers and attributes.
+        derived = ("num_classes", "channels", "min_distance", "default_eps", "ignore_index", "grid_low", "grid_scale")
+        state = {name: value for name, value in state.items() if name not in derived}
+        state["_buffers"] = {k: v for k, v in state["_buffers"].items() if k in ("centroids", "ignored")}
+        state["_non_persistent_buffers_set"] = set()
+        super().__setstate__({"_known": None, "_known_label": None, **state})
 
     def encode(self, labels: Tensor) -> Tensor:
         """Codes (B, C, H, W) of labels (B, H, W) of any integer dtype; 0 (the origin) where labels are ignored.
@@ -305,7 +366,33 @@ class Codebook(torch.nn.Module):
         return nearest_centroid(x, self, out_dtype=out_dtype)
 
     def extra_repr(self) -> str:
-        return (
-            f"num_classes={self.num_classes}, channels={self.channels}, ignore_index={self.ignore_index}, "
-            f"min_distance={self.min_distance:.4g}"
+        sizes = f"num_classes={self.num_classes}, channels={self.channels}"
+        if self.centroids.is_meta or self.ignored.is_meta:
+            return sizes
+        return f"{sizes}, ignore_index={self.ignore_index}, min_distance={self.min_distance:.4g}"
+
+
+def _check_dtype(codes: Tensor) -> None:
+    if codes.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"codebook: wanted its centroids in float32 or float64; got {codes.dtype}. They were cast outside of Module.to, which "
+            "loses the codes' values: keep this module out of the cast, or load the codes again into a float32 buffer"
         )
+
+
+def _moved(old: Tensor, new: Tensor, known: Tensor | None) -> Tensor:
+    """`new`, which a framework made from the buffer `old`: of the dtype and with the values it had, or the known ones."""
+    if new is old:
+        return new
+    if new.is_meta:
+        return new.to(old.dtype)
+    values = known if old.is_meta else old
+    if values is None:
+        return new
+    if new.dtype == values.dtype and new.shape == values.shape and torch.equal(new.cpu(), values.cpu()):
+        return new
+    return values.to(new.device, copy=True)
+
+
+def _same_memory(a: Tensor, b: object) -> bool:
+    return isinstance(b, Tensor) and a.device == b.device and a.untyped_storage()._cdata == b.untyped_storage()._cdata

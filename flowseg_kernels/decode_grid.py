@@ -68,7 +68,8 @@ def _nearest_and_rivals(cell: Tensor, candidate: Tensor, mu: Tensor, low: float,
 def build_decode_grid(centroids: Tensor) -> DecodeGrid | None:
     """Build the decode grid of (K, 3) centroids on the CPU, refining 1, 2, 4, ..., 64 cells an axis.
 
-    None when the codes lie so close together for their extent that the lists would not be short.
+    None when the codes lie so close together for their extent that the lists would not be short, or when fp32 does not tell the
+    cells apart.
     """
     given = centroids.detach().to("cpu", torch.float64)
     # Of equal codes only the first can win.
@@ -80,7 +81,10 @@ def build_decode_grid(centroids: Tensor) -> DecodeGrid | None:
     # Rounded to fp32 now, as the kernels use them: x - low is then a correctly rounded difference of two fp32 numbers, and the
     # index as exact for codes around 1000 as around 0.
     low = _fp32(float(mu.min()) - 0.35 * span)
-    scale = _fp32(_SIZE / (float(mu.max()) + 0.35 * span - low))
+    width = float(mu.max()) + 0.35 * span - low
+    if not 0 < width < 1e30:
+        return None
+    scale = _fp32(_SIZE / width)
     cell, candidate = torch.zeros(mu.shape[0], dtype=torch.int64), torch.arange(mu.shape[0])
     offsets = torch.tensor([(i, j, k) for k in (0, 1) for j in (0, 1) for i in (0, 1)])
     for level in range(1, _LEVELS + 1):

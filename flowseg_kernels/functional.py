@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  registers torch.ops.flowseg
 from .codes import Codebook
+from .derived import ignored_label
 from .ops.common import compute_dtype, valid_mask
 from .ops.common import encode_labels as _encode_valid
 from .ops.distance_correction.reference import TRANSFORMS
@@ -30,6 +31,7 @@ from .runtime.checks import (
     check_tensor,
     check_time,
 )
+from .runtime.scalars import pack
 from .runtime.transforms import call, call_op, check_no_forward_mode, under_transform
 
 __all__ = [
@@ -42,13 +44,15 @@ __all__ = [
     "neural_field",
 ]
 
+#: Ignored label of bare centroids, and the most of them for which it is none of their classes.
 _IGNORE_INDEX = 255
-_NO_GRID = (None, None, None, 0.0, 0.0)
 
 
-def _codes(centroids: Tensor | Codebook, like: tuple[str, Tensor], name: str = "centroids") -> Tensor:
-    """(K, C) centroids in the compute dtype of the image `like`."""
-    mu = centroids.centroids if isinstance(centroids, Codebook) else centroids
+def _codes(
+    centroids: Tensor | Codebook, like: tuple[str, Tensor], name: str = "centroids"
+) -> tuple[Tensor, Tensor | None]:
+    """(K, C) centroids in the compute dtype of the image `like`, and the ignored label of a codebook."""
+    mu, ignored = centroids() if isinstance(centroids, Codebook) else (centroids, None)
     check_tensor(name, mu, FLOAT_DTYPES, "(K, C), or a Codebook", 2)
     if mu.shape[0] < 1:
         raise ValueError(f"{name}: wanted at least one centroid; got shape {tuple(mu.shape)}")
@@ -57,40 +61,27 @@ def _codes(centroids: Tensor | Codebook, like: tuple[str, Tensor], name: str = "
             f"{name}: wanted fixed codes, no op is differentiable in them; got a tensor that requires grad"
         )
     check_device(name, mu, like)
-    return mu.to(compute_dtype(like[1].dtype)).contiguous()
+    return mu.to(compute_dtype(like[1].dtype)).contiguous(), ignored
 
 
-def _ignored(ignore_index: int | None, centroids: Tensor | Codebook) -> int:
+def _label(ignore_index: int | None, ignored: Tensor | None, classes: int) -> tuple[Tensor | None, int]:
+    """The ignored label as ops take it: a codebook's, read when the op runs, or a number."""
     if ignore_index is not None:
-        check_index("ignore_index", ignore_index)
-        return ignore_index
-    if isinstance(centroids, Codebook):
-        return centroids.ignore_index
-    if centroids.shape[0] > _IGNORE_INDEX:
+        return None, check_index("ignore_index", ignore_index)
+    if ignored is None and classes > _IGNORE_INDEX:
         raise ValueError(
-            f"ignore_index: wanted a number, as the default {_IGNORE_INDEX} is one of these {centroids.shape[0]} classes; got "
+            f"ignore_index: wanted a number, as the default {_IGNORE_INDEX} is one of these {classes} classes; got "
             "None. Give one such as -1, or a Codebook, which holds its own"
         )
-    return _IGNORE_INDEX
+    return ignored, _IGNORE_INDEX
 
 
-def _eps(eps: float | None, centroids: Tensor | Codebook) -> float:
-    if eps is None:
-        if isinstance(centroids, Codebook):
-            return centroids.default_eps
+def _check_eps(eps: object, centroids: Tensor | Codebook) -> None:
+    if eps is None and not isinstance(centroids, Codebook):
         raise ValueError(
             "eps: wanted a number above 0 for bare centroids, about 0.2 * (smallest code distance)**2; got None. "
             "A Codebook in place of the centroids sets it by itself"
         )
-    check_positive("eps", eps)
-    return float(eps)
-
-
-def _check_correction(temperature: float, transform: str, max_norm: float | None) -> None:
-    check_positive("temperature", temperature)
-    check_choice("transform", transform, TRANSFORMS)
-    if max_norm is not None:
-        check_positive("max_norm", max_norm)
 
 
 def encode_labels(labels: Tensor, codebook: Tensor | Codebook, *, ignore_index: int | None = None) -> Tensor:
@@ -108,10 +99,11 @@ def encode_labels(labels: Tensor, codebook: Tensor | Codebook, *, ignore_index: 
         ValueError: for a CPU label outside [0, K) that is not ignore_index.
     """
     check_tensor("labels", labels, LABEL_DTYPES, "(B, H, W)", 3)
-    mu = _codes(codebook, ("labels", labels))
+    mu, ignored = _codes(codebook, ("labels", labels))
     if isinstance(codebook, Codebook):
-        mu = codebook.centroids
-    valid, classes = valid_mask(labels, mu.shape[0], _ignored(ignore_index, codebook))
+        mu, _ = codebook()
+    ignored, number = _label(ignore_index, ignored, mu.shape[0])
+    valid, classes = valid_mask(labels, mu.shape[0], number if ignored is None else ignored_label(ignored))
     return torch.where(valid[:, None], _encode_valid(classes, mu), 0).contiguous()
 
 
@@ -141,10 +133,10 @@ def flow_interpolate(
     check_image("source", source)
     check_labels("labels", labels, ("source", source))
     check_time("t", t, ("source", source))
-    mu = _codes(centroids, ("source", source))
+    mu, ignored = _codes(centroids, ("source", source))
     check_image("source", source, channels=mu.shape[1])
     check_no_forward_mode("flow_interpolate", source, t)
-    return call("flow_interpolate", source, labels, t, mu, _ignored(ignore_index, centroids))
+    return call("flow_interpolate", source, labels, t, mu, *_label(ignore_index, ignored, mu.shape[0]))
 
 
 def distance_correction(
@@ -183,20 +175,23 @@ def distance_correction(
     """
     check_image("xhat", xhat)
     check_labels("labels", labels, ("xhat", xhat))
-    mu = _codes(centroids, ("xhat", xhat))
+    mu, ignored = _codes(centroids, ("xhat", xhat))
     check_image("xhat", xhat, channels=mu.shape[1])
-    _check_correction(temperature, transform, max_norm)
+    check_choice("transform", transform, TRANSFORMS)
+    _check_eps(eps, centroids)
     check_no_forward_mode("distance_correction", xhat)
+    (temperature, eps, max_norm), numbers = pack(temperature=temperature, eps=eps, max_norm=max_norm)
     return call(
         "distance_correction",
         xhat.detach(),
         labels,
         mu,
-        float(temperature),
-        _eps(eps, centroids),
+        temperature,
+        eps,
         transform,
         max_norm,
-        _ignored(ignore_index, centroids),
+        *_label(ignore_index, ignored, mu.shape[0]),
+        numbers,
     )
 
 
@@ -258,17 +253,21 @@ def flow_loss(
     check_image("source", source, like=like)
     check_labels("labels", labels, like)
     check_time("t", t, like)
-    mu = _codes(centroids, like)
+    mu, ignored = _codes(centroids, like)
     check_image("prediction", prediction, channels=mu.shape[1])
     check_choice("predicts", predicts, KINDS)
     space = predicts if loss_space is None else loss_space
     check_choice("loss_space", space, KINDS)
     check_choice("schedule", schedule, SCHEDULES)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_positive("correction_weight", correction_weight, zero=True)
-    check_positive("t_min", t_min)
-    _check_correction(temperature, transform, max_norm)
+    check_choice("transform", transform, TRANSFORMS)
     check_no_forward_mode("flow_loss", prediction, source, t)
+    (correction_weight, temperature, eps, max_norm, t_min), numbers = pack(
+        correction_weight=correction_weight, temperature=temperature, eps=eps, max_norm=max_norm, t_min=t_min
+    )
+    if numbers is not None or correction_weight:
+        # Vanilla flow matching has no use for eps, so bare centroids need not give one.
+        _check_eps(eps, centroids)
     loss, _, _ = call(
         "flow_loss",
         prediction,
@@ -278,30 +277,20 @@ def flow_loss(
         mu,
         predicts,
         space,
-        float(correction_weight),
+        correction_weight,
         schedule,
-        float(temperature),
-        # Vanilla flow matching has no use for eps, so bare centroids need not give one.
-        _eps(eps, centroids) if correction_weight else 1.0,
+        temperature,
+        eps,
         transform,
         max_norm,
-        _ignored(ignore_index, centroids),
+        *_label(ignore_index, ignored, mu.shape[0]),
         reduction,
-        float(t_min),
+        t_min,
+        numbers,
         # vmap hides whether what it wraps needs a gradient.
         torch.is_grad_enabled() and (prediction.requires_grad or under_transform(prediction)),
     )
     return loss
-
-
-def _check_output_dtype(out_dtype: torch.dtype, num_classes: int, ignore_index: int) -> None:
-    if out_dtype not in LABEL_DTYPES:
-        raise TypeError(f"out_dtype: wanted uint8, int16, int32 or int64; got {out_dtype}")
-    limits = torch.iinfo(out_dtype)
-    if num_classes - 1 > limits.max or not limits.min <= ignore_index <= limits.max:
-        raise ValueError(
-            f"out_dtype: wanted one that holds classes up to {num_classes - 1} and ignore_index {ignore_index}; got {out_dtype}"
-        )
 
 
 def nearest_centroid(
@@ -311,6 +300,7 @@ def nearest_centroid(
     out_dtype: torch.dtype = torch.int64,
     return_distance: bool = False,
     return_margin: bool = False,
+    ignore_index: int | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Decode: argmin_k |x - mu_k|, ties to the lowest index, exactly as a search through every centroid.
 
@@ -331,19 +321,21 @@ def nearest_centroid(
         TypeError, ValueError: as flow_interpolate; ValueError when out_dtype cannot hold the labels.
     """
     check_image("x", x)
-    mu = _codes(codebook, ("x", x), "codebook")
+    mu, ignored = _codes(codebook, ("x", x), "codebook")
     check_image("x", x, channels=mu.shape[1])
-    ignored = codebook.ignore_index if isinstance(codebook, Codebook) else _IGNORE_INDEX
-    _check_output_dtype(out_dtype, mu.shape[0], ignored)
+    if out_dtype not in LABEL_DTYPES:
+        raise TypeError(f"out_dtype: wanted uint8, int16, int32 or int64; got {out_dtype}")
+    if ignore_index is None and ignored is None:
+        ignore_index = _IGNORE_INDEX if mu.shape[0] <= _IGNORE_INDEX else -1
     found = call(
         "nearest_centroid",
         x.detach(),
         mu,
-        *(codebook.grid if isinstance(codebook, Codebook) else _NO_GRID),
+        isinstance(codebook, Codebook),
         str(out_dtype).removeprefix("torch."),
         return_distance,
         return_margin,
-        ignored,
+        *_label(ignore_index, ignored, mu.shape[0]),
     )
     if not (return_distance or return_margin):
         return found[0]
@@ -370,10 +362,10 @@ def decode_confusion(
     """
     check_image("x", x)
     check_labels("target", target, ("x", x))
-    mu = _codes(codebook, ("x", x), "codebook")
+    mu, ignored = _codes(codebook, ("x", x), "codebook")
     check_image("x", x, channels=mu.shape[1])
-    grid = codebook.grid if isinstance(codebook, Codebook) else _NO_GRID
-    return call("decode_confusion", x.detach(), target, mu, *grid, _ignored(ignore_index, codebook))
+    label = _label(ignore_index, ignored, mu.shape[0])
+    return call("decode_confusion", x.detach(), target, mu, isinstance(codebook, Codebook), *label)
 
 
 def neural_field(

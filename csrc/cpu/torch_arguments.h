@@ -71,6 +71,13 @@ T largest_magnitude(const T* v, int64_t n) {
   return *std::max_element(largest, largest + kLanes);
 }
 
+template <class T>
+bool all_finite(const T* v, int64_t n) {
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) finite &= std::abs(v[i]) <= std::numeric_limits<T>::max();
+  return finite;
+}
+
 // Centroids with rows padded to a number of channels that has a kernel.
 class CodeArgument {
  public:
@@ -81,6 +88,9 @@ class CodeArgument {
     const int padded = channels <= 2 ? 2 : channels <= 4 ? static_cast<int>(channels) : channels <= 8 ? 8 : 16;
     codes = {t.data_ptr(), classes, padded, 0};
     const int64_t numbers = classes * channels;
+    FLOWSEG_CHECK(wide ? all_finite(static_cast<const double*>(t.data_ptr()), numbers)
+                       : all_finite(static_cast<const float*>(t.data_ptr()), numbers),
+                  "centroids: wanted finite values; got NaN or infinity");
     codes.reach = wide ? largest_magnitude(static_cast<const double*>(t.data_ptr()), numbers)
                        : largest_magnitude(static_cast<const float*>(t.data_ptr()), numbers);
     if (padded != channels) {
@@ -101,6 +111,16 @@ class CodeArgument {
   std::vector<char> storage_;
 };
 
+// How far a time may lie outside [0, 1] by the rounding of its dtype.
+inline double rounding_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return 2 * std::numeric_limits<double>::epsilon();
+    case ScalarType::BFloat16: return 2.0 / 128;
+    case ScalarType::Half: return 2.0 / 1024;
+    default: return 2 * std::numeric_limits<float>::epsilon();
+  }
+}
+
 // One time an image, as double.
 inline std::vector<double> times_of(const Tensor& t, int64_t batch) {
   FLOWSEG_CHECK(t.dim() == 1 && t.size(0) == batch, "t: wanted shape (B,)");
@@ -108,9 +128,10 @@ inline std::vector<double> times_of(const Tensor& t, int64_t batch) {
   // Any dtype and stride: B numbers are not worth a kernel of their own.
   const Tensor wide = torch::stable::to(t, ScalarType::Double);
   const double* from = static_cast<const double*>(wide.data_ptr());
+  const double rounding = rounding_of(t.scalar_type());
   for (int64_t b = 0; b < batch; ++b) {
     times[b] = from[b * wide.stride(0)];
-    FLOWSEG_CHECK(times[b] >= 0 && times[b] <= 1, "t: wanted times in [0, 1]; got ", times[b], " for image ", b);
+    FLOWSEG_CHECK(times[b] >= -rounding && times[b] <= 1 + rounding, "t: wanted times in [0, 1]; got ", times[b], " for image ", b);
   }
   return times;
 }

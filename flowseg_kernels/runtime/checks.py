@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ __all__ = [
     "FLOAT_DTYPES",
     "LABEL_DTYPES",
     "check_choice",
+    "check_code_values",
     "check_device",
     "check_image",
     "check_index",
@@ -82,9 +85,13 @@ def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: wanted one of {', '.join(repr(c) for c in choices)}; got {value!r}")
 
 
-def check_index(name: str, value) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+def check_index(name: str, value) -> int:
+    """The whole number that `value` is: an int, or one of NumPy's."""
+    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(type(value), "__index__")):
         raise TypeError(f"{name}: wanted an int; got {type(value).__name__}")
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: wanted an int; got a tensor; call .item()")
+    return value if isinstance(value, int) else operator.index(value)
 
 
 def check_positive(name: str, value: float, *, zero: bool = False) -> None:
@@ -93,13 +100,20 @@ def check_positive(name: str, value: float, *, zero: bool = False) -> None:
 
 
 def check_time_values(t: Tensor) -> None:
-    """On the CPU a time outside [0, 1] is an error; elsewhere a look would wait for the device."""
+    """On the CPU a time outside [0, 1] by more than rounding is an error; elsewhere a look would wait for the device."""
     if t.device.type != "cpu" or t.numel() == 0:
         return
-    bad = ~((t >= 0) & (t <= 1))
+    rounding = 2 * torch.finfo(t.dtype).eps
+    bad = ~((t >= -rounding) & (t <= 1 + rounding))
     if bool(bad.any()):
         first = int(bad.nonzero()[0])
         raise ValueError(f"t: wanted times in [0, 1]; got {float(t[first]):g} for image {first}")
+
+
+def check_code_values(centroids: Tensor) -> None:
+    """On the CPU a centroid that is not finite is an error; elsewhere a look would wait for the device."""
+    if centroids.device.type == "cpu" and not bool(torch.isfinite(centroids).all()):
+        raise ValueError("centroids: wanted finite values; got NaN or infinity")
 
 
 def check_label_values(name: str, labels: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -2,6 +2,8 @@
 
 import torch
 
+from flowseg_kernels.derived import derived_from
+
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -14,6 +16,11 @@ def image_batch(codes, batch=2, height=9, width=13, spread=0.3, dtype=torch.floa
     labels = torch.where(torch.rand(labels.shape) < ignored, 255, labels)
     source = torch.rand(batch, c, height, width, dtype=torch.float64) * 2 - 1
     return x.to(dtype), source.to(dtype), labels, torch.rand(batch, dtype=torch.float64)
+
+
+def decode_tables(centroids):
+    """The decode grid of (K, 3) codes as kernels take it: cells, records, groups, low, scale."""
+    return derived_from(centroids).tables(centroids.device)
 
 
 def layouts(x):

@@ -73,7 +73,7 @@ def test_label_out_of_range_is_named_with_its_place(backend, name, value, codes1
         "decode_confusion": lambda y: fk.decode_confusion(x, y, codes150),
         "encode": codes150.encode,
         "bwd": lambda y: torch.ops.flowseg.flow_interpolate_bwd(
-            x, source, y, t, codes150.centroids, 255, True, backend
+            x, source, y, t, codes150.centroids, None, 255, True, backend
         ),
     }
     labels[1, 60, 80] = labels[1, 61, 2] = value

@@ -22,17 +22,16 @@ OPS_ON_IMAGES = ("flow_interpolate", "distance_correction", "flow_loss", "neares
 
 def op_arguments(name, codes, x, source, labels, t):
     """Arguments of torch.ops.flowseg.NAME for these inputs."""
-    grid = codes.grid if x.dtype != torch.float64 else (None, None, None, 0.0, 0.0)
     mu = codes.centroids.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     return {
-        "flow_interpolate": (source, labels, t, mu, 255),
-        "distance_correction": (x.detach(), labels, mu, 1.0, 0.01, "neg_log", None, 255),
+        "flow_interpolate": (source, labels, t, mu, codes.ignored, 0),
+        "distance_correction": (x.detach(), labels, mu, 1.0, 0.01, "neg_log", None, None, 255, None),
         "flow_loss": (
-            x, source.detach(), labels, t.detach(), mu, "velocity", "velocity", 1.0, "static", 1.0, 0.01, "neg_log", None, 255,
-            "mean", 0.05, True,
+            x, source.detach(), labels, t.detach(), mu, "velocity", "velocity", 1.0, "static", 1.0, None, "neg_log", None,
+            codes.ignored, 0, "mean", 0.05, None, True,
         ),
-        "nearest_centroid": (x.detach(), mu, *grid, "int64", True, True, 255),
-        "decode_confusion": (x.detach(), labels, mu, *grid, 255),
+        "nearest_centroid": (x.detach(), mu, True, "int64", True, True, codes.ignored, 0),
+        "decode_confusion": (x.detach(), labels, mu, True, None, 255),
     }[name]  # fmt: skip
 
 
@@ -67,7 +66,7 @@ def test_opcheck_of_backward_ops(backend, name, layout, codes19):
     x, source, labels, t = image_batch(codes19.centroids, 2, 4, 5)
     x, source, labels = (dict(views(v))[layout] for v in (x, source, labels))
     arguments = {
-        "flow_interpolate_bwd": (x, source, labels, t[: x.shape[0]], codes19.centroids, 255, True, backend),
+        "flow_interpolate_bwd": (x, source, labels, t[: x.shape[0]], codes19.centroids, None, 255, True, backend),
         "flow_loss_bwd": (torch.ones(()), x, torch.tensor(5), x, "mean", backend),
     }[name]
     torch.library.opcheck(getattr(torch.ops.flowseg, name).default, arguments)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import warnings
-from unittest import mock
 
 import torch
 
 import flowseg_kernels as fk
-from flowseg_kernels import codes
+from flowseg_kernels.derived import derived_from
 
 from .cases import Pixels
 
@@ -45,7 +43,7 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=512)
-def _codebook(kind: str, classes: int, channels: int, grid: bool) -> fk.Codebook:
+def _codebook(kind: str, classes: int, channels: int) -> fk.Codebook:
     if kind == "lattice":
         # Multiples of 1/4: distances of points on a lattice are exact in fp32, ties are ties.
         side = torch.Generator().manual_seed(classes * 31 + channels)
@@ -62,13 +60,11 @@ def _codebook(kind: str, classes: int, channels: int, grid: bool) -> fk.Codebook
         mu = mu * {"large": 1e3, "small": 1e-3}.get(kind, 1) + (5.0 if kind == "shifted" else 0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # It takes a quarter of a second, and only decoding looks at it.
-        with contextlib.nullcontext() if grid else mock.patch.object(codes, "build_decode_grid", lambda mu: None):
-            return fk.Codebook(mu)
+        return fk.Codebook(mu)
 
 
 def codebook(case: Pixels) -> fk.Codebook:
-    book = copy.copy(_codebook(case.codes, case.classes, case.channels, case.grid))
+    book = copy.copy(_codebook(case.codes, case.classes, case.channels))
     book.ignore_index = case.ignore
     return book
 
@@ -89,7 +85,8 @@ def _with_specials(case: Pixels, name: str, x: torch.Tensor, book: fk.Codebook) 
         elif kind == "near_code":
             points[at] = a + 1e-6
         elif kind == "border":
-            low, scale = (book.grid_low, book.grid_scale) if book.grid_scale else (0.0, 16.0)
+            _, _, _, low, scale = derived_from(book.centroids).tables(torch.device("cpu")) if case.grid else (0.0,) * 5
+            scale = scale or 16.0
             edge = torch.tensor(low + (place % 65) / scale, dtype=torch.float32)
             points[at, channel] = torch.nextafter(edge, edge + (place % 3 - 1)).double()
         else:

@@ -5,24 +5,33 @@ from __future__ import annotations
 import torch
 
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
+from ..arguments import grid_of, label_of
 from . import reference
 
-_SCHEMA = (
+_KERNEL = (
     "decode_confusion(Tensor x, Tensor target, Tensor centroids, Tensor? cells, Tensor? records, Tensor? groups, "
     "float grid_low, float grid_scale, int ignore_index) -> Tensor"
 )
 
 
+def _with_grid(kernel, uses_grid=True):
+    def run(x, target, centroids, grid, ignored, ignore_index):
+        tables = grid_of(x, centroids, grid and uses_grid)
+        return kernel(x, target, centroids, *tables, label_of(ignored, ignore_index))
+
+    return run
+
+
 define_op(
-    _SCHEMA,
+    "decode_confusion(Tensor x, Tensor target, Tensor centroids, bool grid, Tensor? ignored, int ignore_index) -> Tensor",
     fake=lambda x, target, centroids, *args: torch.empty(
         (centroids.shape[0], centroids.shape[0]), dtype=torch.int64, device=x.device
     ),
     backends={
-        "cuda": cuda_kernel(_SCHEMA),
-        "cpu": cpu_kernel(_SCHEMA),
-        "triton": triton_kernel(__package__, "decode_confusion"),
-        "reference": reference.decode_confusion,
+        "cuda": _with_grid(cuda_kernel(_KERNEL)),
+        "cpu": _with_grid(cpu_kernel(_KERNEL)),
+        "triton": _with_grid(triton_kernel(__package__, "decode_confusion")),
+        "reference": _with_grid(reference.decode_confusion, uses_grid=False),
     },
     channels=lambda x, *args: x.shape[1],
     **no_second_derivative("decode_confusion"),

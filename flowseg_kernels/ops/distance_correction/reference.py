@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...runtime.checks import check_code_values
 from ..common import compute_dtype, squared_distances, valid_mask
 
 __all__ = ["TRANSFORMS", "distance_correction", "potential"]
@@ -47,6 +48,7 @@ def distance_correction(
 ) -> Tensor:
     """grad Phi = (2 / tau) sum_k (p_k - 1[k = y]) T'(d_k) (xhat - mu_k), 0 where ignored; same dtype as xhat."""
     dtype = compute_dtype(xhat.dtype)
+    check_code_values(centroids)
     x, mu = xhat.to(dtype), centroids.to(dtype)
     valid, classes = valid_mask(labels, mu.shape[0], ignore_index)
     logits, slope = transform_distances(squared_distances(x, mu), eps, transform)

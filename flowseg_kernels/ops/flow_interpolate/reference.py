@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...runtime.checks import check_time_values
+from ...runtime.checks import check_code_values, check_time_values
 from ..common import compute_dtype, encode_labels, valid_mask
 
 __all__ = ["flow_interpolate", "flow_interpolate_bwd"]
@@ -14,6 +14,7 @@ __all__ = ["flow_interpolate", "flow_interpolate_bwd"]
 def flow_interpolate(source: Tensor, labels: Tensor, t: Tensor, centroids: Tensor, ignore_index: int) -> Tensor:
     """x_t = (1 - t) x0 + t mu_y; an ignored pixel has no end point and stays at x0. Same dtype as source."""
     dtype = compute_dtype(source.dtype)
+    check_code_values(centroids)
     valid, classes = valid_mask(labels, centroids.shape[0], ignore_index)
     check_time_values(t)
     time = t.to(dtype)[:, None, None, None]
@@ -30,6 +31,7 @@ def flow_interpolate_bwd(
     d x_t / d x0 = 1 - t (1 where ignored); d x_t / d t = mu_y - x0 (0 where ignored).
     """
     dtype = compute_dtype(source.dtype)
+    check_code_values(centroids)
     valid, classes = valid_mask(labels, centroids.shape[0], ignore_index)
     g = grad.to(dtype)
     time = t.to(dtype)[:, None, None, None]

@@ -7,7 +7,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ...runtime import backend
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
+from ...runtime.scalars import unpack
 from ...runtime.transforms import call, under_transform
+from ..arguments import eps_of, label_of
 from ..common import compute_dtype
 from ..distance_correction.reference import TRANSFORMS
 from . import reference
@@ -23,6 +25,27 @@ _scale_in_place = cuda_kernel(
 )
 
 
+def _resolved(kernel):
+    """The op's arguments to those of the formula: numbers, and what follows from the codes."""
+    names = ("correction_weight", "temperature", "eps", "max_norm", "t_min")
+
+    def run(
+        prediction, source, labels, t, centroids, predicts, loss_space, correction_weight, schedule, temperature, eps,
+        transform, max_norm, ignored, ignore_index, reduction, t_min, numbers, need_grad,
+    ):  # fmt: skip
+        correction_weight, temperature, eps, max_norm, t_min = unpack(
+            names, [correction_weight, temperature, eps, max_norm, t_min], numbers
+        )
+        # Vanilla flow matching has no use for eps.
+        eps = eps_of(eps, centroids) if correction_weight else 1.0
+        return kernel(
+            prediction, source, labels, t, centroids, predicts, loss_space, correction_weight, schedule, temperature, eps,
+            transform, max_norm, label_of(ignored, ignore_index), reduction, t_min, need_grad,
+        )  # fmt: skip
+
+    return run
+
+
 def _with_codes(kernel):
     def run(
         prediction, source, labels, t, centroids, predicts, loss_space, correction_weight, schedule, temperature, eps,
@@ -36,7 +59,7 @@ def _with_codes(kernel):
             t_min, need_grad,
         )  # fmt: skip
 
-    return run
+    return _resolved(run)
 
 
 def _backward_with_codes(kernel):
@@ -46,7 +69,7 @@ def _backward_with_codes(kernel):
 
 
 def _fake(prediction, source, labels, t, centroids, *options):
-    reduction, _, need_grad = options[-3:]
+    reduction, _, _, need_grad = options[-4:]
     dtype = compute_dtype(prediction.dtype)
     shape = labels.shape if reduction == "none" else ()
     return (
@@ -63,7 +86,7 @@ def _setup_context(ctx, inputs, output):
     # The prediction's values are not needed, but its place in the graph is: without it a second derivative would be
     # silently zero instead of an error.
     ctx.save_for_backward(residual, count, inputs[0])
-    ctx.reduction, _, ctx.need_grad = inputs[-3:]
+    ctx.reduction, _, _, ctx.need_grad = inputs[-4:]
     ctx.backend = backend.requested_backend()
 
 
@@ -104,26 +127,26 @@ def _residual_as_gradient(residual, count, grad_loss, reduction, requested):
 
 def _backward(ctx, grad_loss, grad_residual, grad_count):
     if grad_loss is None or not ctx.needs_input_grad[0]:
-        return (None,) * 17
+        return (None,) * 19
     if not ctx.need_grad:
         raise RuntimeError("flowseg::flow_loss: backward needs the op to have been called with need_grad=True")
     residual, count, prediction = ctx.saved_tensors
     grad = _residual_as_gradient(residual, count, grad_loss, ctx.reduction, ctx.backend)
     if grad is None:
         grad = call("flow_loss_bwd", grad_loss, residual, count, prediction, ctx.reduction, ctx.backend)
-    return (grad, *(None,) * 16)
+    return (grad, *(None,) * 18)
 
 
 define_op(
     "flow_loss(Tensor prediction, Tensor source, Tensor labels, Tensor t, Tensor centroids, str predicts, str loss_space, "
-    "float correction_weight, str schedule, float temperature, float eps, str transform, float? max_norm, "
-    "int ignore_index, str reduction, float t_min, bool need_grad) -> (Tensor, Tensor, Tensor)",
+    "float correction_weight, str schedule, float temperature, float? eps, str transform, float? max_norm, Tensor? ignored, "
+    "int ignore_index, str reduction, float t_min, Tensor? numbers, bool need_grad) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     backends={
         "cuda": _with_codes(cuda_kernel(_FORWARD)),
         "cpu": _with_codes(cpu_kernel(_FORWARD)),
-        "triton": triton_kernel(__package__, "flow_loss"),
-        "reference": reference.flow_loss,
+        "triton": _resolved(triton_kernel(__package__, "flow_loss")),
+        "reference": _resolved(reference.flow_loss),
     },
     channels=lambda prediction, *args: prediction.shape[1],
     backward=_backward,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...runtime.checks import check_time_values
+from ...runtime.checks import check_code_values, check_time_values
 from ..common import compute_dtype, encode_labels, valid_mask
 from ..distance_correction.reference import distance_correction
 
@@ -48,6 +48,7 @@ def flow_loss(
     The gradient of the loss is residual * grad_loss / count for "mean", residual * grad_loss for "sum" and "none".
     """
     dtype = compute_dtype(prediction.dtype)
+    check_code_values(centroids)
     mu = centroids.to(dtype)
     out, x0, time = prediction.to(dtype), source.to(dtype), t.to(dtype)[:, None, None, None]
     valid, classes = valid_mask(labels, mu.shape[0], ignore_index)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import torch
 
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
+from ..arguments import grid_of, label_of
 from ..common import compute_dtype
 from . import reference
 
-_ARGUMENTS = (
-    "Tensor x, Tensor centroids, Tensor? cells, Tensor? records, Tensor? groups, float grid_low, float grid_scale, "
-)
 _KERNEL = (
-    f"nearest_centroid({_ARGUMENTS}Tensor(a!) labels, Tensor(b!) distance, Tensor(c!) margin, int ignore_index) -> ()"
+    "nearest_centroid(Tensor x, Tensor centroids, Tensor? cells, Tensor? records, Tensor? groups, float grid_low, "
+    "float grid_scale, Tensor(a!) labels, Tensor(b!) distance, Tensor(c!) margin, int ignore_index) -> ()"
 )
 
 
-def _empty(
-    x, centroids, cells, records, groups, grid_low, grid_scale, out_dtype, return_distance, return_margin, ignore_index
-):
+def _empty(x, centroids, grid, out_dtype, return_distance, return_margin, ignored, ignore_index):
     shape = (x.shape[0], x.shape[2], x.shape[3])
     dtype = compute_dtype(x.dtype)
     return (
@@ -28,11 +25,29 @@ def _empty(
     )
 
 
+def _checked_label(centroids, out_dtype, ignored, ignore_index):
+    """The ignored label, where the results' dtype holds it and every class."""
+    label, dtype, last = label_of(ignored, ignore_index), getattr(torch, out_dtype), centroids.shape[0] - 1
+    limits = torch.iinfo(dtype)
+    if last > limits.max or not limits.min <= label <= limits.max:
+        raise ValueError(f"out_dtype: wanted one that holds classes up to {last} and ignore_index {label}; got {dtype}")
+    return label
+
+
 def _filled(kernel):
-    def run(x, centroids, cells, records, groups, grid_low, grid_scale, *options):
-        results = _empty(x, centroids, cells, records, groups, grid_low, grid_scale, *options)
-        kernel(x, centroids, cells, records, groups, grid_low, grid_scale, *results, options[-1])
+    def run(x, centroids, grid, *options):
+        results = _empty(x, centroids, grid, *options)
+        label = _checked_label(centroids, options[0], *options[-2:])
+        kernel(x, centroids, *grid_of(x, centroids, grid), *results, label)
         return results
+
+    return run
+
+
+def _returned(kernel, uses_grid):
+    def run(x, centroids, grid, *options):
+        label = _checked_label(centroids, options[0], *options[-2:])
+        return kernel(x, centroids, *grid_of(x, centroids, grid and uses_grid), *options[:-2], label)
 
     return run
 
@@ -40,14 +55,14 @@ def _filled(kernel):
 # A name and no ScalarType: AOTInductor of torch 2.10 and 2.11 hands another dtype to an op than the one that was exported
 # (pytorch/pytorch#169157).
 define_op(
-    f"nearest_centroid({_ARGUMENTS}str out_dtype, bool return_distance, bool return_margin, int ignore_index) "
-    "-> (Tensor, Tensor, Tensor)",
+    "nearest_centroid(Tensor x, Tensor centroids, bool grid, str out_dtype, bool return_distance, bool return_margin, "
+    "Tensor? ignored, int ignore_index) -> (Tensor, Tensor, Tensor)",
     fake=_empty,
     backends={
         "cuda": _filled(cuda_kernel(_KERNEL)),
         "cpu": _filled(cpu_kernel(_KERNEL)),
-        "triton": triton_kernel(__package__, "nearest_centroid"),
-        "reference": reference.nearest_centroid,
+        "triton": _returned(triton_kernel(__package__, "nearest_centroid"), uses_grid=True),
+        "reference": _returned(reference.nearest_centroid, uses_grid=False),
     },
     channels=lambda x, *args: x.shape[1],
     **no_second_derivative("nearest_centroid"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...runtime.checks import check_code_values
 from ..common import compute_dtype, squared_distances
 
 __all__ = ["nearest_centroid"]
@@ -46,6 +47,7 @@ def nearest_centroid(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels (B, H, W), distances and margins (B, H, W) or empty. Searches every centroid; the grid is not needed."""
     dtype = compute_dtype(x.dtype)
+    check_code_values(centroids)
     mu = centroids.to(dtype)
     columns = max(1, min(x.shape[3], _DISTANCES_AT_ONCE // mu.shape[0]))
     rows = max(1, _DISTANCES_AT_ONCE // (mu.shape[0] * columns))

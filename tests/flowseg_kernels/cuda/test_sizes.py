@@ -9,7 +9,7 @@ import torch
 
 import flowseg_kernels as fk
 
-from ..samples import image_batch
+from ..samples import decode_tables, image_batch
 from . import emulated
 
 NO_RESERVE = 0x4000  # of Linux: pages are taken when they are first written
@@ -68,7 +68,7 @@ def test_an_image_of_more_than_two_to_the_32_pixels(last_blocks):
     labels[-end:] = labels_near[0, 0].numpy()
     image, plane = (1, 3, rows, columns), (1, rows, columns)
     mu, module = book.centroids.numpy(), emulated.module()
-    grid = [v if v is None or isinstance(v, float) else v.numpy() for v in book.grid]
+    grid = [v if v is None or isinstance(v, float) else v.numpy() for v in decode_tables(book.centroids)]
     with fk.use_backend("reference"):
         want = fk.nearest_centroid(near, book)[0, 0].numpy()
         corrected = fk.distance_correction(near.float(), labels_near, book, eps=1e-3)[0, :, 0].numpy()

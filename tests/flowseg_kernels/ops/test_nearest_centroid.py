@@ -3,7 +3,7 @@ import torch
 
 import flowseg_kernels as fk
 
-from ..samples import FLOAT_DTYPES, LABEL_DTYPES, image_batch, layouts
+from ..samples import FLOAT_DTYPES, LABEL_DTYPES, decode_tables, image_batch, layouts
 
 
 def two_smallest(x, mu):
@@ -66,8 +66,8 @@ def test_codes_of_any_place_and_size(backend, offset, span):
 def test_cell_borders_corners_and_centroids(backend, classes):
     mu = fk.kronecker_centroids(classes, 3)
     book = fk.Codebook(mu, ignore_index=-1)
-    size = book.grid[0].shape[-1]
-    borders = book.grid_low + torch.arange(size + 1) / book.grid_scale
+    cells, _, _, low, scale = decode_tables(mu)
+    borders = low + torch.arange(cells.shape[-1] + 1) / scale
     ticks = torch.cat((borders, borders.nextafter(torch.tensor(9.0)), borders.nextafter(torch.tensor(-9.0))))
     n = 12_000
     corner = ticks[torch.randint(0, len(ticks), (n, 3))]

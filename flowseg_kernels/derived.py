@@ -1,0 +1,207 @@
+"""What follows from the values of codes: their smallest distance, the default eps and the decode grid.
+
+Frameworks fill, cast, average, broadcast and offload the tensors of a module. Derived values that lie among them would be
+changed too, or be left behind. So they are kept here, outside of every module, and found by the values of the codes:
+`derived_from` compares the codes with those it knows at every call. On a CPU that costs about a microsecond for 150 codes.
+Elsewhere the values are read once for each version of a tensor, as reading them waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .decode_grid import DecodeGrid, build_decode_grid
+
+__all__ = ["Derived", "check_codes", "derived_from", "ignored_label", "smallest_distance"]
+
+#: Codes whose derived values stay although no codebook holds them.
+_KEPT = 8
+#: Tensors on other devices whose values are remembered.
+_KEPT_ON_DEVICES = 64
+
+
+def smallest_distance(centroids: Tensor) -> float:
+    """Smallest Euclidean distance between two rows of (K, C) centroids, in fp64; inf for one centroid."""
+    mu = centroids.detach().to("cpu", torch.float64)
+    rows = torch.arange(mu.shape[0], device="cpu")
+    if mu.shape[0] > 2048:
+        rows = _rows_with_close_neighbours(mu)
+    smallest = math.inf
+    for part in rows.split(max(1, (1 << 22) // mu.shape[0])):
+        d = torch.cdist(mu[part], mu, compute_mode="donot_use_mm_for_euclid_dist")
+        d[torch.arange(len(part), device="cpu"), part] = math.inf
+        smallest = min(smallest, float(d.min()))
+    return smallest
+
+
+def _rows_with_close_neighbours(mu: Tensor) -> Tensor:
+    """Few rows of which one has the smallest distance to another row: decoding a code leaves its distance to the next as margin."""
+    from .functional import nearest_centroid
+    from .runtime.backend import automatic_backend
+
+    single = mu.float()
+    with automatic_backend():
+        margin = nearest_centroid(single.T.reshape(1, -1, 1, mu.shape[0]), single, return_margin=True)[1].flatten()
+    # fp32 rounding may reorder distances that are this close.
+    close = (margin <= margin.min() * (1 + 1e-5) + 1e-7).nonzero()[:, 0]
+    # A regular grid has its smallest distance everywhere; any of those rows gives it.
+    return close[:4096]
+
+
+class Derived:
+    """What follows from one set of codes. Each value is computed when it is first asked for.
+
+    Attributes:
+        codes: (K, C) on the CPU, fp32 or fp64, a copy.
+        min_distance: smallest Euclidean distance between two codes, inf for K = 1.
+        default_eps: 0.2 * min_distance**2; 0.2 for K = 1, 1e-6 where codes coincide.
+        grid: the decode grid, None for other than three channels or where lists would not be short.
+    """
+
+    def __init__(self, codes: Tensor):
+        self.codes = codes
+        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._copies: dict[torch.device, Tensor] = {}
+
+    # Immutable, so a copy of a module shares it.
+    def __deepcopy__(self, memo) -> Derived:
+        return self
+
+    def __reduce__(self):
+        return derived_from, (self.codes,)
+
+    @functools.cached_property
+    def min_distance(self) -> float:
+        return smallest_distance(self.codes)
+
+    @property
+    def default_eps(self) -> float:
+        spacing = self.min_distance if math.isfinite(self.min_distance) else 1.0
+        # Coinciding codes leave no scale of their own; any positive number keeps the loss finite.
+        return 0.2 * spacing**2 if spacing > 0 else 1e-6
+
+    @functools.cached_property
+    def grid(self) -> DecodeGrid | None:
+        if self.codes.shape[1] != 3:
+            return None
+        # A device context of the caller's must not reach the numbers that the grid is worked out from.
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            return build_decode_grid(self.codes.float())
+
+    def codes_on(self, device: torch.device) -> Tensor:
+        """The codes on a device."""
+        if device not in self._copies:
+            with torch.inference_mode(False):
+                self._copies[device] = self.codes.to(device)
+        return self._copies[device]
+
+    def is_rounded(self, codes: Tensor) -> bool:
+        """Whether `codes`, of any dtype and device, are these codes cast to that dtype."""
+        return torch.equal(self.codes.to(codes.dtype), _on_cpu(codes))
+
+    def tables(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
+        """The decode grid on a device as kernels take it: cells, records, groups, low, scale; None and 0 without a grid."""
+        grid = self.grid
+        if grid is None:
+            return None, None, None, 0.0, 0.0
+        if device not in self._tables:
+            with torch.inference_mode(False):
+                self._tables[device] = tuple(v.to(device) for v in (grid.cells, grid.records, grid.groups))
+        return *self._tables[device], grid.low, grid.scale
+
+
+def check_codes(name: str, codes: Tensor) -> None:
+    """Codes are (K, C), floating and finite.
+
+    Raises:
+        TypeError, ValueError: naming what came.
+    """
+    if codes.ndim != 2 or not 1 <= codes.shape[0] <= 65536 or codes.shape[1] < 1:
+        raise ValueError(f"{name}: wanted shape (K, C) with 1 <= K <= 65536; got {tuple(codes.shape)}")
+    if not codes.is_floating_point():
+        raise TypeError(f"{name}: wanted a floating dtype; got {codes.dtype}")
+    if codes.is_meta:
+        raise ValueError(f"{name}: wanted values; got a meta tensor, which has none")
+    if not bool(torch.isfinite(codes).all()):
+        raise ValueError(f"{name}: wanted finite values; got NaN or infinity")
+
+
+_recent: list[Derived] = []
+_alive: weakref.WeakSet[Derived] = weakref.WeakSet()
+_on_devices: dict[tuple, tuple[Tensor, int, object]] = {}
+
+
+def derived_from(codes: Tensor) -> Derived:
+    """What follows from codes (K, C), fp32 or fp64, on any device: found by their values, worked out where they are new.
+
+    Raises:
+        TypeError, ValueError: codes that are none, as NaN among them.
+    """
+    return _of_values(codes) if codes.device.type == "cpu" else _once_per_version(codes, _of_values)
+
+
+def ignored_label(ignored: Tensor) -> int:
+    """The ignored label that a codebook holds as a tensor of one element.
+
+    Raises:
+        ValueError: not a whole number, as after an average of it.
+    """
+    return _whole_number(ignored) if ignored.device.type == "cpu" else _once_per_version(ignored, _whole_number)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor if tensor.device.type == "cpu" else _once_per_version(tensor, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _whole_number(ignored: Tensor) -> int:
+    value = ignored.item()
+    if value != value or value != int(value):
+        raise ValueError(f"ignored: wanted the codebook's ignored label, a whole number; got {value}")
+    return int(value)
+
+
+def _of_values(codes: Tensor) -> Derived:
+    codes = codes.detach()
+    for place, known in enumerate(_recent):
+        if known.codes.dtype == codes.dtype and torch.equal(known.codes, codes):
+            if place:
+                _recent.insert(0, _recent.pop(place))
+            return known
+    for known in list(_alive):
+        if known.codes.dtype == codes.dtype and torch.equal(known.codes, codes):
+            break
+    else:
+        check_codes("centroids", codes)
+        with torch.inference_mode(False):
+            known = Derived(codes.clone(memory_format=torch.contiguous_format))
+        _alive.add(known)
+    _recent.insert(0, known)
+    del _recent[_KEPT:]
+    return known
+
+
+def _once_per_version(tensor: Tensor, read: Callable[[Tensor], object]):
+    """read(tensor on the CPU), again only after the tensor was written to. An alias keeps its memory from being handed out anew."""
+    if tensor.is_inference():
+        return read(tensor.cpu())  # such a tensor does not count its versions
+    key = (read, tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+    found = _on_devices.get(key)
+    if found is not None and found[0]._version == found[1]:
+        return found[2]
+    version = tensor._version
+    value = read(tensor.detach().cpu())
+    _on_devices.pop(key, None)
+    _on_devices[key] = tensor.detach(), version, value
+    while len(_on_devices) > _KEPT_ON_DEVICES:
+        _on_devices.pop(next(iter(_on_devices)))
+    return value
