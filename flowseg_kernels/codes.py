@@ -203,6 +203,7 @@ class Codebook(torch.nn.Module):
         self.register_buffer("ignored", torch.tensor(ignore_index, device="cpu"))
         # The values last seen: what a cast rounded, and a device without memory dropped, is taken from them.
         self._known: Derived | None = derived_from(self.centroids)
+        self._seen: tuple[int, int] | None = None
         self._known_label: int | None = ignore_index
         if 0 <= ignore_index < self.num_classes:
             warnings.warn(
@@ -270,10 +271,12 @@ class Codebook(torch.nn.Module):
                 "codebook: wanted its centroids to hold values; got a meta tensor. Load a state into the model, or move it with "
                 "to_empty(device=...)"
             )
-        if codes.dtype in (torch.float32, torch.float64):
-            self._known = derived_from(codes)
-            return codes
-        return self._unrounded(codes)
+        if codes.dtype not in (torch.float32, torch.float64):
+            return self._unrounded(codes)
+        seen = None if codes.is_inference() else (codes.data_ptr(), codes._version)
+        if seen is None or seen != self._seen:
+            self._known, self._seen = derived_from(codes), seen
+        return codes
 
     def _unrounded(self, codes: Tensor) -> Tensor:
         """The known codes, where a cast that went around this module's own rule rounded them."""
@@ -340,7 +343,7 @@ class Codebook(torch.nn.Module):
 
     def __getstate__(self) -> dict:
         # A shallow copy has buffers of its own: setting one must not reach the original.
-        return {**self.__dict__, "_buffers": dict(self._buffers), "_known": None}
+        return {**self.__dict__, "_buffers": dict(self._buffers), "_known": None, "_seen": None}
 
     def __setstate__(self, state: dict) -> None:
         # Earlier versions kept what is derived among the buffers and attributes.
@@ -348,7 +351,7 @@ class Codebook(torch.nn.Module):
         state = {name: value for name, value in state.items() if name not in derived}
         state["_buffers"] = {k: v for k, v in state["_buffers"].items() if k in ("centroids", "ignored")}
         state["_non_persistent_buffers_set"] = set()
-        super().__setstate__({"_known": None, "_known_label": None, **state})
+        super().__setstate__({"_known": None, "_seen": None, "_known_label": None, **state})
 
     def encode(self, labels: Tensor) -> Tensor:
         """Codes (B, C, H, W) of labels (B, H, W) of any integer dtype; 0 (the origin) where labels are ignored.
