@@ -343,7 +343,7 @@ class Codebook(torch.nn.Module):
 
     def __getstate__(self) -> dict:
         # A shallow copy has buffers of its own: setting one must not reach the original.
-        return {**self.__dict__, "_buffers": dict(self._buffers), "_known": None, "_seen": None}
+        return {**self.__dict__, "_buffers": dict(self._buffers), "_seen": None}
 
     def __setstate__(self, state: dict) -> None:
         # Earlier versions kept what is derived among the buffers and attributes.

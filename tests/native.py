@@ -34,7 +34,8 @@ def build(
     return folder / LIBRARY
 
 
-def pytest_configure(config) -> None:
+def use_named_library() -> None:
+    """Take the library that FLOWSEG_TEST_LIBRARY names in place of the installed one."""
     path = os.environ.get("FLOWSEG_TEST_LIBRARY")
     if path:
         from flowseg_kernels.runtime import extension
@@ -43,3 +44,7 @@ def pytest_configure(config) -> None:
         reason = extension.why_no_cpu_kernels()
         if reason:
             raise SystemExit(reason)
+
+
+def pytest_configure(config) -> None:
+    use_named_library()

@@ -11,8 +11,11 @@ import argparse
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import pathlib
 import platform
+import subprocess
+import sys
 import time
 
 from ..sources import commit, is_known
@@ -27,14 +30,17 @@ HEAD = """# Random calls
 sizes from 0 on, every memory layout, dtype and option, NaN, infinities, ties, points on borders of cells of the decode grid. Each
 number must lie within an error bound that follows from the formulas (`tests/fuzz/exact.py`). "Unbounded": the share of the numbers
 for which no bound can be given, because an intermediate result leaves the range of its dtype, or because the rounding of the inputs
-decides which code is nearest; these are not compared. A row is one run; below 20,000 calls it is not finished. Calls that once
-failed are tests now (`tests/fuzz/test_fuzz.py`).
+decides which code is nearest; these are not compared. "Changed codebooks" (`--changed`): before each call a codebook's tensors are
+overwritten, replaced, averaged, cast or spoilt; the result is that of the codes it then holds, or an error. A row is one run; below
+20,000 calls it is not finished. Calls that once failed are tests now (`tests/fuzz/test_fuzz.py`).
 
 | backend | calls | failures | numbers | unbounded | CPU seconds | seed | commit | torch | machine |
 |---|---|---|---|---|---|---|---|---|---|
 """
 TORCH = importlib.metadata.version("torch")
 PIECE = 250
+#: Set in the environment of a run under a sanitizer.
+UNDER = "FLOWSEG_FUZZ_UNDER"
 HOW = {"triton": " (interpreted)", "cuda": " (on the host shim)"}
 #: Share of the cases by op. The field is slow and has no CUDA kernel.
 SHARES = {
@@ -47,9 +53,9 @@ SHARES = {
 }
 
 
-def plan(backend: str, cases: int) -> list[tuple[str, int]]:
+def plan(backend: str, cases: int, changed: bool = False) -> list[tuple[str, int]]:
     """(op, number of cases) of each piece, the ops in turn."""
-    shares = {op: n for op, n in SHARES.items() if backend != "cuda" or op != "neural_field"}
+    shares = {op: n for op, n in SHARES.items() if op != "neural_field" or (backend != "cuda" and not changed)}
     left = {op: -(-cases * n // sum(shares.values())) for op, n in shares.items()}
     pieces = []
     while any(left.values()):
@@ -75,7 +81,10 @@ def report(records: dict) -> str:
         free = r["numbers_free"] / max(r["numbers"], 1)
         counts = f"{r['cases']:,} | {r['failures']} | {r['numbers']:,} | {free:.2%} | {r['seconds']:.0f}"
         where = f"{r['seed']} | {r['commit']} | {r['torch']} | {r['machine']}"
-        rows.append(f"| {name}{HOW.get(name, '')} | {counts} | {where} |")
+        backend, *more = name.split(" ")
+        how = {"changed": ", changed codebooks", "address": ", under AddressSanitizer"}
+        kind = f"{backend}{HOW.get(backend, '')}{''.join(how[word] for word in more)}"
+        rows.append(f"| {kind} | {counts} | {where} |")
     return HEAD + "\n".join(rows) + "\n"
 
 
@@ -99,6 +108,17 @@ def store(backend: str, record: dict, piece: Piece) -> None:
     RESULTS.write_text(report(every))
 
 
+def under_sanitizer(options: argparse.Namespace) -> int:
+    """This run again, on kernels that were compiled with a sanitizer."""
+    from ..sanitize.__main__ import compiled, prepared
+
+    name = options.sanitizer
+    if options.backend == "cpu":
+        compiled(name)
+    command, environment = prepared(name, "-m", "tests.fuzz", *sys.argv[1:])
+    return subprocess.run(command, env={**environment, UNDER: name, "FLOWSEG_EMULATED_SANITIZER": name}).returncode
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.partition("\n")[0])
     parser.add_argument("--backend", required=True, choices=("reference", "cpu", "triton", "cuda"))
@@ -106,10 +126,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these; call again to go on")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    parser.add_argument("--changed", action="store_true", help="change the codebook's tensors before each call")
+    parser.add_argument(
+        "--sanitizer",
+        choices=("address",),
+        help="compile the kernels of cpu or cuda with it, for a run beside the others",
+    )
     parser.add_argument("--anew", action="store_true", help="forget the record of this backend")
     options = parser.parse_args()
+    if options.sanitizer and not os.environ.get(UNDER):
+        return under_sanitizer(options)
     every = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    record = every.get(options.backend)
+    name = " ".join(filter(None, (options.backend, options.changed and "changed", options.sanitizer)))
+    record = every.get(name)
     # Of other sources, another torch or another wish a record says nothing.
     wanted = {"seed": options.seed, "wanted": options.cases, "commit": commit(RECORD, RESULTS), "torch": TORCH}
     known = record is not None and is_known(wanted["commit"])
@@ -117,8 +146,8 @@ def main() -> int:
         record = {**wanted, "cases": 0, "failures": 0, "pieces": 0, "seconds": 0.0, "numbers": 0, "numbers_free": 0}
         record |= {"failed": [], "ops": {}}
     pieces = [
-        Piece(op, options.backend, cases, options.seed * 100_003 + number)
-        for number, (op, cases) in enumerate(plan(options.backend, options.cases))
+        Piece(op, options.backend, cases, options.seed * 100_003 + number, options.changed)
+        for number, (op, cases) in enumerate(plan(options.backend, options.cases, options.changed))
     ]
     if record["pieces"] >= len(pieces):
         print(f"{options.backend}: {record['cases']} cases are done at {record['commit']}; --anew takes them again")
@@ -127,7 +156,7 @@ def main() -> int:
     end = time.monotonic() + 60 * options.minutes
     with multiprocessing.get_context("spawn").Pool(options.jobs, prepare, (options.backend,)) as pool:
         for piece in pool.imap(run_piece, pieces[record["pieces"] :]):
-            store(options.backend, record, piece)
+            store(name, record, piece)
             done = f"{record['cases']}/{options.cases} cases, {record['failures']} failures, {record['seconds']:.0f} s of CPU"
             print(f"\r{options.backend}: {done}; last {piece.op}      ", end="", flush=True)
             if piece.failed:

@@ -12,6 +12,10 @@ def prepare(name: str) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     from flowseg_kernels.runtime import backend
 
+    from ..native import use_named_library
+
+    if name == "cpu":
+        use_named_library()
     if name == "cuda":
         from ..flowseg_kernels.cuda import emulated
 

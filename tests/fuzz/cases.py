@@ -21,6 +21,24 @@ CODES = ("kronecker", "r_sequence", "grid", "lattice", "doubled", "large", "smal
 SPECIALS = (
     "nan", "inf", "-inf", "1e38", "-1e38", "3e19", "1e15", "1e-40", "1e-30", "-0.0", "code", "between", "near_code", "border",
 )  # fmt: skip
+#: What others do to the tensors of a codebook before the call. Those of SPOILT leave no codes, which must be an error.
+CHANGES = (
+    "moved",
+    "shuffled",
+    "filled",
+    "replaced",
+    "averaged",
+    "bfloat16",
+    "float16",
+    "grid",
+    "nan",
+    "inf",
+    "integers",
+    "flat",
+    "none",
+    "meta",
+)
+SPOILT = ("nan", "inf", "integers", "flat", "none", "meta")
 TRANSFORMS = ("neg_log", "neg_sq", "neg_dist", "inverse")
 #: eps down to where fp32 still holds T' of every transform.
 EPS = (None, 0.1, 1e-2, 1e-3, 1.0, 1e-6, 1e-14, 1e-30)
@@ -64,6 +82,7 @@ class Pixels(_Brief):
     magnitude: float = 1.0
     specials: tuple[tuple[str, int, str], ...] = ()
     seed: int = 0
+    change: str | None = None
     options: dict = dataclasses.field(default_factory=dict)
 
 
@@ -203,6 +222,11 @@ def fields(draw, *, slow: bool = False):
         form=pick("residual", "plain"),
         seed=draw(st.integers(0, 2**31 - 1)),
     )
+
+
+def with_changed_codebook(case: Pixels) -> Pixels:
+    """The same case on a codebook whose tensors were changed, in the way that its seed names."""
+    return dataclasses.replace(case, bare=False, change=CHANGES[case.seed % len(CHANGES)])
 
 
 PIXEL_OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")

@@ -69,6 +69,41 @@ def codebook(case: Pixels) -> fk.Codebook:
     return book
 
 
+def changed(case: Pixels, book: fk.Codebook) -> fk.Codebook:
+    """The codebook after `case.change` was done to its tensors."""
+    if case.change is None:
+        return book
+    book = copy.deepcopy(book)
+    codes, make = book.centroids, torch.Generator().manual_seed(case.seed)
+    if case.change == "moved":
+        codes.data.mul_(0.9).add_(0.01)
+    elif case.change == "shuffled":
+        codes.copy_(codes[torch.randperm(len(codes), generator=make)].clone())
+    elif case.change == "filled":
+        codes.numpy()[...] = 0.25
+    elif case.change == "replaced":
+        book.centroids = torch.rand(codes.shape, generator=make, dtype=codes.dtype) * 200 - 100
+    elif case.change == "averaged":
+        codes.lerp_(torch.randn(codes.shape, generator=make, dtype=codes.dtype), 1e-3)
+    elif case.change in ("bfloat16", "float16"):
+        codes.data = codes.to(getattr(torch, case.change))
+    elif case.change == "grid":
+        for table in (book._cells, book._records, book._groups):
+            if table is not None:
+                table.fill_(2**30)
+    elif case.change in ("nan", "inf"):
+        codes.view(-1)[case.seed % codes.numel()] = float(case.change)
+    elif case.change == "integers":
+        codes.data = codes.long()
+    elif case.change == "flat":
+        codes.data = codes.flatten()
+    elif case.change == "none":
+        codes.data = codes[:0]
+    else:
+        book.centroids = codes.to("meta")
+    return book
+
+
 def _with_specials(case: Pixels, name: str, x: torch.Tensor, book: fk.Codebook) -> torch.Tensor:
     """x (B, C, H, W), fp64, with the awkward values in it."""
     mu = book.centroids.double()

@@ -15,6 +15,7 @@ class Piece:
     backend: str
     cases: int
     seed: int
+    changed: bool = False
     ran: int = 0
     failed: str | None = None
     seconds: float = 0.0
@@ -25,7 +26,7 @@ def run_piece(piece: Piece) -> Piece:
     """The piece with its results; `failed` is the smallest failing case and its reason."""
     from hypothesis import HealthCheck, Phase, given, seed, settings
 
-    from .cases import cases
+    from .cases import cases, with_changed_codebook
     from .checks import check, seen
 
     @seed(piece.seed)
@@ -40,7 +41,7 @@ def run_piece(piece: Piece) -> Piece:
     @given(cases(piece.op, slow=piece.backend == "triton"))
     def every_case(case):
         piece.ran += 1
-        check(piece.op, case, piece.backend)
+        check(piece.op, with_changed_codebook(case) if piece.changed else case, piece.backend)
 
     seen.clear()
     start = time.process_time()

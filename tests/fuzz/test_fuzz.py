@@ -1,12 +1,14 @@
 """A short run of the fuzzer on each backend, and every case that ever failed. The long one: python -m tests.fuzz."""
 
+import dataclasses
+
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from flowseg_kernels.runtime.triton_forms import INTERPRETED
 
-from .cases import PIXEL_OPS, Field, Pixels, cases
+from .cases import CHANGES, PIXEL_OPS, Field, Pixels, cases
 from .checks import Wrong, agree, check
 from .exact import Answer
 
@@ -116,6 +118,21 @@ def test_any_call_is_within_its_bound_of_fp64(backend, slow, op):
     @given(cases(op, slow=slow))
     def every_case(case):
         check(op, case, backend)
+
+    every_case()
+
+
+@pytest.mark.parametrize("op", PIXEL_OPS)
+def test_any_call_on_a_changed_codebook_is_right_or_an_error(backend, slow, op):
+    most = 14 if slow else 28 if backend == "cuda" else 56
+
+    @settings(
+        max_examples=most, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink), report_multiple_bugs=False,
+    )  # fmt: skip
+    @given(cases(op, slow=slow), st.sampled_from(CHANGES))
+    def every_case(case, change):
+        check(op, dataclasses.replace(case, bare=False, change=change), backend)
 
     every_case()
 

@@ -68,8 +68,11 @@ def library_path(name: str) -> str:
     return str(pathlib.Path(found).resolve())
 
 
-def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    """This Python with the sanitizer's runtime in it, without address randomisation: older runtimes do not know newer layouts."""
+def prepared(name: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of this Python with the sanitizer's runtime in it.
+
+    It runs without address randomisation, as older runtimes do not know newer layouts.
+    """
     environment = {**os.environ, **OPTIONS, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["FLOWSEG_TEST_LIBRARY"] = str(FOLDER / name / "libflowseg_cpu.so")
     if name in PRELOADED:
@@ -77,7 +80,11 @@ def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
         # extension module throws if it did not find __cxa_throw when it started.
         environment["LD_PRELOAD"] = " ".join(map(library_path, (PRELOADED[name], "libstdc++.so.6")))
     no_random = ["setarch", "-R"] if shutil.which("setarch") else []
-    command = [*no_random, sys.executable, *arguments]
+    return [*no_random, sys.executable, *arguments], environment
+
+
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    command, environment = prepared(name, *arguments)
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
 
 

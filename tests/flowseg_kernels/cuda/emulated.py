@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import pathlib
 import shutil
 import subprocess
@@ -63,11 +64,17 @@ def sources(*more: str) -> list[pathlib.Path]:
 
 @functools.cache
 def module():
-    """The kernels as a Python module. No optimisation: compiling takes longer than running."""
+    """The kernels as a Python module. No optimisation: compiling takes longer than running.
+
+    FLOWSEG_EMULATED_SANITIZER in the environment ("address") compiles them with it.
+    """
     import pybind11
 
     includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_path('include')}'"
-    path = ninja("module", f"-O0 -fPIC {includes}", sources("module"), "flowseg_emulated.so", "-shared")
+    sanitizer = os.environ.get("FLOWSEG_EMULATED_SANITIZER", "")
+    flag = f"-g1 -fsanitize={sanitizer}" if sanitizer else ""
+    name = f"module-{sanitizer}" if sanitizer else "module"
+    path = ninja(name, f"-O0 -fPIC {flag} {includes}", sources("module"), "flowseg_emulated.so", f"-shared {flag}")
     spec = importlib.util.spec_from_file_location("flowseg_emulated", path)
     loaded = importlib.util.module_from_spec(spec)
     sys.modules["flowseg_emulated"] = loaded
