@@ -115,7 +115,7 @@ def flow_interpolate(
     Args:
         source: x0, (B, C, H, W).
         labels: y, (B, H, W).
-        t: (B,), times in [0, 1].
+        t: (B,), times in [0, 1], on the CPU checked to within their rounding.
         centroids: (K, C), or a Codebook.
         ignore_index: label of pixels without a class; default the codebook's, 255 for bare centroids. They stay at x0.
 
@@ -144,10 +144,10 @@ def distance_correction(
     labels: Tensor,
     centroids: Tensor | Codebook,
     *,
-    temperature: float = 1.0,
-    eps: float | None = None,
+    temperature: float | Tensor = 1.0,
+    eps: float | Tensor | None = None,
     transform: str = "neg_log",
-    max_norm: float | None = None,
+    max_norm: float | Tensor | None = None,
     ignore_index: int | None = None,
 ) -> Tensor:
     """The gradient of Phi = -log softmax(T(d) / tau)[y], d_k = |xhat - mu_k|^2, with respect to xhat.
@@ -158,7 +158,8 @@ def distance_correction(
         xhat: estimate of the end point, (B, C, H, W).
         labels: y, (B, H, W).
         centroids: (K, C), or a Codebook.
-        temperature: tau, above 0. Default 1.
+        temperature: tau, above 0. Default 1. This and the next two may be numbers or floating tensors of shape (), for
+            schedules; they have no gradient.
         eps: added to squared distances; caps the correction near 1 / (tau sqrt(eps)). None: 0.2 * min_distance**2 of the
             Codebook; bare centroids need a number.
         transform: "neg_log" -log(d + eps) (default), "neg_sq" -d, "neg_dist" -sqrt(d + eps), "inverse" 1 / (d + eps).
@@ -204,15 +205,15 @@ def flow_loss(
     *,
     predicts: str = "velocity",
     loss_space: str | None = None,
-    correction_weight: float = 1.0,
+    correction_weight: float | Tensor = 1.0,
     schedule: str = "static",
-    temperature: float = 1.0,
-    eps: float | None = None,
+    temperature: float | Tensor = 1.0,
+    eps: float | Tensor | None = None,
     transform: str = "neg_log",
-    max_norm: float | None = None,
+    max_norm: float | Tensor | None = None,
     ignore_index: int | None = None,
     reduction: str = "mean",
-    t_min: float = 0.05,
+    t_min: float | Tensor = 0.05,
 ) -> Tensor:
     """Squared error of a flow network against the reshaped target; loss and gradient come from one pass.
 
@@ -227,11 +228,12 @@ def flow_loss(
         prediction: velocity or end point, as `predicts` says, (B, C, H, W).
         source: x0, (B, C, H, W), of any floating dtype.
         labels: y, (B, H, W).
-        t: (B,), times in [0, 1].
+        t: (B,), times in [0, 1], on the CPU checked to within their rounding.
         centroids: (K, C), or a Codebook.
         predicts: "velocity" (default) or "endpoint".
         loss_space: "velocity", "endpoint" or None for the space of the prediction.
-        correction_weight: lambda, at least 0; 0 is vanilla flow matching.
+        correction_weight: lambda, at least 0; 0 is vanilla flow matching. A number, or for schedules a floating tensor of
+            shape (), which has no gradient; so are temperature, eps, max_norm and t_min.
         schedule, temperature, eps, transform, max_norm: of the correction, as in distance_correction.
         ignore_index: label of pixels that carry no loss and no gradient.
         reduction: "none": (B, H, W), the mean over channels of the squared error, 0 where ignored. "sum": its sum.
@@ -310,10 +312,12 @@ def nearest_centroid(
         out_dtype: uint8, int16, int32 or int64 (default).
         return_distance: also the Euclidean distance to the nearest centroid.
         return_margin: also the margin, second smallest minus smallest distance (inf for K = 1): a confidence.
+        ignore_index: label of a pixel with NaN; default the codebook's. For bare centroids 255, and -1 if there are more than
+            255 of them.
 
     Returns:
         labels (B, H, W), or a tuple (labels, distance, margin) of those asked for; distance and margin in fp32 (fp64 for
-        fp64 inputs). A pixel with NaN gets the codebook's ignore_index (255 for bare centroids) and NaN.
+        fp64 inputs). A pixel with NaN gets ignore_index and NaN.
 
     Not differentiable. Cost: reads x once, writes the labels once.
 

@@ -39,8 +39,8 @@ overwritten, replaced, averaged, cast or spoilt; the result is that of the codes
 """
 TORCH = importlib.metadata.version("torch")
 PIECE = 250
-#: Set in the environment of a run under a sanitizer.
-UNDER = "FLOWSEG_FUZZ_UNDER"
+#: Names the sanitizer in the environment of a run under one.
+UNDER = "FLOWSEG_EMULATED_SANITIZER"
 HOW = {"triton": " (interpreted)", "cuda": " (on the host shim)"}
 #: Share of the cases by op. The field is slow and has no CUDA kernel.
 SHARES = {
@@ -116,7 +116,7 @@ def under_sanitizer(options: argparse.Namespace) -> int:
     if options.backend == "cpu":
         compiled(name)
     command, environment = prepared(name, "-m", "tests.fuzz", *sys.argv[1:])
-    return subprocess.run(command, env={**environment, UNDER: name, "FLOWSEG_EMULATED_SANITIZER": name}).returncode
+    return subprocess.run(command, env={**environment, UNDER: name}).returncode
 
 
 def main() -> int:
