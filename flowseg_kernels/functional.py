@@ -103,7 +103,10 @@ def encode_labels(labels: Tensor, codebook: Tensor | Codebook, *, ignore_index: 
     if isinstance(codebook, Codebook):
         mu, _ = codebook()
     ignored, number = _label(ignore_index, ignored, mu.shape[0])
-    valid, classes = valid_mask(labels, mu.shape[0], number if ignored is None else ignored_label(ignored))
+    if ignored is not None:
+        # A compiled graph keeps the tensor, whose value may change.
+        number = ignored if torch.compiler.is_compiling() else ignored_label(ignored)
+    valid, classes = valid_mask(labels, mu.shape[0], number)
     return torch.where(valid[:, None], _encode_valid(classes, mu), 0).contiguous()
 
 
