@@ -60,9 +60,9 @@ class _ChunkedField(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         dtype = ctx.dtype
-        tensors = [
-            v if v is None or dtype is None or v.dtype == torch.float64 else v.to(dtype) for v in ctx.saved_tensors
-        ]
+        # Non-reentrant checkpointing and hooks on saved tensors allow one read only.
+        saved = ctx.saved_tensors
+        tensors = [v if v is None or dtype is None or v.dtype == torch.float64 else v.to(dtype) for v in saved]
         x, s, *rest = tensors
         shared, generators = rest[:_SHARED], list(zip(rest[_SHARED::2], rest[_SHARED + 1 :: 2]))
         # The op takes tensors only.
@@ -97,7 +97,7 @@ class _ChunkedField(torch.autograd.Function):
                     grads[place] += of_block.flatten(0, 1).T @ features.flatten(0, 1)
                 if needs[place + 1]:
                     grads[place + 1] += of_block.sum(dim=(0, 1))
-        return (None, None, None, *(g if g is None else g.to(v.dtype) for g, v in zip(grads, ctx.saved_tensors)))
+        return (None, None, None, *(g if g is None else g.to(v.dtype) for g, v in zip(grads, saved)))
 
 
 def _sum_dtype(v: Tensor) -> torch.dtype:

@@ -10,11 +10,13 @@ OPS = ("flow_interpolate", "flow_loss", "distance_correction", "nearest_centroid
 class EveryOp(torch.nn.Module):
     """Labels to codes and back through a field: all six ops in one forward."""
 
-    def __init__(self, codes, patch_size=4):
+    def __init__(self, codes, patch_size=4, patch_chunk=None):
         super().__init__()
         self.codes, self.patch_size = codes, patch_size
         self.features = torch.nn.Conv2d(3, 6, patch_size, patch_size)
-        self.field = fk.NeuralFieldDecoder(6, hidden=8, depth=1, patch_size=patch_size, max_freqs=2)
+        self.field = fk.NeuralFieldDecoder(
+            6, hidden=8, depth=1, patch_size=patch_size, max_freqs=2, patch_chunk=patch_chunk
+        )
         torch.nn.init.normal_(self.field.final_layer.linear.weight, std=0.5)
         self.loss = fk.FlowLoss(codes, reduction="sum")
 

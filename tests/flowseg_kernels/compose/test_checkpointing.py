@@ -1,4 +1,4 @@
-"""Activation checkpointing: the ops run again in backward and give the same numbers."""
+"""Activation checkpointing and hooks on saved tensors: the ops give the same numbers, and backward reads each tensor once."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ def gradients(step, loss):
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "plain"])
-def test_checkpointed_step_gives_the_same_gradients(backend, codes19, reentrant):
-    step = EveryOp(codes19)
+def test_checkpointed_step_gives_the_same_gradients(backend, codes19, reentrant, patch_chunk):
+    step = EveryOp(codes19, patch_chunk=patch_chunk)
     source, labels, t = batch(codes19)
     source.requires_grad_()
     want = step(source, labels, t)[0]
@@ -31,11 +31,11 @@ def test_checkpointed_step_gives_the_same_gradients(backend, codes19, reentrant)
         assert torch.equal(a, b)
 
 
-def test_recomputation_after_the_block_is_right_too(codes19):
+def test_recomputation_after_the_block_is_right_too(codes19, patch_chunk):
     """Backward, and with it the second forward, may run after a block: on the automatic backend, to rounding the same."""
     if "cpu" not in fk.available_backends("flow_loss"):
         pytest.skip("needs two backends")
-    step = EveryOp(codes19)
+    step = EveryOp(codes19, patch_chunk=patch_chunk)
     inputs = batch(codes19)
     with fk.use_backend("reference"):
         loss = checkpoint(lambda *v: step(*v)[0], *inputs, use_reentrant=False)
@@ -44,17 +44,19 @@ def test_recomputation_after_the_block_is_right_too(codes19):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_selective_checkpointing_keeps_what_it_is_told(codes19, monkeypatch):
+def test_selective_checkpointing_keeps_what_it_is_told(codes19, monkeypatch, patch_chunk):
     """The dear op's result is kept and the cheap ones run again."""
     kept = {torch.ops.flowseg.neural_field.default}
 
     def policy(context, op, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    step = EveryOp(codes19)
+    step = EveryOp(codes19, patch_chunk=patch_chunk)
     inputs = batch(codes19)
-    want = gradients(step, step(*inputs)[0])
     calls = called(monkeypatch)
+    want = gradients(step, step(*inputs)[0])
+    chunks = calls.count("neural_field")
+    calls.clear()
     loss = checkpoint(
         lambda *v: step(*v)[0],
         *inputs,
@@ -63,4 +65,34 @@ def test_selective_checkpointing_keeps_what_it_is_told(codes19, monkeypatch):
     )
     for a, b in zip(gradients(step, loss), want):
         assert torch.equal(a, b)
-    assert calls.count("neural_field") == 1 and calls.count("flow_loss") == 2
+    assert calls.count("neural_field") == chunks == (1 if patch_chunk is None else 4)
+    assert calls.count("flow_loss") == 2
+
+
+class ReadOnce:
+    """A saved tensor that, like one that non-reentrant checkpointing keeps, may be read once."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def read(self):
+        assert self.tensor is not None, "a saved tensor was read twice"
+        tensor, self.tensor = self.tensor, None
+        return tensor
+
+
+def once_only():
+    return torch.autograd.graph.saved_tensors_hooks(ReadOnce, ReadOnce.read)
+
+
+@pytest.mark.parametrize("hooks", [once_only, torch.autograd.graph.save_on_cpu], ids=["once", "save_on_cpu"])
+def test_hooks_on_saved_tensors(backend, codes19, patch_chunk, hooks):
+    """Also compares the gradients of the time and the source, which flow_interpolate's backward gives."""
+    step = EveryOp(codes19, patch_chunk=patch_chunk)
+    source, labels, t = batch(codes19)
+    wanted = [source.requires_grad_(), t.requires_grad_(), *step.parameters()]
+    want = torch.autograd.grad(step(source, labels, t)[0], wanted)
+    with hooks():
+        loss = step(source, labels, t)[0]
+    for a, b in zip(torch.autograd.grad(loss, wanted), want):
+        assert torch.equal(a, b)
