@@ -5,14 +5,17 @@ Memory for generated weights and their gradient is then that of one chunk, for o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .functional import neural_field
-from .runtime.backend import requested_backend
+from .runtime.backend import requested_backend, use_backend
 
-__all__ = ["chunked_field", "generate"]
+__all__ = ["autocast_dtype", "chunked_calls", "chunked_field", "generate"]
 
 _SHARED = 6  # embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias
 
@@ -51,9 +54,7 @@ class _ChunkedField(torch.autograd.Function):
         ctx.save_for_backward(x, s, *rest)
         ctx.size, ctx.options, ctx.backend = size, options, backend
         # Under autocast forward ran in its dtype, and so must backward, which runs outside of it.
-        device = x.device.type
-        cast = _has_autocast(device) and torch.is_autocast_enabled(device)
-        ctx.dtype = out.dtype if cast else None
+        ctx.dtype = out.dtype if autocast_dtype(x.device.type) else None
         return out
 
     @staticmethod
@@ -114,6 +115,12 @@ def _has_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast casts to on this type of device, or None where it is off."""
+    enabled = _has_autocast(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
+
+
 # As torch.compiler.assume_constant_result does, which takes longer to import the compiler than all else that we import.
 _backend_when_compiled._dynamo_marked_constant = _has_autocast._dynamo_marked_constant = True
 
@@ -132,3 +139,31 @@ def chunked_field(
     """
     flat = [v for pair in generators for v in pair]
     return _ChunkedField.apply(size, options, _backend_when_compiled(), x, s, *shared, *flat)
+
+
+def chunked_calls(size: int, x: Tensor, s: Tensor, p: int, decode: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """decode(x, s), `size` patches of p x p pixels at a time; backward runs decode again for each chunk.
+
+    `decode` may call any modules. Their hooks run once more per chunk in backward, with the same random numbers.
+    """
+    if torch.is_grad_enabled():
+        decode = _checkpointed(decode)
+    parts: dict[int, list[Tensor]] = {}
+    for images, lines, patches in _chunks(x.shape[0], x.shape[2] // p, x.shape[3] // p, size):
+        pixels = x[images, :, lines.start * p : lines.stop * p]
+        parts.setdefault(images.start, []).append(decode(pixels, s[images, patches]))
+    # Empty images have no chunks.
+    return torch.cat([torch.cat(rows, dim=2) for rows in parts.values()]) if parts else decode(x, s)
+
+
+def _checkpointed(decode: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    backend = "" if torch.compiler.is_compiling() else requested_backend()
+
+    def run(x, s):
+        if not backend:
+            return decode(x, s)
+        # Backward may run outside of the block that asked for this backend.
+        with use_backend(backend):
+            return decode(x, s)
+
+    return lambda x, s: checkpoint(run, x, s, use_reentrant=False)

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from .chunked_field import chunked_field, generate
+from .bare_layers import any_global_hook, bare_linear, bare_norm, is_bare_linear, is_bare_norm, is_silent
+from .chunked_field import autocast_dtype, chunked_calls, chunked_field
 from .codes import Codebook
-from .ops.neural_field.reference import FORMS, NORMALISE
-from .runtime.checks import check_choice, check_index, check_positive
+from .ops.common import compute_dtype
+from .ops.neural_field.reference import (
+    FORMS,
+    NORMALISE,
+    cosine_features,
+    from_patches,
+    generated_layers,
+    split_generated,
+    to_patches,
+)
+from .runtime.checks import FLOAT_DTYPES, check_choice, check_image, check_index, check_positive, check_tensor
+from .runtime.transforms import in_transform
 
 __all__ = ["CentroidDecoder", "FlowLoss", "NeuralFieldDecoder"]
 
@@ -48,14 +61,41 @@ class CentroidDecoder(nn.Module):
         return functional.nearest_centroid(x, self.codebook, **self.options)
 
 
+#: Of every RMSNorm of the field.
+_EPS = 1e-6
+
+
 class _FieldBlock(nn.Module):
-    """One block's parameters under PixNerd's names: the generator of its weights and the gain of its norm."""
+    """One block under PixNerd's names: the generator of its weights and its norm."""
 
     def __init__(self, dim: int, hidden: int, mlp_ratio: int, norm: bool):
         super().__init__()
         self.param_generator1 = nn.Linear(dim, 2 * mlp_ratio * hidden * hidden)
         if norm:
-            self.norm = nn.RMSNorm(hidden, eps=1e-6)
+            self.norm = nn.RMSNorm(hidden, eps=_EPS)
+
+    def forward(self, s: Tensor, h: Tensor | None = None, both: bool = True) -> tuple[Tensor, Tensor | None] | Tensor:
+        """The block's part in the field: what the fused op needs of it, or with `h` the block itself.
+
+        Args:
+            s: patch features (B, N, D).
+            h: states (B N, p^2, Hx) of the pixels of each patch.
+            both: whether both generated weights have columns of unit length.
+
+        Returns:
+            Without `h` the generated weights (B, N, S) and the gain (Hx,) of the norm (None in the plain form). The gain is a
+            copy, as FSDP frees the block's parameters when its call ends. With `h` the next states.
+        """
+        generated = self.param_generator1(s)
+        residual = "norm" in self._modules
+        if h is None:
+            return generated, bare_norm(self.norm).clone() if residual else None
+        # The residual is kept in the dtype of h; a layer gets what it was made for.
+        entered = self.norm(h.to(_layer_dtype(h, s))).to(h) if residual else h
+        with torch.autocast(h.device.type, enabled=False) if autocast_dtype(h.device.type) else nullcontext():
+            flat = generated.flatten(0, 1).to(h)
+            out = generated_layers(entered, *split_generated(flat, h.shape[-1], both))
+        return h + out if residual else out
 
 
 class _FieldEmbedder(nn.Module):
@@ -63,13 +103,26 @@ class _FieldEmbedder(nn.Module):
         super().__init__()
         self.embedder = nn.Sequential(nn.Linear(in_features, hidden))
 
+    def forward(self, pixels: Tensor) -> Tensor:
+        """States (B N, p^2, Hx) from codes and cosine features (B N, p^2, C + F^2)."""
+        return self.embedder(pixels)
+
 
 class _FieldOutput(nn.Module):
     def __init__(self, hidden: int, channels: int, norm: bool):
         super().__init__()
         if norm:
-            self.norm = nn.RMSNorm(hidden, eps=1e-6)
+            self.norm = nn.RMSNorm(hidden, eps=_EPS)
         self.linear = nn.Linear(hidden, channels)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Codes (B N, p^2, C) from states (B N, p^2, Hx)."""
+        return self.linear(self.norm(h) if "norm" in self._modules else h)
+
+
+def _layer_dtype(h: Tensor, s: Tensor) -> torch.dtype:
+    """Dtype that the layers take: of the patch features, which their generators take; autocast casts by itself."""
+    return h.dtype if autocast_dtype(h.device.type) else s.dtype
 
 
 class NeuralFieldDecoder(nn.Module):
@@ -90,6 +143,15 @@ class NeuralFieldDecoder(nn.Module):
 
     Parameter names follow PixNerd's (x_embedder.embedder.0, blocks.I.param_generator1, blocks.I.norm, final_layer.norm,
     final_layer.linear), and `load_pixnerd` takes its state dict. The last layer starts at zero: so does the output.
+
+    Every layer may be wrapped, hooked, replaced, pruned, quantised, sharded or offloaded. `blocks.I(s)` and in it
+    `param_generator1(s)` are called as modules. The fused op reads the weights of the other layers (x_embedder, the norms,
+    final_layer) as tensors, if they are nn.Linear and nn.RMSNorm without hooks; PyTorch's parametrizations, weight_norm,
+    spectral_norm and pruning are applied first. If any of them is something else, such as LoRA's layer, or has a hook, or a
+    hook on all modules is registered, then all layers are called as modules on the pixels of each patch: as PixNerd's plain
+    code does, at its time and with its memory (states of all pixels). These calls get tensors of the dtype of s.
+
+    With patch_chunk, generators that must be called (and their hooks) run again in backward, for each chunk.
     """
 
     def __init__(
@@ -112,8 +174,12 @@ class NeuralFieldDecoder(nn.Module):
         if patch_chunk is not None:
             check_index("patch_chunk", patch_chunk)
             check_positive("patch_chunk", patch_chunk)
+        sizes = {"dim": dim, "channels": channels, "hidden": hidden, "depth": depth, "mlp_ratio": mlp_ratio}
+        for name, value in {**sizes, "patch_size": patch_size, "max_freqs": max_freqs}.items():
+            check_positive(name, value)
         self.patch_chunk = patch_chunk
         self.patch_size, self.mlp_ratio, self.normalise, self.form = patch_size, mlp_ratio, normalise, form
+        self.max_freqs = max_freqs
         norm = form == "residual"
         self.x_embedder = _FieldEmbedder(channels + max_freqs**2, hidden)
         self.blocks = nn.ModuleList(_FieldBlock(dim, hidden, mlp_ratio, norm) for _ in range(depth))
@@ -129,30 +195,95 @@ class NeuralFieldDecoder(nn.Module):
                 position in its patch, from 0 at the first pixel to 1 at the last: at 2 p - 1 every second pixel is where a
                 pixel was at p. N stays H W / patch_size^2.
 
-        Differentiable in x, s and the parameters; twice, and in forward mode, at the cost of the plain formula and only without
-        patch_chunk.
+        Differentiable in x, s and the parameters; twice, and in forward mode, at the cost of the plain formula. With patch_chunk
+        the fused op has one derivative; torch.func's transforms and forward mode take all patches at once.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
         """
-        residual = self.form == "residual"
-        embed, last = self.x_embedder.embedder[0], self.final_layer
-        shared = (
-            embed.weight,
-            embed.bias,
-            torch.stack([block.norm.weight for block in self.blocks]) if residual else None,
-            last.norm.weight if residual else None,
-            last.linear.weight,
-            last.linear.bias,
-        )
-        generators = [(block.param_generator1.weight, block.param_generator1.bias) for block in self.blocks]
-        options = {
-            "patch_size": self.patch_size if patch_size is None else patch_size,
+        p = self.patch_size if patch_size is None else patch_size
+        self._check(x, s, p)
+        fused = self._can_fuse()
+        # Chunks need a second forward in backward, which a transform cannot make.
+        whole = self.patch_chunk is None or in_transform()
+        if fused and not whole and all(is_silent(v) and is_bare_linear(v.param_generator1) for v in self.blocks):
+            gains = torch.stack([bare_norm(v.norm) for v in self.blocks]) if self.form == "residual" else None
+            generators = [bare_linear(v.param_generator1) for v in self.blocks]
+            return chunked_field(self.patch_chunk, x, s, self._shared(gains), generators, self._options(p))
+        shared = self._shared(None) if fused else None
+        if whole:
+            return self._decode(x, s, p, shared)
+        return chunked_calls(self.patch_chunk, x, s, p, lambda x, s: self._decode(x, s, p, shared))
+
+    def _check(self, x: Tensor, s: Tensor, p: int) -> None:
+        check_image("x", x)
+        check_index("patch_size", p)
+        check_positive("patch_size", p)
+        check_tensor("s", s, FLOAT_DTYPES, "(B, N, D)", 3)
+        batch, _, height, width = x.shape
+        if height % p or width % p:
+            raise ValueError(f"x: wanted height and width divisible by patch_size {p}; got {tuple(x.shape)}")
+        patches = (height // p) * (width // p)
+        if s.shape[0] != batch or s.shape[1] != patches:
+            raise ValueError(
+                f"s: wanted shape ({batch}, {patches}, D) for x {tuple(x.shape)} in patches of {p} x {p}; "
+                f"got {tuple(s.shape)}"
+            )
+
+    def _options(self, p: int) -> dict:
+        return {
+            "patch_size": p,
             "mlp_ratio": self.mlp_ratio,
-            "eps": 1e-6,
+            "eps": _EPS,
             "normalise": self.normalise,
             "form": self.form,
         }
-        if self.patch_chunk is None:
-            return functional.neural_field(x, generate(s, generators), *shared, **options)
-        return chunked_field(self.patch_chunk, x, s, shared, generators, options)
+
+    def _can_fuse(self) -> bool:
+        """Whether the fused op may read the weights of the embedder, of the norms and of the last layer as tensors."""
+        enter, last = self.x_embedder, self.final_layer
+        if any_global_hook() or type(enter) is not _FieldEmbedder or type(last) is not _FieldOutput:
+            return False
+        layers = enter.embedder
+        if type(layers) is not nn.Sequential or len(layers) != 1 or not all(map(is_silent, (enter, layers, last))):
+            return False
+        if not is_bare_linear(layers[0]) or not is_bare_linear(last.linear):
+            return False
+        if self.form != "residual":
+            return True
+        # The call of a block that is wrapped or has hooks may gather the gain, which is read in that call.
+        return is_bare_norm(last.norm, _EPS) and all(
+            is_bare_norm(getattr(v, "norm", None), _EPS, sharded=type(v) is not _FieldBlock or not is_silent(v))
+            for v in self.blocks
+        )
+
+    def _shared(self, gains: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What neural_field takes after the generated weights; `gains` (L, Hx) of the blocks stand in the middle."""
+        out_gain = bare_norm(self.final_layer.norm) if self.form == "residual" else None
+        return (*bare_linear(self.x_embedder.embedder[0]), gains, out_gain, *bare_linear(self.final_layer.linear))
+
+    def _decode(self, x: Tensor, s: Tensor, p: int, shared: tuple[Tensor | None, ...] | None) -> Tensor:
+        """All patches of x at once: fused, or by module calls where `shared` is None."""
+        if shared is None:
+            return self._decode_by_calls(x, s, p)
+        weights, gains = zip(*[block(s) for block in self.blocks])
+        gains = torch.stack(gains) if self.form == "residual" else None
+        return functional.neural_field(
+            x, torch.stack(weights, dim=2), *shared[:2], gains, *shared[3:], **self._options(p)
+        )
+
+    def _decode_by_calls(self, x: Tensor, s: Tensor, p: int) -> Tensor:
+        """The formula of ops/neural_field/reference.py with a module call for every layer."""
+        pixels = to_patches(x.to(compute_dtype(x.dtype)), p)
+        dtype = _layer_dtype(pixels, s)
+        table = cosine_features(p, self.max_freqs, dtype=pixels.dtype, device=x.device)
+        h = self.x_embedder(torch.cat([pixels, table.expand(pixels.shape[0], -1, -1)], dim=-1).to(dtype))
+        h = h.to(pixels.dtype)
+        for block in self.blocks:
+            h = block(s, h, self.normalise == "both")
+        out = from_patches(self.final_layer(h.to(dtype)), x.shape, p)
+        cast = autocast_dtype(x.device.type)
+        return out.to(x.device, x.dtype if cast is None or x.dtype == torch.float64 else cast).contiguous()
 
     def load_pixnerd(self, state_dict: dict[str, Tensor], *, first_block: int, prefix: str = "") -> None:
         """Load x_embedder, the field blocks and final_layer from a PixNerd state dict, in which every block is `blocks.I`.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import TransformType, retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
-__all__ = ["call", "call_op", "check_no_forward_mode", "define_transforms", "under_transform"]
+__all__ = ["call", "call_op", "check_no_forward_mode", "define_transforms", "in_transform", "under_transform"]
 
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 _IN_EAGER: dict[str, type[torch.autograd.Function]] = {}
@@ -20,13 +20,16 @@ _IN_EAGER: dict[str, type[torch.autograd.Function]] = {}
 _CAST: set[str] = set()
 
 
-def under_transform(*values) -> bool:
-    """Whether a tensor carries a forward-mode derivative or is wrapped by torch.func."""
+def in_transform() -> bool:
+    """Whether this code runs inside a torch.func transform or in forward mode, whatever its tensors are."""
     if torch.compiler.is_compiling():
         return False
-    if forward_ad._current_level < 0 and torch._C._functorch.maybe_current_level() is None:
-        return False
-    return any(
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def under_transform(*values) -> bool:
+    """Whether a tensor carries a forward-mode derivative or is wrapped by torch.func."""
+    return in_transform() and any(
         torch._C._functorch.is_functorch_wrapped_tensor(v)
         or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(v).tangent is not None)
         for v in values

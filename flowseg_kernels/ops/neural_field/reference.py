@@ -12,7 +12,17 @@ from torch import Tensor
 
 from ..common import compute_dtype
 
-__all__ = ["FORMS", "NORMALISE", "cosine_features", "neural_field", "neural_field_bwd"]
+__all__ = [
+    "FORMS",
+    "NORMALISE",
+    "cosine_features",
+    "from_patches",
+    "generated_layers",
+    "neural_field",
+    "neural_field_bwd",
+    "split_generated",
+    "to_patches",
+]
 
 #: Which of a block's two generated weights have columns of unit length.
 NORMALISE = ("both", "first")
@@ -31,6 +41,36 @@ def cosine_features(patch_size: int, max_freqs: int, *, dtype: torch.dtype, devi
     damping = 1 / (1 + freqs[:, None] * freqs)  # (F, F), for f_i along u and f_j along v
     table = waves[None, :, :, None] * waves[:, None, None, :] * damping  # (v, u, i, j)
     return table.reshape(patch_size**2, max_freqs**2).to(dtype)
+
+
+def to_patches(image: Tensor, p: int) -> Tensor:
+    """Pixels (P, p^2, C) of the P patches of images (B, C, H, W), patches and pixels in row-major order."""
+    batch, channels, height, width = image.shape
+    split = image.reshape(batch, channels, height // p, p, width // p, p)
+    return split.permute(0, 2, 4, 3, 5, 1).reshape(-1, p * p, channels)
+
+
+def from_patches(pixels: Tensor, shape: tuple[int, int, int, int], p: int) -> Tensor:
+    """Images of shape (B, C, H, W) from the pixels (P, p^2, C) of their patches."""
+    batch, channels, height, width = shape
+    split = pixels.reshape(batch, height // p, width // p, p, p, channels)
+    return split.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)
+
+
+def split_generated(flat: Tensor, hidden: int, both: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """W1 (P, Hx, r Hx) and W2 (P, r Hx, Hx) of a block from flat (P, 2 r Hx^2), and the reciprocal lengths of their columns.
+
+    The products are multiplied by the reciprocal lengths, not the weights; that of W2 is None without `both`.
+    """
+    wide = flat.shape[1] // (2 * hidden)
+    w1 = flat[:, : hidden * wide].reshape(-1, hidden, wide)
+    w2 = flat[:, hidden * wide :].reshape(-1, wide, hidden)
+    return w1, w2, _reciprocal_lengths(w1), _reciprocal_lengths(w2) if both else None
+
+
+def generated_layers(entered: Tensor, w1: Tensor, w2: Tensor, scale1: Tensor, scale2: Tensor | None) -> Tensor:
+    """silu(entered @ W1 / |W1|) @ W2 / |W2| of each patch: entered (P, p^2, Hx), the rest as split_generated gives it."""
+    return _scaled(torch.nn.functional.silu((entered @ w1) * scale1) @ w2, scale2)
 
 
 class _Field:
@@ -58,21 +98,14 @@ class _Field:
         self.out_weight, self.out_bias = out_weight.to(dtype), out_bias.to(dtype)
 
     def to_patches(self, image: Tensor) -> Tensor:
-        p = self.p
-        split = image.reshape(self.batch, self.channels, self.height // p, p, self.width // p, p)
-        return split.permute(0, 2, 4, 3, 5, 1).reshape(-1, p * p, self.channels)
+        return to_patches(image, self.p)
 
     def to_image(self, pixels: Tensor) -> Tensor:
-        p = self.p
-        split = pixels.reshape(self.batch, self.height // p, self.width // p, p, p, self.channels)
-        return split.permute(0, 5, 1, 3, 2, 4).reshape(self.batch, self.channels, self.height, self.width)
+        return from_patches(pixels, (self.batch, self.channels, self.height, self.width), self.p)
 
     def generated(self, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """W1, W2 of a block and the reciprocal lengths of their columns, which are applied after the products."""
-        flat = self.blocks[:, block].to(self.dtype)
-        w1 = flat[:, : self.hidden * self.wide].reshape(-1, self.hidden, self.wide)
-        w2 = flat[:, self.hidden * self.wide :].reshape(-1, self.wide, self.hidden)
-        return w1, w2, _reciprocal_lengths(w1), _reciprocal_lengths(w2) if self.both else None
+        return split_generated(self.blocks[:, block].to(self.dtype), self.hidden, self.both)
 
     def normalise(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """h / rms(h), and 1 / rms(h); h itself in the plain form."""
@@ -87,9 +120,7 @@ class _Field:
         return self.pixels @ self.embed[:, : self.channels].T + constant
 
     def step(self, h: Tensor, block: int) -> Tensor:
-        w1, w2, scale1, scale2 = self.generated(block)
-        inner = torch.nn.functional.silu(((self.normalise(h)[0] * self.gains[block]) @ w1) * scale1)
-        out = _scaled(inner @ w2, scale2)
+        out = generated_layers(self.normalise(h)[0] * self.gains[block], *self.generated(block))
         return h + out if self.residual else out
 
 
