@@ -1,5 +1,11 @@
-"""DDP and FSDP2 in two processes give the losses and gradients of one process on the whole batch."""
+"""DDP and FSDP in two processes give the losses and gradients of one process on the whole batch.
 
+FSDP shards the whole module, each linear layer and norm, or each block of the decoder.
+"""
+
+import contextlib
+import functools
+import itertools
 import os
 import pathlib
 import subprocess
@@ -9,7 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from torch.distributed.tensor import DTensor
 
 import flowseg_kernels as fk
 
@@ -23,9 +31,23 @@ def inputs(codes):
     return batch(codes, 4, 8, 12)
 
 
-def build(codes):
+def build(codes, patch_chunk=None):
     torch.manual_seed(4)
-    return EveryOp(codes)
+    return EveryOp(codes, patch_chunk=patch_chunk)
+
+
+def sharded(step, kind):
+    """FSDP2 on parts of the decoder, then on everything else."""
+    mesh = init_device_mesh("cpu", (2,))
+    layers = (torch.nn.Linear, torch.nn.RMSNorm)
+    parts = {
+        "fsdp": [],
+        "fsdp of layers": [m for m in step.field.modules() if isinstance(m, layers)],
+        "fsdp of blocks": [*step.field.blocks, step.field.final_layer],
+    }
+    for part in parts[kind]:
+        fully_shard(part, mesh=mesh)
+    return fully_shard(step, mesh=mesh)
 
 
 def trained(step, loss_of, steps=2):
@@ -49,12 +71,18 @@ def run_rank(rank, meeting):
     half = [v.chunk(2)[rank] for v in whole]
     alone = build(codes)
     want = trained(alone, lambda: alone(*whole)[0])
-    for kind in ("ddp", "fsdp"):
-        step = build(codes)
+    kinds = ("ddp", "fsdp", "fsdp of layers", "fsdp of blocks", "fsdp1 of layers")
+    for kind, chunk in itertools.product(kinds, (None, 2)):
+        step = build(codes, chunk)
         if kind == "ddp":
             wrapped = torch.nn.parallel.DistributedDataParallel(step)
+        elif kind == "fsdp1 of layers":
+            policy = functools.partial(size_based_auto_wrap_policy, min_num_params=50)
+            wrapped = FullyShardedDataParallel(
+                step, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True
+            )
         else:
-            wrapped = fully_shard(step, mesh=init_device_mesh("cpu", (2,)))
+            wrapped = sharded(step, kind)
             here, all_of = (sum(f(p) for p in step.parameters()) for f in (lambda p: p.to_local().numel(), torch.numel))
             assert here < 0.6 * all_of
         # Both average gradients over processes, and the loss is a sum over pixels.
@@ -62,11 +90,13 @@ def run_rank(rank, meeting):
         for got, expected in zip(losses, want):
             dist.all_reduce(got)
             torch.testing.assert_close(got / 2, expected, rtol=1e-4, atol=1e-4)
-        for (name, got), expected in zip(step.named_parameters(), alone.parameters()):
-            got = got.full_tensor() if kind == "fsdp" else got
-            torch.testing.assert_close(
-                got, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name, k=kind: f"{k} {n}: {m}"
-            )
+        fsdp1 = kind.startswith("fsdp1")
+        with FullyShardedDataParallel.summon_full_params(wrapped) if fsdp1 else contextlib.nullcontext():
+            for (name, got), expected in zip(step.named_parameters(), alone.parameters(), strict=True):
+                got = got.full_tensor() if isinstance(got, DTensor) else got
+                torch.testing.assert_close(
+                    got, expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name, k=(kind, chunk): f"{k} {n}: {m}"
+                )
     dist.destroy_process_group()
 
 

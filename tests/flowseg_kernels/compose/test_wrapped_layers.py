@@ -3,10 +3,6 @@
 The right value is always `algebra`: the decoder's formula, written here once more with a module call for every layer.
 """
 
-import contextlib
-import copy
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +12,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import flowseg_kernels as fk
 from flowseg_kernels.ops.neural_field.reference import cosine_features
+
+from .steps import called
 
 LAYERS = {
     "generator": "blocks.1.param_generator1",
@@ -207,3 +205,197 @@ def test_two_steps_are_those_of_calling_every_layer(kind, layer, patch_chunk):
     assert kind.startswith(("backward", "weight_norm")) or not torch.allclose(
         applied(kind, layer)[0](x, s), build()[0](x, s), rtol=1e-3
     )
+
+
+CONTAINERS = ("x_embedder", "x_embedder.embedder", "blocks.0", "final_layer")
+
+
+@pytest.mark.parametrize("path", CONTAINERS)
+def test_a_hook_on_a_module_that_holds_layers_runs(path, patch_chunk):
+    decoder, x, s = build(patch_chunk=patch_chunk)
+    want = decoder(x, s)
+    calls = []
+    decoder.get_submodule(path).register_forward_hook(lambda m, args, out: calls.append(m))
+    torch.testing.assert_close(decoder(x, s), want, rtol=1e-4, atol=1e-5)
+    assert len(calls) == (1 if patch_chunk is None else 4)
+
+
+class Transparent(nn.Module):
+    """A wrapper that passes the call on and hides the layer's attributes, as many do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args):
+        return self.inner(*args)
+
+
+@pytest.mark.parametrize("path", (*CONTAINERS, *LAYERS.values()))
+def test_a_wrapper_that_hides_the_layer_changes_nothing(path, patch_chunk):
+    decoder, x, s = build(patch_chunk=patch_chunk)
+    want = torch.autograd.grad(decoder(x, s).sin().sum(), [x, s])
+    replaced(Transparent)(decoder, path)
+    for a, b in zip(torch.autograd.grad(decoder(x, s).sin().sum(), [x, s]), want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_hooks_see_what_goes_in_and_out(layer):
+    """Those of the formula, in its shapes: states of all pixels of each patch, or the patch features."""
+    seen = []
+    for forward in (lambda d, x, s: d(x, s), algebra):
+        decoder, x, s = build()
+        for hooked in LAYERS.values():
+            # A hook on one layer must be seen alone, and all together.
+            if hooked == LAYERS[layer] or layer == "generator":
+                decoder.get_submodule(hooked).register_forward_hook(lambda m, args, out: seen[-1].extend((*args, out)))
+        seen.append([])
+        forward(decoder, x, s)
+    assert len(seen[0]) == len(seen[1]) == (10 if layer == "generator" else 2)
+    for got, want in zip(*seen):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_on_all_modules_sees_every_layer(patch_chunk):
+    decoder, x, s = build(patch_chunk=patch_chunk)
+    want = decoder(x, s)
+    seen = set()
+    handle = register_module_forward_hook(lambda m, args, out: seen.add(m))
+    try:
+        got = decoder(x, s)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    leaves = {m for m in decoder.modules() if not list(m.children())}
+    assert leaves < seen and len(leaves) == 7
+
+
+@pytest.mark.parametrize(
+    "kind, layer, fused",
+    [
+        ("adapter", "generator", True), ("forward hook", "generator", True), ("pruned", "last", True),
+        ("weight_norm by parametrization", "embedder", True), ("spectral_norm", "norm", True),
+        ("adapter", "last", False), ("forward hook", "norm", False), ("backward hook", "embedder", False),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_the_fused_op_runs_wherever_it_may(kind, layer, fused, patch_chunk, monkeypatch):
+    decoder, x, s = applied(kind, layer, patch_chunk=patch_chunk)
+    calls = called(monkeypatch, ["neural_field"])
+    decoder(x, s)
+    assert len(calls) == (0 if not fused else 1 if patch_chunk is None else 4)
+
+
+@pytest.mark.parametrize("form", ["residual", "plain"])
+@pytest.mark.parametrize("normalise", ["both", "first"])
+@pytest.mark.parametrize(
+    "dtype, cast", [(torch.float32, False), (torch.float64, False), (torch.bfloat16, False), (torch.float32, True)]
+)
+def test_module_calls_agree_with_the_fused_op(form, normalise, dtype, cast, patch_chunk):
+    """In every form and dtype, and with a denser grid; a hook that does nothing asks for the calls."""
+    found = []
+    for hooked in (False, True):
+        decoder, x, s = build(form=form, normalise=normalise, patch_chunk=patch_chunk if hooked else None)
+        decoder, x, s = decoder.to(dtype), F.interpolate(x, scale_factor=1.75).to(dtype), s.to(dtype)
+        if hooked:
+            decoder.final_layer.linear.register_forward_hook(lambda m, args, out: None)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=cast):
+            out = decoder(x, s, patch_size=7)
+        assert out.is_contiguous()
+        found.append([out, *torch.autograd.grad(out.float().square().mean(), list(decoder.parameters()))])
+    low = cast or dtype == torch.bfloat16
+    assert found[0][0].dtype == found[1][0].dtype == (torch.bfloat16 if low else dtype)
+    for want, got in zip(*found):
+        scale = float(want.detach().abs().max())
+        limit = {torch.float64: 1e-10}.get(dtype, 1e-4) if not low else 0.05
+        torch.testing.assert_close(got, want, rtol=limit, atol=limit * scale)
+
+
+def test_dropout_of_an_adapter_is_the_same_in_backward(patch_chunk):
+    """Compares with the formula chunk by chunk from one seed: backward must draw the same numbers again."""
+    decoder, x, s = build(patch_chunk=patch_chunk)
+    replaced(lambda layer: Adapter(layer, 0.5))(decoder, LAYERS["generator"])
+    adapter = list(decoder.blocks[1].param_generator1.up.parameters())
+    torch.manual_seed(3)
+    got = decoder(x, s)
+    # Numbers that are drawn between forward and backward must not matter.
+    grads = torch.autograd.grad(got.square().mean(), adapter, torch.rand(()) * 0 + 1)
+    torch.manual_seed(3)
+    if patch_chunk is None:
+        want = algebra(decoder, x, s)
+    else:
+        rows = [
+            [algebra(decoder, x[i : i + 1, :, 4 * j : 4 * j + 4], s[i : i + 1, 2 * j : 2 * j + 2]) for j in (0, 1)]
+            for i in (0, 1)
+        ]
+        want = torch.cat([torch.cat(row, dim=2) for row in rows])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grads, torch.autograd.grad(want.square().mean(), adapter), rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_forget_the_weights_of_a_called_generator():
+    """Backward generates them again, chunk by chunk; without gradients nothing runs twice."""
+    decoder, x, s = build(patch_chunk=2)
+    rows = []
+    for block in decoder.blocks:
+        block.param_generator1.register_forward_hook(lambda m, args, out: rows.append(tuple(out.shape[:2])))
+    with torch.no_grad():
+        decoder(x, s)
+    assert rows == [(1, 2)] * 8
+    rows.clear()
+    decoder(x, s).sum().backward()
+    assert rows == [(1, 2)] * 16
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quant:UserWarning")
+def test_dynamic_quantisation_quantises_every_linear_layer(patch_chunk):
+    decoder, x, s = build(patch_chunk=patch_chunk)
+    quantised = torch.ao.quantization.quantize_dynamic(decoder.eval(), {nn.Linear}, dtype=torch.qint8)
+    assert len([m for m in quantised.modules() if isinstance(m, torch.ao.nn.quantized.dynamic.Linear)]) == 4
+    with torch.no_grad():
+        if patch_chunk is not None:
+            # Each call has a scale of its own for its inputs.
+            torch.testing.assert_close(quantised(x[:1, :, :4], s[:1, :2]), algebra(quantised, x[:1, :, :4], s[:1, :2]))
+        else:
+            torch.testing.assert_close(quantised(x, s), algebra(quantised, x, s), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(quantised(x, s), decoder(x, s), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer, chunk", [("generator", 2), ("last", None)])
+def test_an_adapter_compiles_whole(layer, chunk):
+    decoder, x, s = applied("adapter", layer, patch_chunk=chunk)
+    torch._dynamo.reset()
+    outs = torch.compile(decoder, fullgraph=True, backend="aot_eager")(x, s), decoder(x, s)
+    wanted = [x, s, *(p for p in decoder.parameters() if p.requires_grad)]
+    for a, b in zip(*([out, *torch.autograd.grad(out.square().mean(), wanted)] for out in outs)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"s": torch.zeros(2, 5, 6)}, r"s: wanted shape \(2, 4, D\) for x \(2, 3, 8, 8\) in patches of 4 x 4; got \(2, 5, 6\)"),
+        ({"s": torch.zeros(2, 4)}, r"s: wanted shape \(B, N, D\)"),
+        ({"x": torch.zeros(2, 3, 9, 8)}, "x: wanted height and width divisible by patch_size 4"),
+        ({"patch_size": 0}, "patch_size: wanted a finite number above 0"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_bad_argument_is_named_on_every_way(change, words, hooked, patch_chunk):
+    decoder, x, s = build(patch_chunk=patch_chunk)
+    if hooked:
+        decoder.final_layer.linear.register_forward_hook(lambda m, args, out: None)
+    with pytest.raises(ValueError, match=words):
+        decoder(**{"x": x, "s": s, **change})
+
+
+@pytest.mark.parametrize("name", ["dim", "channels", "hidden", "depth", "mlp_ratio", "patch_size", "max_freqs"])
+def test_a_size_of_zero_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name}: wanted a finite number above 0"):
+        fk.NeuralFieldDecoder(**{"dim": 6, name: 0})
+
+
+def test_an_empty_batch_has_no_pixels(patch_chunk):
+    decoder, x, s = applied("adapter", "last", patch_chunk=patch_chunk)
+    assert decoder(x[:0], s[:0]).shape == (0, 3, 8, 8)
