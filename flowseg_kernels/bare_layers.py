@@ -2,11 +2,15 @@
 
 A fused op takes the weights of a layer instead of calling it. That is right only for a layer whose call does nothing but its
 class's formula: no hook, no wrapper, no adapter, no sharded or quantised weight. Any other layer must be called.
+
+FSDP2 and accelerate's offload hook a layer only to bring its weights for the call. Such a layer is called with a `_Probe`, which
+brings back the weights.
 """
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, empty, nn
 from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -17,6 +21,7 @@ __all__ = ["any_global_hook", "bare_linear", "bare_norm", "is_bare_linear", "is_
 
 #: PyTorch's own forward pre-hooks that set an attribute of the layer from other parameters, and do nothing else.
 _SETS_WEIGHT = (WeightNorm, SpectralNorm, BasePruningMethod)
+_FSDP2 = "torch.distributed.fsdp"
 
 
 def any_global_hook() -> bool:
@@ -31,16 +36,13 @@ def any_global_hook() -> bool:
 
 def is_silent(module: nn.Module) -> bool:
     """Whether a call of `module` is its class's forward alone: no hook on it, and no forward of its own (accelerate sets one)."""
-    return not module._forward_pre_hooks and _has_no_other_hook(module)
+    return not module._forward_pre_hooks and not _acts_after_pre_hooks(module)
 
 
-def _has_no_other_hook(module: nn.Module) -> bool:
-    return not (
-        module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )  # fmt: skip
+def _acts_after_pre_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__
+    )
 
 
 def _computes_as(module: nn.Module | None, kind: type) -> bool:
@@ -49,7 +51,7 @@ def _computes_as(module: nn.Module | None, kind: type) -> bool:
         # A parametrization makes a subclass of the layer's class and keeps its forward.
         if not parametrize.is_parametrized(module) or parametrize.type_before_parametrizations(module) is not kind:
             return False
-    if not _has_no_other_hook(module):
+    if _acts_after_pre_hooks(module):
         return False
     return not module._forward_pre_hooks or all(isinstance(v, _SETS_WEIGHT) for v in module._forward_pre_hooks.values())
 
@@ -60,9 +62,52 @@ def _holds_plain_tensors(module: nn.Module) -> bool:
     return not any(hasattr(type(v), "__tensor_flatten__") for v in own)
 
 
+def _gets_weights_for_a_call(module: nn.Module | None, kind: type) -> bool:
+    """Whether `module` is a `kind` on which FSDP2 or accelerate's offload is the only hook."""
+    if not isinstance(module, kind) or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    if hooks:
+        # fully_shard makes a class (FSDPModule, kind) and hooks the module with methods of its state.
+        first, *others = type(module).__bases__
+        return (
+            first.__module__.startswith(_FSDP2)
+            and others == [kind]
+            and "forward" not in module.__dict__
+            and all(type(getattr(v, "__self__", None)).__module__.startswith(_FSDP2) for v in hooks)
+        )
+    return type(module) is kind and _is_offloaded(module, kind)
+
+
+def _is_offloaded(module: nn.Module, kind: type) -> bool:
+    hook, forward = module.__dict__.get("_hf_hook"), module.__dict__.get("forward")
+    return (
+        type(hook).__module__ == "accelerate.hooks"
+        and type(hook).__name__ == "AlignDevicesHook"
+        and getattr(getattr(forward, "func", None), "__module__", "") == "accelerate.hooks"
+        and getattr(module.__dict__.get("_old_forward"), "__func__", None) is kind.forward
+    )
+
+
+class _Probe(Tensor):
+    """An input for which a Linear or an RMSNorm gives copies of its weights instead of its output.
+
+    Copies, as whoever brought the weights takes them away when the call ends.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return tuple(v.clone() for v in args[1:])
+        if func is F.rms_norm:
+            return (kwargs["weight"].clone(),)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def is_bare_linear(module: nn.Module | None) -> bool:
     """Whether `bare_linear` gives all that a call of `module` would use."""
-    return _computes_as(module, nn.Linear) and _holds_plain_tensors(module) and module.bias is not None
+    plain = _computes_as(module, nn.Linear) and _holds_plain_tensors(module)
+    return (plain or _gets_weights_for_a_call(module, nn.Linear)) and module.bias is not None
 
 
 def is_bare_norm(module: nn.Module | None, eps: float, *, sharded: bool = False) -> bool:
@@ -71,23 +116,25 @@ def is_bare_norm(module: nn.Module | None, eps: float, *, sharded: bool = False)
     Args:
         sharded: the module that holds this one gathers its weight in the call that reads it.
     """
-    if not _computes_as(module, nn.RMSNorm) or module.eps != eps or not module.elementwise_affine:
+    plain = _computes_as(module, nn.RMSNorm) and (sharded or _holds_plain_tensors(module))
+    if not plain and not _gets_weights_for_a_call(module, nn.RMSNorm):
         return False
-    return sharded or _holds_plain_tensors(module)
+    return module.eps == eps and module.elementwise_affine
 
 
-def _with_attributes_set(module: nn.Module) -> nn.Module:
+def _read(module: nn.Module, *names: str) -> tuple[Tensor, ...]:
+    if _acts_after_pre_hooks(module):
+        return module(empty(0).as_subclass(_Probe))
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
-    return module
+    return tuple(getattr(module, name) for name in names)
 
 
 def bare_linear(module: nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias of this call of a layer for which `is_bare_linear` holds."""
-    module = _with_attributes_set(module)
-    return module.weight, module.bias
+    return _read(module, "weight", "bias")
 
 
 def bare_norm(module: nn.RMSNorm) -> Tensor:
     """Gain of this call of a norm for which `is_bare_norm` holds."""
-    return _with_attributes_set(module).weight
+    return _read(module, "weight")[0]
