@@ -17,7 +17,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["any_global_hook", "bare_linear", "bare_norm", "is_bare_linear", "is_bare_norm", "is_silent"]
+__all__ = ["any_global_hook", "bare_linear", "bare_norm", "is_bare_linear", "is_bare_norm", "is_exactly", "is_silent"]
 
 #: PyTorch's own forward pre-hooks that set an attribute of the layer from other parameters, and do nothing else.
 _SETS_WEIGHT = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -34,6 +34,15 @@ def any_global_hook() -> bool:
     )
 
 
+def is_exactly(module: nn.Module | None, kind: type) -> bool:
+    """Whether `module` is of this class and of no subclass."""
+    if type(module) is kind:
+        return True
+    # torch.export hands out a proxy for every module, of a class made from the module's.
+    bases = type(module).__mro__
+    return kind in bases and bases[bases.index(kind) - 1].__name__ == "_AttrProxy"
+
+
 def is_silent(module: nn.Module) -> bool:
     """Whether a call of `module` is its class's forward alone: no hook on it, and no forward of its own (accelerate sets one)."""
     return not module._forward_pre_hooks and not _acts_after_pre_hooks(module)
@@ -47,19 +56,25 @@ def _acts_after_pre_hooks(module: nn.Module) -> bool:
 
 def _computes_as(module: nn.Module | None, kind: type) -> bool:
     """Whether `module` is `kind`'s formula on its attributes; PyTorch's parametrizations and pre-hooks may compute these."""
-    if type(module) is not kind:
-        # A parametrization makes a subclass of the layer's class and keeps its forward.
-        if not parametrize.is_parametrized(module) or parametrize.type_before_parametrizations(module) is not kind:
-            return False
+    if not is_exactly(module, kind) and not _is_parametrized(module, kind):
+        return False
     if _acts_after_pre_hooks(module):
         return False
     return not module._forward_pre_hooks or all(isinstance(v, _SETS_WEIGHT) for v in module._forward_pre_hooks.values())
 
 
+def _is_parametrized(module: nn.Module | None, kind: type) -> bool:
+    # A parametrization makes a subclass of the layer's class and keeps its forward.
+    return parametrize.is_parametrized(module) and parametrize.type_before_parametrizations(module) is kind
+
+
 def _holds_plain_tensors(module: nn.Module) -> bool:
     """Whether no parameter is a wrapper subclass: DTensor's local part, torchao's quantised values are not the weight."""
-    own = module.parameters() if parametrize.is_parametrized(module) else module._parameters.values()
-    return not any(hasattr(type(v), "__tensor_flatten__") for v in own)
+    # Parametrizations and their parameters are modules in the layer.
+    for value in module.parameters() if module._modules else module._parameters.values():
+        if type(value) is not nn.Parameter and hasattr(type(value), "__tensor_flatten__"):
+            return False
+    return True
 
 
 def _gets_weights_for_a_call(module: nn.Module | None, kind: type) -> bool:
@@ -122,19 +137,21 @@ def is_bare_norm(module: nn.Module | None, eps: float, *, sharded: bool = False)
     return module.eps == eps and module.elementwise_affine
 
 
-def _read(module: nn.Module, *names: str) -> tuple[Tensor, ...]:
+def _brought(module: nn.Module) -> tuple[Tensor, ...] | None:
+    """Weights of a call of `module` that come with the call; None when they are the module's attributes, which are then set."""
     if _acts_after_pre_hooks(module):
         return module(empty(0).as_subclass(_Probe))
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
-    return tuple(getattr(module, name) for name in names)
+    return None
 
 
 def bare_linear(module: nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias of this call of a layer for which `is_bare_linear` holds."""
-    return _read(module, "weight", "bias")
+    return _brought(module) or (module.weight, module.bias)
 
 
 def bare_norm(module: nn.RMSNorm) -> Tensor:
     """Gain of this call of a norm for which `is_bare_norm` holds."""
-    return _read(module, "weight")[0]
+    brought = _brought(module)
+    return brought[0] if brought else module.weight

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .bare_layers import any_global_hook, bare_linear, bare_norm, is_bare_linear, is_bare_norm, is_silent
+from .bare_layers import any_global_hook, bare_linear, bare_norm, is_bare_linear, is_bare_norm, is_exactly, is_silent
 from .chunked_field import autocast_dtype, chunked_calls, chunked_field
 from .codes import Codebook
 from .ops.common import compute_dtype
@@ -120,6 +120,10 @@ class _FieldOutput(nn.Module):
         return self.linear(self.norm(h) if "norm" in self._modules else h)
 
 
+def _generator_is_bare(block: nn.Module) -> bool:
+    return is_exactly(block, _FieldBlock) and is_silent(block) and is_bare_linear(block.param_generator1)
+
+
 def _layer_dtype(h: Tensor, s: Tensor) -> torch.dtype:
     """Dtype that the layers take: of the patch features, which their generators take; autocast casts by itself."""
     return h.dtype if autocast_dtype(h.device.type) else s.dtype
@@ -206,7 +210,7 @@ class NeuralFieldDecoder(nn.Module):
         fused = self._can_fuse()
         # Chunks need a second forward in backward, which a transform cannot make.
         whole = self.patch_chunk is None or in_transform()
-        if fused and not whole and all(is_silent(v) and is_bare_linear(v.param_generator1) for v in self.blocks):
+        if fused and not whole and all(map(_generator_is_bare, self.blocks)):
             gains = torch.stack([bare_norm(v.norm) for v in self.blocks]) if self.form == "residual" else None
             generators = [bare_linear(v.param_generator1) for v in self.blocks]
             return chunked_field(self.patch_chunk, x, s, self._shared(gains), generators, self._options(p))
@@ -242,20 +246,23 @@ class NeuralFieldDecoder(nn.Module):
     def _can_fuse(self) -> bool:
         """Whether the fused op may read the weights of the embedder, of the norms and of the last layer as tensors."""
         enter, last = self.x_embedder, self.final_layer
-        if any_global_hook() or type(enter) is not _FieldEmbedder or type(last) is not _FieldOutput:
+        if any_global_hook() or not is_exactly(enter, _FieldEmbedder) or not is_exactly(last, _FieldOutput):
             return False
         layers = enter.embedder
-        if type(layers) is not nn.Sequential or len(layers) != 1 or not all(map(is_silent, (enter, layers, last))):
+        if not is_exactly(layers, nn.Sequential) or len(layers) != 1:
             return False
-        if not is_bare_linear(layers[0]) or not is_bare_linear(last.linear):
+        if not (is_silent(enter) and is_silent(layers) and is_silent(last)):
+            return False
+        if not (is_bare_linear(layers[0]) and is_bare_linear(last.linear)):
             return False
         if self.form != "residual":
             return True
-        # The call of a block that is wrapped or has hooks may gather the gain, which is read in that call.
-        return is_bare_norm(last.norm, _EPS) and all(
-            is_bare_norm(getattr(v, "norm", None), _EPS, sharded=type(v) is not _FieldBlock or not is_silent(v))
-            for v in self.blocks
-        )
+        for block in self.blocks:
+            # The call of a block that is wrapped or has hooks may gather the gain, which is read in that call.
+            sharded = not is_exactly(block, _FieldBlock) or not is_silent(block)
+            if not is_bare_norm(getattr(block, "norm", None), _EPS, sharded=sharded):
+                return False
+        return is_bare_norm(last.norm, _EPS)
 
     def _shared(self, gains: Tensor | None) -> tuple[Tensor | None, ...]:
         """What neural_field takes after the generated weights; `gains` (L, Hx) of the blocks stand in the middle."""

@@ -50,10 +50,10 @@ def test_workers_of_a_data_loader_call_ops(codes19, method):
     assert seen == 8
 
 
-def test_threads_have_each_their_backend_and_the_same_numbers(codes19):
+def test_threads_have_each_their_backend_and_the_same_numbers(codes19, patch_chunk):
     """A block holds in its own thread only; steps of several threads at once do not disturb each other."""
     source, labels, t = batch(codes19, 2, 32, 48)
-    step = EveryOp(codes19)
+    step = EveryOp(codes19, patch_chunk=patch_chunk and 24)
     names = fk.available_backends("flow_loss")
 
     def work(index):

@@ -59,9 +59,9 @@ def test_vmap_of_every_per_pixel_op_is_a_loop(backend, codes19):
         assert torch.equal(a, torch.stack(want))
 
 
-def test_gradients_of_each_example(backend, codes19):
+def test_gradients_of_each_example(backend, codes19, patch_chunk):
     """vmap of grad over a network's parameters, as for gradient statistics or privacy, and grad of vmap."""
-    step = EveryOp(codes19)
+    step = EveryOp(codes19, patch_chunk=patch_chunk)
     parameters = dict(step.named_parameters())
     _, source, labels, t = predictions(codes19)
 
