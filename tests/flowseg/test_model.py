@@ -33,6 +33,19 @@ def test_shapes_and_gradients(stem, channels):
     assert not without
 
 
+@pytest.mark.parametrize("stem, chunk", [(0, None), (8, None), (0, 2)])
+def test_every_layer_is_called_as_a_module(stem, chunk):
+    """Adapters, hooks, quantised and sharded layers act through the call. The projector of REPA is one of the layers."""
+    model = build_model(tiny_config(model={**TINY_MODEL, "stem_width": stem, "field_chunk": chunk}), align_dim=5)
+    layers = {name: m for name, m in model.named_modules() if not list(m.children())}
+    called = set()
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda m, args, out, name=name: called.add(name))
+    out, aligned = model(torch.zeros(1, 3, 16, 24), torch.zeros(1), torch.zeros(1, 3, 16, 24), align_after=1)
+    assert out.shape == (1, 3, 16, 24) and aligned.shape == (1, 6, 5)
+    assert called == set(layers)
+
+
 def test_time_image_and_state_all_matter():
     model = build_model(tiny_config())
     with torch.no_grad():

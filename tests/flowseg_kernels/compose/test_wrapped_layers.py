@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import flowseg_kernels as fk
 from flowseg_kernels.nn import _FieldBlock
 from flowseg_kernels.ops.neural_field.reference import cosine_features
+from flowseg_kernels.runtime.backend import requested_backend
 
 from .steps import called
 
@@ -348,6 +349,16 @@ def test_chunks_forget_the_weights_of_a_called_generator():
     rows.clear()
     decoder(x, s).sum().backward()
     assert rows == [(1, 2)] * 16
+
+
+def test_a_chunk_is_computed_again_on_the_backend_of_its_forward():
+    decoder, x, s = build(patch_chunk=2)
+    backends = []
+    decoder.blocks[0].param_generator1.register_forward_pre_hook(lambda m, args: backends.append(requested_backend()))
+    with fk.use_backend("reference"):
+        loss = decoder(x, s).sum()
+    loss.backward()
+    assert backends == ["reference"] * 8
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quant:UserWarning")
