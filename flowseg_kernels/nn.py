@@ -151,9 +151,10 @@ class NeuralFieldDecoder(nn.Module):
     Every layer may be wrapped, hooked, replaced, pruned, quantised, sharded or offloaded. `blocks.I(s)` and in it
     `param_generator1(s)` are called as modules. The fused op reads the weights of the other layers (x_embedder, the norms,
     final_layer) as tensors, if they are nn.Linear and nn.RMSNorm without hooks; PyTorch's parametrizations, weight_norm,
-    spectral_norm and pruning are applied first. If any of them is something else, such as LoRA's layer, or has a hook, or a
-    hook on all modules is registered, then all layers are called as modules on the pixels of each patch: as PixNerd's plain
-    code does, at its time and with its memory (states of all pixels). These calls get tensors of the dtype of s.
+    spectral_norm and pruning are applied first, and FSDP2 and accelerate's offload bring the weights. If any of them is
+    something else, such as LoRA's layer, or has another hook, or a hook on all modules is registered, then all layers are
+    called as modules on the pixels of each patch: as PixNerd's plain code does, at its time and with its memory (states of all
+    pixels). These calls get tensors of the dtype of s.
 
     With patch_chunk, generators that must be called (and their hooks) run again in backward, for each chunk.
     """
@@ -211,9 +212,11 @@ class NeuralFieldDecoder(nn.Module):
         # Chunks need a second forward in backward, which a transform cannot make.
         whole = self.patch_chunk is None or in_transform()
         if fused and not whole and all(map(_generator_is_bare, self.blocks)):
-            gains = torch.stack([bare_norm(v.norm) for v in self.blocks]) if self.form == "residual" else None
             generators = [bare_linear(v.param_generator1) for v in self.blocks]
-            return chunked_field(self.patch_chunk, x, s, self._shared(gains), generators, self._options(p))
+            # A mixed-precision policy of FSDP2 casts s in the call.
+            if autocast_dtype(s.device.type) or all(weight.dtype == s.dtype for weight, _ in generators):
+                gains = torch.stack([bare_norm(v.norm) for v in self.blocks]) if self.form == "residual" else None
+                return chunked_field(self.patch_chunk, x, s, self._shared(gains), generators, self._options(p))
         shared = self._shared(None) if fused else None
         if whole:
             return self._decode(x, s, p, shared)

@@ -142,6 +142,22 @@ def test_sharded_layers_give_the_same_bits(one_process, sharded, patch_chunk, mo
         torch.testing.assert_close(p.grad.full_tensor(), g, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_sharded_layer_s_mixed_precision_holds(one_process, patch_chunk):
+    """The weights that a call gathers are in the policy's dtype, and its gradients in the parameter's."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    decoder, x, s = build(patch_chunk=patch_chunk)
+    want = copy.deepcopy(decoder).bfloat16()(x, s.bfloat16())
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for part in [m for m in decoder.modules() if isinstance(m, (nn.Linear, nn.RMSNorm))]:
+        fully_shard(part, mesh=one_process, mp_policy=policy)
+    fully_shard(decoder, mesh=one_process)
+    got = decoder(x, s)
+    torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+    got.square().mean().backward()
+    assert {p.grad.dtype for p in decoder.parameters()} == {torch.float32}
+
+
 def test_a_replicated_weight_is_used_by_its_layer(one_process, patch_chunk):
     """A DTensor weight outside of FSDP, as of tensor parallelism: the layer's hooks make tensors of its output."""
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
