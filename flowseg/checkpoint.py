@@ -29,19 +29,22 @@ REPLACED = ".replaced"
 class TrainState:
     """What a run needs to go on besides tensors.
 
-    Batches, augmentation, times and noise are functions of (seed, step), so there is no generator state to keep.
+    Order, augmentation, times and noise are functions of the seed and of the number of examples drawn before, so there is
+    no generator state to keep.
 
     Attributes:
         step: optimiser steps done.
         seconds: wall-clock time used.
         best_miou: best validation mIoU in percent so far, -1 before the first.
         validated: step of the newest validation.
+        draws: examples that all processes together have drawn; ``None`` in checkpoints of earlier versions.
     """
 
     step: int = 0
     seconds: float = 0.0
     best_miou: float = -1.0
     validated: int = 0
+    draws: int | None = 0
 
 
 def save_checkpoint(
@@ -53,10 +56,12 @@ def save_checkpoint(
     keep: int,
     *,
     write: bool = True,
+    replaces: Path | None = None,
 ) -> Path:
     """Write ``run/checkpoints/step-NNNNNNNN`` under a temporary name, rename it, drop all but the ``keep`` newest.
 
-    With sharded parameters every process must call this; those without ``write`` only give their parts.
+    ``replaces`` is an earlier checkpoint that is dropped first. With sharded parameters every process must call this; those
+    without ``write`` only give their parts.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; earlier checkpoints are as they were.
@@ -79,10 +84,7 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         for name, tensors in files.items():
             _write(temporary / name, tensors, {})
-        fields = dataclasses.asdict(state)
-        with (temporary / "state.json").open("w") as file:
-            file.write(json.dumps({**fields, CHECKSUM: _checksum({}, fields)}, indent=1))
-            _to_disk(file)
+            _write_state(temporary / "state.json", state)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         good = f"{kept[-1].name} is intact, --resume goes on from it" if kept else "there is no earlier one"
@@ -91,11 +93,29 @@ def save_checkpoint(
         final.rename(temporary.with_suffix(REPLACED))
     temporary.rename(final)
     shutil.rmtree(temporary.with_suffix(REPLACED), ignore_errors=True)
-    for old in list_checkpoints(run)[:-keep]:
+    wanted = [path for path in list_checkpoints(run) if path != replaces][-keep:]
+    for old in set(list_checkpoints(run)) - {final, *wanted}:
         # Out of the way first: a process killed while it deletes leaves what the next save clears away.
         with contextlib.suppress(OSError):
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.dropped")), ignore_errors=True)
     return final
+
+
+def save_state(run: Path, state: TrainState) -> None:
+    """Replace the state in the checkpoint of ``state.step``, whose tensors stay as they are.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; the checkpoint is as it was.
+    """
+    path = run / "checkpoints" / f"{PREFIX}{state.step:08d}" / "state.json"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _write_state(temporary, state)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}); free disk space. The checkpoint is intact") from None
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -118,10 +138,10 @@ def load_checkpoint(
         UserError: a missing or damaged file, or tensors of another model.
     """
     try:
-        fields = json.loads((path / "state.json").read_text())
+        fields = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if CHECKSUM in fields and fields.pop(CHECKSUM) != _checksum({}, fields):
             raise ValueError(f"state.json: {_OTHER_NUMBERS}")
-        state = TrainState(**fields)
+        state = TrainState(**{"draws": None, **fields})
         tensors = read_tensors(path / "optimizer.safetensors")
     except (OSError, UserError, ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error}); remove it to go on from the one before") from None
@@ -291,6 +311,13 @@ def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> Non
     """A safetensors file with ``facts`` and a checksum in its header, on the disk when this returns."""
     save_file(tensors, path, metadata={**facts, CHECKSUM: _checksum(tensors, facts)})
     with path.open("rb") as file:
+        _to_disk(file)
+
+
+def _write_state(path: Path, state: TrainState) -> None:
+    fields = dataclasses.asdict(state)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({**fields, CHECKSUM: _checksum({}, fields)}, indent=1))
         _to_disk(file)
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand
 
 from flowseg import __version__
-from flowseg.errors import UserError
+from flowseg.errors import PeerError, UserError
+from flowseg.terminal import make_console, printable, say, speak_any_text
 
 app = typer.Typer(
     help="Generative segmentation by flow matching. Start with: flowseg demo",
@@ -44,6 +45,25 @@ class DataName(str, Enum):
     folder = "folder"
 
 
+class Resume(str, Enum):
+    """When a run goes on from a checkpoint: ``always`` wants one, ``auto`` starts anew where there is none."""
+
+    always = "always"
+    auto = "auto"
+
+
+class _BareResume(TyperCommand):
+    """A command whose ``--resume`` may stand alone and then means ``--resume=always``."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        """Write the value after a bare ``--resume``."""
+        words, values = [], {choice.value for choice in Resume}
+        for place, word in enumerate(args):
+            following = args[place + 1] if place + 1 < len(args) else ""
+            words.append("--resume=always" if word == "--resume" and following not in values else word)
+        return super().parse_args(ctx, words)
+
+
 class Split(str, Enum):
     """Splits that can be evaluated."""
 
@@ -53,8 +73,12 @@ class Split(str, Enum):
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one line on stderr and status 2."""
+    speak_any_text()
     try:
         app()
+    except PeerError:
+        # The process that failed has said why.
+        sys.exit(2)
     except UserError as error:
         _leave(str(error))
     except OSError as error:
@@ -77,7 +101,7 @@ DEMO_FILES = """  open it in a browser: scores, the flow step by step, the kerne
 
 
 def _leave(message: str) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+    make_console().print(Text.assemble(("error:", "bold red"), " ", printable(message)), soft_wrap=True)
     sys.exit(2)
 
 
@@ -111,11 +135,11 @@ def demo(
     """Train plain flow matching and FlowSeg on embedded data (5 minutes on 2 cores) and write an HTML report. No download."""
     from flowseg.demo import run_demo
 
-    report = run_demo(out, quick=quick, steps=steps, seed=seed, console=Console(stderr=True))
+    report = run_demo(out, quick=quick, steps=steps, seed=seed, console=make_console())
     typer.echo(f"report: {report.resolve()}\n{DEMO_FILES}")
 
 
-@app.command()
+@app.command(cls=_BareResume)
 def train(
     out: Annotated[Path, typer.Option(help="Run folder to write; must be new, or hold a run to --resume.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with settings, such as configs/camvid.yaml.")] = None,
@@ -133,14 +157,17 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed of weights, order, crops and times.")] = None,
     resume: Annotated[
-        bool,
+        Resume | None,
         typer.Option(
-            "--resume", help="Go on from the newest checkpoint in --out; without --config, with its settings."
+            metavar="[=auto]",
+            help="Go on from the newest checkpoint in --out; without --config, with its settings. --resume=auto starts "
+            "anew where there is none, for jobs that a scheduler starts again.",
         ),
-    ] = False,
+    ] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Train a model. Of a setting given twice, --set wins over a flag, and a flag over --config."""
+    from flowseg.checkpoint import list_checkpoints
     from flowseg.config import load_config
     from flowseg.train import train as run_training
 
@@ -154,27 +181,29 @@ def train(
         "optim.lr": lr,
         "train.seed": seed,
     }
-    if resume and config is None and (out / "config.yaml").is_file():
+    go_on = resume is Resume.always or (resume is Resume.auto and bool(list_checkpoints(out)))
+    if go_on and config is None and (out / "config.yaml").is_file():
         config = out / "config.yaml"
     settings = load_config(config, sets, flags)
     # The launcher's name for it; the first of several processes speaks for all.
-    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
-    console.print(f"flowseg {__version__}  {settings.data.name}  {settings.model.size}  -> {out}", highlight=False)
+    console = make_console(quiet=os.environ.get("RANK", "0") != "0")
+    say(console, f"flowseg {__version__}  {settings.data.name}  {settings.model.size}  -> {out}")
     if settings.train.steps < 2 * settings.optim.warmup:
-        console.print(
+        say(
+            console,
             f"note: {settings.train.steps} steps are short for a warm-up of {settings.optim.warmup}; "
             "lower it with --set optim.warmup=N",
-            highlight=False,
         )
-    result = run_training(settings, out, resume=resume, console=console)
+    result = run_training(settings, out, resume="auto" if resume is Resume.auto else go_on, console=console)
     if isinstance(result.stopped_by, int):
-        console.print(f"stopped by signal at step {result.state.step}; go on with: flowseg train --out {out} --resume")
+        command = f"flowseg train --out {out} --resume"
+        say(console, f"stopped by signal at step {result.state.step}; go on with: {command}")
         raise typer.Exit(128 + result.stopped_by)
     scores = result.scores
-    console.print(
+    say(
+        console,
         f"step {result.state.step} (ended by {result.stopped_by}): mIoU {scores.miou:.2f}, pixel accuracy "
         f"{scores.pixel_accuracy:.2f} on {scores.images} images; best mIoU {result.state.best_miou:.2f}",
-        highlight=False,
     )
 
 
@@ -203,6 +232,7 @@ def evaluate(
     from flowseg.evaluate import chosen_indices
     from flowseg.evaluate import evaluate as score
     from flowseg.parallel import Peers
+    from flowseg.progress import counting_view
     from flowseg.segment import Segmenter
 
     if json_file:
@@ -214,10 +244,15 @@ def evaluate(
         {"data.root": _absolute(root), "sample.steps": steps, "sample.method": method},
         checkpoint=checkpoint,
     )
-    data = open_data(settings.data, (split.value,), seed=settings.train.seed)
+    peers = Peers(state.num_processes, state.process_index)
+    with peers.together():
+        data = open_data(settings.data, (split.value,), seed=settings.train.seed)
     pairs = data.train if split is Split.train else data.val
     segmenter = Segmenter.from_run(run, settings, checkpoint)
-    with _bar("evaluate", len(chosen_indices(len(pairs), limit)), shown=state.is_main_process) as advance:
+    shown = counting_view(
+        make_console(quiet=not state.is_main_process), "evaluate", len(chosen_indices(len(pairs), limit))
+    )
+    with shown as advance, peers.adding_up() as add_up:
         scores = score(
             segmenter,
             pairs,
@@ -225,23 +260,23 @@ def evaluate(
             on_batch=lambda count: advance(count * state.num_processes),
             rank=state.process_index,
             world=state.num_processes,
-            add_up=Peers(state.num_processes).add_up_counts,
+            add_up=add_up,
         )
     if not state.is_main_process:
         return
-    table = Table("class", "IoU %", title=f"{run} on {split.value} ({scores.images} images)")
-    for name, value in zip(data.labels.classes, scores.iou):
-        table.add_row(name, "absent" if value is None else f"{value:.2f}")
-    table.add_section()
-    table.add_row("mIoU", f"{scores.miou:.2f}")
-    table.add_row("pixel accuracy", f"{scores.pixel_accuracy:.2f}")
-    Console().print(table)
     if json_file:
         facts = scores.summary(data.labels.classes)
         facts |= {"split": split.value, "checkpoint": checkpoint, "sample": settings.sample.model_dump()}
         temporary = json_file.with_name(f".{json_file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(facts, indent=1) + "\n")
+        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, json_file)
+    table = Table("class", "IoU %", title=printable(f"{run} on {split.value} ({scores.images} images)"))
+    for name, value in zip(data.labels.classes, scores.iou):
+        table.add_row(printable(name), "absent" if value is None else f"{value:.2f}")
+    table.add_section()
+    table.add_row("mIoU", f"{scores.miou:.2f}")
+    table.add_row("pixel accuracy", f"{scores.pixel_accuracy:.2f}")
+    make_console(stderr=False).print(table)
 
 
 @app.command()
@@ -258,6 +293,7 @@ def report(
 ) -> None:
     """Score a run and write one HTML file: convergence, classes, confusion, examples, settings, speed of the kernels."""
     from flowseg.checkpoint import read_run_config
+    from flowseg.progress import counting_view
     from flowseg.report.run import write_report
     from flowseg.segment import Segmenter
 
@@ -265,7 +301,7 @@ def report(
     target = out or run / "report.html"
     _make_place("--out", target)
     segmenter = Segmenter.from_run(run, settings, checkpoint)
-    with _bar("report", limit) as advance:
+    with counting_view(make_console(), "report", limit) as advance:
         scores = write_report(run, segmenter, target, limit=limit, kernel_size=256 if speed else None, on_batch=advance)
     typer.echo(f"report: {target.resolve()}  (mIoU {scores.miou:.2f} on {scores.images} images)")
 
@@ -288,7 +324,7 @@ def export(
 
     _check_folder(out)
     try:
-        measured = json.loads(scores.read_text()) if scores else None
+        measured = json.loads(scores.read_text(encoding="utf-8")) if scores else None
     except (OSError, ValueError) as error:
         raise UserError(f"--scores {scores}: cannot be read as JSON ({error})") from None
     if scores and not (isinstance(measured, dict) and {"miou", "pixel_accuracy", "images"} <= measured.keys()):
@@ -319,6 +355,7 @@ def predict(
     from flowseg.hub import from_pretrained, is_shared
     from flowseg.predict import find_images
     from flowseg.predict import predict as segment_files
+    from flowseg.progress import counting_view
     from flowseg.segment import Segmenter
 
     _check_folder(out)
@@ -332,7 +369,7 @@ def predict(
     else:
         segmenter = Segmenter.from_run(Path(run), settings, checkpoint)
     outputs = ["mask"] + ["overlay"] * overlay + ["margin"] * margin
-    with _bar("predict", len(images)) as advance:
+    with counting_view(make_console(), "predict", len(images)) as advance:
         result = segment_files(
             segmenter,
             images,
@@ -342,10 +379,11 @@ def predict(
             opacity=opacity,
             on_image=lambda _: advance(1),
         )
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(f"{len(images) - len(result.failed)} of {len(images)} images -> {out}", highlight=False)
+    console = make_console()
+    say(console, f"{len(images) - len(result.failed)} of {len(images)} images -> {out}")
     for path, reason in result.failed:
-        console.print(f"[red]failed[/] {escape(reason if str(path) in reason else f'{path}: {reason}')}")
+        text = printable(reason if str(path) in reason else f"{path}: {reason}")
+        console.print(Text.assemble(("failed", "red"), " ", text), soft_wrap=True)
     if result.failed:
         raise typer.Exit(1)
 
@@ -363,8 +401,8 @@ def study(
     from flowseg.study import load_study, run_study
 
     _check_folder(out)
-    table = run_study(load_study(file), out, root=root, jobs=jobs, console=Console(stderr=True))
-    typer.echo(table.read_text())
+    table = run_study(load_study(file), out, root=root, jobs=jobs, console=make_console())
+    typer.echo(table.read_text(encoding="utf-8"))
 
 
 def _check_folder(out: Path) -> None:
@@ -392,18 +430,3 @@ def _make_place(option: str, file: Path) -> None:
 def _absolute(path: Path | None) -> str | None:
     # The run folder keeps the settings; a relative root would only hold from one working directory.
     return None if path is None else str(path.resolve())
-
-
-def _bar(title: str, total: int | None, shown: bool = True):
-    """A progress bar as a context manager that gives ``advance(count)``."""
-    import contextlib
-
-    from rich.progress import Progress
-
-    @contextlib.contextmanager
-    def bar():
-        with Progress(console=Console(stderr=True), disable=not shown) as progress:
-            task = progress.add_task(title, total=total)
-            yield lambda count: progress.advance(task, count)
-
-    return bar()

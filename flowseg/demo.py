@@ -13,17 +13,19 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flowseg.config import Config
 from flowseg.data import open_data
 from flowseg.errors import UserError
 from flowseg.evaluate import Scores, chosen_indices, evaluate
+from flowseg.metrics import read_metrics
+from flowseg.progress import counting_view
 from flowseg.report import figures
 from flowseg.report.blocks import environment, speed_blocks
 from flowseg.report.page import Page, folded, paragraph, picture, table
 from flowseg.report.speed import measure_kernels
 from flowseg.segment import Segmenter
+from flowseg.terminal import say
 from flowseg.train import train
 from flowseg_kernels import nearest_centroid
 
@@ -103,16 +105,15 @@ def run_demo(
         steps = 12 if quick else _affordable_steps(demo_config(quick=False, steps=8, seed=seed), out)
     base = demo_config(quick=quick, steps=steps, seed=seed)
     arms = [_train_arm(name, weight, base, folders[name], console) for name, weight in ARMS.items()]
-    with _progress(console) as progress:
-        task = progress.add_task("kernels", total=1)
+    with counting_view(console, "kernels", 1) as advance:
         size = 96 if quick else 512
         speed = measure_kernels(size=size, repeats=2 if quick else 5)
-        progress.advance(task)
+        advance()
     report = out / "report.html"
     _write_report(report, arms, speed, size, quick)
     _write_numbers(out / "report.json", arms, speed)
     if console:
-        console.print(verdict(arms), highlight=False)
+        say(console, verdict(arms))
     return report
 
 
@@ -129,7 +130,9 @@ def _affordable_steps(config: Config, out: Path) -> int:
     trial = out / "trial"
     _clear_run(trial)
     train(config, trial)
-    first, last = (line for line in _metrics(trial) if line["event"] == "train" and line["step"] in (2, 8))
+    first, last = (
+        line for line in read_metrics(trial / "metrics.jsonl") if line["event"] == "train" and line["step"] in (2, 8)
+    )
     shutil.rmtree(trial)
     per_step = (last["seconds"] - first["seconds"]) / 6
     return min(1500, max(60, int(SECONDS_PER_ARM / per_step) // 10 * 10))
@@ -145,26 +148,11 @@ def _train_arm(name: str, weight: float, base: Config, folder: Path, console: Co
         raise UserError("the demo was stopped before both runs ended; start it again")
     segmenter = Segmenter.from_run(folder, config)
     data = open_data(config.data, ("val",), seed=config.train.seed)
-    with _progress(console) as progress:
-        task = progress.add_task(f"{name:8} evaluate", total=len(data.val))
-        scores = evaluate(segmenter, data.val, on_batch=lambda count: progress.advance(task, count))
-    errors = [(line["step"], line["squared_error"]) for line in _metrics(folder) if line["event"] == "train"]
+    with counting_view(console, f"{name:8} evaluate", len(data.val)) as advance:
+        scores = evaluate(segmenter, data.val, on_batch=advance)
+    lines = read_metrics(folder / "metrics.jsonl")
+    errors = [(line["step"], line["squared_error"]) for line in lines if line["event"] == "train"]
     return Arm(name, config, segmenter, scores, result.curve, errors, seconds)
-
-
-def _metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=console is None,
-    )
 
 
 def verdict(arms: list[Arm]) -> str:
@@ -291,4 +279,4 @@ def _write_numbers(path: Path, arms: list[Arm], speed: list[dict]) -> None:
         },
         "speed": speed,
     }
-    path.write_text(json.dumps(numbers, indent=1) + "\n")
+    path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The one error class for mistakes a user can mend."""
+"""The error class for mistakes that a user can mend, and its form in the processes that have made none."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and leaves with status 2.
     """
+
+
+class PeerError(UserError):
+    """Another process of the same run has failed. The command line leaves with status 2 and prints nothing."""

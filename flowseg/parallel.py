@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from flowseg.errors import PeerError
 
 
 def shard(model: nn.Module) -> None:
@@ -39,8 +44,8 @@ class Peers:
     They have a group of their own on gloo: a sum on the accelerator would make the host wait for all work queued there.
     """
 
-    def __init__(self, world: int):
-        self.world = world
+    def __init__(self, world: int, rank: int = 0):
+        self.world, self.rank = world, rank
         self._group = dist.new_group(backend="gloo") if world > 1 else None
 
     def add_up(self, *values: float) -> list[float]:
@@ -57,3 +62,52 @@ class Peers:
         if self.world > 1:
             dist.all_reduce(sums, group=self._group)
         return sums
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise in all processes if one of them has an error; every process must call this.
+
+        Raises:
+            Exception: ``error``, in the first process that has one.
+            PeerError: in the others, so that one message is printed.
+        """
+        if self.world == 1:
+            if error:
+                raise error
+            return
+        failed = torch.zeros(self.world, dtype=torch.int64)
+        failed[self.rank] = error is not None
+        failed = self.add_up_counts(failed)
+        if not failed.any():
+            return
+        first = int(failed.nonzero()[0])
+        if first == self.rank:
+            raise error
+        raise PeerError(f"process {first} of {self.world} has failed; its message says why") from error
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block that must not sum anything itself; its failure in one process fails all of them."""
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        self.agree(failure)
+
+    @contextlib.contextmanager
+    def adding_up(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function that sums a tensor once, for a block whose failure in one process fails all of them."""
+        reached = False
+
+        def add_up(counts: Tensor) -> Tensor:
+            nonlocal reached
+            reached = True
+            self.agree(None)
+            return self.add_up_counts(counts)
+
+        try:
+            yield add_up
+        except Exception as error:
+            if not reached:
+                self.agree(error)
+            raise

@@ -13,12 +13,11 @@ import json
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.util import register_after_fork
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -33,20 +32,24 @@ from flowseg.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
+    save_state,
     save_weights,
 )
 from flowseg.codes import IGNORE_INDEX, build_codebook
 from flowseg.config import Config, OptimConfig, load_config, save_config
-from flowseg.data import SegmentationData, open_data, resolve_labels, training_batches
-from flowseg.errors import UserError
-from flowseg.evaluate import Scores, evaluate
+from flowseg.data import open_data, resolve_labels, training_batches
+from flowseg.errors import PeerError, UserError
+from flowseg.evaluate import Scores, chosen_indices, evaluate
 from flowseg.memory import keep_freed_memory
+from flowseg.metrics import log_to_trackers, open_metrics, read_metrics, truncate_metrics
 from flowseg.model import FlowSegModel, build_model, load_pixnerd
 from flowseg.model.sizes import check_sizes
-from flowseg.objective import flow_step, squared_error
+from flowseg.objective import Objective, flow_step, squared_error
 from flowseg.parallel import Peers, shard, whole
-from flowseg.progress import training_bar
+from flowseg.progress import training_view
 from flowseg.segment import Segmenter, autocast, default_device, resolve_precision
+from flowseg.signals import stop_on_signal
+from flowseg.terminal import say
 
 
 @dataclasses.dataclass
@@ -98,7 +101,7 @@ def train(
     config: Config,
     out: Path,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     console: Console | None = None,
     title: str = "train",
     on_validation: Callable[[int, Scores], None] | None = None,
@@ -106,8 +109,9 @@ def train(
     """Train until ``train.steps`` or ``train.max_minutes``, whichever comes first.
 
     Writes to ``out``: ``config.yaml`` (resolved), ``metrics.jsonl``, ``checkpoints/``, and ``best.safetensors``, the
-    weights with the highest validation mIoU (averaged ones unless ``sample.weights`` says otherwise). SIGTERM and SIGINT end
-    the run after the current step, with a checkpoint.
+    weights with the highest validation mIoU (averaged ones unless ``sample.weights`` says otherwise). SIGTERM, SIGINT,
+    SIGHUP, SIGUSR1 and SIGUSR2 end the run after the current step, with a checkpoint. A checkpoint is also written before
+    each validation, so that a validation that fails costs no step.
 
     The loss of a step is the mean over all labelled pixels of all its examples, so that it does not matter how they are
     spread over accumulated batches and processes.
@@ -115,14 +119,16 @@ def train(
     Args:
         config: all settings.
         out: run folder; must hold no run yet unless ``resume``.
-        resume: go on from its newest checkpoint. On a CPU in float32 the result is bit for bit that of a run that was
-            never interrupted, as long as no time limit bends the learning rate.
+        resume: go on from its newest checkpoint; ``"auto"``: only if there is one, and start anew if not. On a CPU in
+            float32 the result is bit for bit that of a run that was never interrupted, as long as no time limit bends the
+            learning rate. Another batch size or number of processes goes on with the next example in the order.
         console: where to draw; ``None`` draws nothing.
         title: name on the progress bar.
         on_validation: called with step and scores.
 
     Raises:
-        UserError: data or settings that cannot work, an occupied ``out``, or a loss that is no longer finite.
+        UserError: data or settings that cannot work, an occupied ``out``, a loss that is no longer finite, or a
+            validation that failed. Of several processes one raises it and the others raise PeerError.
     """
     if not torch.accelerator.is_available():
         keep_freed_memory()
@@ -137,245 +143,373 @@ def train(
         log_with=config.train.trackers or None,
         project_dir=out,
     )
-    _check_out(out, resume)
-    with _occupied(out) if accelerator.is_main_process else contextlib.nullcontext():
-        return _train(config, out, accelerator, resume, console, title, on_validation)
-
-
-def _train(
-    config: Config,
-    out: Path,
-    accelerator: Accelerator,
-    resume: bool,
-    console: Console | None,
-    title: str,
-    on_validation: Callable[[int, Scores], None] | None,
-) -> TrainResult:
-    main, device = accelerator.is_main_process, accelerator.device
-    peers = Peers(accelerator.num_processes)
-    if resume:
-        _check_codes(config, out)
-    data = open_data(config.data, seed=config.train.seed, check=main)
-    codebook = build_codebook(config.codes, data.num_classes).to(device)
-    encoder = ImageFeatures.from_pretrained(config.repa.encoder).to(device) if config.repa.weight else None
-    bare_model = build_model(config, align_dim=encoder.dim if encoder else None)
-    _check_model(config, bare_model)
-    if config.model.pixnerd and not resume:
-        report = load_pixnerd(bare_model, config.model.pixnerd)
-        if console:
-            console.print(f"{config.model.pixnerd}: {report}", highlight=False)
-    bare_model.to(device)
-    ema_model = copy.deepcopy(bare_model).requires_grad_(False)
-    ema_model.projector = None
-    sharded = config.train.strategy == "fsdp" and peers.world > 1
-    if sharded:
-        shard(bare_model)
-    ema = Ema(bare_model, config.optim.ema_decay)
-    optim = config.optim
-    optimizer = torch.optim.AdamW(
-        bare_model.parameters(),
-        lr=optim.lr,
-        betas=(optim.beta1, optim.beta2),
-        weight_decay=optim.weight_decay,
-        fused=True,
-    )
-    # The compiled network shares its parameters with the bare one, which names them in checkpoints.
-    model = torch.compile(bare_model, fullgraph=not sharded) if config.model.compile else bare_model
-    if not sharded:
-        model = accelerator.prepare_model(model)
-    state = TrainState()
-    if resume:
-        found = list_checkpoints(out)
-        if not found:
-            raise UserError(f"--resume: no checkpoint in {out / 'checkpoints'}; leave --resume out to start anew")
-        state = load_checkpoint(found[-1], bare_model, ema.tensors, optimizer)
-    if main:
-        save_config(config, out / "config.yaml")
-        if resume:
-            _truncate_metrics(out / "metrics.jsonl", state)
-        else:
-            # What a run that never came to a checkpoint left; it is not this run's.
-            for name in ("metrics.jsonl", "best.safetensors"):
-                (out / name).unlink(missing_ok=True)
-    if config.train.trackers:
-        accelerator.init_trackers(config.train.project, config=_flat(config.model_dump(mode="json")))
-
-    segmenter = Segmenter(ema_model, codebook, config, device)
-    accumulation = config.train.accumulation
-    result = TrainResult(state, None, "steps", [])
-    started = time.monotonic() - state.seconds
-    window_start, window_images = time.monotonic(), 0
-    limit = config.train.max_minutes * 60 if config.train.max_minutes else math.inf
-
-    def validate() -> None:
-        nonlocal window_start
-        begin = time.monotonic()
-
-        def leave_on_signal(_count: int) -> None:
-            # Several processes would not leave together: they finish the validation first.
-            if stop and peers.world == 1:
-                raise _Interrupted
-
-        weights = ema.tensors if config.sample.weights == "ema" else dict(bare_model.named_parameters())
-        _copy_into(ema_model, weights)
-        segmenter.config = config.at_step(state.step - 1)
-        result.scores = scores = evaluate(
-            segmenter,
-            data.val,
-            limit=config.train.eval_images,
-            rank=accelerator.process_index,
-            world=peers.world,
-            add_up=peers.add_up_counts,
-            on_batch=leave_on_signal,
+    peers = Peers(accelerator.num_processes, accelerator.process_index)
+    with contextlib.ExitStack() as stack:
+        with peers.together():
+            resume = _goes_on(out, resume)
+            if accelerator.is_main_process:
+                stack.enter_context(_occupied(out))
+            if not resume and list_checkpoints(out):
+                raise UserError(
+                    f"--out {out}: holds a run already; add --resume to go on with it, or give another folder"
+                )
+        training = _Training(
+            config, out, accelerator, peers, resume=resume, console=console, title=title, on_validation=on_validation
         )
-        if main and state.validated < state.step:
-            result.curve.append((state.step, scores.miou))
-            log(event="validation", step=state.step, miou=scores.miou, pixel_accuracy=scores.pixel_accuracy)
-            if scores.miou > state.best_miou:
-                save_weights(out / "best.safetensors", ema_model, step=state.step, miou=scores.miou)
-            if on_validation:
-                on_validation(state.step, scores)
-        state.best_miou, state.validated = max(state.best_miou, scores.miou), state.step
-        window_start += time.monotonic() - begin
+        return training.run()
 
-    def check_finite(*values: Tensor) -> None:
+
+class _Training:
+    """The parts of one run, and what the loop does with them."""
+
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        accelerator: Accelerator,
+        peers: Peers,
+        *,
+        resume: bool,
+        console: Console | None,
+        title: str,
+        on_validation: Callable[[int, Scores], None] | None,
+    ):
+        self.config, self.out, self.accelerator, self.peers = config, out, accelerator, peers
+        self.main, self.device = accelerator.is_main_process, accelerator.device
+        self.console, self.title, self.on_validation = console if self.main else None, title, on_validation
+        with peers.together():
+            if resume:
+                _check_codes(config, out)
+            self.data = open_data(config.data, seed=config.train.seed, check=self.main)
+        self._build(resume)
+        self.state = self._restore() if resume else TrainState()
+        # Step of the newest checkpoint, and the newest one if it was only written because a validation followed.
+        self.saved, self.passing = self.state.step if resume else -1, None
+        self._open_files(resume)
+        self.result = TrainResult(self.state, None, "steps", [])
+        self.batches, self.batches_of = iter(()), None
+        self.window_start, self.window_images = time.monotonic(), 0
+        self.started = time.monotonic() - self.state.seconds
+        self.limit = config.train.max_minutes * 60 if config.train.max_minutes else math.inf
+
+    def _build(self, resume: bool) -> None:
+        config, device = self.config, self.device
+        self.codebook = build_codebook(config.codes, self.data.num_classes).to(device)
+        self.encoder = ImageFeatures.from_pretrained(config.repa.encoder).to(device) if config.repa.weight else None
+        self.bare_model = build_model(config, align_dim=self.encoder.dim if self.encoder else None)
+        _check_model(config, self.bare_model)
+        if config.model.pixnerd and not resume:
+            report = load_pixnerd(self.bare_model, config.model.pixnerd)
+            say(self.console, f"{config.model.pixnerd}: {report}")
+        self.bare_model.to(device)
+        self.ema_model = copy.deepcopy(self.bare_model).requires_grad_(False)
+        self.ema_model.projector = None
+        self.segmenter = Segmenter(self.ema_model, self.codebook, config, device)
+        self.sharded = config.train.strategy == "fsdp" and self.peers.world > 1
+        if self.sharded:
+            shard(self.bare_model)
+        self.ema = Ema(self.bare_model, config.optim.ema_decay)
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            self.bare_model.parameters(),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        # The compiled network shares its parameters with the bare one, which names them in checkpoints.
+        compiled = config.model.compile
+        model = torch.compile(self.bare_model, fullgraph=not self.sharded) if compiled else self.bare_model
+        self.model = model if self.sharded else self.accelerator.prepare_model(model)
+
+    def _restore(self) -> TrainState:
+        newest = list_checkpoints(self.out)[-1]
+        state = load_checkpoint(newest, self.bare_model, self.ema.tensors, self.optimizer)
+        if state.draws is None:
+            before = self.out / "config.yaml"
+            old = load_config(before) if before.is_file() else self.config
+            state.draws = _draws_before(old, state.step, self.peers.world)
+        # A process must not write its settings before the others have read the old ones.
+        self.accelerator.wait_for_everyone()
+        return state
+
+    def _open_files(self, resume: bool) -> None:
+        config, out, metrics = self.config, self.out, self.out / "metrics.jsonl"
+        if self.main:
+            save_config(config, out / "config.yaml")
+            if resume:
+                truncate_metrics(metrics, step=self.state.step, validated=self.state.validated)
+            else:
+                # What a run that never came to a checkpoint left; it is not this run's.
+                for name in ("metrics.jsonl", "best.safetensors"):
+                    (out / name).unlink(missing_ok=True)
+        if config.train.trackers:
+            # TensorBoard forgets what a killed process logged from this step on; that step itself is given to it again.
+            options = {"tensorboard": {"purge_step": self.state.step}} if resume else {}
+            tree = _flat(config.model_dump(mode="json"))
+            self.accelerator.init_trackers(config.train.project, config=tree, init_kwargs=options)
+            if self.main and resume and metrics.is_file():
+                for line in read_metrics(metrics):
+                    if line["step"] == self.state.step:
+                        log_to_trackers(self.accelerator, line)
+
+    def run(self) -> TrainResult:
+        """Train until the steps, the time or a signal end it; save; validate."""
+        config, state, result = self.config.train, self.state, self.result
+        with (
+            open_metrics(self.out / "metrics.jsonl", self.accelerator) as self.log,
+            stop_on_signal() as self.stop,
+            training_view(self.console, self.title, config.steps, lambda: state.step) as self.view,
+        ):
+            self.model.train()
+            if self._validation_due() and state.validated < state.step:
+                self._validate_unless_stopped()
+            while state.step < config.steps and self._step():
+                # Alone, a signal is seen at once; of several processes each waits for the others to see it.
+                if self.stop and self.peers.world == 1:
+                    result.stopped_by = self.stop[0]
+                    break
+                if state.step % config.checkpoint_every == 0:
+                    self.save()
+                if self._validation_due():
+                    self.save(passing=True)
+                    self._validate_unless_stopped()
+            self.save()
+            if not isinstance(result.stopped_by, int) and not self._validate_unless_stopped():
+                result.stopped_by = self.stop[0]
+            self.view.ended(str(result.stopped_by) if isinstance(result.stopped_by, str) else "a signal")
+        self.accelerator.wait_for_everyone()
+        if config.trackers:
+            self.accelerator.end_training()
+        return result
+
+    def _validation_due(self) -> bool:
+        """Whether a validation belongs to this step; the one at the end of the run is not meant."""
+        step, config = self.state.step, self.config.train
+        return step > 0 and step % config.eval_every == 0 and step < config.steps
+
+    def _step(self) -> bool:
+        """One optimiser step, or False where the run ends before it."""
+        config, state, peers = self.config, self.state, self.peers
+        now = config.at_step(state.step)
+        batch, failure = self._next_batches(now)
+        valid = sum(int((labels != IGNORE_INDEX).sum()) for _, labels, _ in batch)
+        # Times differ between processes; the first one's decides, or learning rates would differ too.
+        elapsed = time.monotonic() - self.started if self.main else 0.0
+        elapsed, valid, stopping, failed = peers.add_up(elapsed, valid, len(self.stop), failure is not None)
+        if failed:
+            self._leave_with(failure)
+        if stopping:
+            self.result.stopped_by = self.stop[0] if self.stop else signal.SIGTERM
+            return False
+        if elapsed >= self.limit:
+            self.result.stopped_by = "time"
+            return False
+        progress = max(state.step / config.train.steps, elapsed / self.limit)
+        rate = learning_rate(now.optim, state.step, progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        step, total, aligned = self._backward(batch, valid)
+        norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.grad_clip))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.bare_model, state.step)
+        state.step += 1
+        state.draws += now.train.batch_size * config.train.accumulation * peers.world
+        if state.step % config.train.log_every == 0 or state.step == config.train.steps:
+            self.check_finite(total, norm)
+            self._log_step(step, total, aligned, norm, rate, progress)
+        self.view.tick()
+        return True
+
+    def _next_batches(self, now: Config) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Exception | None]:
+        """The batches of a step, or the error of their data; other processes have to hear of it."""
+        train = now.train
+        try:
+            if self.batches_of != (now.data, train.batch_size):
+                self.batches = training_batches(
+                    self.data.train,
+                    now.data,
+                    train.batch_size,
+                    seed=train.seed,
+                    first_draw=self.state.draws,
+                    rank=self.peers.rank,
+                    world=self.peers.world,
+                )
+                self.batches_of = now.data, train.batch_size
+            return [next(self.batches) for _ in range(train.accumulation)], None
+        except Exception as error:
+            return [], error
+
+    def _leave_with(self, failure: Exception | None) -> NoReturn:
+        """Raise the error of this process or of another one. Bad data is no reason to lose steps."""
+        if self.state.step:
+            self.save()
+            if isinstance(failure, UserError):
+                failure = UserError(f"{failure}; {self._how_to_go_on()}")
+        self.peers.agree(failure)
+        raise AssertionError("no process has an error")
+
+    def _how_to_go_on(self) -> str:
+        return f"step {self.state.step} is saved; go on with: flowseg train --out {self.out} --resume"
+
+    def _backward(self, batch: list[tuple[Tensor, Tensor, Tensor]], valid: float) -> tuple[Objective, Tensor, Tensor]:
+        """Gradients of a step. Returns the last batch's objective, this process's part of the loss, and REPA's."""
+        config, device, encoder = self.config, self.device, self.encoder
+        total, aligned = torch.zeros((), device=device), torch.zeros((), device=device)
+        for micro, (images, labels, draws) in enumerate(batch):
+            images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
+            last = micro == len(batch) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                with autocast(config.train.mixed_precision, device):
+                    step = flow_step(self.model, self.codebook, config, images, labels, draws, encoder)
+                # Processes' gradients are averaged, so each counts its share of the sum as many times as there are.
+                value = step.flow * (self.peers.world / max(valid, 1.0))
+                total += value.detach()
+                if encoder:
+                    aligned += step.align.detach() / len(batch)
+                    value = value + step.align * (config.repa.weight / len(batch))
+                self.accelerator.backward(value)
+            self.window_images += images.shape[0] * self.peers.world
+        return step, total, aligned
+
+    def _log_step(
+        self, step: Objective, total: Tensor, aligned: Tensor, norm: Tensor, rate: float, progress: float
+    ) -> None:
+        error = squared_error(step, self.codebook, self.config)
+        sums = self.peers.add_up(float(total), float(error), float(aligned))
+        loss, error, align = (value / self.peers.world for value in sums)
+        speed = self.window_images / max(time.monotonic() - self.window_start, 1e-9)
+        self.window_start, self.window_images = time.monotonic(), 0
+        self.log(
+            event="train",
+            step=self.state.step,
+            loss=loss,
+            squared_error=error,
+            **({"align": align} if self.encoder else {}),
+            grad_norm=float(norm),
+            lr=rate,
+            images_per_second=speed,
+            seconds=time.monotonic() - self.started,
+        )
+        self.view.show(loss=loss, speed=speed, fraction=progress, miou=self.result.scores and self.result.scores.miou)
+
+    def check_finite(self, *values: Tensor) -> None:
+        """Raise UserError in all processes if one of them holds a value that is no number."""
         wrong = not all(bool(torch.isfinite(_own_part(value)).all()) for value in values)
-        if peers.add_up(wrong)[0]:
+        if self.peers.add_up(wrong)[0]:
             raise UserError(
-                f"the loss is no longer finite at step {state.step}; lower optim.lr or raise loss.eps, then "
+                f"the loss is no longer finite at step {self.state.step}; lower optim.lr or raise loss.eps, then "
                 f"--resume from the last checkpoint"
             )
 
-    def save() -> None:
-        # The newest checkpoint is what a run goes on from: it must not hold weights that are not numbers.
-        check_finite(*bare_model.parameters())
-        state.seconds = time.monotonic() - started
-        if main or sharded:
-            save_checkpoint(out, bare_model, ema.tensors, optimizer, state, config.train.keep, write=main)
-
-    def next_batches() -> list[tuple[Tensor, Tensor, Tensor]]:
-        try:
-            return [next(batches) for _ in range(accumulation)]
-        except UserError:
-            # Bad data is no reason to lose the steps since the last checkpoint. Alone: peers would wait for each other.
-            if state.step and accelerator.num_processes == 1:
-                save()
-            raise
-
-    with (
-        _metrics_log(out / "metrics.jsonl", accelerator) as log,
-        _stop_on_signal() as stop,
-        training_bar(console if main else None, title, config.train.steps, lambda: state.step) as show,
-    ):
-        model.train()
-        batches, batches_of = iter(()), None
-
-        def due(step: int) -> bool:
-            return step > 0 and step % config.train.eval_every == 0 and step < config.train.steps
-
-        with contextlib.suppress(_Interrupted):
-            if due(state.step) and state.validated < state.step:
-                validate()
-        while state.step < config.train.steps:
-            now = config.at_step(state.step)
-            if batches_of != (now.data, now.train.batch_size):
-                batches = _batches(config, now, data, state.step, accelerator)
-                batches_of = now.data, now.train.batch_size
-            batch = next_batches()
-            valid = sum(int((labels != IGNORE_INDEX).sum()) for _, labels, _ in batch)
-            # Times differ between processes; the first one's decides, or learning rates would differ too.
-            elapsed = time.monotonic() - started if main else 0.0
-            elapsed, valid, stopping = peers.add_up(elapsed, valid, len(stop))
-            if stopping:
-                result.stopped_by = stop[0] if stop else signal.SIGTERM
-                break
-            if elapsed >= limit:
-                result.stopped_by = "time"
-                break
-            progress = max(state.step / config.train.steps, elapsed / limit)
-            rate = learning_rate(now.optim, state.step, progress)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            total, aligned = torch.zeros((), device=device), torch.zeros((), device=device)
-            for micro, (images, labels, draws) in enumerate(batch):
-                images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
-                last = micro == accumulation - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                    with autocast(config.train.mixed_precision, device):
-                        step = flow_step(model, codebook, config, images, labels, draws, encoder)
-                    # Processes' gradients are averaged, so each counts its share of the sum as many times as there are.
-                    value = step.flow * (peers.world / max(valid, 1.0))
-                    total += value.detach()
-                    if encoder:
-                        aligned += step.align.detach() / accumulation
-                        value = value + step.align * (config.repa.weight / accumulation)
-                    accelerator.backward(value)
-                window_images += images.shape[0] * peers.world
-            norm = whole(accelerator.clip_grad_norm_(model.parameters(), optim.grad_clip))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(bare_model, state.step)
-            state.step += 1
-            at_end = state.step == config.train.steps
-            if state.step % config.train.log_every == 0 or at_end:
-                check_finite(total, norm)
-                error = squared_error(step, codebook, config)
-                sums = peers.add_up(float(total), float(error), float(aligned))
-                loss, error, align = (value / peers.world for value in sums)
-                speed = window_images / max(time.monotonic() - window_start, 1e-9)
-                window_start, window_images = time.monotonic(), 0
-                log(
-                    event="train",
-                    step=state.step,
-                    loss=loss,
-                    squared_error=error,
-                    **({"align": align} if encoder else {}),
-                    grad_norm=float(norm),
-                    lr=rate,
-                    images_per_second=speed,
-                    seconds=time.monotonic() - started,
+    def save(self, *, passing: bool = False) -> None:
+        """Write a checkpoint of this step; if there is one, only its state. The next one replaces a ``passing`` one."""
+        state, new = self.state, self.saved != self.state.step
+        if new:
+            # The newest checkpoint is what a run goes on from: it must not hold weights that are not numbers.
+            self.check_finite(*self.bare_model.parameters())
+        state.seconds = time.monotonic() - self.started
+        with self.peers.together():
+            if new and (self.main or self.sharded):
+                path = save_checkpoint(
+                    self.out,
+                    self.bare_model,
+                    self.ema.tensors,
+                    self.optimizer,
+                    state,
+                    self.config.train.keep,
+                    write=self.main,
+                    replaces=self.passing,
                 )
-                show(loss=loss, speed=speed, fraction=progress, miou=result.scores and result.scores.miou)
-            # Alone, a signal is seen at once; of several processes each waits for the others to see it.
-            if stop and peers.world == 1:
-                result.stopped_by = stop[0]
-                break
-            # Saved first: a process that is killed while it validates loses no step, and validates when it goes on.
-            if state.step % config.train.checkpoint_every == 0 and not at_end:
-                save()
-            if due(state.step):
-                with contextlib.suppress(_Interrupted):
-                    validate()
+                self.passing = path if passing else None
+            elif self.main:
+                save_state(self.out, state)
+        self.saved = state.step
+        if new:
+            self.view.saved()
+
+    def _validate_unless_stopped(self) -> bool:
+        """Validate, and note it in the checkpoint; False where a signal has cut the validation."""
         try:
-            if not isinstance(result.stopped_by, int):
-                validate()
-                show(fraction=1.0, miou=result.scores and result.scores.miou)
+            self._validate()
         except _Interrupted:
-            result.stopped_by = stop[0]
-        save()
-    accelerator.wait_for_everyone()
-    if config.train.trackers:
-        accelerator.end_training()
-    return result
+            return False
+        self.save()
+        return True
+
+    def _validate(self) -> None:
+        config, state, result = self.config, self.state, self.result
+        begin = time.monotonic()
+        weights = self.ema.tensors if config.sample.weights == "ema" else dict(self.bare_model.named_parameters())
+        _copy_into(self.ema_model, weights)
+        self.segmenter.config = config.at_step(state.step - 1)
+        result.scores = scores = self._scores()
+        best = max(state.best_miou, scores.miou)
+        with self.peers.together():
+            if self.main and state.validated < state.step:
+                result.curve.append((state.step, scores.miou))
+                self.log(event="validation", step=state.step, miou=scores.miou, pixel_accuracy=scores.pixel_accuracy)
+                if scores.miou > state.best_miou:
+                    save_weights(self.out / "best.safetensors", self.ema_model, step=state.step, miou=scores.miou)
+                if self.on_validation:
+                    self.on_validation(state.step, scores)
+        state.best_miou, state.validated = best, state.step
+        self.view.validated(scores, best)
+        self.view.show(fraction=state.step / config.train.steps, miou=scores.miou)
+        self.window_start += time.monotonic() - begin
+
+    def _scores(self) -> Scores:
+        """Scores of the validation split; an error names the step that is saved."""
+        config, peers, seen = self.config, self.peers, 0
+        count = len(chosen_indices(len(self.data.val), config.train.eval_images))
+
+        def seen_more(images: int) -> None:
+            nonlocal seen
+            seen += images * peers.world
+            self.view.validating(seen, count)
+            # Several processes would not leave together: they finish the validation first.
+            if self.stop and peers.world == 1:
+                raise _Interrupted
+
+        try:
+            with peers.adding_up() as add_up:
+                return evaluate(
+                    self.segmenter,
+                    self.data.val,
+                    limit=config.train.eval_images,
+                    rank=peers.rank,
+                    world=peers.world,
+                    add_up=add_up,
+                    on_batch=seen_more,
+                )
+        except (PeerError, _Interrupted):
+            raise
+        except UserError as error:
+            raise UserError(f"validation: {error}; {self._how_to_go_on()}") from None
+        except Exception as error:
+            if not _out_of_memory(error):
+                # A fault of the program: its traceback is wanted.
+                say(self.console, f"validation has failed; {self._how_to_go_on()}")
+                raise
+            raise UserError(
+                f"validation ran out of memory ({' '.join(str(error).split())[:200]}); {self._how_to_go_on()} --set "
+                f"sample.batch_size=1 (now {config.sample.batch_size})"
+            ) from error
 
 
-def _batches(config: Config, now: Config, data: SegmentationData, step: int, accelerator: Accelerator) -> Iterator:
-    """Batches from ``step`` on: each stage goes on with the draws where the one before it ended."""
+def _draws_before(config: Config, step: int, world: int) -> int:
+    """Examples that ``world`` processes with these settings draw before ``step``."""
     ends = [stage.at for stage in config.train.stages if stage.at <= step]
-    per_step = config.train.accumulation * accelerator.num_processes
-    draws = sum(
-        (last - first) * config.at_step(first).train.batch_size * per_step
+    return sum(
+        (last - first) * config.at_step(first).train.batch_size * config.train.accumulation * world
         for first, last in itertools.pairwise([0, *ends, step])
     )
-    return training_batches(
-        data.train,
-        now.data,
-        now.train.batch_size,
-        seed=config.train.seed,
-        first_draw=draws,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-    )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error).lower() for w in words)
 
 
 def _own_part(tensor: Tensor) -> Tensor:
@@ -444,11 +578,21 @@ def _occupied(out: Path) -> Iterator[None]:
             out.rmdir()
 
 
-def _check_out(out: Path, resume: bool) -> None:
+def _goes_on(out: Path, resume: bool | Literal["auto"]) -> bool:
+    """Whether the run goes on from a checkpoint in ``out``."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a folder")
-    if not resume and list_checkpoints(out):
-        raise UserError(f"--out {out}: holds a run already; add --resume to go on with it, or give another folder")
+    found = bool(list_checkpoints(out))
+    if resume == "auto":
+        return found
+    if resume not in (True, False):
+        raise UserError(f"resume must be True, False or 'auto', got {resume!r}")
+    if resume and not found:
+        raise UserError(
+            f"--resume: no checkpoint in {out / 'checkpoints'}; leave --resume out to start anew, or give --resume=auto "
+            "to go on only where there is one"
+        )
+    return resume
 
 
 def _check_codes(config: Config, out: Path) -> None:
@@ -475,64 +619,3 @@ def _check_model(config: Config, model: FlowSegModel) -> None:
         raise UserError(
             f"repa.block must be at most the {model.size.depth} blocks of the model, got {config.repa.block}"
         )
-
-
-def _truncate_metrics(path: Path, state: TrainState) -> None:
-    """Drop what was logged after the checkpoint: those steps and validations are done again."""
-    if path.is_file():
-        until = {"validation": state.validated}
-        lines = ((line, *_step_of(line)) for line in path.read_text().splitlines())
-        kept = [line for line, event, step in lines if step <= until.get(event, state.step)]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
-
-
-def _step_of(line: str) -> tuple[str, float]:
-    """Event and step of a metrics line; an infinite step for one that a killed process left unfinished."""
-    try:
-        fields = json.loads(line)
-        return fields["event"], fields["step"]
-    except (ValueError, KeyError, TypeError):
-        return "", math.inf
-
-
-@contextlib.contextmanager
-def _metrics_log(path: Path, accelerator: Accelerator) -> Iterator[Callable[..., None]]:
-    """Write metrics as a line of JSON, and to the trackers; only the first process does."""
-    if not accelerator.is_main_process:
-        yield lambda **_: None
-        return
-    with path.open("a") as file:
-
-        def log(**fields: Any) -> None:
-            file.write(json.dumps(fields) + "\n")
-            file.flush()
-            event, step = fields.pop("event"), fields.pop("step")
-            if accelerator.trackers:
-                accelerator.log({f"{event}/{name}": value for name, value in fields.items()}, step=step)
-
-        yield log
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
-    """A list that receives the number of the first SIGTERM or SIGINT; a second one acts as usual."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(number: int, _frame: object) -> None:
-        received.append(number)
-        for other, handler in previous.items():
-            signal.signal(other, handler)
-
-    for number in previous:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """Damaged files, full disks and killed processes: one clear error, nothing lost, the last good checkpoint intact."""
 
 import errno
+import io
 import itertools
 import os
 import random
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 import flowseg.checkpoint as checkpoint
@@ -23,6 +25,7 @@ from flowseg import cli
 from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, read_tensors, save_checkpoint
 from flowseg.config import save_config
 from flowseg.errors import UserError
+from flowseg.metrics import read_metrics
 from flowseg.model import build_model
 from flowseg.train import Ema, train
 
@@ -295,6 +298,75 @@ def test_a_fault_in_the_data_loses_no_step(tmp_path, folder_data, monkeypatch, w
     shutil.copytree(tmp_path / "copy", folder_data)
     train(config, tmp_path / "part", resume=True)
     same_files(list_checkpoints(tmp_path / "part")[-1], list_checkpoints(tmp_path / "whole")[-1])
+
+
+VALIDATION_FAULTS = {
+    "unreadable_file": (UserError("e.jpg: cannot be read"), UserError, "validation: e.jpg: cannot be read"),
+    "memory": (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        UserError,
+        "ran out of memory .*batch_size=1",
+    ),
+    "fault_of_the_program": (ZeroDivisionError("division by zero"), ZeroDivisionError, "division by zero"),
+}
+
+
+@pytest.mark.parametrize("fault", VALIDATION_FAULTS)
+@pytest.mark.parametrize("steps", [3, 5], ids=["at_the_end", "in_between"])
+def test_a_validation_that_fails_costs_no_step(tmp_path, monkeypatch, fault, steps):
+    """It leaves a checkpoint and says how to go on; the run that goes on validates and is the one that never failed."""
+    raised, seen, words = VALIDATION_FAULTS[fault]
+    config = tiny_config(train={"steps": steps, "eval_every": 3, "checkpoint_every": 100})
+    train(config, tmp_path / "whole")
+
+    def fail(*arguments, **others):
+        raise raised
+
+    said = io.StringIO()
+    with monkeypatch.context() as patch, pytest.raises(seen, match=words) as error:
+        patch.setattr(training, "evaluate", fail)
+        train(config, tmp_path / "part", console=Console(file=said))
+    assert "step 3 is saved; go on with: flowseg train --out" in f"{error.value}{said.getvalue()}"
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "part")] == [3]
+    train(config, tmp_path / "part", resume=True)
+    same_files(*(list_checkpoints(tmp_path / name)[-1] for name in ("part", "whole")))
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("part", "whole")]
+    events = [[(line["event"], line["step"], line.get("miou")) for line in run] for run in lines]
+    assert events[0] == events[1] and ("validation", 3) in [event[:2] for event in events[0]]
+
+
+def test_a_callback_or_a_full_disk_after_a_validation_costs_no_step(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(step, scores):
+        raise Stop
+
+    config = tiny_config(train={"steps": 3, "checkpoint_every": 100})
+    with pytest.raises(Stop):
+        train(config, tmp_path / "run", on_validation=stop)
+    assert step_of(list_checkpoints(tmp_path / "run")[-1]) == 3
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"state.json: cannot be written.*intact"):
+        patch.setattr(checkpoint.os, "replace", full)
+        checkpoint.save_state(tmp_path / "run", TrainState(step=3))
+    assert step_of(list_checkpoints(tmp_path / "run")[-1]) == 3
+    assert not [*(tmp_path / "run" / "checkpoints").rglob(".*")]
+    assert train(config, tmp_path / "run", resume=True).state.validated == 3
+
+
+def test_a_checkpoint_for_a_validation_takes_no_place_of_a_scheduled_one(tmp_path):
+    config = tiny_config(train={"steps": 8, "checkpoint_every": 4, "eval_every": 3, "keep": 2})
+    kept = []
+    train(
+        config,
+        tmp_path / "run",
+        on_validation=lambda *_: kept.append([*map(step_of, list_checkpoints(tmp_path / "run"))]),
+    )
+    assert kept == [[3], [4, 6], [4, 8]]
 
 
 def test_more_classes_than_the_run_has_codes_for(tmp_path, folder_data):

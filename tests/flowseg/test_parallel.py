@@ -19,10 +19,11 @@ import flowseg.train as training
 from flowseg import cli
 from flowseg.checkpoint import list_checkpoints, read_facts, read_run_config
 from flowseg.config import save_config
+from flowseg.errors import UserError
 from flowseg.segment import Segmenter
 from flowseg.train import train
 
-from .tiny import TINY_MODEL, tiny_config
+from .tiny import TINY_MODEL, folder_section, tiny_config
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 
@@ -159,6 +160,55 @@ def test_a_signal_to_one_of_two_processes_ends_both_at_the_same_step(tmp_path):
     assert list_checkpoints(tmp_path / "run")[-1].name == "step-00000004"
 
 
+class GoodUntil:
+    """Pairs of which one more than ``count`` cannot be read."""
+
+    def __init__(self, pairs, count, name):
+        self.pairs, self.left, self.name = pairs, count, name
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left < 0:
+            raise UserError(f"a file of the {self.name} split")
+        return self.pairs[index]
+
+
+@pytest.mark.parametrize(("split", "saved"), [("train", 2), ("val", 3)])
+def test_a_bad_file_of_one_of_two_processes_keeps_the_steps_and_is_said_once(tmp_path, folder_data, split, saved):
+    shape = {"steps": 6, "batch_size": 1, "eval_every": 3, "checkpoint_every": 100}
+    settings = tiny_config(data=folder_section(folder_data), train=shape)
+    save_config(settings, tmp_path / "c.yaml")
+
+    def run(rank):
+        opened = training.open_data
+
+        def open_bad(*arguments, **others):
+            found = opened(*arguments, **others)
+            if rank == 1:
+                setattr(found, split, GoodUntil(getattr(found, split), saved if split == "train" else 0, split))
+            return found
+
+        training.open_data = open_bad
+        sys.stderr = sys.stdout = (tmp_path / f"said{rank}").open("w")
+        sys.argv = ["flowseg", "train", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]
+        cli.main()
+
+    assert forked(run, world=2) == [2, 2]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"step-{saved:08d}"]
+    said = [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)]
+    assert "error:" not in said[0] and said[1].count("error:") == 1 and "Traceback" not in "".join(said)
+    assert f"a file of the {split} split; step {saved} is saved; go on with: flowseg train" in said[1].replace(
+        "\n", " "
+    )
+    whole = settings.model_copy(deep=True)
+    whole.train.batch_size = 2
+    train(whole, tmp_path / "run", resume=True)
+    assert [step for (step,) in metrics(tmp_path / "run", "step")] == [1, 2, 3, 4, 5, 6]
+
+
 def kill_in_a_step(step):
     original = training.Ema.update
 
@@ -183,7 +233,7 @@ def kill_in_a_write(step):
     checkpoint.save_file = save
 
 
-@pytest.mark.parametrize(("kill", "left"), [(lambda: kill_in_a_step(4), 4), (lambda: kill_in_a_write(4), 2)])
+@pytest.mark.parametrize(("kill", "left"), [(lambda: kill_in_a_step(4), 4), (lambda: kill_in_a_write(4), 3)])
 def test_killed_outright_it_goes_on_to_the_same_weights(tmp_path, kill, left):
     settings = config(4, checkpoint_every=2, steps=6)
 

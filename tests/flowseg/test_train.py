@@ -69,7 +69,7 @@ def test_squared_error_is_the_loss_when_there_is_no_correction(tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, accumulation):
+def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, accumulation, monkeypatch):
     shape = {"accumulation": accumulation, "checkpoint_every": 3}
     augmentation = {"flip": True, "scale_max": 2.0, "color_jitter": 0.2}
     config = tiny_config(train=shape, data=augmentation, flow={"source": "noise"})
@@ -80,13 +80,18 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, accumulation):
     class Stop(Exception):
         pass
 
-    def stop(step, scores):
-        if step == 6:
+    original, calls = training.flow_step, []
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) > 4 * accumulation:
             raise Stop
+        return original(*arguments)
 
     # Leave after the checkpoint at step 3, in the middle of things.
-    with pytest.raises(Stop):
-        train(first, tmp_path / "part", on_validation=stop)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(training, "flow_step", stop)
+        train(first, tmp_path / "part")
     assert list_checkpoints(tmp_path / "part")[-1].name == "step-00000003"
     torch.rand(5)
     result = train(config, tmp_path / "part", resume=True)
