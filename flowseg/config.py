@@ -314,7 +314,7 @@ def override(
         if value is not None:
             _assign(tree, key, value)
     for pair in pairs or []:
-        key, separator, text = pair.partition("=")
+        key, separator, text = _decoded(pair).partition("=")
         if not separator or not key.strip():
             raise UserError(f"--set wants KEY=VALUE such as optim.lr=3e-4, got {pair!r}")
         try:
@@ -343,7 +343,7 @@ def save_config(config: Config, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # On a full disk the settings that were there stay.
     try:
-        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -351,7 +351,7 @@ def save_config(config: Config, path: Path) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -360,6 +360,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: wants sections such as 'optim:' at the top, got {type(tree).__name__}")
     # A section without settings.
     return {key: value for key, value in tree.items() if value is not None}
+
+
+def _decoded(text: str) -> str:
+    """UTF-8 from a command line that Python has read in a locale without it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(text).decode("utf-8", "replace")
+    return text
 
 
 def _number(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from flowseg.errors import UserError
 from flowseg.model import build_model
 from flowseg.model.sizes import check_sizes
 from flowseg.segment import Segmenter, default_device
+from flowseg.terminal import printable
 
 WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
 
@@ -43,9 +45,10 @@ def save_pretrained(
         "palette": [list(color) for color in labels.palette],
         "centroids": segmenter.codebook.centroids.tolist(),
     }
-    (folder / SETTINGS).write_text(json.dumps(tree, indent=1) + "\n")
+    (folder / SETTINGS).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     save_weights(folder / WEIGHTS, segmenter.model, format="pt")
-    (folder / CARD).write_text(model_card(segmenter, scores, license))
+    card = model_card(segmenter, scores, license)
+    (folder / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
     return folder
 
 
@@ -73,7 +76,7 @@ def from_pretrained(
     if not folder.is_dir():
         folder = _download(str(name), revision)
     try:
-        tree = json.loads((folder / SETTINGS).read_text())
+        tree = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         settings, centroids = tree["flowseg"], torch.tensor(tree["centroids"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / SETTINGS}: not a folder that flowseg export wrote ({error!r})") from None
@@ -146,8 +149,13 @@ segmented badly without a sign of it; the margin (`labels(image, with_margin=Tru
 
 ## Classes
 
-{", ".join(labels.classes)}
+{", ".join(map(_in_markdown, labels.classes))}
 """
+
+
+def _in_markdown(name: str) -> str:
+    """A name that Markdown and the HTML in it show as it is."""
+    return re.sub(r"([\\`*_{}\[\]()#+!|<>~&$])", r"\\\1", printable(name).replace("\n", " "))
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -39,10 +39,14 @@ def stop_on_signal() -> Iterator[list[int]]:
 def exit_on_signal() -> Iterator[None]:
     """Raise :class:`SystemExit` with status 128 + number on the signals that ask to stop.
 
-    SIGINT is left out: Python raises KeyboardInterrupt on it."""
+    SIGINT is left out: Python raises KeyboardInterrupt on it. After the first one only SIGTERM raises again.
+    """
+    received: list[int] = []
 
     def leave(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
+        received.append(number)
+        if len(received) == 1 or number in ASKED:
+            raise SystemExit(128 + number)
 
     with _handled(leave, (signal.SIGTERM, *WARNED)):
         yield

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Annotated
 
 import yaml
 from matplotlib.figure import Figure
-from pydantic import Field
+from matplotlib.font_manager import FontProperties
+from pydantic import Field, field_validator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flowseg.checkpoint import list_checkpoints
 from flowseg.config import Config, Count, Section, load_config, parse_section
 from flowseg.errors import UserError
+from flowseg.metrics import read_metrics
+from flowseg.progress import counting_view
+from flowseg.report.names import captioned, drawable, font_families
+from flowseg.signals import exit_on_signal
+from flowseg.terminal import printable
 
 # Arms of a picture that have a colour of their own.
 COLORED_ARMS = 5
+LONGEST_FOLDER = 100
 
 
 class Study(Section):
@@ -35,12 +41,20 @@ class Study(Section):
     base: Path
     """Settings that all arms share; a path from the study's own folder."""
     steps: Count
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     sample_steps: list[Count] = Field(min_length=1)
     """Numbers of Euler steps to score at; an arm that sets ``sample.steps`` itself is scored at that one alone."""
     settings: list[str] = Field(default_factory=list)
     arms: dict[str, list[str]] = Field(min_length=1)
-    """Name to ``key=value`` pairs. Earlier arms run first."""
+    """Name to ``key=value`` pairs. Earlier arms run first. A name may be any text."""
+
+    @field_validator("seeds", "sample_steps")
+    @classmethod
+    def _once(cls, values: list[int]) -> list[int]:
+        repeated = sorted({value for value in values if values.count(value) > 1})
+        if repeated:
+            raise ValueError(f"{', '.join(map(str, repeated))} given more than once; list each one once")
+        return values
 
 
 class Run:
@@ -48,7 +62,7 @@ class Run:
 
     def __init__(self, study: Study, arm: str, seed: int, out: Path):
         self.arm, self.seed, self.study = arm, seed, study
-        self.folder = out / folder_name(arm) / f"seed{seed}"
+        self.folder = out / folder_names(study.arms)[arm] / f"seed{seed}"
         fixed = [int(pair.partition("=")[2]) for pair in study.arms[arm] if pair.startswith("sample.steps=")]
         self.sample_steps = fixed[-1:] or study.sample_steps
 
@@ -93,17 +107,33 @@ class Run:
     def scores(self) -> dict[int, dict]:
         """Scores by number of Euler steps, of those there are."""
         found = {steps: self.score_file(steps) for steps in self.sample_steps}
-        return {steps: json.loads(path.read_text()) for steps, path in found.items() if path.exists()}
+        return {steps: json.loads(path.read_text(encoding="utf-8")) for steps, path in found.items() if path.exists()}
 
     def curve(self) -> list[tuple[int, float]]:
         """``(step, mIoU)`` of the validations while training."""
-        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        lines = read_metrics(self.folder / "metrics.jsonl")
         return [(line["step"], line["miou"]) for line in lines if line["event"] == "validation"]
 
 
 def folder_name(arm: str) -> str:
-    """Letters, digits and dots of an arm's name, joined by dashes."""
-    return re.sub(r"[^a-z0-9.]+", "-", arm.lower())
+    """Letters, digits and dots of an arm's name, joined by dashes; a name without any gives a number made from it."""
+    name = re.sub(r"[^a-z0-9.]+", "-", arm.lower()).lstrip(".")
+    if not re.search("[a-z0-9]", name):
+        return f"arm-{_digest(arm)}"
+    return name if len(name) <= LONGEST_FOLDER else f"{name[:LONGEST_FOLDER]}-{_digest(arm)}"
+
+
+def folder_names(arms: Iterable[str]) -> dict[str, str]:
+    """Folder of each arm; of several names that would share one, the later ones get a number behind it."""
+    folders: dict[str, str] = {}
+    for arm in arms:
+        name = folder_name(arm)
+        folders[arm] = f"{name}-{_digest(arm)}" if name in folders.values() else name
+    return folders
+
+
+def _digest(arm: str) -> str:
+    return hashlib.sha256(arm.encode("utf-8", "backslashreplace")).hexdigest()[:8]
 
 
 def _settings(config: Config) -> dict[str, object]:
@@ -120,19 +150,14 @@ def load_study(path: Path) -> Study:
         UserError: unreadable file, or settings that an arm's training would refuse.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
             f"study {path}: cannot be read ({' '.join(str(error).split())}); give the path of a YAML file"
         ) from None
     study = parse_section(Study, tree if isinstance(tree, dict) else {}, str(path))
     study.base = (path.parent / study.base).resolve()
-    folders: dict[str, str] = {}
     for name, pairs in study.arms.items():
-        if (other := folders.setdefault(folder_name(name), name)) != name:
-            raise UserError(
-                f"study {path}: arms {other!r} and {name!r} would share the folder {folder_name(name)!r}; rename one"
-            )
         try:
             load_config(study.base, study.settings + pairs)
         except UserError as error:
@@ -185,16 +210,14 @@ def run_study(study: Study, out: Path, *, root: Path | None, jobs: int, console:
                 if stop.is_set():
                     return
                 if status:
-                    lines = (run.folder / "log.txt").read_text(errors="replace").splitlines()
+                    lines = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
                     failed.append(f"{run.arm}, seed {run.seed} (status {status}): " + " ".join(lines[-3:]))
                     return
-        progress.advance(task)
+        advance(1, f"{run.arm}, seed {run.seed}")
 
-    columns = (TextColumn("[bold]study"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress, ThreadPoolExecutor(jobs) as pool:
-        task = progress.add_task("study", total=len(runs))
+    with counting_view(console, "study", len(runs), every=True) as advance, ThreadPoolExecutor(jobs) as pool:
         try:
-            with _terminated_is_interrupted():
+            with exit_on_signal():
                 list(pool.map(work, runs))
         except BaseException:
             # Each saves a checkpoint and leaves; the pool waits for them.
@@ -210,23 +233,6 @@ def run_study(study: Study, out: Path, *, root: Path | None, jobs: int, console:
     return table
 
 
-@contextlib.contextmanager
-def _terminated_is_interrupted() -> Iterator[None]:
-    """SIGTERM as :class:`SystemExit`, so that the runs are told too."""
-
-    def leave(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def write_results(study: Study, runs: list[Run], out: Path) -> Path:
     """Table of mean and spread over seeds, and the convergence picture, of the runs that are scored."""
     by_arm = {arm: [run for run in runs if run.arm == arm and run.scores()] for arm in study.arms}
@@ -235,24 +241,30 @@ def write_results(study: Study, runs: list[Run], out: Path) -> Path:
         raise UserError(f"no run under {out} is scored yet")
     head = [f"{steps} step{'s' * (steps > 1)}" for steps in study.sample_steps]
     lines = ["| arm | seeds | " + " | ".join(head) + " | pixel accuracy |", "|---|---|" + "---|" * (len(head) + 1)]
-    for arm, members in by_arm.items():
+    for arm, members in zip(captioned(list(by_arm), "arm", 1), by_arm.values()):
         scored = [run.scores() for run in members]
         cells = [_spread([one[steps]["miou"] for one in scored if steps in one]) for steps in study.sample_steps]
         best = _best(scored)
         accuracy = _spread([one[best]["pixel_accuracy"] for one in scored if best in one])
-        lines.append(f"| {arm} | {len(members)} | " + " | ".join(cells) + f" | {accuracy} ({best}) |")
-    _replace(out / "table.md", ("\n".join(lines) + "\n").encode())
+        lines.append(f"| {_in_cell(arm)} | {len(members)} | " + " | ".join(cells) + f" | {accuracy} ({best}) |")
+    _replace(out / "table.md", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
 
     _draw(by_arm).savefig(out / ".curves.png", dpi=110)
     os.replace(out / ".curves.png", out / "curves.png")
     return out / "table.md"
 
 
+def _in_cell(name: str) -> str:
+    """A name in a cell of a Markdown table."""
+    return printable(name).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
 def _draw(by_arm: dict[str, list[Run]]) -> Figure:
     """Convergence, the first arms in colour before the others in grey; beside it every seed's final score."""
     figure = Figure(figsize=(11, max(4.0, 0.24 * len(by_arm) + 1.5)), layout="constrained")
     curves, finals = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    for place, (arm, members) in enumerate(by_arm.items()):
+    names = drawable(list(by_arm), "arm", 1)
+    for place, (arm, members) in enumerate(zip(names, by_arm.values())):
         color = f"C{place}" if place < COLORED_ARMS else "0.75"
         points = list(zip(*(run.curve() for run in members)))
         steps = [group[0][0] for group in points]
@@ -268,8 +280,9 @@ def _draw(by_arm: dict[str, list[Run]]) -> Figure:
         finals.plot([mean(scores)], [place], "|", markersize=12, markeredgewidth=2, color=color)
     curves.set(xlabel="training steps", ylabel="validation mIoU, %", ylim=(0, None))
     curves.set_title("while training: mean of the seeds, worst to best", fontsize=9)
-    curves.legend(frameon=False, fontsize=8)
-    finals.set_yticks(range(len(by_arm)), list(by_arm), fontsize=8)
+    font = FontProperties(family=font_families(), size=8)
+    curves.legend(frameon=False, prop=font)
+    finals.set_yticks(range(len(by_arm)), names, fontproperties=font)
     finals.invert_yaxis()
     finals.grid(axis="y", alpha=0.3)
     finals.set_xlabel("mIoU, %")

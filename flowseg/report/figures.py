@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from matplotlib.colors import LogNorm, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Patch
 from torch import Tensor
 
 from flowseg.data.presets import Labels
 from flowseg.predict import colorize
+from flowseg.report.names import drawable, font_families
 from flowseg_kernels import Codebook, distance_correction, kronecker_centroids
 
 COLORS = {"vanilla": "#b5651d", "FlowSeg": "#1f5fa8", "run": "#1f5fa8"}
@@ -62,7 +64,9 @@ def flow_figure(
             if column == len(panels) - 1:
                 axis.set_xlabel(f"{100 * (1 - wrong.mean()):.1f} % of pixels right", fontsize=8, color="#555555")
     handles, names = _legend(labels.classes, palette), len(labels.classes)
-    figure.legend(handles=handles, loc="outside lower center", ncols=names, frameon=False, fontsize=8, handlelength=1.2)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=names, frameon=False, prop=_font(8), handlelength=1.2
+    )
     return figure
 
 
@@ -70,7 +74,12 @@ def legend_figure(classes: Sequence[str], palette: Sequence[tuple[int, int, int]
     """The colours of the classes, in one line."""
     figure = Figure(figsize=(min(1.05 * len(classes), 11), 0.4))
     figure.legend(
-        handles=_legend(classes, palette), loc="center", ncols=len(classes), frameon=False, fontsize=8, handlelength=1.2
+        handles=_legend(classes, palette),
+        loc="center",
+        ncols=len(classes),
+        frameon=False,
+        prop=_font(8),
+        handlelength=1.2,
     )
     return figure
 
@@ -110,7 +119,8 @@ def iou_figure(classes: Sequence[str], iou: Sequence[float | None], palette: Seq
         range(len(present)), [iou[k] for k in present], color=[np.array(palette[k]) / 255 for k in present],
         edgecolor="#777777", linewidth=0.4,
     )  # fmt: skip
-    axis.set_yticks(range(len(present)), [classes[k] for k in present], fontsize=8)
+    names = drawable(classes)
+    axis.set_yticks(range(len(present)), [names[k] for k in present], fontproperties=_font(8))
     axis.set(xlabel="IoU, %", xlim=(0, 100), ylim=(len(present) - 0.4, -0.6))
     _tidy(axis)
     return figure
@@ -132,9 +142,10 @@ def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
     # A power below one lets the few per cent of a mistake be seen beside the many of what is right.
     mesh = axis.imshow(shares, cmap="YlGnBu", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     if len(present) <= 60:
-        names = [classes[k] for k in present]
-        axis.set_xticks(range(len(present)), names, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(present)), names, fontsize=7)
+        shown = drawable(classes)
+        names = [shown[k] for k in present]
+        axis.set_xticks(range(len(present)), names, rotation=90, fontproperties=_font(7))
+        axis.set_yticks(range(len(present)), names, fontproperties=_font(7))
     axis.set(xlabel="prediction", ylabel="truth")
     figure.colorbar(mesh, label="% of the true class", shrink=0.8)
     return figure
@@ -297,7 +308,11 @@ def speed_figure(rows: Sequence[dict]) -> Figure:
 
 
 def _legend(classes: Sequence[str], palette: Sequence[tuple[int, int, int]]) -> list[Patch]:
-    return [Patch(color=np.array(color) / 255.0, label=name) for name, color in zip(classes, palette)]
+    return [Patch(color=np.array(color) / 255.0, label=name) for name, color in zip(drawable(classes), palette)]
+
+
+def _font(size: float) -> FontProperties:
+    return FontProperties(family=font_families(), size=size)
 
 
 def _as_picture(x: Tensor) -> np.ndarray:

@@ -64,7 +64,7 @@ class Page:
             f"<body><main>{''.join(self._parts)}</main></body></html>\n"
         )
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
 
 

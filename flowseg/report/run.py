@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,10 @@ from flowseg.config import Config
 from flowseg.data import SegmentationData, open_data
 from flowseg.errors import UserError
 from flowseg.evaluate import Scores, chosen_indices, evaluate
+from flowseg.metrics import read_metrics
 from flowseg.report import figures
 from flowseg.report.blocks import environment, speed_blocks
+from flowseg.report.names import captioned
 from flowseg.report.page import Page, folded, paragraph, picture, table
 from flowseg.report.speed import measure_kernels
 from flowseg.segment import Segmenter
@@ -126,19 +127,11 @@ def write_report(
 
 def _read_metrics(path: Path) -> list[dict]:
     try:
-        lines = path.read_text().splitlines()
+        return read_metrics(path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); --run must be a folder written by training"
         ) from None
-    metrics = []
-    for line in lines:
-        try:
-            metrics.append(json.loads(line))
-        except ValueError:
-            # A run that was killed, or is still going, may end in half a line.
-            continue
-    return metrics
 
 
 def _class_table(scores: Scores, classes: tuple[str, ...]) -> str:
@@ -156,7 +149,7 @@ def _class_table(scores: Scores, classes: tuple[str, ...]) -> str:
             percent(hit[k], predicted[k]),
             percent(truth[k], truth.sum()),
         ]
-        for k, name in enumerate(classes)
+        for k, name in enumerate(captioned(classes))
     ]
     return table(["class", "IoU, %", "found, %", "of its predictions right, %", "of all pixels, %"], rows)
 

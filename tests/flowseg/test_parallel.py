@@ -177,7 +177,9 @@ class GoodUntil:
 
 
 @pytest.mark.parametrize(("split", "saved"), [("train", 2), ("val", 3)])
-def test_a_bad_file_of_one_of_two_processes_keeps_the_steps_and_is_said_once(tmp_path, folder_data, split, saved):
+def test_a_bad_file_of_one_of_two_processes_keeps_the_steps_and_is_said_once(
+    tmp_path, folder_data, monkeypatch, split, saved
+):
     shape = {"steps": 6, "batch_size": 1, "eval_every": 3, "checkpoint_every": 100}
     settings = tiny_config(data=folder_section(folder_data), train=shape)
     save_config(settings, tmp_path / "c.yaml")
@@ -203,10 +205,13 @@ def test_a_bad_file_of_one_of_two_processes_keeps_the_steps_and_is_said_once(tmp
     assert f"a file of the {split} split; step {saved} is saved; go on with: flowseg train" in said[1].replace(
         "\n", " "
     )
-    whole = settings.model_copy(deep=True)
-    whole.train.batch_size = 2
-    train(whole, tmp_path / "run", resume=True)
+    # One process goes on with the next example, whatever its batch size.
+    alone, seen, original = settings.model_copy(deep=True), [], training.flow_step
+    alone.train.batch_size = 3
+    monkeypatch.setattr(training, "flow_step", lambda *given: (seen.extend(given[5].tolist()), original(*given))[1])
+    train(alone, tmp_path / "run", resume=True)
     assert [step for (step,) in metrics(tmp_path / "run", "step")] == [1, 2, 3, 4, 5, 6]
+    assert seen == list(range(2 * saved, 2 * saved + 3 * (6 - saved)))
 
 
 def kill_in_a_step(step):

@@ -1,10 +1,13 @@
 """Studies: what is run, what is kept, what is written, and what is refused."""
 
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from flowseg.config import load_config, save_config
 from flowseg.data import open_data, training_batches
 from flowseg.errors import UserError
 from flowseg.objective import flow_step
-from flowseg.study import Run, folder_name, load_study, run_study
+from flowseg.study import Run, folder_name, folder_names, load_study, run_study
 from flowseg.train import train
 from flowseg_kernels import nearest_centroid
 
@@ -77,6 +80,8 @@ def test_mean_and_spread_over_seeds(study_file, tmp_path, monkeypatch):
     [
         ({"seed": [0]}, "unknown setting 'seed'; did you mean 'seeds'"),
         ({"seeds": []}, "seeds"),
+        ({"seeds": [0, 1, 0]}, "seeds: 0 given more than once"),
+        ({"seeds": [-1]}, r"seeds.0: .*greater than or equal to 0"),
         ({"arms": {"a": ["loss.correction_wieght=1"]}}, r"arm 'a'.*did you mean 'loss.correction_weight'"),
         ({"base": "none.yaml"}, "none.yaml: cannot be read"),
     ],
@@ -101,9 +106,57 @@ def test_shipped_studies_are_valid(path):
     assert len(study.seeds) >= 3 and len({folder_name(arm) for arm in study.arms}) == len(study.arms)
 
 
-def test_arms_that_would_share_a_folder_are_refused(study_file):
-    with pytest.raises(UserError, match=r"'C=3, λ=2' and 'C=3, τ=2' would share the folder 'c-3-2'"):
-        load_study(study_file(arms={"C=3, λ=2": [], "C=3, τ=2": []}))
+def test_arms_of_any_name_have_folders_of_their_own_below_the_study(study_file, tmp_path):
+    arms = [
+        "..",
+        ".",
+        "a/b",
+        "a|b [red]",
+        "基线",
+        "修正",
+        "C=3, λ=2",
+        "C=3, τ=2",
+        "x" * 300,
+        "c:\\d",
+        "vanilla",
+        "r1.5",
+    ]
+    study = load_study(study_file(arms={arm: [] for arm in arms}))
+    folders = folder_names(study.arms)
+    assert len({name.lower() for name in folders.values()}) == len(arms)
+    assert all(re.fullmatch("[a-z0-9-][a-z0-9.-]{0,119}", name) for name in folders.values())
+    for arm in arms:
+        assert Run(study, arm, 0, tmp_path / "out").folder.parent.parent == tmp_path / "out"
+    # Names that were folders before stay the same ones.
+    assert (folders["vanilla"], folders["r1.5"], folders["C=3, λ=2"]) == ("vanilla", "r1.5", "c-3-2")
+    longer = folder_names([*arms, "C=3, μ=2"])
+    assert {arm: longer[arm] for arm in arms} == folders
+
+
+def finished(study, arm, out, miou):
+    run = Run(study, arm, 0, out)
+    run.folder.mkdir(parents=True)
+    (run.folder / "trained").touch()
+    line = {"event": "validation", "step": 2, "miou": miou}
+    (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    for steps in run.sample_steps:
+        run.score_file(steps).write_text(json.dumps({"miou": miou, "pixel_accuracy": 50.0}))
+
+
+def test_results_keep_the_names_of_the_arms(study_file, tmp_path):
+    arms = ["a|b [red]", "$x_1$", "_hidden", "基线\nzwei", "<i>"]
+    study = load_study(study_file(arms={arm: [] for arm in arms}))
+    for place, arm in enumerate(arms):
+        finished(study, arm, tmp_path / "out", 10.0 * place)
+    said = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = run_study(study, tmp_path / "out", root=None, jobs=1, console=Console(file=said))
+    rows = [line for line in table.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(arms)
+    for row, name in zip(rows, ["a\\|b [red]", "$x_1$", "_hidden", "基线 zwei", "&lt;i>"]):
+        assert row.startswith(f"| {name}"), row
+    assert "study: 5 of 5" in said.getvalue() and "a|b [red], seed 0" in said.getvalue()
 
 
 def test_results_of_other_settings_are_not_taken_for_this_studys(study_file, tmp_path):

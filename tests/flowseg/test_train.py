@@ -381,6 +381,72 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path):
         train(tiny_config(), run, resume=True)
 
 
+def test_auto_resumes_where_there_is_a_checkpoint_and_starts_anew_where_there_is_none(tmp_path):
+    run = tmp_path / "run"
+    first = train(tiny_config(train={"steps": 2}), run, resume="auto")
+    again = train(tiny_config(train={"steps": 4}), run, resume="auto")
+    assert (first.state.step, again.state.step) == (2, 4)
+    assert [line["step"] for line in metrics(run) if line["event"] == "train"] == [1, 2, 3, 4]
+    with pytest.raises(UserError, match="resume must be True, False or 'auto', got 'Auto'"):
+        train(tiny_config(), run, resume="Auto")
+
+
+def record_draws(monkeypatch):
+    """Numbers of the examples of each step from here on."""
+    original, seen = training.flow_step, []
+
+    def record(*arguments):
+        seen.append(arguments[5].tolist())
+        return original(*arguments)
+
+    monkeypatch.setattr(training, "flow_step", record)
+    return seen
+
+
+@pytest.mark.parametrize("batch, accumulation", [(2, 1), (7, 1), (1, 3)])
+def test_another_batch_size_on_resume_repeats_and_skips_no_example(tmp_path, monkeypatch, batch, accumulation):
+    seen = record_draws(monkeypatch)
+    train(tiny_config(train={"steps": 3, "batch_size": 4}), tmp_path / "run")
+    other = {"steps": 6, "batch_size": batch, "accumulation": accumulation}
+    assert train(tiny_config(train=other), tmp_path / "run", resume=True).state.draws == sum(map(len, seen))
+    assert [draw for draws in seen for draw in draws] == list(range(12 + 3 * batch * accumulation))
+
+
+def test_a_checkpoint_of_an_earlier_version_counts_with_the_settings_that_it_was_trained_with(tmp_path, monkeypatch):
+    train(tiny_config(train={"steps": 3, "batch_size": 4}), tmp_path / "run")
+    state = list_checkpoints(tmp_path / "run")[-1] / "state.json"
+    fields = json.loads(state.read_text())
+    assert fields.pop("draws") == 12 and fields.pop("sha256")
+    state.write_text(json.dumps(fields))
+    seen = record_draws(monkeypatch)
+    train(tiny_config(train={"steps": 5, "batch_size": 2}), tmp_path / "run", resume=True)
+    assert seen == [[12, 13], [14, 15]]
+
+
+def test_tensorboard_shows_no_step_twice_after_a_run_was_killed(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny_config(train={"steps": 6, "checkpoint_every": 2, "eval_every": 4, "trackers": ["tensorboard"]})
+    original, calls = training.flow_step, []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "flow_step", killed)
+        train(config, tmp_path / "run")
+    # Step 3 is in the log of the tracker but not in a checkpoint.
+    assert list_checkpoints(tmp_path / "run")[-1].name == "step-00000002"
+    train(config, tmp_path / "run", resume=True)
+    shown = EventAccumulator(str(tmp_path / "run" / "flowseg")).Reload()
+    assert [event.step for event in shown.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in shown.Scalars("validation/miou")] == [4, 6]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_leave(tmp_path, number):
     config = tiny_config(train={"steps": 100000, "eval_every": 100000, "checkpoint_every": 100000})

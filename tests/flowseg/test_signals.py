@@ -1,0 +1,74 @@
+"""Signals that ask a run to save and leave: which, how often, and those that a process was started with ignored."""
+
+import signal
+
+import pytest
+
+import flowseg.train as training
+from flowseg.checkpoint import list_checkpoints
+from flowseg.signals import WARNED, exit_on_signal, stop_on_signal
+from flowseg.train import train
+
+from .tiny import tiny_config
+
+
+def send(*numbers):
+    for number in numbers:
+        signal.raise_signal(number)
+
+
+@pytest.fixture
+def handlers():
+    """Python's own handlers, whatever this process was started with."""
+    numbers = (signal.SIGTERM, signal.SIGINT, *WARNED)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
+    yield {number: signal.SIG_DFL for number in numbers}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", WARNED, ids=lambda number: number.name)
+def test_signals_of_schedulers_and_closed_connections_save_and_leave(tmp_path, monkeypatch, handlers, number):
+    original = training.flow_step
+
+    def step(*arguments):
+        send(number)
+        return original(*arguments)
+
+    monkeypatch.setattr(training, "flow_step", step)
+    result = train(tiny_config(train={"checkpoint_every": 100}), tmp_path / "run")
+    assert result.stopped_by == number and result.state.step == 1
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000001"]
+    assert {known: signal.getsignal(known) for known in handlers} == handlers
+
+
+def test_a_warning_may_come_again_and_be_followed_by_the_end(handlers):
+    with stop_on_signal() as received:
+        send(signal.SIGUSR1, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM)
+        assert received == [signal.SIGUSR1, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM]
+        # The next one ends the process at once.
+        assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) != signal.SIG_DFL
+    assert {known: signal.getsignal(known) for known in handlers} == handlers
+
+
+def test_a_signal_that_was_ignored_from_the_start_stays_ignored(handlers):
+    """As ``nohup`` does it with SIGHUP."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stop_on_signal() as received, exit_on_signal():
+        send(signal.SIGHUP)
+        assert received == [] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_command_that_starts_others_exits_on_the_first_and_ends_them_in_peace(handlers):
+    with exit_on_signal():
+        with pytest.raises(SystemExit) as left:
+            send(signal.SIGHUP)
+        assert left.value.code == 128 + signal.SIGHUP
+        send(signal.SIGHUP, signal.SIGUSR2)
+        with pytest.raises(SystemExit) as left:
+            send(signal.SIGTERM)
+        assert left.value.code == 128 + signal.SIGTERM
