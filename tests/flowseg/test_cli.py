@@ -1,8 +1,10 @@
 """The command line from end to end: train, resume, evaluate, predict, and one-line errors with status 2."""
 
 import json
+import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -145,6 +147,89 @@ def test_missing_checkpoint_and_input(trained, monkeypatch, capsys):
     assert status == 2 and "steps kept: 3" in err
     status, _, err = run(monkeypatch, capsys, "predict", "no/such/*.png", "--run", trained, "--out", "m")
     assert status == 2 and "no/such" in err
+
+
+def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path, folder_data, monkeypatch, capsys):
+    save_config(tiny_config(data=folder_section(folder_data)), tmp_path / "c.yaml")
+    words = ["train", "--config", tmp_path / "c.yaml", "--out", tmp_path / "run"]
+    status, _, err = run(monkeypatch, capsys, *words, "--resume", "--steps", 2)
+    assert status == 2 and "no checkpoint" in err and "--resume=auto" in err and not (tmp_path / "run").exists()
+    for resume, steps in ((["--resume=auto"], 1), (["--resume", "auto"], 2), (["--resume"], 3), (["--resume=auto"], 4)):
+        status, _, err = run(monkeypatch, capsys, *words, *resume, "--steps", steps)
+        assert status == 0 and f"starts at step {steps - 1} of {steps}" in err, err
+    assert run(monkeypatch, capsys, *words, "--resume=automatic")[0] == 2
+
+
+NAMES = ["[red]a[/]", "基线 {b}", "$c|<i>_"]
+
+
+def test_names_of_any_text_reach_every_output(tmp_path, folder_data, monkeypatch, capsys):
+    config = tiny_config(data=folder_section(folder_data, classes=NAMES), train={"steps": 1})
+    save_config(config, tmp_path / "c.yaml")
+    place = tmp_path / "run [b]{0}"
+    status, _, err = run(monkeypatch, capsys, "train", "--config", tmp_path / "c.yaml", "--out", place)
+    assert status == 0 and f"-> {place}" in err
+    status, out, _ = run(monkeypatch, capsys, "evaluate", "--run", place, "--json", tmp_path / "s.json")
+    assert status == 0 and all(name in out for name in NAMES) and place.name in out
+    assert list(json.loads((tmp_path / "s.json").read_text())["iou"]) == NAMES
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(?s).*(Glyph|legend|label)")
+        assert run(monkeypatch, capsys, "report", place, "--no-speed")[0] == 0
+    page = (place / "report.html").read_text(encoding="utf-8")
+    assert "[red]a[/]" in page and "基线 {b}" in page and "$c|&lt;i&gt;_" in page and "<i>" not in page
+    assert run(monkeypatch, capsys, "export", "--run", place, "--out", tmp_path / "shared")[0] == 0
+    card = (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
+    assert card.rstrip().endswith("\\[red\\]a\\[/\\], 基线 \\{b\\}, \\$c\\|\\<i\\>\\_")
+
+
+def test_scores_are_written_before_anything_is_printed(trained, tmp_path, monkeypatch, capsys):
+    def broken(**options):
+        if not options.get("stderr", True):
+            raise OSError("nobody listens")
+        return original(**options)
+
+    original = cli.make_console
+    monkeypatch.setattr(cli, "make_console", broken)
+    with pytest.raises(OSError, match="nobody listens"):
+        run(monkeypatch, capsys, "evaluate", "--run", trained, "--json", tmp_path / "s.json")
+    assert json.loads((tmp_path / "s.json").read_text())["images"] == 2
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+def test_a_locale_without_unicode_ends_no_command(tmp_path, folder_data):
+    """Three commands in one process, with names in the settings file, on the command line and in a path."""
+    config = tiny_config(data=folder_section(folder_data, classes=["x", *NAMES[1:]]), train={"steps": 1})
+    save_config(config, tmp_path / "c.yaml")
+    readable = (tmp_path / "c.yaml").read_text().replace('"\\u57FA\\u7EBF {b}"', "'基线 {b}'")
+    assert "基线" in readable
+    (tmp_path / "c.yaml").write_text(readable, encoding="utf-8")
+    place = tmp_path / "läuft"
+    commands = [
+        ["train", "--config", tmp_path / "c.yaml", "--out", place, "--set", "data.classes=[ä, 基线, b]"],
+        ["evaluate", "--run", place, "--json", tmp_path / "s.json"],
+        ["export", "--run", place, "--out", tmp_path / "shared"],
+    ]
+    program = """
+import sys
+from flowseg import cli
+words = sys.argv[1:]
+while words:
+    end = words.index("--end")
+    sys.argv, words = ["flowseg", *words[:end]], words[end + 1 :]
+    try:
+        cli.main()
+    except SystemExit as left:
+        assert not left.code, left.code
+"""
+    words = [str(word) for command in commands for word in (*command, "--end")]
+    environment = {**os.environ, **ASCII, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "\\u57fa\\u7ebf" in done.stdout.decode("ascii") and "mIoU" in done.stdout.decode("ascii")
+    assert list(json.loads((tmp_path / "s.json").read_text())["iou"]) == ["ä", "基线", "b"]
+    assert "ä, 基线, b" in (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
 
 
 def test_module_entry_prints_the_version():

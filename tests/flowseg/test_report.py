@@ -1,12 +1,15 @@
 """The report of a run: one file with every part, and figures that show what they are given."""
 
+import io
+import warnings
+
 import numpy as np
 import pytest
 import torch
 
 from flowseg.checkpoint import read_run_config
 from flowseg.errors import UserError
-from flowseg.report import figures
+from flowseg.report import figures, names
 from flowseg.report.run import _class_table, write_report
 from flowseg.segment import Segmenter
 from flowseg.train import train
@@ -53,6 +56,53 @@ def test_confusion_rows_are_shares_of_the_true_class():
     # Class c is nowhere; class d is never true but was predicted.
     assert shares.tolist() == [[80, 20, 0], [0, 50, 50], [0, 0, 0]]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b", "d"]
+
+
+# STIX has the last one, matplotlib's first font does not; no font here has Egyptian hieroglyphs.
+ODD_NAMES = ("a$b$c", r"\$", "_hidden", "{0}", "two\nlines", "", "\x1b[31m", "\udcff", "\U00013080", "\u1d8e")
+SHOWN = (r"a\$b\$c", r"\\$", " _hidden", "{0}", "two lines", " ", r"\x1b[31m", r"\udcff", "class 8")
+
+
+@pytest.fixture
+def no_other_fonts(monkeypatch):
+    """Pictures with matplotlib's own fonts alone; gives a function that adds one."""
+
+    def use(*fonts):
+        monkeypatch.setattr(names, "_WIDE_FONTS", fonts)
+        names.font_families.cache_clear()
+        names._characters.cache_clear()
+
+    use()
+    yield use
+    monkeypatch.undo()
+    names.font_families.cache_clear()
+    names._characters.cache_clear()
+
+
+def draw_names(classes):
+    """Texts of the classes in each picture; a warning is an error, and every picture is drawn."""
+    count = len(classes)
+    palette = [(10 * k, 100, 200) for k in range(count)]
+    drawn = (
+        figures.iou_figure(classes, [float(count - k) for k in range(count)], palette),
+        figures.confusion_figure(np.eye(count), classes),
+        figures.legend_figure(classes, palette),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for figure in drawn:
+            figure.savefig(io.BytesIO(), format="png", dpi=40)
+    ticks = [[label.get_text() for label in figure.axes[0].get_yticklabels()] for figure in drawn[:2]]
+    return [*ticks, [text.get_text() for text in drawn[2].legends[0].get_texts()]]
+
+
+def test_names_of_any_text_are_drawn_as_they_are(no_other_fonts):
+    assert draw_names(ODD_NAMES) == [[*SHOWN, "class 9"]] * 3
+    assert names.captioned(ODD_NAMES)[-2:] == ["\U00013080 (class 8)", "\u1d8e (class 9)"]
+    # A font of this machine that has the character is used.
+    no_other_fonts("A font that is not here", "STIXGeneral")
+    assert draw_names(ODD_NAMES) == [[*SHOWN, "\u1d8e"]] * 3
+    assert names.captioned(ODD_NAMES)[-1] == "\u1d8e"
 
 
 def test_grid_marks_what_is_wrong():
