@@ -21,7 +21,8 @@ def stop_on_signal() -> Iterator[list[int]]:
     """A list that receives the number of each signal that asks to stop; its first entry is the reason to leave.
 
     A second SIGTERM or SIGINT acts as it did before. SIGHUP, SIGUSR1 and SIGUSR2 stay ignored in a process that was
-    started with them ignored, as ``nohup`` does with SIGHUP.
+    started with them ignored, as ``nohup`` does with SIGHUP. A handler that the program had for one of these three, such as
+    submitit's, runs when the context has ended and everything is saved.
     """
     received: list[int] = []
 
@@ -33,6 +34,9 @@ def stop_on_signal() -> Iterator[list[int]]:
 
     with _handled(note) as previous:
         yield received
+    for number in dict.fromkeys(received):
+        if number in WARNED and callable(previous[number]):
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def _voc(root: Path, split: str) -> list[Pair]:
     if not listed.is_file():
         found = ", ".join(sorted(path.stem for path in listed.parent.glob("*.txt"))) or "none"
         raise UserError(f"data split {split!r}: no list {listed}; lists there: {found}")
-    names = listed.read_text().split()
+    names = listed.read_text(encoding="utf-8-sig").split()
     if not names:
         raise UserError(f"{listed}: names no images")
     pairs = [(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png") for name in names]

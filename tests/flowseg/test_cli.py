@@ -1,15 +1,19 @@
 """The command line from end to end: train, resume, evaluate, predict, and one-line errors with status 2."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import flowseg
 from flowseg import cli
 from flowseg.config import save_config
 
@@ -230,6 +234,21 @@ while words:
     assert "\\u57fa\\u7ebf" in done.stdout.decode("ascii") and "mIoU" in done.stdout.decode("ascii")
     assert list(json.loads((tmp_path / "s.json").read_text())["iou"]) == ["ä", "基线", "b"]
     assert "ä, 基线, b" in (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_text_file_is_opened_as_utf_8():
+    """The encoding of the locale would make a file unreadable on another machine."""
+    modes = re.compile(r"[rwax+]*b[rwax+]*")
+    for path in sorted(Path(flowseg.__file__).parent.rglob("*.py")):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            owner = getattr(getattr(call.func, "value", None), "id", "")
+            if name not in ("open", "read_text", "write_text") or owner in ("os", "Image"):
+                continue
+            given = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+            binary = name == "open" and any(isinstance(mode, str) and modes.fullmatch(mode) for mode in given)
+            named = {keyword.arg for keyword in call.keywords}
+            assert binary or "encoding" in named, f"{path}:{call.lineno}: {name} without encoding"
 
 
 def test_module_entry_prints_the_version():

@@ -63,6 +63,20 @@ def test_a_signal_that_was_ignored_from_the_start_stays_ignored(handlers):
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
+def test_a_handler_of_the_program_runs_after_the_save(tmp_path, monkeypatch, handlers):
+    seen, original = [], training.flow_step
+    signal.signal(signal.SIGUSR2, lambda number, frame: seen.append([number, *list_checkpoints(tmp_path / "run")]))
+
+    def step(*arguments):
+        send(signal.SIGUSR2)
+        assert not seen
+        return original(*arguments)
+
+    monkeypatch.setattr(training, "flow_step", step)
+    train(tiny_config(), tmp_path / "run")
+    assert seen == [[signal.SIGUSR2, tmp_path / "run" / "checkpoints" / "step-00000001"]]
+
+
 def test_a_command_that_starts_others_exits_on_the_first_and_ends_them_in_peace(handlers):
     with exit_on_signal():
         with pytest.raises(SystemExit) as left:
