@@ -188,6 +188,7 @@ class TrainConfig(Section):
     eval_images: Count | None = None
     """Validate on this many images during training; ``None``: on all."""
     checkpoint_every: Count = 500
+    """A checkpoint is also written before each validation; the next one replaces it."""
     keep: Count = 2
     """Checkpoints kept, besides the best."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
