@@ -108,6 +108,9 @@ def save_state(run: Path, state: TrainState) -> None:
         UserError: the disk is full or the folder cannot be written; the checkpoint is as it was.
     """
     path = run / "checkpoints" / f"{PREFIX}{state.step:08d}" / "state.json"
+    if not path.parent.is_dir():
+        # Somebody has removed the checkpoint; the next one holds the state.
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         _write_state(temporary, state)

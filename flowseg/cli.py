@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 from enum import Enum
 from pathlib import Path
@@ -196,7 +197,7 @@ def train(
         )
     result = run_training(settings, out, resume="auto" if resume is Resume.auto else go_on, console=console)
     if isinstance(result.stopped_by, int):
-        command = f"flowseg train --out {out} --resume"
+        command = f"flowseg train --out {shlex.quote(str(out))} --resume"
         say(console, f"stopped by signal at step {result.state.step}; go on with: {command}")
         raise typer.Exit(128 + result.stopped_by)
     scores = result.scores

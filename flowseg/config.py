@@ -350,9 +350,33 @@ def save_config(config: Config, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Plain YAML in which a name may stand only once at a place: the last one would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A dictionary; YAMLError for a repeated name."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.value != "<<":
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file in UTF-8.
+
+    Raises:
+        OSError, UnicodeDecodeError: the file cannot be read.
+        yaml.YAMLError: not YAML, or a name that is given twice at one place.
+    """
+    return yaml.load(path.read_text(encoding="utf-8-sig"), _OnceLoader)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
+        tree = read_yaml(path) or {}
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

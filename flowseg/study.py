@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from rich.console import Console
 
 from flowseg.checkpoint import list_checkpoints
-from flowseg.config import Config, Count, Section, load_config, parse_section
+from flowseg.config import Config, Count, Section, load_config, parse_section, read_yaml
 from flowseg.errors import UserError
 from flowseg.metrics import read_metrics
 from flowseg.progress import counting_view
@@ -150,7 +150,7 @@ def load_study(path: Path) -> Study:
         UserError: unreadable file, or settings that an arm's training would refuse.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        tree = read_yaml(path)
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
             f"study {path}: cannot be read ({' '.join(str(error).split())}); give the path of a YAML file"
@@ -158,6 +158,8 @@ def load_study(path: Path) -> Study:
     study = parse_section(Study, tree if isinstance(tree, dict) else {}, str(path))
     study.base = (path.parent / study.base).resolve()
     for name, pairs in study.arms.items():
+        if any(pair.partition("=")[0].strip() == "train.seed" for pair in study.settings + pairs):
+            raise UserError(f"study {path}, arm {name!r}: train.seed would make all seeds one; list seeds in 'seeds'")
         try:
             load_config(study.base, study.settings + pairs)
         except UserError as error:

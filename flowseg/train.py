@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ from flowseg.parallel import Peers, shard, whole
 from flowseg.progress import training_view
 from flowseg.segment import Segmenter, autocast, default_device, resolve_precision
 from flowseg.signals import stop_on_signal
-from flowseg.terminal import say
+from flowseg.terminal import printable, say
 
 
 @dataclasses.dataclass
@@ -245,7 +246,7 @@ class _Training:
                     (out / name).unlink(missing_ok=True)
         if config.train.trackers:
             # TensorBoard forgets what a killed process logged from this step on; that step itself is given to it again.
-            options = {"tensorboard": {"purge_step": self.state.step}} if resume else {}
+            options = {"tensorboard": {"purge_step": self.state.step}}
             tree = _flat(config.model_dump(mode="json"))
             self.accelerator.init_trackers(config.train.project, config=tree, init_kwargs=options)
             if self.main and resume and metrics.is_file():
@@ -351,7 +352,8 @@ class _Training:
         raise AssertionError("no process has an error")
 
     def _how_to_go_on(self) -> str:
-        return f"step {self.state.step} is saved; go on with: flowseg train --out {self.out} --resume"
+        out = shlex.quote(str(self.out))
+        return f"step {self.state.step} is saved; go on with: flowseg train --out {out} --resume"
 
     def _backward(self, batch: list[tuple[Tensor, Tensor, Tensor]], valid: float) -> tuple[Objective, Tensor, Tensor]:
         """Gradients of a step. Returns the last batch's objective, this process's part of the loss, and REPA's."""
@@ -492,10 +494,10 @@ class _Training:
                 # A fault of the program: its traceback is wanted.
                 say(self.console, f"validation has failed; {self._how_to_go_on()}")
                 raise
-            raise UserError(
-                f"validation ran out of memory ({' '.join(str(error).split())[:200]}); {self._how_to_go_on()} --set "
-                f"sample.batch_size=1 (now {config.sample.batch_size})"
-            ) from error
+            batch = config.sample.batch_size
+            smaller = f" --set sample.batch_size=1 (now {batch})" if batch > 1 else ""
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"validation ran out of memory ({reason}); {self._how_to_go_on()}{smaller}") from error
 
 
 def _draws_before(config: Config, step: int, world: int) -> int:
@@ -524,7 +526,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else json.dumps(value)
+            text = printable(value) if isinstance(value, str) else json.dumps(value)
+            flat[prefix + key] = value if isinstance(value, bool | int | float) else text
     return flat
 
 

@@ -65,6 +65,9 @@ def test_bad_files(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     with pytest.raises(UserError, match="not valid YAML"):
         load_config(tmp_path / "broken.yaml")
+    (tmp_path / "twice.yaml").write_text("optim: {lr: 1.0e-3, warmup: 5, lr: 2.0e-3}\n")
+    with pytest.raises(UserError, match=r"twice.yaml: .*'lr' is given twice"):
+        load_config(tmp_path / "twice.yaml")
 
 
 def test_noise_needs_the_image_at_the_patch_embedding():

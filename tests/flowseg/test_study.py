@@ -81,6 +81,7 @@ def test_mean_and_spread_over_seeds(study_file, tmp_path, monkeypatch):
         ({"seed": [0]}, "unknown setting 'seed'; did you mean 'seeds'"),
         ({"seeds": []}, "seeds"),
         ({"seeds": [0, 1, 0]}, "seeds: 0 given more than once"),
+        ({"arms": {"a": ["train.seed=1"]}}, r"arm 'a': train.seed would make all seeds one"),
         ({"seeds": [-1]}, r"seeds.0: .*greater than or equal to 0"),
         ({"arms": {"a": ["loss.correction_wieght=1"]}}, r"arm 'a'.*did you mean 'loss.correction_weight'"),
         ({"base": "none.yaml"}, "none.yaml: cannot be read"),
@@ -104,6 +105,13 @@ def test_a_softmax_head_wants_settings_that_have_no_flow(other):
 def test_shipped_studies_are_valid(path):
     study = load_study(path)
     assert len(study.seeds) >= 3 and len({folder_name(arm) for arm in study.arms}) == len(study.arms)
+
+
+def test_an_arm_that_is_given_twice_is_refused(study_file):
+    file = study_file(arms={"a": [], "b": []})
+    file.write_text(file.read_text().replace("b: []", "a: [loss.correction_weight=0]"))
+    with pytest.raises(UserError, match=r"study.yaml: cannot be read \('a' is given twice"):
+        load_study(file)
 
 
 def test_arms_of_any_name_have_folders_of_their_own_below_the_study(study_file, tmp_path):

@@ -428,18 +428,20 @@ def test_tensorboard_shows_no_step_twice_after_a_run_was_killed(tmp_path, monkey
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = tiny_config(train={"steps": 6, "checkpoint_every": 2, "eval_every": 4, "trackers": ["tensorboard"]})
-    original, calls = training.flow_step, []
+    original, left = training.flow_step, []
 
     def killed(*arguments):
-        calls.append(arguments)
-        if len(calls) == 4:
+        left.pop()
+        if not left:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "flow_step", killed)
-        train(config, tmp_path / "run")
-    # Step 3 is in the log of the tracker but not in a checkpoint.
+    # Killed in step 2, before there is a checkpoint, and in step 4: the tracker has seen steps 1 and 3.
+    for calls in (2, 4):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training, "flow_step", killed)
+            left[:] = range(calls)
+            train(config, tmp_path / "run", resume="auto")
     assert list_checkpoints(tmp_path / "run")[-1].name == "step-00000002"
     train(config, tmp_path / "run", resume=True)
     shown = EventAccumulator(str(tmp_path / "run" / "flowseg")).Reload()
