@@ -106,6 +106,11 @@ def _leave(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def _tell(text: str) -> None:
+    """A result on standard output."""
+    say(make_console(stderr=False), text)
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"flowseg {__version__}")
@@ -137,7 +142,7 @@ def demo(
     from flowseg.demo import run_demo
 
     report = run_demo(out, quick=quick, steps=steps, seed=seed, console=make_console())
-    typer.echo(f"report: {report.resolve()}\n{DEMO_FILES}")
+    _tell(f"report: {report.resolve()}\n{DEMO_FILES}")
 
 
 @app.command(cls=_BareResume)
@@ -168,7 +173,6 @@ def train(
     sets: Sets = [],  # noqa: B006
 ) -> None:
     """Train a model. Of a setting given twice, --set wins over a flag, and a flag over --config."""
-    from flowseg.checkpoint import list_checkpoints
     from flowseg.config import load_config
     from flowseg.train import train as run_training
 
@@ -182,8 +186,7 @@ def train(
         "optim.lr": lr,
         "train.seed": seed,
     }
-    go_on = resume is Resume.always or (resume is Resume.auto and bool(list_checkpoints(out)))
-    if go_on and config is None and (out / "config.yaml").is_file():
+    if resume and config is None and (out / "config.yaml").is_file():
         config = out / "config.yaml"
     settings = load_config(config, sets, flags)
     # The launcher's name for it; the first of several processes speaks for all.
@@ -195,7 +198,8 @@ def train(
             f"note: {settings.train.steps} steps are short for a warm-up of {settings.optim.warmup}; "
             "lower it with --set optim.warmup=N",
         )
-    result = run_training(settings, out, resume="auto" if resume is Resume.auto else go_on, console=console)
+    go_on = "auto" if resume is Resume.auto else resume is not None
+    result = run_training(settings, out, resume=go_on, console=console)
     if isinstance(result.stopped_by, int):
         command = f"flowseg train --out {shlex.quote(str(out))} --resume"
         say(console, f"stopped by signal at step {result.state.step}; go on with: {command}")
@@ -304,7 +308,7 @@ def report(
     segmenter = Segmenter.from_run(run, settings, checkpoint)
     with counting_view(make_console(), "report", limit) as advance:
         scores = write_report(run, segmenter, target, limit=limit, kernel_size=256 if speed else None, on_batch=advance)
-    typer.echo(f"report: {target.resolve()}  (mIoU {scores.miou:.2f} on {scores.images} images)")
+    _tell(f"report: {target.resolve()}  (mIoU {scores.miou:.2f} on {scores.images} images)")
 
 
 @app.command()
@@ -331,7 +335,7 @@ def export(
     if scores and not (isinstance(measured, dict) and {"miou", "pixel_accuracy", "images"} <= measured.keys()):
         raise UserError(f"--scores {scores}: not what 'flowseg evaluate --json' writes; give that file")
     segmenter = Segmenter.from_run(run, read_run_config(run, sets, checkpoint=checkpoint), checkpoint, "cpu")
-    typer.echo(f"written: {save_pretrained(segmenter, out, scores=measured, license=license)}")
+    _tell(f"written: {save_pretrained(segmenter, out, scores=measured, license=license)}")
 
 
 @app.command()
@@ -403,7 +407,7 @@ def study(
 
     _check_folder(out)
     table = run_study(load_study(file), out, root=root, jobs=jobs, console=make_console())
-    typer.echo(table.read_text(encoding="utf-8"))
+    _tell(table.read_text(encoding="utf-8"))
 
 
 def _check_folder(out: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flowseg.errors import UserError
+from flowseg.terminal import decoded
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -315,7 +316,7 @@ def override(
         if value is not None:
             _assign(tree, key, value)
     for pair in pairs or []:
-        key, separator, text = _decoded(pair).partition("=")
+        key, separator, text = decoded(pair).partition("=")
         if not separator or not key.strip():
             raise UserError(f"--set wants KEY=VALUE such as optim.lr=3e-4, got {pair!r}")
         try:
@@ -385,15 +386,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: wants sections such as 'optim:' at the top, got {type(tree).__name__}")
     # A section without settings.
     return {key: value for key, value in tree.items() if value is not None}
-
-
-def _decoded(text: str) -> str:
-    """UTF-8 from a command line that Python has read in a locale without it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return os.fsencode(text).decode("utf-8", "replace")
-    return text
 
 
 def _number(value: Any) -> Any:

@@ -26,7 +26,15 @@ def say(console: Console | None, text: str, style: str = "") -> None:
 
 def printable(text: str) -> str:
     """``text`` with control characters and undecodable bytes as escapes; line breaks stay."""
-    return "".join(c.encode("unicode_escape").decode() if _is_control(c) else c for c in text)
+    return "".join(c.encode("unicode_escape").decode() if _is_control(c) else c for c in decoded(text))
+
+
+def decoded(text: str) -> str:
+    """A name that Python has read in a locale without UTF-8, as the text that it is; any other text as it was."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return text
 
 
 def _is_control(character: str) -> bool:

@@ -136,7 +136,7 @@ def train(
     config = config.model_copy(deep=True)
     config.train.mixed_precision = resolve_precision(config.train.mixed_precision, default_device())
     out = Path(out)
-    _check_trackers(config)
+    _check_trackers(config, out)
     # Autocast is ours: accelerate keeps the first precision for the life of the process, and a demo may want two.
     accelerator = Accelerator(
         mixed_precision="no",
@@ -545,10 +545,18 @@ class _Interrupted(Exception):
     """A signal arrived during a validation."""
 
 
-def _check_trackers(config: Config) -> None:
+def _check_trackers(config: Config, out: Path) -> None:
     for name in config.train.trackers:
         if not any(map(importlib.util.find_spec, {"tensorboard": ("tensorboard", "tensorboardX")}.get(name, (name,)))):
             raise UserError(f"train.trackers: {name} is not installed; pip install {name}, or leave it out")
+    try:
+        str(out).encode()
+    except UnicodeEncodeError:
+        if "tensorboard" in config.train.trackers:
+            raise UserError(
+                f"train.trackers: tensorboard cannot write to {out}, whose name this locale cannot read; set PYTHONUTF8=1, "
+                "or leave it out"
+            ) from None
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -158,9 +159,13 @@ def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path, folder_data, mon
     words = ["train", "--config", tmp_path / "c.yaml", "--out", tmp_path / "run"]
     status, _, err = run(monkeypatch, capsys, *words, "--resume", "--steps", 2)
     assert status == 2 and "no checkpoint" in err and "--resume=auto" in err and not (tmp_path / "run").exists()
-    for resume, steps in ((["--resume=auto"], 1), (["--resume", "auto"], 2), (["--resume"], 3), (["--resume=auto"], 4)):
+    for resume, steps in ((["--resume=auto"], 1), (["--resume", "auto"], 2), (["--resume"], 3)):
         status, _, err = run(monkeypatch, capsys, *words, *resume, "--steps", steps)
         assert status == 0 and f"starts at step {steps - 1} of {steps}" in err, err
+    # Without --config it has the settings that lie there, even if the run never came to a checkpoint.
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    status, _, err = run(monkeypatch, capsys, "train", "--out", tmp_path / "run", "--resume=auto", "--steps", 1)
+    assert status == 0 and "starts at step 0 of 1" in err and "  folder  " in err, err
     assert run(monkeypatch, capsys, *words, "--resume=automatic")[0] == 2
 
 

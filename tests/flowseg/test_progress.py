@@ -106,6 +106,7 @@ def test_any_name_is_printed_in_any_encoding(monkeypatch, encoding):
     text = raw.getvalue().decode(encoding)
     shown = [printable(name).encode(encoding, "backslashreplace").decode(encoding) for name in NAMES]
     assert text.splitlines()[: len(NAMES)] == [f"<{name}>" for name in shown]
+    assert printable("\udce5\udcb0\udcbe") == "尾", "bytes of UTF-8 that Python has read as ASCII are what they are"
     assert shown[:4] == NAMES[:4] and shown[-2:] == ["\\x1b[31m", "\\udcff"]
     assert all(name in text.split(f"<{shown[-1]}>")[1] for name in shown)
 

@@ -277,6 +277,11 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
         train(tiny_config(train={"trackers": ["wandb"]}), tmp_path / "run")
 
 
+def test_a_folder_that_tensorboard_cannot_name_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"tensorboard cannot write to .*set PYTHONUTF8=1"):
+        train(tiny_config(train={"trackers": ["tensorboard"]}), tmp_path / "\udce5")
+
+
 @pytest.mark.parametrize(
     "options",
     [
