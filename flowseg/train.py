@@ -182,7 +182,8 @@ class _Training:
             if resume:
                 _check_codes(config, out)
             self.data = open_data(config.data, seed=config.train.seed, check=self.main)
-        self._build(resume)
+            self._build_model(resume)
+        self._build_optimizer()
         self.state = self._restore() if resume else TrainState()
         # Step of the newest checkpoint, and the newest one if it was only written because a validation followed.
         self.saved, self.passing = self.state.step if resume else -1, None
@@ -193,7 +194,7 @@ class _Training:
         self.started = time.monotonic() - self.state.seconds
         self.limit = config.train.max_minutes * 60 if config.train.max_minutes else math.inf
 
-    def _build(self, resume: bool) -> None:
+    def _build_model(self, resume: bool) -> None:
         config, device = self.config, self.device
         self.codebook = build_codebook(config.codes, self.data.num_classes).to(device)
         self.encoder = ImageFeatures.from_pretrained(config.repa.encoder).to(device) if config.repa.weight else None
@@ -206,6 +207,9 @@ class _Training:
         self.ema_model = copy.deepcopy(self.bare_model).requires_grad_(False)
         self.ema_model.projector = None
         self.segmenter = Segmenter(self.ema_model, self.codebook, config, device)
+
+    def _build_optimizer(self) -> None:
+        config = self.config
         self.sharded = config.train.strategy == "fsdp" and self.peers.world > 1
         if self.sharded:
             shard(self.bare_model)
