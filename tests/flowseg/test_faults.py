@@ -311,8 +311,7 @@ VALIDATION_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", VALIDATION_FAULTS)
-@pytest.mark.parametrize("steps", [3, 5], ids=["at_the_end", "in_between"])
+@pytest.mark.parametrize(("fault", "steps"), [*((fault, 3) for fault in VALIDATION_FAULTS), ("unreadable_file", 5)])
 def test_a_validation_that_fails_costs_no_step(tmp_path, monkeypatch, fault, steps):
     """It leaves a checkpoint and says how to go on; the run that goes on validates and is the one that never failed."""
     raised, seen, words = VALIDATION_FAULTS[fault]
