@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -16,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flowseg import __version__
-from flowseg.errors import UserError
+from flowseg.errors import DataWarning, UserError
 
 app = typer.Typer(
     help="Generative segmentation by flow matching. Start with: flowseg demo",
@@ -54,7 +56,11 @@ class Split(str, Enum):
 def main() -> None:
     """Run the command line; a mistake of the user's is one line on stderr and status 2."""
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", DataWarning)
+            show = warnings.showwarning
+            warnings.showwarning = lambda *warning, **more: _show_warning(show, *warning, **more)
+            app()
     except UserError as error:
         _leave(str(error))
     except OSError as error:
@@ -79,6 +85,14 @@ DEMO_FILES = """  open it in a browser: scores, the flow step by step, the kerne
 def _leave(message: str) -> NoReturn:
     Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
     sys.exit(2)
+
+
+def _show_warning(show: Callable, message: Warning | str, category: type[Warning], *place, **more) -> None:
+    """A warning about data is one line; others keep the form that Python gives them."""
+    if issubclass(category, DataWarning):
+        Console(stderr=True, soft_wrap=True).print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False)
+    else:
+        show(message, category, *place, **more)
 
 
 def _version(value: bool) -> None:

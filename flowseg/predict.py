@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flowseg.data.folder import IMAGE_SUFFIXES, read_image
+from flowseg.data.folder import IMAGE_SUFFIXES
+from flowseg.data.pictures import Reading, read_picture, turn_back
 from flowseg.errors import UserError
 from flowseg.segment import Segmenter
 
@@ -61,21 +62,25 @@ def predict(
 
     ``NAME.mask.png``: class indices with the palette. ``NAME.overlay.png``: the image under the colours.
     ``NAME.margin.png``: 8-bit grey, how much farther the second nearest code is than the nearest, as a share of the
-    smallest distance between two codes; dark pixels are uncertain. A file that cannot be
+    smallest distance between two codes; dark pixels are uncertain. They show the image as a viewer does, or as it is
+    stored where ``data.exif`` is ``"stored"``: a mask lies where a label map of the same image would. A file that cannot be
     read or written is noted and the rest goes on.
 
     Raises:
         UserError: two inputs that would write the same file.
     """
     names = _output_names(images)
+    reading = Reading.of(segmenter.config.data)
     out.mkdir(parents=True, exist_ok=True)
     result = Predictions([], [])
     for path, name in zip(images, names):
         try:
-            image = read_image(path, upright=True)
+            image, shape = read_picture(path, reading)
             labels, margin = (part.numpy() for part in segmenter.labels(image, with_margin=True))
             for kind in outputs:
                 picture = _picture(kind, image, labels, margin, palette, segmenter.codebook.min_distance, opacity)
+                if reading.exif == "stored":
+                    picture = turn_back(picture, shape.orientation)
                 target = out / f"{name}.{kind}.png"
                 _write(picture, target)
                 result.written.append(target)
