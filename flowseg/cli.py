@@ -314,7 +314,10 @@ def export(
 @app.command()
 def predict(
     inputs: Annotated[
-        list[str], typer.Argument(help="Image files, folders of them, or quoted patterns such as 'photos/*.jpg'.")
+        list[str],
+        typer.Argument(
+            help="Image files, folders with sub-folders of them, or quoted patterns such as 'photos/*.jpg'."
+        ),
     ],
     run: Annotated[str, typer.Option(help="Run folder, folder of 'flowseg export', or a name on the hub.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
@@ -331,7 +334,7 @@ def predict(
     from flowseg.checkpoint import read_run_config
     from flowseg.data.datasets import resolve_labels
     from flowseg.hub import from_pretrained, is_shared
-    from flowseg.predict import find_images
+    from flowseg.predict import find_inputs
     from flowseg.predict import predict as segment_files
     from flowseg.segment import Segmenter
 
@@ -340,7 +343,7 @@ def predict(
     if shared and checkpoint != "latest":
         raise UserError(f"--checkpoint {checkpoint}: {run} is one set of weights, not a run; leave --checkpoint out")
     settings = None if shared else read_run_config(Path(run), sets, {"sample.steps": steps}, checkpoint=checkpoint)
-    images = find_images(inputs)
+    images = find_inputs(inputs)
     if shared:
         segmenter = from_pretrained(run, sets + ([] if steps is None else [f"sample.steps={steps}"]))
     else:
@@ -357,7 +360,7 @@ def predict(
             on_image=lambda _: advance(1),
         )
     console = Console(stderr=True, soft_wrap=True)
-    console.print(f"{len(images) - len(result.failed)} of {len(images)} images -> {out}", highlight=False)
+    console.print(f"{len(images) - len(result.failed)} of {len(images)} images -> {out}", highlight=False, markup=False)
     for path, reason in result.failed:
         console.print(f"[red]failed[/] {escape(reason if str(path) in reason else f'{path}: {reason}')}")
     if result.failed:

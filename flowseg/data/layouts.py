@@ -27,7 +27,7 @@ def find_pairs(name: str, root: Path, split: str) -> list[Pair]:
     Raises:
         UserError: a folder, list or label map that is not there, named, two images of one name, or a split without images.
     """
-    root = Path(root)
+    root = Path(root).expanduser()
     if not root.is_dir():
         raise UserError(f"data.root {root}: no such folder; it should hold {LAYOUTS[name][1].format(split=split)}")
     pairs = LAYOUTS[name][0](root, split)
@@ -91,7 +91,7 @@ def _pair_up(
     lonely = [path for name, same in maps.items() if name not in images for path in same]
     if lonely:
         warnings.warn(
-            f"{label_folder}: {len(lonely)} label maps have no image in {folder}, such as {lonely[0].name}",
+            f"{label_folder}: label maps without an image in {folder}: {len(lonely)}, such as {lonely[0].name}",
             DataWarning,
             stacklevel=5,
         )
