@@ -75,8 +75,9 @@ def read_picture(path: Path, reading: Reading) -> tuple[Image.Image, Shape]:
         UserError: the file cannot be decoded, has too many pixels, or has values whose scale is not known.
     """
     with opened(path, "an image", reading) as image:
-        shape = _shape(image)
+        # Looking for the orientation decodes a PNG file, which forgets how it was stored.
         deep_color = ";16" in str(image.tile)
+        shape = _shape(image)
         image.load()
         picture = image
         if image.mode.startswith("I") or image.mode == "F":
@@ -110,8 +111,8 @@ def read_values(path: Path, reading: Reading) -> tuple[np.ndarray, Shape]:
         UserError: the file cannot be decoded, has too many pixels, several channels, or values that are no whole numbers.
     """
     with opened(path, "a label map", reading) as image:
-        shape = _shape(image)
         tile = str(image.tile)
+        shape = _shape(image)
         if image.format in ("JPEG", "MPO"):
             raise UserError(f"{path}: label map is a JPEG, whose compression changes the values; save it as PNG")
         image.load()

@@ -180,3 +180,107 @@ def test_whatever_a_decoder_raises_names_the_file(tmp_path, suffix):
                 assert str(error).startswith(str(file))
                 failed += 1
     assert failed > 20
+
+
+def image_of(tmp_path, values, suffix="tif", **reading):
+    Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+    return np.asarray(read_picture(tmp_path / f"deep.{suffix}", Reading(**reading))[0])[..., 0].astype(int)
+
+
+RAMP = np.linspace(0, 1, 256).reshape(16, 16)
+
+
+@pytest.mark.parametrize(
+    ("values", "white"),
+    [
+        ((RAMP * 65535).astype(np.uint16), None),
+        ((RAMP * 65535).astype(np.int32), None),
+        (RAMP.astype(np.float32), None),
+        ((RAMP * 4095).astype(np.uint16), 4095),
+        ((RAMP * 1023).astype(np.int32), 1023),
+        ((RAMP * 1e6).astype(np.int32), 1e6),
+        ((RAMP * 255).astype(np.float32), 255),
+    ],
+)
+def test_deep_images_keep_their_shades(tmp_path, values, white):
+    assert np.abs(image_of(tmp_path, values, white=white) - np.arange(256).reshape(16, 16)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ((RAMP * 4095).astype(np.uint16), "integer values from 0 to 4095"),
+        ((RAMP * 16383).astype(np.uint16), "integer values from 0 to 16383"),
+        ((RAMP * 1e6).astype(np.int32), r"integer values from 0 to 1e\+06"),
+        ((RAMP * 60000 - 5000).astype(np.int32), "integer values from -5000"),
+        ((RAMP * 255).astype(np.float32), "float values from 0 to 255"),
+        ((RAMP / 10).astype(np.float32), r"float values from 0 to 0\.1"),
+        ((RAMP - 0.5).astype(np.float32), r"float values from -0\.5"),
+    ],
+)
+def test_deep_images_of_another_range_are_refused_with_the_setting(tmp_path, values, words):
+    with pytest.raises(UserError, match=rf"deep\.tif: image has {words}.*data\.white"):
+        image_of(tmp_path, values)
+
+
+def test_floats_that_are_no_numbers_are_refused_and_black_is_black(tmp_path):
+    for bad in (np.nan, np.inf):
+        with pytest.raises(UserError, match=r"deep\.tif: .*no numbers"):
+            image_of(tmp_path, np.where(RAMP > 0.5, bad, RAMP).astype(np.float32), white=1.0)
+    for kind in (np.uint16, np.int32, np.float32):
+        assert image_of(tmp_path, np.zeros((4, 4), kind)).max() == 0
+    # Beyond the value that was named lies white, below 0 black.
+    found = image_of(tmp_path, np.array([[-9, 0, 100, 999]], np.int32), white=100)
+    assert found.tolist() == [[0, 0, 255, 255]]
+
+
+def test_16_bit_colours_that_are_nearly_black_are_refused(tmp_path):
+    file = tmp_path / "deep.png"
+    for top in (65535, 4095):
+        colors = np.linspace(0, top, 12).astype(">u2").reshape(4, 3)
+        opaque = np.concatenate([colors, np.full((4, 1), 65535)], 1).astype(">u2")
+        for kind, row in ((2, colors), (6, opaque)):
+            file.write_bytes(png(16, kind, [row.tobytes()], (4, 1)))
+            if top == 4095:
+                with pytest.raises(UserError, match=r"deep\.png: image has 16-bit colours .*data\.white=65535"):
+                    read_picture(file, Reading())
+            else:
+                read_picture(file, Reading())
+            assert np.array_equal(np.asarray(read_picture(file, Reading(white=65535))[0])[0], colors >> 8)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("color", [0, 3])
+def test_label_values_of_few_bits_are_the_stored_numbers(tmp_path, bits, color):
+    values = (np.arange(16) % 2**bits).astype(np.uint8).reshape(2, 8)
+    per_byte = 8 // bits
+    rows = []
+    for row in values:
+        groups = row.reshape(-1, per_byte)
+        rows.append(bytes(sum(int(v) << (8 - bits * (i + 1)) for i, v in enumerate(group)) for group in groups))
+    colors = chunk(b"PLTE", bytes(range(3 * min(2**bits, 80)))) if color == 3 else b""
+    (tmp_path / "few.png").write_bytes(png(bits, color, rows, (8, 2), before=colors))
+    found = read_values(tmp_path / "few.png", Reading())[0]
+    assert found.dtype == np.uint8 and np.array_equal(found, values)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "bmp", "png"])
+def test_label_maps_of_lossless_files(tmp_path, suffix):
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    assert np.array_equal(read_values(tmp_path / f"a.{suffix}", Reading())[0], values)
+    Image.fromarray(values > 5).save(tmp_path / f"b.{suffix}")
+    assert np.array_equal(read_values(tmp_path / f"b.{suffix}", Reading())[0], values > 5)
+
+
+def test_label_maps_that_cannot_hold_classes_are_refused(tmp_path):
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    Image.fromarray(values).save(tmp_path / "lossy.png", format="JPEG")
+    with pytest.raises(UserError, match=r"lossy\.png: label map is a JPEG.*save it as PNG"):
+        read_values(tmp_path / "lossy.png", Reading())
+    for bad in (values.astype(np.float32), values.astype(np.int32) - 1, values.astype(np.int32) * 10**6):
+        Image.fromarray(bad).save(tmp_path / "a.tif")
+        with pytest.raises(UserError, match=r"a\.tif: label values must be whole numbers in 0\.\.65535"):
+            read_values(tmp_path / "a.tif", Reading())
+    Image.fromarray(values.astype(np.int32) * 5000).save(tmp_path / "a.tif")
+    assert np.array_equal(read_values(tmp_path / "a.tif", Reading())[0], values.astype(np.uint16) * 5000)
