@@ -38,6 +38,7 @@ from flowseg.checkpoint import (
 from flowseg.codes import IGNORE_INDEX, build_codebook
 from flowseg.config import Config, OptimConfig, load_config, save_config
 from flowseg.data import SegmentationData, open_data, resolve_labels, training_batches
+from flowseg.data.label_table import tell_labels
 from flowseg.errors import UserError
 from flowseg.evaluate import Scores, evaluate
 from flowseg.memory import keep_freed_memory
@@ -156,6 +157,8 @@ def _train(
     if resume:
         _check_codes(config, out)
     data = open_data(config.data, seed=config.train.seed, check=main)
+    if main and config.data.check != "none":
+        tell_labels(data, config.data.name, console)
     codebook = build_codebook(config.codes, data.num_classes).to(device)
     encoder = ImageFeatures.from_pretrained(config.repa.encoder).to(device) if config.repa.weight else None
     bare_model = build_model(config, align_dim=encoder.dim if encoder else None)
