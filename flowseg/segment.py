@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -15,6 +16,7 @@ from flowseg.checkpoint import find_weights, load_weights
 from flowseg.codes import build_codebook
 from flowseg.config import Config
 from flowseg.data.datasets import resolve_labels
+from flowseg.data.pictures import Reading, as_picture, stored_values
 from flowseg.data.transforms import model_size, prepare, resized, to_tensor
 from flowseg.flow import integrate, make_source
 from flowseg.model import FlowSegModel, build_model
@@ -305,12 +307,28 @@ class Segmenter:
         nothing = codes.new_full((256 - len(codes), codes.shape[1]), torch.nan)
         return torch.cat([codes, nothing])[labels.long()].movedim(-1, 0)
 
-    def labels(self, image: Image.Image, *, with_margin: bool = False):
-        """Label map ``(H, W)`` uint8 of one image at its own size; with ``with_margin`` also the margin ``(H, W)``
-        float32: second smallest distance to a code minus the smallest.
+    def labels(self, image: Image.Image | np.ndarray | Path | str, *, with_margin: bool = False):
+        """Labels of one image at its own size.
+
+        Args:
+            image: a Pillow image of any mode, a numpy array ``(H, W, 3)`` uint8 (or with alpha, or grey), or a path. A file
+                is turned as a viewer shows it; with ``data.exif=stored`` its labels lie on the stored pixels.
+            with_margin: also return the second smallest distance to a code minus the smallest.
+
+        Returns:
+            Label map ``(H, W)`` uint8 on the CPU; with ``with_margin`` also the margin ``(H, W)`` float32.
+
+        Raises:
+            UserError: the image is none of these, or its file cannot be read.
         """
-        labels, margin = next(self.native_labels([self.seen(image)], image.size[::-1], with_margin=with_margin))
-        return (labels.cpu(), margin.cpu()) if with_margin else labels.cpu()
+        reading = Reading.of(self.config.data)
+        picture, shape = as_picture(image, reading)
+        seen, native = self.seen(picture), picture.size[::-1]
+        found = next(self.native_labels([seen], native, with_margin=with_margin))
+        found = [part.cpu() for part in found if part is not None]
+        if reading.exif == "stored" and shape.orientation != 1:
+            found = [torch.from_numpy(stored_values(part.numpy(), shape.orientation).copy()) for part in found]
+        return tuple(found) if with_margin else found[0]
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

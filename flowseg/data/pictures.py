@@ -90,6 +90,63 @@ def read_picture(path: Path, reading: Reading) -> tuple[Image.Image, Shape]:
         return (picture.transpose(turn) if turn is not None else picture), shape
 
 
+def as_picture(image: object, reading: Reading) -> tuple[Image.Image, Shape]:
+    """An RGB image of a path, a Pillow image or an array.
+
+    Args:
+        image: a path, turned as a viewer shows it; a Pillow image of any mode, or a numpy array ``(H, W)`` or
+            ``(H, W, 1 | 3 | 4)`` uint8, or ``(H, W)`` of 16 or 32 bits or floats, as it is. Alpha is dropped, and deep
+            values become 8 bits as those of files do.
+        reading: how files are read.
+
+    Raises:
+        UserError: it is none of these, or see :func:`read_picture`.
+    """
+    if isinstance(image, str | Path):
+        return read_picture(Path(image), reading)
+    if isinstance(image, np.ndarray):
+        image = _picture_of_array(image)
+    if not isinstance(image, Image.Image):
+        raise _no_picture(type(image).__name__, image)
+    try:
+        image.load()
+        if image.mode.startswith("I") or image.mode == "F":
+            image = Image.fromarray(_eight_bits("image", image, reading.white))
+        picture = image.convert("RGB")
+    except UserError:
+        raise
+    # A lazily opened file is decoded here.
+    except Exception as error:
+        raise UserError(f"image: cannot be read ({str(error) or type(error).__name__})") from None
+    return picture, Shape(picture.size)
+
+
+def _picture_of_array(array: np.ndarray) -> Image.Image:
+    pixels = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    colors = pixels.ndim == 3 and pixels.shape[-1] in (3, 4) and pixels.dtype == np.uint8
+    deep = {"u2": np.uint16, "i4": np.int32, "u4": np.int64, "f2": np.float32, "f4": np.float32, "f8": np.float32}
+    code = f"{pixels.dtype.kind}{pixels.dtype.itemsize}"
+    grey = pixels.ndim == 2 and (pixels.dtype == np.uint8 or code in deep)
+    if not (colors or grey) or 0 in pixels.shape:
+        raise _no_picture("array", array)
+    if code in deep:
+        pixels = pixels.astype(deep[code])
+        if pixels.dtype == np.int64:
+            # Pillow has no unsigned 32 bits.
+            if pixels.max() >= 2**31:
+                raise _no_picture("array with values from 2**31 on", array)
+            pixels = pixels.astype(np.int32)
+    return Image.fromarray(np.ascontiguousarray(pixels[..., :3] if colors else pixels))
+
+
+def _no_picture(kind: str, image: object) -> UserError:
+    facts = f" of shape {tuple(image.shape)} and dtype {image.dtype}" if hasattr(image, "shape") else ""
+    return UserError(
+        "image: wanted a path, a Pillow image, or a numpy array (H, W, 3) of uint8 (0 to 255), (H, W, 4) with alpha or "
+        f"(H, W) grey; got {kind}{facts}"
+    )
+
+
 def turn_back(picture: Image.Image, orientation: int) -> Image.Image:
     """An upright picture as it would be stored under this orientation."""
     turn = _TURNS.get(_BACK.get(orientation, orientation))
@@ -138,6 +195,11 @@ def turn_values(values: np.ndarray, orientation: int) -> np.ndarray:
     across = orientation in (2, 3, 6, 7)
     down = orientation in (3, 4, 7, 8)
     return values[:: -1 if down else 1, :: -1 if across else 1]
+
+
+def stored_values(values: np.ndarray, orientation: int) -> np.ndarray:
+    """An upright array ``(H, W)`` as it would be stored under this orientation, as a view."""
+    return turn_values(values, _BACK.get(orientation, orientation))
 
 
 def turn_of_labels(path: Path, labels: Shape, image: Shape, exif: str) -> int:
@@ -249,7 +311,7 @@ def _by(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _eight_bits(path: Path, image: Image.Image, white: float | None) -> np.ndarray:
+def _eight_bits(path: Path | str, image: Image.Image, white: float | None) -> np.ndarray:
     """Grey values of more than 8 bits as ``(H, W)`` uint8: ``white`` becomes 255, more is white and less than 0 black."""
     values = np.asarray(image)
     low, high = float(values.min(initial=0)), float(values.max(initial=0))
@@ -267,7 +329,7 @@ def _eight_bits(path: Path, image: Image.Image, white: float | None) -> np.ndarr
     return result
 
 
-def _check_range(path: Path, low: float, high: float, is_float: bool) -> None:
+def _check_range(path: Path | str, low: float, high: float, is_float: bool) -> None:
     """Refuse values that the usual range of their type would turn black or white."""
     kind, white, dark = ("float", 1, 0.25) if is_float else ("integer", 65535, _FULL_16_BIT)
     if low < 0 or high > white or 0 < high < dark:

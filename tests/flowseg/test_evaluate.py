@@ -1,5 +1,7 @@
 """Scores against torchmetrics and by hand, and what the whole path from image to confusion matrix does."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -62,9 +64,15 @@ def make_pairs(sizes, seed=0):
     return pairs
 
 
+@functools.cache
+def codebook_of(channels):
+    # Its decode grid takes a second.
+    return build_codebook(tiny_config(codes={"channels": channels}).codes, 11)
+
+
 def make_segmenter(**sections):
     config = tiny_config(data={"height": 32, "width": 32}, **sections)
-    codebook = build_codebook(config.codes, 11)
+    codebook = codebook_of(config.codes.channels)
     return Segmenter(Oracle(codebook), codebook, config)
 
 

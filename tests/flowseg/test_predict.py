@@ -4,14 +4,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from flowseg.codes import build_codebook
 from flowseg.errors import DataWarning, UserError
 from flowseg.predict import Input, find_images, find_inputs, output_names, predict
 from flowseg.segment import Segmenter
 
-from .test_evaluate import Oracle
+from .test_evaluate import Oracle, codebook_of
 from .test_pictures import SHOWN, exif, photo, stored, write_pair
 from .tiny import tiny_config
 
@@ -20,7 +20,7 @@ PALETTE = [(10 * k, 0, 255 - 10 * k) for k in range(11)]
 
 def segmenter(**data):
     config = tiny_config(data={"height": 32, "width": 32, **data}, sample={"resize": "native"})
-    codebook = build_codebook(config.codes, 11)
+    codebook = codebook_of(config.codes.channels)
     return Segmenter(Oracle(codebook), codebook, config)
 
 
@@ -145,3 +145,87 @@ def test_masks_lie_where_label_maps_would(tmp_path, orientation, setting):
     assert np.array_equal(Image.open(tmp_path / "a.overlay.png"), shown)
     assert Image.open(tmp_path / "a.margin.png").size == mask.shape[::-1]
     assert exif(orientation)[0x0112] == Image.open(file).getexif()[0x0112]
+
+
+def as_mode(mode):
+    shown = photo(SHOWN)
+    return (
+        shown.quantize(4)
+        if mode == "P"
+        else shown.convert("L").convert(mode)
+        if mode in ("1", "LA")
+        else shown.convert(mode)
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "CMYK", "YCbCr", "HSV", "I;16", "I", "F"])
+def test_labels_takes_pictures_of_any_mode(mode):
+    grey = np.asarray(photo(SHOWN).convert("L")).astype(np.float64) / 255
+    deep = {
+        "I;16": (grey * 65535).astype(np.uint16),
+        "I": (grey * 65535).astype(np.int32),
+        "F": grey.astype(np.float32),
+    }
+    picture = Image.fromarray(deep[mode]) if mode in deep else as_mode(mode)
+    wanted = photo(SHOWN).convert("L").convert("RGB") if mode in deep else picture.convert("RGB")
+    one = segmenter()
+    assert picture.mode == mode
+    assert torch.equal(one.labels(picture), one.labels(wanted))
+
+
+def test_labels_takes_arrays_and_paths(tmp_path):
+    one, pixels = segmenter(), np.asarray(photo(SHOWN))
+    wanted = one.labels(photo(SHOWN))
+    assert wanted.shape == (48, 64) and set(wanted.unique().tolist()) == {1, 10}
+    opaque = np.concatenate([pixels, np.full((48, 64, 1), 9, np.uint8)], -1)
+    for image in (pixels, opaque, pixels[::-1][::-1], np.asfortranarray(pixels)):
+        assert torch.equal(one.labels(image), wanted)
+    grey = pixels[..., 0]
+    for image in (
+        grey[..., None],
+        grey.astype(np.uint16) * 257,
+        grey.astype(np.uint32) * 257,
+        grey / 255,
+        grey / np.float16(255),
+    ):
+        assert (one.labels(image) != one.labels(grey)).float().mean() < 0.01
+    photo(SHOWN).save(tmp_path / "a.png")
+    assert torch.equal(one.labels(tmp_path / "a.png"), wanted) and torch.equal(
+        one.labels(str(tmp_path / "a.png")), wanted
+    )
+    margin = one.labels(pixels, with_margin=True)[1]
+    assert margin.dtype == torch.float32 and margin.shape == wanted.shape
+
+
+@pytest.mark.parametrize("setting", ["upright", "stored"])
+def test_labels_of_a_path_lie_as_masks_do(tmp_path, setting):
+    write_pair(tmp_path, 6, labels=setting, suffix="png")
+    found = segmenter(exif=setting).labels(tmp_path / "images/val/a.png")
+    assert np.array_equal(found == 10, np.asarray(Image.open(tmp_path / "labels/val/a.png")) == 1)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.zeros(3, 8, 8), r"got Tensor of shape \(3, 8, 8\) and dtype torch\.float32"),
+        (np.zeros((3, 8, 8), np.uint8), r"got array of shape \(3, 8, 8\) and dtype uint8"),
+        (np.zeros((8, 8, 3)), r"got array of shape \(8, 8, 3\) and dtype float64"),
+        (np.zeros((2, 8, 8, 3), np.uint8), r"shape \(2, 8, 8, 3\)"),
+        (np.zeros((0, 8, 3), np.uint8), r"shape \(0, 8, 3\)"),
+        (np.zeros((8, 8), bool), "dtype bool"),
+        (None, "got NoneType"),
+        ([1, 2], "got list"),
+    ],
+)
+def test_labels_names_what_it_wants(image, words):
+    with pytest.raises(
+        UserError, match=rf"image: wanted a path, a Pillow image, or a numpy array \(H, W, 3\).*{words}"
+    ):
+        segmenter().labels(image)
+
+
+def test_labels_names_a_file_that_is_not_there_and_values_without_a_scale(tmp_path):
+    with pytest.raises(UserError, match=r"no\.png: cannot be read as an image"):
+        segmenter().labels(tmp_path / "no.png")
+    with pytest.raises(UserError, match=r"image: image has float values from 0 to 255.*data\.white"):
+        segmenter().labels(np.linspace(0, 255, 64).reshape(8, 8))
