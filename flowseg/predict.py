@@ -182,11 +182,12 @@ def _pictures(
     labels, margin = (
         segmenter.labels(image, with_margin=True) if "margin" in outputs else (segmenter.labels(image), None)
     )
-    for kind in outputs:
+    for kind in dict.fromkeys(outputs):
         if kind == "mask":
             picture = _mask(labels.numpy(), palette)
         elif kind == "overlay":
-            picture = _overlay(image, labels.numpy(), palette, opacity)
+            _paint_over(image, labels.numpy(), palette, opacity)
+            picture = image
         else:
             picture = _margin(margin, segmenter.codebook.min_distance)
         yield kind, turn_back(picture, shape.orientation) if reading.exif == "stored" else picture
@@ -198,15 +199,14 @@ def _mask(labels: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> Image.
     return picture
 
 
-def _overlay(
+def _paint_over(
     image: Image.Image, labels: np.ndarray, palette: Sequence[tuple[int, int, int]], opacity: float
-) -> Image.Image:
-    picture = Image.new("RGB", image.size)
+) -> None:
+    """Blend the labels' colours into the image itself: an aerial image may not fit into memory twice."""
     for top in range(0, image.height, _ROWS):
         box = (0, top, image.width, min(top + _ROWS, image.height))
         colors = Image.fromarray(colorize(labels[box[1] : box[3]], palette))
-        picture.paste(Image.blend(image.crop(box), colors, opacity), box)
-    return picture
+        image.paste(Image.blend(image.crop(box), colors, opacity), box)
 
 
 def _margin(margin: Tensor, spacing: float) -> Image.Image:

@@ -84,7 +84,8 @@ def read_picture(path: Path, reading: Reading) -> tuple[Image.Image, Shape]:
             picture = Image.fromarray(_eight_bits(path, image, reading.white))
         elif deep_color and reading.white != 65535:
             _check_upper_byte(path, image)
-        picture = picture.convert("RGB")
+        # Pillow would copy a picture that is RGB already.
+        picture = picture if picture.mode == "RGB" else picture.convert("RGB")
         # Pillow has turned TIFF files while it decoded them.
         turn = _TURNS.get(_tag(image))
         return (picture.transpose(turn) if turn is not None else picture), shape
