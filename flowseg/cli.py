@@ -7,6 +7,8 @@ import json
 import os
 import shlex
 import sys
+import warnings
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -17,7 +19,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from flowseg import __version__
-from flowseg.errors import PeerError, UserError
+from flowseg.errors import DataWarning, PeerError, UserError
 from flowseg.terminal import make_console, printable, say, speak_any_text
 
 app = typer.Typer(
@@ -76,7 +78,11 @@ def main() -> None:
     """Run the command line; a mistake of the user's is one line on stderr and status 2."""
     speak_any_text()
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", DataWarning)
+            show = warnings.showwarning
+            warnings.showwarning = lambda *warning, **more: _show_warning(show, *warning, **more)
+            app()
     except PeerError:
         # The process that failed has said why.
         sys.exit(2)
@@ -109,6 +115,14 @@ def _leave(message: str) -> NoReturn:
 def _tell(text: str) -> None:
     """A result on standard output."""
     say(make_console(stderr=False), text)
+
+
+def _show_warning(show: Callable, message: Warning | str, category: type[Warning], *place, **more) -> None:
+    """A warning about data is one line; others keep the form that Python gives them."""
+    if issubclass(category, DataWarning):
+        make_console().print(Text.assemble(("warning:", "yellow"), " ", printable(str(message))), soft_wrap=True)
+    else:
+        show(message, category, *place, **more)
 
 
 def _version(value: bool) -> None:
@@ -341,7 +355,10 @@ def export(
 @app.command()
 def predict(
     inputs: Annotated[
-        list[str], typer.Argument(help="Image files, folders of them, or quoted patterns such as 'photos/*.jpg'.")
+        list[str],
+        typer.Argument(
+            help="Image files, folders with sub-folders of them, or quoted patterns such as 'photos/*.jpg'."
+        ),
     ],
     run: Annotated[str, typer.Option(help="Run folder, folder of 'flowseg export', or a name on the hub.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
@@ -358,7 +375,7 @@ def predict(
     from flowseg.checkpoint import read_run_config
     from flowseg.data.datasets import resolve_labels
     from flowseg.hub import from_pretrained, is_shared
-    from flowseg.predict import find_images
+    from flowseg.predict import find_inputs
     from flowseg.predict import predict as segment_files
     from flowseg.progress import counting_view
     from flowseg.segment import Segmenter
@@ -368,7 +385,7 @@ def predict(
     if shared and checkpoint != "latest":
         raise UserError(f"--checkpoint {checkpoint}: {run} is one set of weights, not a run; leave --checkpoint out")
     settings = None if shared else read_run_config(Path(run), sets, {"sample.steps": steps}, checkpoint=checkpoint)
-    images = find_images(inputs)
+    images = find_inputs(inputs)
     if shared:
         segmenter = from_pretrained(run, sets + ([] if steps is None else [f"sample.steps={steps}"]))
     else:

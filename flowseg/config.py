@@ -120,8 +120,17 @@ class DataConfig(Section):
     """What to look at before training: label values, sizes, or nothing; ``None``: values up to 6000 pairs, then sizes."""
     classes: list[str] | None = None
     palette: list[tuple[int, int, int]] | None = None
+    values: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
+    """Label value of each class in the files, such as ``[0, 255]``. ``None``: those of the preset, or 0, 1, 2, ..."""
     ignore: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
-    """Label values that carry no class, besides 255. ``None``: those of the preset."""
+    """Label values that carry no class, besides 255 unless that is a class's value. ``None``: those of the preset."""
+    exif: Literal["upright", "stored"] = "upright"
+    """Images are turned as their EXIF orientation says. Their labels were drawn on what a viewer shows (``upright``), or
+    on the pixels as they are stored (``stored``): then they are turned too, and ``predict`` writes masks for stored pixels."""
+    white: Positive | None = None
+    """Value that becomes white in images of 16 and 32 bits and of floats. ``None``: 65535, and 1.0 for floats."""
+    max_megapixels: Positive = 256.0
+    """Larger files are refused: a small file may hold an image that fills the memory."""
     scale_min: Positive = 1.0
     scale_max: Positive = 1.0
     flip: bool = False

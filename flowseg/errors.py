@@ -1,4 +1,4 @@
-"""The error class for mistakes that a user can mend, and its form in the processes that have made none."""
+"""The error classes for mistakes that a user can mend, and the one warning about data."""
 
 
 class UserError(Exception):
@@ -10,3 +10,10 @@ class UserError(Exception):
 
 class PeerError(UserError):
     """Another process of the same run has failed. The command line leaves with status 2 and prints nothing."""
+
+
+class DataWarning(UserWarning):
+    """Something about files or labels that is probably not meant; its message is one line.
+
+    The command line prints the message alone; a program can turn it into an error with :mod:`warnings`.
+    """

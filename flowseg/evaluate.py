@@ -10,10 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flowseg.codes import IGNORE_INDEX
 from flowseg.data.datasets import Pairs
 from flowseg.segment import Segmenter
-from flowseg_kernels import decode_confusion
 
 
 @dataclasses.dataclass
@@ -92,17 +90,16 @@ def evaluate(
             processes' mIoU would not be the mIoU.
     """
     classes = segmenter.codebook.num_classes
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    labelled = torch.zeros(classes, dtype=torch.int64)
+    # Rows and columns from ``classes`` on count ignored pixels and predictions that are no class.
+    counts = torch.zeros(256, 256, dtype=torch.int64)
     count = 0
-    for images, targets in _batches(pairs, limit, segmenter.config.sample.batch_size, rank, world):
-        field = segmenter.native_field(images)
-        target = torch.from_numpy(np.stack([np.array(t, np.uint8) for t in targets])).to(field.device)
-        confusion += decode_confusion(field, target, segmenter.codebook, ignore_index=IGNORE_INDEX).cpu()
-        labelled += torch.bincount(target.flatten().long().cpu(), minlength=IGNORE_INDEX + 1)[:classes]
+    for images, targets, native in _batches(segmenter, pairs, limit, rank, world):
+        for (predicted, _), target in zip(segmenter.native_labels(images, native), targets):
+            counts += _count_pairs(target.to(predicted.device), predicted)
         count += len(images)
         if on_batch:
             on_batch(len(images))
+    confusion, labelled = counts[:classes, :classes].contiguous(), counts[:classes].sum(1)
     if add_up:
         sums = torch.cat([confusion.flatten(), labelled, torch.tensor([count])])
         sums = add_up(sums.to(segmenter.device)).cpu()
@@ -119,18 +116,40 @@ def chosen_indices(size: int, limit: int | None) -> list[int]:
     return [round(i * (size - 1) / max(limit - 1, 1)) for i in range(limit)]
 
 
+# Pixels of the label maps of one batch: enough for sixteen of most photographs, and a bound for the largest.
+BATCH_PIXELS = 2**28
+
+
 def _batches(
-    pairs: Pairs, limit: int | None, batch_size: int, rank: int, world: int
-) -> Iterator[tuple[list[Image.Image], list[Image.Image]]]:
-    """Neighbouring pairs of equal size, of this process's share."""
+    segmenter: Segmenter, pairs: Pairs, limit: int | None, rank: int, world: int
+) -> Iterator[tuple[list[Image.Image], list[Tensor], tuple[int, int]]]:
+    """Neighbouring pairs of equal size, of this process's share: what the network sees, labels ``(H, W)`` uint8, their size.
+
+    Images are held at the size that the network sees: sixteen photographs would fill the memory.
+    """
     images: list[Image.Image] = []
-    targets: list[Image.Image] = []
+    targets: list[Tensor] = []
+    native = (0, 0)
+    most = 1 if segmenter.several_views else segmenter.config.sample.batch_size
     for index in chosen_indices(len(pairs), limit)[rank::world]:
         image, target = pairs[index]
-        if images and (len(images) == batch_size or image.size != images[0].size):
-            yield images, targets
+        size = image.size[::-1]
+        full = len(images) == most or (len(images) + 1) * size[0] * size[1] > BATCH_PIXELS
+        if images and (full or size != native):
+            yield images, targets, native
             images, targets = [], []
-        images.append(image)
-        targets.append(target)
+        native = size
+        images.append(segmenter.seen(image))
+        targets.append(torch.from_numpy(np.array(target, np.uint8)))
+        # The next pair is decoded before these names are taken by it.
+        del image, target
     if images:
-        yield images, targets
+        yield images, targets, native
+
+
+def _count_pairs(truth: Tensor, predicted: Tensor) -> Tensor:
+    """How often each pair of values occurs, ``(256, 256)`` int64 on the host, of two label maps ``(H, W)`` uint8."""
+    counts = torch.zeros(256 * 256, dtype=torch.int64, device=truth.device)
+    for some, found in zip(truth.flatten().split(2**22), predicted.flatten().split(2**22)):
+        counts += torch.bincount(some.int() * 256 + found, minlength=256 * 256)
+    return counts.view(256, 256).cpu()

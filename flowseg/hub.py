@@ -131,11 +131,10 @@ Semantic segmentation by a flow from the image to a colour-coded label map (arXi
 ## Use
 
 ```python
-from PIL import Image
 from flowseg.hub import from_pretrained
 
 segmenter = from_pretrained("this folder, or its name on the hub")
-labels = segmenter.labels(Image.open("photo.jpg").convert("RGB"))  # (H, W) uint8
+labels = segmenter.labels("photo.jpg")  # (H, W) uint8
 ```
 
 ## Measured

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -15,11 +16,22 @@ from flowseg.checkpoint import find_weights, load_weights
 from flowseg.codes import build_codebook
 from flowseg.config import Config
 from flowseg.data.datasets import resolve_labels
-from flowseg.data.transforms import model_size, prepare
+from flowseg.data.pictures import Reading, as_picture, stored_values
+from flowseg.data.transforms import model_size, prepare, resized, to_tensor
 from flowseg.flow import integrate, make_source
 from flowseg.model import FlowSegModel, build_model
 from flowseg.model.sizes import check_sizes
-from flowseg.views import class_probabilities, mean_over_windows, pad_to, resize_labels, windows
+from flowseg.views import (
+    WindowRows,
+    class_probabilities,
+    enlarge_labels,
+    interpolated_columns,
+    likeliest,
+    mean_over_windows,
+    pad_to,
+    resize_labels,
+    windows,
+)
 from flowseg_kernels import Codebook, nearest_centroid
 
 
@@ -32,6 +44,9 @@ class Segmenter:
         config: sampling and data settings.
         device: where to compute.
     """
+
+    # More class probabilities than this (256 MB) are not held at once, if they need not be.
+    MOST_NUMBERS = 2**26
 
     def __init__(self, model: FlowSegModel, codebook: Codebook, config: Config, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
@@ -93,12 +108,14 @@ class Segmenter:
         probabilities ``1/(d_k + eps)``, normalised, and gives the code of the likeliest class. Windows, mirrored images and
         scales are averaged as probabilities: the mean of two codes is the code of neither class.
 
+        A field is C numbers per pixel. :meth:`labels` and :meth:`native_labels` give the same labels without it.
+
         Returns:
             ``(B, C, H, W)`` float32.
         """
         sample = self.config.sample
         native = images[0].size[::-1]
-        if sample.window == "slide" or sample.flip or list(sample.scales) != [1.0]:
+        if self.several_views:
             return torch.stack([self._as_codes(self._averaged(image), native) for image in images])
         pixels, (height, width) = self.prepare_batch(images)
         field = self.sample(pixels)[..., :height, :width]
@@ -109,6 +126,135 @@ class Segmenter:
         if sample.upsample == "labels":
             return F.interpolate(field, size=native, mode="nearest-exact")
         return torch.stack([self._as_codes(self._probabilities(one[None])[0], native) for one in field])
+
+    @property
+    def several_views(self) -> bool:
+        """Whether images go one by one, as the mean of windows, mirror images or scales."""
+        sample = self.config.sample
+        return sample.window == "slide" or sample.flip or list(sample.scales) != [1.0]
+
+    def seen(self, image: Image.Image) -> Image.Image:
+        """What :meth:`native_labels` needs of an image: it at the size of the network, or itself for several views."""
+        if self.several_views:
+            return image
+        height, width = model_size(image.size[::-1], self.config.data, self.config.sample.resize)
+        return resized(image, (height, width))
+
+    def native_labels(
+        self, images: Sequence[Image.Image], native: tuple[int, int], *, with_margin: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Labels ``(H, W)`` uint8 and, with ``with_margin``, margins ``(H, W)`` float32 of images as :meth:`seen` gives them.
+
+        Pixels that decode to no class (NaN) are 255. Memory beside the results does not grow with the native size: labels
+        are decoded before they are enlarged where ``sample.upsample`` is ``"labels"``, and part by part otherwise.
+
+        Args:
+            images: RGB, of one size.
+            native: their size ``(H, W)`` before :meth:`seen`.
+            with_margin: also second smallest distance to a code minus the smallest.
+        """
+        if self.several_views:
+            for image in images:
+                labels = self._labels_of_views(image, native)
+                yield labels, self._margin_of_codes(labels) if with_margin else None
+            return
+        size = images[0].size[::-1]
+        pixels = torch.stack([prepare(image, size, self.model.size.patch_size) for image in images])
+        for field in self.sample(pixels)[..., : size[0], : size[1]]:
+            yield self._labels_of_field(field, native, with_margin)
+
+    def _labels_of_field(
+        self, field: Tensor, native: tuple[int, int], with_margin: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Labels and margins at native size of a field ``(C, h, w)``."""
+        upsample = self.config.sample.upsample
+        if tuple(field.shape[-2:]) == native:
+            return self._decode(field, with_margin)
+        if upsample == "labels":
+            labels, margin = self._decode(field, with_margin)
+            return enlarge_labels(labels, native), margin if margin is None else enlarge_labels(margin, native)
+        if upsample == "probabilities":
+            labels = resize_labels(self._probabilities(field[None])[0], native, dtype=torch.uint8)
+            return labels, self._margin_of_codes(labels) if with_margin else None
+        labels = torch.empty(native, dtype=torch.uint8, device=field.device)
+        margin = torch.empty(native, device=field.device) if with_margin else None
+        for columns, part in interpolated_columns(field, native):
+            labels[:, columns], found = self._decode(part, with_margin)
+            if margin is not None:
+                margin[:, columns] = found
+        return labels, margin
+
+    def _decode(self, field: Tensor, with_margin: bool) -> tuple[Tensor, Tensor | None]:
+        found = nearest_centroid(field[None], self.codebook, out_dtype=torch.uint8, return_margin=with_margin)
+        return (found[0][0], found[1][0]) if with_margin else (found[0], None)
+
+    def _margin_of_codes(self, labels: Tensor) -> Tensor:
+        """Margins of pixels that lie on the codes of their labels; NaN where there is no label."""
+        codes = self.codebook.centroids.float().T[:, None]
+        margins = self._decode(codes, True)[1][0]
+        margins = torch.cat([margins, margins.new_full((256 - len(margins),), torch.nan)])
+        result = torch.empty(labels.shape, device=labels.device)
+        for source, target in zip(labels.split(1024), result.split(1024)):
+            target.copy_(margins[source.int()])
+        return result
+
+    def _labels_of_views(self, image: Image.Image, native: tuple[int, int]) -> Tensor:
+        """Labels ``(H, W)`` uint8 of the mean of all views."""
+        sample = self.config.sample
+        size = model_size(native, self.config.data, sample.resize, sample.scales[0])
+        maps = self.codebook.num_classes * size[0] * size[1]
+        at_once = sample.upsample == "labels" or size == native
+        if maps > self.MOST_NUMBERS and sample.window == "slide" and len(sample.scales) == 1 and at_once:
+            labels = self._labels_of_windows(image, size)
+        else:
+            probabilities = self._averaged(image)
+            if not at_once:
+                return resize_labels(probabilities, native, dtype=torch.uint8)
+            labels = likeliest(probabilities)
+        return labels if size == native else enlarge_labels(labels, native)
+
+    def _labels_of_windows(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
+        """Labels ``(h, w)`` uint8 of overlapping windows over an image at ``size``, a band of rows after the other."""
+        image = resized(image, size)
+        mirrors = (False, True) if self.config.sample.flip else (False,)
+        views = [WindowRows(self._window_fields(image, mirrored), size[0], self._probabilities) for mirrored in mirrors]
+        labels = torch.empty(size, dtype=torch.uint8, device=self.device)
+        while True:
+            bands = [view.advance() for view in views]
+            rows = bands[0]
+            if rows is None:
+                return labels
+            step = max(1, self.MOST_NUMBERS // 8 // (self.codebook.num_classes * (rows.stop - rows.start)))
+            for first in range(0, size[1], step):
+                columns = slice(first, min(first + step, size[1]))
+                mean = views[0].mean(rows, columns)
+                if self.config.sample.flip:
+                    mean = mean + views[1].mean(rows, slice(size[1] - columns.stop, size[1] - columns.start)).flip(-1)
+                labels[rows, columns] = likeliest(mean)
+
+    def _window_fields(self, image: Image.Image, mirrored: bool) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+        """Place and field ``(C, h, w)`` of each window over an image or its mirror image; pixels are cut out as needed."""
+        window = self.config.data.height, self.config.data.width
+        batch_size = self.config.sample.batch_size
+        places = self._places(image.size[::-1])
+        for first in range(0, len(places), batch_size):
+            some = places[first : first + batch_size]
+            batch = []
+            for rows, columns in some:
+                left, right = columns.start, min(columns.stop, image.width)
+                if mirrored:
+                    left, right = image.width - right, image.width - left
+                pixels = to_tensor(image.crop((left, rows.start, right, min(rows.stop, image.height))))
+                batch.append(pad_to(pixels.flip(-1) if mirrored else pixels, *window))
+            # Where an image is smaller than a window, the padding is cut off.
+            for (rows, columns), field in zip(some, self.sample(torch.stack(batch))):
+                yield (rows, columns), field[:, : image.height - rows.start, : image.width - columns.start]
+
+    def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
+        """Places of the windows over an image of ``size``, which is padded to a window if it is smaller."""
+        window = self.config.data.height, self.config.data.width
+        stride = tuple(max(1, round(side * self.config.sample.stride)) for side in window)
+        return windows(max(size[0], window[0]), max(size[1], window[1]), window, stride)
 
     def _probabilities(self, field: Tensor) -> Tensor:
         return class_probabilities(field, self.codebook.centroids, self.config.loss.eps or self.codebook.default_eps)
@@ -140,10 +286,8 @@ class Segmenter:
         """Mean class probabilities ``(K, h, w)`` of windows over ``pixels`` ``(3, h, w)``."""
         data, sample = self.config.data, self.config.sample
         height, width = pixels.shape[-2:]
-        window = data.height, data.width
-        stride = tuple(max(1, round(size * sample.stride)) for size in window)
-        padded = pad_to(pixels, *window)
-        places = windows(*padded.shape[-2:], window, stride)
+        padded = pad_to(pixels, data.height, data.width)
+        places = self._places((height, width))
 
         def parts():
             for first in range(0, len(places), sample.batch_size):
@@ -154,23 +298,37 @@ class Segmenter:
         return mean_over_windows(parts(), *padded.shape[-2:])[:, :height, :width]
 
     def _as_codes(self, probabilities: Tensor, native: tuple[int, int]) -> Tensor:
-        """Codes ``(C, H, W)`` of the likeliest classes at native size."""
+        """Codes ``(C, H, W)`` of the likeliest classes at native size; NaN where the probabilities are no numbers."""
         if self.config.sample.upsample == "labels":
-            labels = probabilities.argmax(0)[None, None].float()
-            labels = F.interpolate(labels, size=native, mode="nearest-exact")[0, 0].long()
+            labels = enlarge_labels(likeliest(probabilities), native)
         else:
-            labels = resize_labels(probabilities, native)
-        return self.codebook.centroids[labels].movedim(-1, 0)
+            labels = resize_labels(probabilities, native, dtype=torch.uint8)
+        codes = self.codebook.centroids
+        nothing = codes.new_full((256 - len(codes), codes.shape[1]), torch.nan)
+        return torch.cat([codes, nothing])[labels.long()].movedim(-1, 0)
 
-    def labels(self, image: Image.Image, *, with_margin: bool = False):
-        """Label map ``(H, W)`` uint8 of one image at its own size; with ``with_margin`` also the margin ``(H, W)``
-        float32: second smallest distance to a code minus the smallest.
+    def labels(self, image: Image.Image | np.ndarray | Path | str, *, with_margin: bool = False):
+        """Labels of one image at its own size.
+
+        Args:
+            image: a Pillow image of any mode, a numpy array ``(H, W, 3)`` uint8 (or with alpha, or grey), or a path. A file
+                is turned as a viewer shows it; with ``data.exif=stored`` its labels lie on the stored pixels.
+            with_margin: also return the second smallest distance to a code minus the smallest.
+
+        Returns:
+            Label map ``(H, W)`` uint8 on the CPU; with ``with_margin`` also the margin ``(H, W)`` float32.
+
+        Raises:
+            UserError: the image is none of these, or its file cannot be read.
         """
-        field = self.native_field([image])
-        if with_margin:
-            labels, margin = nearest_centroid(field, self.codebook, out_dtype=torch.uint8, return_margin=True)
-            return labels[0].cpu(), margin[0].cpu()
-        return nearest_centroid(field, self.codebook, out_dtype=torch.uint8)[0].cpu()
+        reading = Reading.of(self.config.data)
+        picture, shape = as_picture(image, reading)
+        seen, native = self.seen(picture), picture.size[::-1]
+        found = next(self.native_labels([seen], native, with_margin=with_margin))
+        found = [part.cpu() for part in found if part is not None]
+        if reading.exif == "stored" and shape.orientation != 1:
+            found = [torch.from_numpy(stored_values(part.numpy(), shape.orientation).copy()) for part in found]
+        return tuple(found) if with_margin else found[0]
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

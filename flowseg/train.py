@@ -39,6 +39,7 @@ from flowseg.checkpoint import (
 from flowseg.codes import IGNORE_INDEX, build_codebook
 from flowseg.config import Config, OptimConfig, load_config, save_config
 from flowseg.data import open_data, resolve_labels, training_batches
+from flowseg.data.label_table import tell_labels
 from flowseg.errors import PeerError, UserError
 from flowseg.evaluate import Scores, chosen_indices, evaluate
 from flowseg.memory import keep_freed_memory
@@ -182,6 +183,8 @@ class _Training:
             if resume:
                 _check_codes(config, out)
             self.data = open_data(config.data, seed=config.train.seed, check=self.main)
+            if self.main and config.data.check != "none":
+                tell_labels(self.data, config.data.name, self.console)
             self._build_model(resume)
         self._build_optimizer()
         self.state = self._restore() if resume else TrainState()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -64,26 +64,128 @@ def mean_over_windows(parts: Iterator[tuple[tuple[slice, slice], Tensor]], heigh
     return total.div_(count)
 
 
-def resize_labels(probabilities: Tensor, size: tuple[int, int], strip: int = 2**24) -> Tensor:
+class WindowRows:
+    """Mean class probabilities of overlapping windows, for a band of rows after the other.
+
+    :func:`mean_over_windows` holds K maps of the whole image. This holds the fields of the windows that reach into the
+    rows that are not finished.
+
+    Args:
+        fields: place and field ``(C, h, w)`` of each window, in the order of :func:`windows`.
+        height: rows of the image.
+        probabilities: from fields ``(1, C, h, w)`` to ``(1, K, h, w)``.
+    """
+
+    def __init__(
+        self,
+        fields: Iterator[tuple[tuple[slice, slice], Tensor]],
+        height: int,
+        probabilities: Callable[[Tensor], Tensor],
+    ):
+        self._fields, self._height, self._probabilities = fields, height, probabilities
+        self._next = next(fields, None)
+        self._active: list[tuple[int, slice, Tensor]] = []
+        self._done = 0
+
+    def advance(self) -> slice | None:
+        """The next rows that no later window reaches into, or ``None`` after the last."""
+        # Rows that are finished are let go; a view would keep the whole window.
+        self._active = [
+            (self._done, columns, field[:, self._done - top :].clone())
+            for top, columns, field in self._active
+            if top + field.shape[1] > self._done
+        ]
+        if self._next is None:
+            return None
+        first = self._next[0][0].start
+        while self._next is not None and self._next[0][0].start == first:
+            (rows, columns), field = self._next
+            self._active.append((rows.start, columns, field))
+            self._next = next(self._fields, None)
+        begin, self._done = self._done, self._height if self._next is None else self._next[0][0].start
+        return slice(begin, self._done)
+
+    def mean(self, rows: slice, columns: slice) -> Tensor:
+        """Mean probabilities ``(K, rows, columns)`` of a part of the rows that :meth:`advance` gave last."""
+        total: Tensor | None = None
+        for top, across, field in self._active:
+            left, right = max(columns.start, across.start), min(columns.stop, across.stop)
+            upper, lower = max(rows.start, top), min(rows.stop, top + field.shape[1])
+            if left >= right or upper >= lower:
+                continue
+            part = field[:, upper - top : lower - top, left - across.start : right - across.start]
+            part = self._probabilities(part[None])[0]
+            if total is None:
+                total = part.new_zeros(len(part), rows.stop - rows.start, columns.stop - columns.start)
+                count = part.new_zeros(total.shape[1:])
+            place = (
+                slice(upper - rows.start, lower - rows.start),
+                slice(left - columns.start, right - columns.start),
+            )
+            total[(slice(None), *place)] += part
+            count[place] += 1
+        return total.div_(count)
+
+
+def interpolated_columns(field: Tensor, size: tuple[int, int], numbers: int = 2**24) -> Iterator[tuple[slice, Tensor]]:
+    """Bilinear interpolation of ``(C, h, w)`` to ``(H, W)``, some columns at a time.
+
+    Rows are interpolated after columns, and each part spans all rows: its values are those of the whole to the last bit.
+
+    Args:
+        field: ``(C, h, w)``.
+        size: ``(H, W)``.
+        numbers: most numbers of one part.
+    """
+    height, width = size
+    options = {"mode": "bilinear", "align_corners": False}
+    if len(field) * height * width <= numbers:
+        yield slice(0, width), F.interpolate(field[None], size=size, **options)[0]
+        return
+    across = F.interpolate(field[None], size=(field.shape[1], width), **options)
+    step = max(1, numbers // (len(field) * height))
+    for first in range(0, width, step):
+        columns = slice(first, min(first + step, width))
+        part = across[..., columns]
+        yield columns, F.interpolate(part, size=(height, part.shape[-1]), **options)[0]
+
+
+def enlarge_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """The nearest pixel of ``(h, w)`` at each place of ``size`` ``(H, W)``, in the same dtype."""
+    return F.interpolate(labels[None, None], size=size, mode="nearest-exact")[0, 0]
+
+
+def likeliest(probabilities: Tensor) -> Tensor:
+    """The likeliest class of ``(K, h, w)`` as uint8; 255 where the probabilities are no numbers."""
+    return probabilities.argmax(0).to(torch.uint8).masked_fill_(probabilities[0].isnan(), 255)
+
+
+def resize_labels(
+    probabilities: Tensor, size: tuple[int, int], strip: int = 2**24, dtype: torch.dtype = torch.int64
+) -> Tensor:
     """Likeliest class ``(H, W)`` at ``size`` of ``(K, h, w)``, interpolated bilinearly a strip of rows at a time.
 
     Args:
         probabilities: ``(K, h, w)``.
         size: ``(H, W)``.
         strip: most numbers of one strip: K maps at native size would be the largest arrays of the whole program.
+        dtype: of the classes.
+
+    Returns:
+        Classes, and 255 where the probabilities are no numbers.
     """
     classes, rows, columns = probabilities.shape
     height, width = size
-    across = probabilities
-    if columns != width:
-        across = F.interpolate(across[None], size=(rows, width), mode="bilinear", align_corners=False)[0]
-    if rows == height:
-        return across.argmax(0)
-    place = ((torch.arange(height, device=across.device) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1)
+    options = {"mode": "bilinear", "align_corners": False}
+    place = ((torch.arange(height, device=probabilities.device) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1)
     upper = place.floor().long()
-    lower, share = (upper + 1).clamp_max(rows - 1), (place - upper).to(across.dtype)
+    lower, share = (upper + 1).clamp_max(rows - 1), (place - upper).to(probabilities.dtype)
     result = []
-    for some in torch.arange(height, device=across.device).split(max(1, strip // (classes * width))):
-        part = torch.lerp(across[:, upper[some]], across[:, lower[some]], share[some][:, None])
-        result.append(part.argmax(0))
+    for some in torch.arange(height, device=place.device).split(max(1, strip // (classes * width))):
+        first, last = int(upper[some[0]]), int(lower[some[-1]]) + 1
+        across = probabilities[:, first:last]
+        if columns != width:
+            across = F.interpolate(across[None], size=(last - first, width), **options)[0]
+        part = torch.lerp(across[:, upper[some] - first], across[:, lower[some] - first], share[some][:, None])
+        result.append(likeliest(part if rows != height else across[:, some - first]).to(dtype))
     return torch.cat(result)

@@ -12,6 +12,7 @@ from flowseg.config import DataConfig
 from flowseg.data import digits, paints
 from flowseg.data.folder import FolderPairs
 from flowseg.data.layouts import SPLITS, find_pairs
+from flowseg.data.pictures import Reading
 from flowseg.data.presets import PRESETS, Labels, spread_palette
 from flowseg.errors import UserError
 
@@ -49,8 +50,10 @@ def resolve_labels(config: DataConfig) -> Labels:
         UserError: no class names for a folder, repeated names, or a palette of another length.
     """
     preset = PRESETS.get(config.name)
-    if config.name in EMBEDDED and (config.classes or config.ignore or config.root):
-        raise UserError(f"data.classes, data.ignore and data.root do not apply to {config.name}; set data.name=folder")
+    if config.name in EMBEDDED and (config.classes or config.ignore or config.root or config.values):
+        raise UserError(
+            f"data.classes, data.values, data.ignore and data.root do not apply to {config.name}; set data.name=folder"
+        )
     classes = config.classes or (preset.classes if preset else None)
     if not classes:
         raise UserError("data.classes is missing: list the class names in the order of the label values 0, 1, 2, ...")
@@ -61,6 +64,10 @@ def resolve_labels(config: DataConfig) -> Labels:
         raise UserError(f"data.classes must hold 2 to 255 names, got {len(classes)}")
     ignore = config.ignore if config.ignore is not None else (preset.ignore if preset else ())
     values = preset.values if preset and preset.values and len(preset.values) == len(classes) else None
+    if config.values is not None:
+        values = _own_values(config.values, len(classes))
+        # The values that a preset ignores may be classes here.
+        ignore = ignore if config.ignore is not None else [value for value in ignore if value not in values]
     meaning = dict(zip(values or range(len(classes)), classes))
     taken = [value for value in ignore if value in meaning]
     if taken:
@@ -71,6 +78,15 @@ def resolve_labels(config: DataConfig) -> Labels:
     if len(palette) != len(classes):
         raise UserError(f"data.palette must hold one colour for each of {len(classes)} classes, got {len(palette)}")
     return Labels(tuple(classes), tuple(tuple(color) for color in palette), tuple(ignore), values)
+
+
+def _own_values(values: list[int], classes: int) -> tuple[int, ...]:
+    if len(values) != classes:
+        raise UserError(f"data.values must hold one label value for each of {classes} classes, got {len(values)}")
+    repeated = [value for value in values if values.count(value) > 1]
+    if repeated:
+        raise UserError(f"data.values: {repeated[0]} is listed twice; a label value can only mean one class")
+    return tuple(values)
 
 
 def open_data(
@@ -105,5 +121,7 @@ def open_data(
             names = SPLITS.get(config.name, ("train", "val"))
             name = (config.train_split or names[0]) if split == "train" else (config.val_split or names[1])
             pairs = find_pairs(config.name, config.root, name)
-            opened[split] = FolderPairs(pairs, labels, check=config.check if check else "none")
+            opened[split] = FolderPairs(
+                pairs, labels, check=config.check if check else "none", reading=Reading.of(config)
+            )
     return SegmentationData(labels, opened.get("train"), opened.get("val"))

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
+import threading
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from flowseg.codes import IGNORE_INDEX
-from flowseg.data.layouts import IMAGE_SUFFIXES, Pair
+from flowseg.data.files import IMAGE_SUFFIXES
+from flowseg.data.layouts import Pair
+from flowseg.data.pictures import (
+    Reading,
+    Shape,
+    bands,
+    read_picture,
+    read_shape,
+    read_values,
+    turn_back,
+    turn_of_labels,
+    turn_values,
+    value_counts,
+)
 from flowseg.data.presets import Labels
-from flowseg.errors import UserError
+from flowseg.errors import DataWarning, UserError
 
 __all__ = ["IMAGE_SUFFIXES", "FolderPairs", "read_image"]
 
 # Sets up to this size have every label map decoded at the start; of larger ones only the headers are read.
 FULL_CHECK = 6000
-_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# Label maps with more pixels are decoded one after the other.
+_LARGE = 2**24
 
 
 class FolderPairs:
@@ -26,109 +45,124 @@ class FolderPairs:
 
     Args:
         pairs: files of each example.
-        labels: meaning of the values; values in ``labels.ignore`` and 255 become 255.
+        labels: meaning of the values; values in ``labels.ignore`` and 255 become 255, unless they are a class's.
         check: ``"full"`` decodes every label map now, ``"headers"`` reads the sizes, ``"none"`` nothing: training should
             not fail at the last file of an epoch. ``None``: full up to ``FULL_CHECK`` pairs, then headers.
+        reading: how files are read.
+
+    Attributes:
+        meaning: ``labels``.
+        counts: how often each label value occurs, ``(65536,)`` int64, once every label map was decoded; else ``None``.
 
     Raises:
         UserError: naming the file and what is wrong with it, now or when it is read.
     """
 
-    def __init__(self, pairs: Sequence[Pair], labels: Labels, *, check: str | None = None):
+    def __init__(
+        self, pairs: Sequence[Pair], labels: Labels, *, check: str | None = None, reading: Reading | None = None
+    ):
         self.images = [image for image, _ in pairs]
         self.labels = [label for _, label in pairs]
         self.names = [image.stem for image in self.images]
+        self.meaning = labels
+        self.counts: np.ndarray | None = None
+        self._reading = reading or Reading()
         self._table = _value_table(labels)
         self._wanted = _describe(labels)
-        check = check or ("full" if len(pairs) <= FULL_CHECK else "headers")
-        if check != "none":
-            # Decoding releases the interpreter's lock.
-            with ThreadPoolExecutor() as pool:
-                for _ in pool.map(lambda index: self._check(index, check == "full"), range(len(self))):
-                    pass
+        self._checked = check or ("full" if len(pairs) <= FULL_CHECK else "headers")
+        if self._checked != "none":
+            self._check_all()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """RGB image and 8-bit label map with values in ``[0, K)`` or 255, both at native size."""
-        image = read_image(self.images[index])
-        return image, Image.fromarray(self._classes(index, image.size))
+        """RGB image and 8-bit label map with values in ``[0, K)`` or 255, both at native size and upright."""
+        image, shape = read_picture(self.images[index], self._reading)
+        values = self._values(index, shape)
+        self._known(index, value_counts(values))
+        classes = np.empty(values.shape, np.uint8)
+        table = self._table.astype(np.uint8)
+        for source, target in zip(bands(values), bands(classes)):
+            target[:] = table[source]
+        return image, Image.fromarray(classes)
 
-    def _classes(self, index: int, size: tuple[int, int]) -> np.ndarray:
+    def label_counts(self, index: int) -> np.ndarray:
+        """How often each label value occurs in one label map, ``(65536,)`` int64; the image is not read."""
+        return value_counts(read_values(self.labels[index], self._reading)[0])
+
+    def _values(self, index: int, image: Shape) -> np.ndarray:
+        """Label values that lie on the upright image."""
         path = self.labels[index]
-        values = _read_labels(path)
-        _same_size(path, values.shape[::-1], size)
-        classes = self._table[values]
-        if classes.min(initial=0) < 0:
-            unknown = np.unique(values[classes < 0]).tolist()
+        values, shape = read_values(path, self._reading)
+        turn = turn_of_labels(path, shape, image, self._reading.exif)
+        return values if shape.orientation != 1 else turn_values(values, turn)
+
+    def _known(self, index: int, counts: np.ndarray) -> None:
+        unknown = np.flatnonzero((counts > 0) & (self._table < 0)).tolist()
+        if unknown:
             raise UserError(
-                f"{path}: label values {', '.join(map(str, unknown[:8]))} are neither a class ({self._wanted}) nor "
-                f"ignored; name more classes in data.classes or list them in data.ignore"
+                f"{self.labels[index]}: label values {', '.join(map(str, unknown[:8]))} are neither a class "
+                f"({self._wanted}) nor ignored; name more classes in data.classes or list them in data.ignore"
             )
-        return classes.astype(np.uint8)
 
-    def _check(self, index: int, full: bool) -> None:
-        # The header is enough for an image's size; a full decode happens when it is trained on.
-        size = _size(self.images[index], "an image")
-        if full:
-            self._classes(index, size)
-        else:
-            _same_size(self.labels[index], _size(self.labels[index], "a label map"), size)
+    def _check_all(self) -> None:
+        large = threading.Lock()
+        total = np.zeros(65536, np.int64)
+        unsure: list[Path] = []
+        # Decoding releases the interpreter's lock.
+        with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)) as pool:
+            for index, (shape, found) in enumerate(pool.map(lambda index: self._check(index, large), range(len(self)))):
+                if shape.orientation != 1 and shape.upright == shape.stored:
+                    unsure.append(self.images[index])
+                values, counts = found
+                total[values] += counts
+        if self._checked == "full":
+            self.counts = total
+        if unsure and self._reading.exif == "upright":
+            warnings.warn(
+                f"{len(unsure)} of {len(self)} images, such as {unsure[0]}, have an EXIF orientation that the sizes of "
+                "their labels cannot confirm; the labels are taken as drawn on what a viewer shows; if they were drawn on "
+                "the stored pixels, set data.exif=stored",
+                DataWarning,
+                stacklevel=2,
+            )
+
+    def _check(self, index: int, large: threading.Lock) -> tuple[Shape, tuple[np.ndarray, np.ndarray]]:
+        """Shape of the image, and values and how often each occurs where label maps are decoded."""
+        # The header is enough for an image; a full decode happens when it is trained on.
+        shape = read_shape(self.images[index], "an image", self._reading)
+        label = read_shape(self.labels[index], "a label map", self._reading)
+        none = np.zeros(0, np.int64)
+        with large if math.prod(label.stored) > _LARGE else contextlib.nullcontext():
+            try:
+                turn_of_labels(self.labels[index], label, shape, self._reading.exif)
+            except UserError:
+                # The orientation of a PNG file may follow its pixels.
+                shape = read_picture(self.images[index], self._reading)[1]
+                label = read_values(self.labels[index], self._reading)[1]
+                turn_of_labels(self.labels[index], label, shape, self._reading.exif)
+            if self._checked != "full":
+                return shape, (none, none)
+            counts = value_counts(self._values(index, shape))
+        self._known(index, counts)
+        values = np.flatnonzero(counts)
+        return shape, (values, counts[values])
 
 
-def read_image(path: Path, *, upright: bool = False) -> Image.Image:
-    """An RGB image; grey, palette and alpha images are converted, 16 bits a pixel become 8.
+def read_image(path: Path, *, upright: bool = False, reading: Reading | None = None) -> Image.Image:
+    """An RGB image; grey, palette and alpha images are converted, deeper ones become 8 bits (:func:`read_picture`).
 
     Args:
         path: the file.
-        upright: turn it as the camera noted (EXIF). Images with label maps are not turned: their labels are not either.
+        upright: turn it as the camera noted (EXIF), as training, evaluation and prediction do.
+        reading: how files are read.
 
     Raises:
         UserError: the file cannot be decoded.
     """
-    try:
-        with Image.open(path) as image:
-            picture = ImageOps.exif_transpose(image) if upright else image
-            if picture.mode.startswith("I;16") or picture.mode == "I":
-                # Pillow's own conversion would take everything above 255 for white.
-                values = np.asarray(picture).clip(0, 65535)
-                picture = Image.fromarray((values >> 8).astype(np.uint8))
-            return picture.convert("RGB")
-    except _BROKEN as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from None
-
-
-def _size(path: Path, kind: str) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except _BROKEN as error:
-        raise UserError(f"{path}: cannot be read as {kind} ({error})") from None
-
-
-def _same_size(path: Path, labels: tuple[int, int], image: tuple[int, int]) -> None:
-    if labels != image:
-        raise UserError(
-            f"{path}: label map is {labels[0]}x{labels[1]} but its image is {image[0]}x{image[1]}; "
-            f"both must have the same size"
-        )
-
-
-def _read_labels(path: Path) -> np.ndarray:
-    """Values ``(H, W)``; of a palette picture the indices, never its colours."""
-    try:
-        with Image.open(path) as image:
-            values = np.asarray(image)
-    except _BROKEN as error:
-        raise UserError(f"{path}: cannot be read as a label map ({error})") from None
-    if values.ndim != 2:
-        raise UserError(
-            f"{path}: label map must have one channel of class indices, got {values.shape[-1]} (mode {image.mode})"
-        )
-    if values.dtype.kind not in "bui" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-        raise UserError(f"{path}: label values must be whole numbers in 0..65535 (mode {image.mode})")
-    return values.astype(np.uint16)
+    image, shape = read_picture(path, reading or Reading())
+    return image if upright else turn_back(image, shape.orientation)
 
 
 def _value_table(labels: Labels) -> np.ndarray:
@@ -142,5 +176,5 @@ def _value_table(labels: Labels) -> np.ndarray:
 
 def _describe(labels: Labels) -> str:
     values = labels.values or tuple(range(len(labels.classes)))
-    consecutive = values[-1] - values[0] == len(values) - 1
-    return f"{values[0]}..{values[-1]}" if consecutive else f"{len(values)} values in {values[0]}..{values[-1]}"
+    consecutive = list(values) == list(range(values[0], values[-1] + 1))
+    return f"{values[0]}..{values[-1]}" if consecutive else f"{len(values)} values in {min(values)}..{max(values)}"

@@ -130,5 +130,9 @@ def prepare(image: Image.Image, size: tuple[int, int], patch_size: int) -> Tenso
         ``(3, h', w')`` float32 in [-1, 1].
     """
     height, width = size
-    pixels = to_tensor(image if image.size == (width, height) else image.resize((width, height), BILINEAR))
-    return pad_to(pixels, height + -height % patch_size, width + -width % patch_size)
+    return pad_to(to_tensor(resized(image, size)), height + -height % patch_size, width + -width % patch_size)
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image at ``size`` ``(h, w)``, itself where that is its size."""
+    return image if image.size == size[::-1] else image.resize(size[::-1], BILINEAR)

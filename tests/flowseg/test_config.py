@@ -104,7 +104,7 @@ def test_every_field_can_be_set_from_the_command_line():
         "codes.channels": "12", "data.scale_max": "2.0", "data.classes": "[a, b]", "data.palette": "[[1,2,3],[4,5,6]]",
         "data.ignore": "[7]", "train.trackers": "[tensorboard]", "sample.scales": "[0.5, 1.0]", "train.project": "mine",
         "train.stages": "[{at: 5, height: 32, width: 32}]", "repa.encoder": "folder", "model.pixnerd": "a.ckpt",
-        "model.size": "B", "data.root": "here", "data.train_split": "one", "data.val_split": "two",
+        "data.values": "[1, 2]", "model.size": "B", "data.root": "here", "data.train_split": "one", "data.val_split": "two",
     }  # fmt: skip
     config = Config()
     for key in known_keys():

@@ -1,5 +1,7 @@
 """Embedded scenes, folders, augmentation, and batches that depend on the seed alone."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from flowseg.data.digits import DigitScenes, _digits
 from flowseg.data.folder import read_image
 from flowseg.data.paints import PAINTS, PaintScenes
 from flowseg.data.transforms import augment, model_size, prepare
-from flowseg.errors import UserError
+from flowseg.errors import DataWarning, UserError
 
 from .tiny import folder_section, tiny_config
 
@@ -149,6 +151,114 @@ def test_wrong_places_and_class_lists(folder_data, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             resolve_labels(DataConfig(**section))
+
+
+def _copies(root, name, *suffixes, kind="images"):
+    folder = root / kind / "train"
+    first = next(folder.glob(f"{name}.*"))
+    for suffix in suffixes:
+        Image.open(first).save(folder / f"{name}{suffix}")
+    return first
+
+
+def test_hidden_files_and_rubbish_of_systems_are_passed_over(folder_data):
+    for kind in ("images", "labels"):
+        folder = folder_data / kind / "train"
+        (folder / "._a.png").write_bytes(b"\0\5\26\7")
+        for name in ("Thumbs.db", ".DS_Store", "desktop.ini"):
+            (folder / name).write_text("x")
+        (folder / ".ipynb_checkpoints").mkdir()
+        Image.new("L", (40, 24)).save(folder / ".ipynb_checkpoints" / "a.png")
+        (folder / "empty.png").mkdir()
+    data = open_data(DataConfig(**folder_section(folder_data)))
+    assert data.train.names == ["a", "b", "c", "d"]
+
+
+def test_images_and_label_maps_of_every_kind_are_found(folder_data):
+    for name, suffix in zip("abcd", (".tif", ".webp", ".BMP", ".TIFF")):
+        _copies(folder_data, name, suffix).unlink()
+    for name, suffix in zip("ab", (".tif", ".bmp")):
+        _copies(folder_data, name, suffix, kind="labels").unlink()
+    data = open_data(DataConfig(**folder_section(folder_data)))
+    assert [path.suffix for path in data.train.images] == [".tif", ".webp", ".BMP", ".TIFF"]
+    assert [path.suffix for path in data.train.labels] == [".tif", ".bmp", ".png", ".png"]
+    assert all(len(data.train[index]) == 2 for index in range(4))
+
+
+def test_sub_folders_that_the_labels_have_too(folder_data):
+    for kind in ("images", "labels"):
+        folder = folder_data / kind / "train"
+        (folder / "ulm").mkdir()
+        for path in folder.glob("[ab].*"):
+            path.rename(folder / "ulm" / path.name)
+    # The same name in two folders is two examples.
+    for kind, suffix in (("images", "jpg"), ("labels", "png")):
+        path = folder_data / kind / "train" / f"a.{suffix}"
+        path.write_bytes((path.parent / "ulm" / path.name).read_bytes())
+    assert open_data(DataConfig(**folder_section(folder_data))).train.names == ["a", "c", "d", "a", "b"]
+    thumbnails = folder_data / "images" / "train" / "small"
+    thumbnails.mkdir()
+    Image.new("RGB", (4, 2)).save(thumbnails / "a.jpg")
+    with pytest.warns(
+        DataWarning, match=r"1 images in sub-folders that .*labels/train does not have are left out.*small"
+    ):
+        assert len(open_data(DataConfig(**folder_section(folder_data))).train) == 5
+
+
+def _other_kinds(root):
+    for name in ("x.heic", "y.heic", "z.txt"):
+        (root / "images" / "train" / name).write_bytes(b"x")
+
+
+def _lonely_label(root):
+    (root / "images" / "train" / "b.jpg").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "count"),
+    [
+        (_other_kinds, r"3 files are left out.*2 \.heic \(such as x\.heic\), 1 \.txt", 4),
+        (_lonely_label, r"label maps without an image in .*images/train: 1, such as b\.png", 3),
+    ],
+)
+def test_what_is_left_out_of_a_folder_is_named(folder_data, change, words, count):
+    change(folder_data)
+    with pytest.warns(DataWarning, match=words):
+        assert len(open_data(DataConfig(**folder_section(folder_data))).train) == count
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_two_files_of_one_name_are_an_error(folder_data, kind):
+    _copies(folder_data, "b", ".tif", kind=kind)
+    words = rf"{kind}/train/b\.(jpg|png) and .*b\.tif: two .* of one name"
+    with pytest.raises(UserError, match=words):
+        open_data(DataConfig(**folder_section(folder_data)))
+
+
+@pytest.mark.parametrize("name", ["[x] {y} %s #1", "漢字 ü", "a.b.c"])
+def test_any_text_in_the_name_of_a_pair(folder_data, name):
+    for kind, suffix, form in (("images", "jpg", "NFD"), ("labels", "png", "NFC")):
+        path = folder_data / kind / "train" / f"a.{suffix}"
+        path.rename(path.with_name(unicodedata.normalize(form, f"{name}.{suffix}")))
+    data = open_data(DataConfig(**folder_section(folder_data)))
+    found = [unicodedata.normalize("NFC", one) for one in data.train.names]
+    assert sorted(found) == sorted([name, "b", "c", "d"]) and all(data.train[index] for index in range(4))
+
+
+def test_values_of_the_classes_can_be_named(folder_data):
+    for path in (folder_data / "labels").rglob("*.png"):
+        values = np.asarray(Image.open(path))
+        Image.fromarray(np.choose(values % 4, [0, 255, 7, 9]).astype(np.uint8)).save(path)
+    data = open_data(DataConfig(**folder_section(folder_data, values=[0, 255, 7], ignore=[9])))
+    labels = np.asarray(Image.open(folder_data / "labels/train/a.png"))
+    assert np.array_equal(data.train[0][1], np.select([labels == 0, labels == 255, labels == 7], [0, 1, 2], 255))
+    for values, words in (([0, 1], "one label value for each of 3 classes, got 2"), ([0, 1, 1], "1 is listed twice")):
+        with pytest.raises(UserError, match=words):
+            resolve_labels(DataConfig(**folder_section(folder_data, values=values)))
+    with pytest.raises(UserError, match=r"data\.ignore: value 255 is the class 'b'"):
+        resolve_labels(DataConfig(**folder_section(folder_data, values=[0, 255, 7], ignore=[255])))
+    with pytest.raises(UserError, match="do not apply to digits"):
+        resolve_labels(DataConfig(values=[1, 2]))
 
 
 def test_camvid_preset():

@@ -1,5 +1,7 @@
 """Scores against torchmetrics and by hand, and what the whole path from image to confusion matrix does."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,8 @@ from flowseg.data.transforms import to_tensor
 from flowseg.evaluate import chosen_indices, evaluate, scores_from_confusion
 from flowseg.model.sizes import resolve_size
 from flowseg.segment import Segmenter
-from flowseg.views import resize_labels, window_starts
+from flowseg.views import WindowRows, interpolated_columns, resize_labels, window_starts
+from flowseg_kernels import decode_confusion, nearest_centroid
 
 from .tiny import tiny_config
 
@@ -61,9 +64,15 @@ def make_pairs(sizes, seed=0):
     return pairs
 
 
+@functools.cache
+def codebook_of(channels):
+    # Its decode grid takes a second.
+    return build_codebook(tiny_config(codes={"channels": channels}).codes, 11)
+
+
 def make_segmenter(**sections):
     config = tiny_config(data={"height": 32, "width": 32}, **sections)
-    codebook = build_codebook(config.codes, 11)
+    codebook = codebook_of(config.codes.channels)
     return Segmenter(Oracle(codebook), codebook, config)
 
 
@@ -186,18 +195,19 @@ def test_limit_spreads_over_the_split():
     assert evaluate(make_segmenter(), make_pairs([(32, 32)] * 6), limit=2).images == 2
 
 
-def test_pixels_that_are_not_numbers_count_as_wrong():
-    pairs = make_pairs([(32, 32)] * 2)
-    segmenter = make_segmenter()
+@pytest.mark.parametrize("sample", [{}, {"upsample": "codes"}, {"upsample": "probabilities"}, {"flip": True}])
+def test_pixels_that_are_not_numbers_count_as_wrong(sample):
+    pairs = make_pairs([(64, 64)] * 2)
+    segmenter = make_segmenter(sample=sample)
     before = evaluate(segmenter, pairs)
-    sound = segmenter.native_field
+    sound = segmenter.sample
 
-    def broken(images):
-        field = sound(images)
+    def broken(pixels):
+        field = sound(pixels)
         field[..., :16] = torch.nan
         return field
 
-    segmenter.native_field = broken
+    segmenter.sample = broken
     after = evaluate(segmenter, pairs)
     labelled = sum(int((np.array(t) != 255).sum()) for _, t in pairs)
     assert after.undecided > 0 and int(after.confusion.sum()) + after.undecided == labelled
@@ -281,3 +291,68 @@ def test_every_solver_and_step_count_segments(method, steps):
     segmenter = make_segmenter(sample={"method": method, "steps": steps})
     # The oracle's end point does not depend on x, so every solver must land on it.
     assert evaluate(segmenter, pairs).confusion.equal(evaluate(make_segmenter(), pairs).confusion)
+
+
+class Waves(nn.Module):
+    """Fields that vary from pixel to pixel and with the place in the image, so that every interpolation shows."""
+
+    condition_on_image = True
+
+    def __init__(self, patch_size=8):
+        super().__init__()
+        self.size = type("Size", (), {"patch_size": patch_size})()
+
+    def forward(self, x, t, image):
+        place = torch.arange(image[0, 0].numel(), dtype=torch.float32).reshape(image.shape[-2:])
+        waves = torch.stack([torch.sin(place * (0.37 + channel / 10)) for channel in range(x.shape[1])])
+        return 0.8 * waves + 0.4 * image.mean(1, keepdim=True)
+
+
+def speckled(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+@pytest.mark.parametrize("upsample", ["codes", "labels", "probabilities"])
+@pytest.mark.parametrize("views", [{}, {"flip": True}, {"scales": [1.0, 0.5]}, {"window": "slide", "resize": "cover"}])
+def test_labels_are_those_of_the_whole_native_field(channels, upsample, views):
+    segmenter = make_segmenter(sample={"upsample": upsample, **views}, codes={"channels": channels})
+    segmenter.model = Waves()
+    image = speckled(190, 411)
+    field = segmenter.native_field([image])
+    wanted, margin = nearest_centroid(field, segmenter.codebook, out_dtype=torch.uint8, return_margin=True)
+    found, found_margin = segmenter.labels(image, with_margin=True)
+    assert torch.equal(found, wanted[0]) and torch.equal(found_margin, margin[0]) and len(found.unique()) > 5
+    target = np.random.default_rng(1).integers(0, 11, (190, 411)).astype(np.uint8)
+    target[:9] = 255
+    scores = evaluate(segmenter, Pairs([(image, Image.fromarray(target))]))
+    counts = decode_confusion(field, torch.from_numpy(target)[None], segmenter.codebook, ignore_index=255)
+    assert torch.equal(scores.confusion, counts)
+
+
+@pytest.mark.parametrize("size", [(97, 150), (33, 20), (32, 32), (20, 300)])
+@pytest.mark.parametrize("sample", [{}, {"flip": True}, {"stride": 1.0}, {"stride": 0.3, "flip": True}])
+def test_windows_in_bands_give_the_labels_of_all_windows_at_once(size, sample):
+    segmenter = make_segmenter(sample={"window": "slide", "resize": "native", **sample})
+    segmenter.model = Waves()
+    image = speckled(*size)
+    whole = segmenter.labels(image)
+    sizes = []
+    mean = WindowRows.mean
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WindowRows, "mean", lambda *part: sizes.append(mean(*part)) or sizes[-1])
+        segmenter.MOST_NUMBERS = 11 * 64 * 30
+        found = segmenter.labels(image)
+    assert torch.equal(found, whole) and len(whole.unique()) > 5
+    large = 11 * size[0] * size[1] > segmenter.MOST_NUMBERS
+    assert bool(sizes) == large and max((part.numel() for part in sizes), default=0) <= segmenter.MOST_NUMBERS // 8
+
+
+def test_columns_of_an_interpolated_field_are_those_of_the_whole():
+    field = torch.randn(5, 30, 50)
+    whole = torch.nn.functional.interpolate(field[None], size=(170, 333), mode="bilinear")[0]
+    for numbers in (1, 5 * 170 * 20, 10**9):
+        parts = list(interpolated_columns(field, (170, 333), numbers))
+        assert torch.equal(torch.cat([part for _, part in parts], -1), whole)
+        assert [columns.start for columns, _ in parts] == [0, *(columns.stop for columns, _ in parts[:-1])]
+        assert all(part.numel() <= max(numbers, 5 * 170) for _, part in parts)
