@@ -57,14 +57,18 @@ def _required(name, found):
 
 
 class FreshEnvironment:
-    """A virtual environment that holds torch and what it needs (linked, not copied), setuptools, and no Triton, NumPy or pytest."""
+    """A virtual environment that holds torch and what it needs (linked, not copied), setuptools, and no Triton, NumPy or pytest.
 
-    def __init__(self, folder):
+    packages: what it holds; ("setuptools",) makes the environment that an installer builds in.
+    """
+
+    def __init__(self, folder, packages=("torch", "setuptools")):
+        self.folder = folder
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
         self.python = folder / "bin" / "python"
         (self.site,) = (folder / "lib").glob("python*/site-packages")
         wanted = {}
-        for name in ("torch", "setuptools"):
+        for name in packages:
             _required(name, wanted)
         for distribution in wanted.values():
             for top in {f.parts[0] for f in distribution.files if f.parts[0] not in ("..", "__pycache__")}:
@@ -80,10 +84,16 @@ class FreshEnvironment:
 
     def run(self, *arguments, **variables):
         """The output of its Python, away from the checkout."""
+        return self.process(*arguments, **variables).stdout
+
+    def process(self, *arguments, **variables):
+        """Its Python's completed process, away from the checkout."""
         environment = {**os.environ, **variables}
         environment.pop("PYTHONPATH", None)
+        if "FLOWSEG_NOTICE" not in variables:
+            environment.pop("FLOWSEG_NOTICE", None)
         done = subprocess.run(
             [str(self.python), *arguments], capture_output=True, text=True, env=environment, cwd=self.site
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-        return done.stdout
+        return done
