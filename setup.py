@@ -132,10 +132,12 @@ def includes_and_target(torch_folder: Path) -> str:
 
 
 def cpu_ninja_file(compiler: str, torch_folder: Path, target: Path) -> str:
+    # GCC 12 warns about its own AVX-512 headers, clang about a loop whose body is a lambda.
+    clang = "clang" in output(*compiler.split(), "--version")
+    quiet = "-Wno-for-loop-analysis" if clang else "-Wno-maybe-uninitialized"
     flags = (
         "-std=c++20 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-psabi "
-        # GCC 12 warns about its own AVX-512 headers.
-        f"-Wno-ignored-attributes -Wno-maybe-uninitialized {'-DFLOWSEG_X86 ' if X86 else ''}"
+        f"-Wno-ignored-attributes {quiet} {'-DFLOWSEG_X86 ' if X86 else ''}"
         f"{includes_and_target(torch_folder)} {os.environ.get('FLOWSEG_CXXFLAGS', '')}"
     )
     lines = [

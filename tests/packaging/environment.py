@@ -56,6 +56,20 @@ def _required(name, found):
             _required(wanted, found)
 
 
+def link_packages(prefix, packages):
+    """Link distributions of this Python, with what they need, into the site-packages below a prefix; returns that folder."""
+    site = prefix / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    site.mkdir(parents=True, exist_ok=True)
+    wanted = {}
+    for name in packages:
+        _required(name, wanted)
+    for distribution in wanted.values():
+        for top in {f.parts[0] for f in distribution.files if f.parts[0] not in ("..", "__pycache__")}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
+    return site
+
+
 class FreshEnvironment:
     """A virtual environment that holds torch and what it needs (linked, not copied), setuptools, and no Triton, NumPy or pytest.
 
@@ -66,13 +80,7 @@ class FreshEnvironment:
         self.folder = folder
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
         self.python = folder / "bin" / "python"
-        (self.site,) = (folder / "lib").glob("python*/site-packages")
-        wanted = {}
-        for name in packages:
-            _required(name, wanted)
-        for distribution in wanted.values():
-            for top in {f.parts[0] for f in distribution.files if f.parts[0] not in ("..", "__pycache__")}:
-                (self.site / top).symlink_to(distribution.locate_file(top))
+        self.site = link_packages(folder, packages)
 
     def install(self, path, **variables):
         """`pip install` of a wheel or source distribution; returns what it printed."""
