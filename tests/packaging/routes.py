@@ -39,7 +39,8 @@ Then it asks `python` of the environment which backend runs `flow_loss` on CPU t
 """
 TAIL = """
 Rows with "-O0" try where torch is found and what is installed; their kernels are compiled without optimisation.
-"What was said" is the last line about missing kernels that the build or the first import printed, without the command that it ends with.
+"What was said" is the last line about missing kernels that the build or the first import printed.
+The command at its end is left out.
 """
 FLAGS = "FLOWSEG_CXXFLAGS"
 
