@@ -34,7 +34,9 @@ from flowseg_torch import TORCH_TARGET, Unbuildable, find_torch  # noqa: E402
 CPU_LIBRARY, CUDA_LIBRARY, RECORD = "libflowseg_cpu.so", "libflowseg_cuda.so", "build.json"
 
 PIXEL_OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
-CPU_OPS, CUDA_OPS = (*PIXEL_OPS, "neural_field"), PIXEL_OPS
+CPU_OPS = (*PIXEL_OPS, "neural_field")
+#: Those that take longest to compile first, so that no core waits for one at the end.
+CUDA_OPS = ("flow_loss", "distance_correction", "decode_confusion", "nearest_centroid", "flow_interpolate")
 ISA_FLAGS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c -mbmi -mbmi2",
@@ -155,14 +157,15 @@ def cpu_ninja_file(compiler: str, torch_folder: Path, target: Path) -> str:
         f"-L{quoted(torch_folder / 'lib')} -ltorch -ltorch_cpu -lgcc",
     ]
     objects = []
-    for name in (*CPU_OPS, "dispatch"):
-        objects.append(f"{name}.o")
-        lines.append(f"build {name}.o: compile {escaped(ROOT / 'csrc' / 'cpu' / name)}.cpp")
     for folder, own in KERNELS.items():
-        for isa, isa_flags in {**ISA_FLAGS, **own}.items() if X86 else (("baseline", ""),):
+        for isa, isa_flags in reversed({**ISA_FLAGS, **own}.items()) if X86 else (("baseline", ""),):
             objects.append(f"{folder}_{isa}.o")
             source = escaped(ROOT / "csrc" / "cpu" / folder / "kernels.cpp")
             lines += [f"build {folder}_{isa}.o: compile {source}", f"  isa = {isa_flags}"]
+    # The kernels above, AVX-512 first, take longest to compile.
+    for name in (*CPU_OPS, "dispatch"):
+        objects.append(f"{name}.o")
+        lines.append(f"build {name}.o: compile {escaped(ROOT / 'csrc' / 'cpu' / name)}.cpp")
     lines.append(f"build {escaped(target)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
