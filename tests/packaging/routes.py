@@ -61,6 +61,11 @@ class Place:
         kept = {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith("FLOWSEG_")}
         # The tools' own folders stay in PATH, an environment that this process was started from does not.
         path = [p for p in os.environ["PATH"].split(os.pathsep) if p and not (pathlib.Path(p) / "activate").exists()]
+        for tool in ("uv", "pyproject-build"):
+            if shutil.which(tool):
+                (self.folder / "installers").mkdir(exist_ok=True)
+                (self.folder / "installers" / tool).symlink_to(shutil.which(tool))
+        path.append(str(self.folder / "installers"))
         self.variables = {**kept, "PATH": os.pathsep.join(path), "UV_CACHE_DIR": str(FOLDER / "uv-cache")}
         if quick:
             self.variables[FLAGS] = "-O0"
@@ -74,8 +79,9 @@ class Place:
     def run(self, *command: str | os.PathLike, **variables: str) -> str:
         """What a command printed, in src/. Raises Failed."""
         begin = time.monotonic()
+        program = shutil.which(command[0], path=variables.get("PATH", self.variables["PATH"])) or command[0]
         done = subprocess.run(
-            [str(word) for word in command], cwd=self.source, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [str(word) for word in (program, *command[1:])], cwd=self.source, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**self.variables, "PWD": str(self.source), **variables}, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         self.seconds += time.monotonic() - begin
@@ -267,12 +273,9 @@ def _(place: Place) -> None:
 @route("uv-command", "the same where uv installed it", tools=("uv",))
 def _(place: Place) -> None:
     place.make()
-    install = ("uv", "pip", "install", "--python", place.target, "--no-deps", ".")
-    place.run(
-        *install,
-        **no_compiler(place.folder),
-        PATH=f"{place.folder / 'tools'}:{pathlib.Path(shutil.which('uv')).parent}",
-    )
+    bare = no_compiler(place.folder)
+    bare["PATH"] += f"{os.pathsep}{place.folder / 'installers'}"
+    place.run("uv", "pip", "install", "--python", place.target, "--no-deps", ".", **bare)
     info = place.run(place.python, "-m", "flowseg_kernels.info")
     command = re.search(r"C\+\+ kernels: not loaded: .* compile them with: (.*)", info)[1]
     place.run("sh", "-c", command)
