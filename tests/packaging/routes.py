@@ -81,8 +81,9 @@ class Place:
         begin = time.monotonic()
         program = shutil.which(command[0], path=variables.get("PATH", self.variables["PATH"])) or command[0]
         done = subprocess.run(
-            [str(word) for word in (program, *command[1:])], cwd=self.source, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**self.variables, "PWD": str(self.source), **variables}, stdin=subprocess.DEVNULL,
+            [str(word) for word in (program, *command[1:])], cwd=self.source, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL,
+            env={**self.variables, "PWD": str(self.source), **variables},
         )  # fmt: skip
         self.seconds += time.monotonic() - begin
         with self.log.open("a") as log:
