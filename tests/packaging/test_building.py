@@ -1,5 +1,6 @@
 """What the build says and leaves out when something is missing or asked for in vain."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from unittest import mock
 
 import pytest
 
@@ -43,6 +45,23 @@ def test_nothing_compiled_on_request_removes_the_kernels_of_an_earlier_build_in_
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in lib.glob("*.*") if path.suffix) == ["build.json"]
     assert json.loads((lib / "build.json").read_text()) == {"build": "none", "left_out": {}}
+
+
+def test_what_the_compilers_print_is_shown_as_it_comes(tmp_path, monkeypatch):
+    """`pip -v` shows the progress of a build that takes minutes; the stand-in for ninja waits until its first line was seen."""
+    spec = importlib.util.spec_from_file_location("flowseg_setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    with mock.patch("setuptools.setup"):
+        spec.loader.exec_module(setup)
+    ninja = tmp_path / "ninja"
+    wait = f"for i in $(seq 600); do [ -e {tmp_path}/seen ] && echo '[2/2] C++ b.o' && exit 0; sleep 0.05; done; exit 1"
+    ninja.write_text(f"#!/bin/sh\necho '[1/2] C++ a.o'\n{wait}\n")
+    ninja.chmod(0o755)
+    monkeypatch.setattr(setup, "find_ninja", lambda: str(ninja))
+    shown = []
+    show = lambda line: (shown.append(line), (tmp_path / "seen").touch())  # noqa: E731
+    setup.compile_library(tmp_path / "lib.so", tmp_path / "work", lambda target: "", 1, show)
+    assert shown == ["[1/2] C++ a.o", "[2/2] C++ b.o"]
 
 
 def test_a_torch_that_does_not_import_leaves_the_kernels_out(sources, tmp_path):
