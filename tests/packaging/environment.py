@@ -44,7 +44,7 @@ def no_compiler(folder):
 
 
 def _required(name, found):
-    """Distributions that `name` needs to run, by name, without Triton and without optional ones."""
+    """Distributions that `name` needs to run, by name, without Triton, setuptools and optional ones."""
     try:
         distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
@@ -52,7 +52,7 @@ def _required(name, found):
     found[name] = distribution
     for line in distribution.requires or ():
         wanted = re.match(r"[\w.-]+", line)[0]
-        if "extra ==" not in line and wanted != "triton" and wanted not in found:
+        if "extra ==" not in line and wanted not in ("triton", "setuptools") and wanted not in found:
             _required(wanted, found)
 
 
