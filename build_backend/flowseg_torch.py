@@ -114,8 +114,8 @@ def interpreters() -> Iterator[tuple[str, str]]:
 
     1. The installer's own Python, or the one that its command line names: pip's target, build's caller, uv's --python.
     2. This Python without the isolation that pip adds by environment variables.
-    3. The active environment, and .venv in the caller's folder or one above it, which uv installs into.
-    4. Each Python of PATH: installers put their own environment before the caller's.
+    3. The active environment, by its variable or its folder in PATH; .venv in the caller's folder or one above it, as uv does.
+    4. Each other Python of PATH.
     5. The Python that this environment was made from: uv's --system.
     """
     seen = set()
@@ -133,10 +133,13 @@ def _candidates() -> Iterator[tuple[Path, str]]:
     for variable in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT", "CONDA_PREFIX"):
         if os.environ.get(variable):
             folders.append(Path(os.environ[variable]) / "bin")
+    # uv puts its own environment into VIRTUAL_ENV; the caller's active one is still in PATH.
+    path = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    folders += [folder for folder in path if (folder.parent / "pyvenv.cfg").exists()]
     # The shell's PWD is the caller's folder even where the installer builds in another one.
     for start in dict.fromkeys((Path(os.environ.get("PWD") or "."), Path.cwd())):
         folders += [folder / ".venv" / "bin" for folder in (start, *start.absolute().parents)]
-    folders += [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    folders += path
     for folder in (*folders, Path(sys.base_prefix) / "bin"):
         yield from ((python, "") for python in _pythons(folder))
 

@@ -1,7 +1,7 @@
 """Ways to install this project: python -m tests.packaging.routes [--list] [--full] [NAME ...]
 
-Each route makes a fresh environment under build/routes/, installs a copy of this tree there by its commands, and asks a process of
-that environment which backend runs an op. Without names: every route whose tools are here. Most routes try the route, not the code,
+Each route makes a fresh environment in a temporary folder, installs a copy of this tree there by its commands, and asks a process
+of that environment which backend runs an op. Without names: every route whose tools are here. Most routes try the route, not the code,
 and compile with -O0; --full compiles all of them as users do. The package index is needed. Each result is stored as it comes in
 tests/packaging/routes.json, and the table in docs/results/routes.md. Exit code 1 when a route gave other kernels than it should.
 """
@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -25,7 +26,8 @@ from ..mutation.__main__ import copy_tree
 from ..sources import last_change
 from .environment import ONE_OP, ROOT, link_packages, no_compiler
 
-FOLDER = ROOT / "build" / "routes"
+#: Not below this tree: its .venv would serve every route.
+FOLDER = pathlib.Path(tempfile.gettempdir()) / "flowseg-routes"
 RECORD = pathlib.Path(__file__).with_name("routes.json")
 PAGE = ROOT / "docs" / "results" / "routes.md"
 SOURCES = ("build_backend", "setup.py", "pyproject.toml", "csrc", "flowseg_kernels")
@@ -106,6 +108,12 @@ class Place:
     def pip(self, *arguments: str, **variables: str) -> str:
         return self.run(self.python, "-m", "pip", "install", "-v", *arguments, **variables)
 
+    def command(self) -> str:
+        """The command by which the installed package says that its kernels are compiled."""
+        code = "from flowseg_kernels.info import report; print(report())"
+        info = self.run(self.python, "-c", f"import sys; sys.path.remove(''); {code}")
+        return re.search(r"C\+\+ kernels: not loaded: .* compile them with: (.*)", info)[1]
+
     def activated(self) -> dict[str, str]:
         path = f"{self.target / 'bin'}{os.pathsep}{self.variables['PATH']}"
         return {"VIRTUAL_ENV": str(self.target), "PATH": path}
@@ -114,10 +122,18 @@ class Place:
         """A Python of its own, not an environment, that this process's torch is linked into: linked from this one's files."""
         base = self.folder / "base"
         shutil.copytree(
-            sys.base_prefix, base, copy_function=os.link, symlinks=True, ignore=shutil.ignore_patterns("test")
+            sys.base_prefix, base, copy_function=linked, symlinks=True, ignore=shutil.ignore_patterns("test")
         )
         link_packages(base, ("torch",))
         return str(base / "bin" / "python3")
+
+
+def linked(source: str, to: str) -> None:
+    """A hard link, or a copy on another file system."""
+    try:
+        os.link(source, to)
+    except OSError:
+        shutil.copy2(source, to)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,9 +282,7 @@ def _(place: Place) -> None:
 def _(place: Place) -> None:
     place.make()
     place.pip("--no-deps", ".", **no_compiler(place.folder))
-    info = place.run(place.python, "-m", "flowseg_kernels.info")
-    command = re.search(r"C\+\+ kernels: not loaded: .* compile them with: (.*)", info)[1]
-    place.run("sh", "-c", command)
+    place.run("sh", "-c", place.command())
 
 
 @route("uv-command", "the same where uv installed it", tools=("uv",))
@@ -277,9 +291,7 @@ def _(place: Place) -> None:
     bare = no_compiler(place.folder)
     bare["PATH"] += f"{os.pathsep}{place.folder / 'installers'}"
     place.run("uv", "pip", "install", "--python", place.target, "--no-deps", ".", **bare)
-    info = place.run(place.python, "-m", "flowseg_kernels.info")
-    command = re.search(r"C\+\+ kernels: not loaded: .* compile them with: (.*)", info)[1]
-    place.run("sh", "-c", command)
+    place.run("sh", "-c", place.command())
 
 
 @route("torch-2.10", "`pip install torch==2.10.0`, then `pip install .`")
@@ -338,17 +350,21 @@ def outcome(place: Place) -> dict:
     cpu, cuda, record = json.loads(run(show).stdout)
     built = [line for line in place.log.read_text().splitlines() if "kernels left out: " in line]
     said = [line for line in op.stderr.splitlines() if line.startswith("flowseg-kernels: ")]
+    owner = re.search(r"C\+\+ kernels: compiling with .*, against torch \S+ of (.*)", place.log.read_text())
     text = (
         re.sub(r";? ?(with a C.. compiler, )?compile them with: .*", "", said[-1]) if said else (built[-1:] or [""])[0]
     )
-    return {
+    result = {
         "backend": backend[1],
         "compiler": cpu.get("compiler", ""),
-        "torch": cpu.get("torch", ""),
+        "torch": f"{cpu['torch']} of {owner[1] if owner else '?'}" if cpu else "",
         "cuda": cuda.get("architectures", ""),
         "build": record.get("build", ""),
-        "said": text.partition("flowseg-kernels: ")[2].replace(str(FOLDER), "…"),
+        "said": text.partition("flowseg-kernels: ")[2],
     }
+    for path, name in {place.target: "TARGET", place.folder: "…", FOLDER: "…"}.items():
+        result = {k: v.replace(str(path), name) for k, v in result.items()}
+    return result
 
 
 def page(records: dict) -> str:

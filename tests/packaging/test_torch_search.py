@@ -61,8 +61,16 @@ def test_the_torch_of_an_environment_in_the_callers_folder_or_above_serves(isola
 
 def test_the_torch_of_a_later_python_of_path_serves(isolated, monkeypatch):
     """The installer's environment stands first in PATH and has none."""
-    program = interpreter(isolated / "active")
+    program = interpreter(isolated / "active" / "bin")
     monkeypatch.setenv("PATH", f"{isolated / 'isolated'}:{program.parent}")
+    assert flowseg_torch.find_torch().owner == str(program)
+
+
+def test_the_active_environment_in_path_comes_before_one_in_the_callers_folder(isolated, monkeypatch):
+    program, other = interpreter(isolated / "active" / "bin"), interpreter(isolated / "work" / ".venv" / "bin")
+    monkeypatch.setenv("PATH", f"{isolated / 'isolated'}:{program.parent}")
+    assert flowseg_torch.find_torch().owner == str(other), "it is any Python of PATH"
+    (isolated / "active" / "pyvenv.cfg").touch()
     assert flowseg_torch.find_torch().owner == str(program)
 
 
