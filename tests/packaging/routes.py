@@ -1,9 +1,9 @@
 """Ways to install this project: python -m tests.packaging.routes [--list] [--full] [NAME ...]
 
 Each route makes a fresh environment in a temporary folder, installs a copy of this tree there by its commands, and asks a process
-of that environment which backend runs an op. Without names: every route whose tools are here. Most routes try the route, not the code,
-and compile with -O0; --full compiles all of them as users do. The package index is needed. Each result is stored as it comes in
-tests/packaging/routes.json, and the table in docs/results/routes.md. Exit code 1 when a route gave other kernels than it should.
+of that environment which backend runs an op. Without names: every route whose tools are here. Most routes try the route, not the
+code, and compile with -O0; --full compiles all of them as users do. The package index is needed. Each result is stored as it comes
+in tests/packaging/routes.json, and the table in docs/results/routes.md. Exit code 1 when a route gave other kernels than it should.
 """
 
 from __future__ import annotations
@@ -360,7 +360,8 @@ def outcome(place: Place) -> dict:
         "torch": f"{cpu['torch']} of {owner[1] if owner else '?'}" if cpu else "",
         "cuda": cuda.get("architectures", ""),
         "build": record.get("build", ""),
-        "said": text.partition("flowseg-kernels: ")[2],
+        # The Pythons that were asked are this machine's.
+        "said": re.sub(r"asked: [^)]*", "asked: …", text.partition("flowseg-kernels: ")[2]),
     }
     for path, name in {place.target: "TARGET", place.folder: "…", FOLDER: "…"}.items():
         result = {k: v.replace(str(path), name) for k, v in result.items()}
