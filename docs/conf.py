@@ -74,6 +74,7 @@ NAVIGATION = {
         "results/sanitizers",
         "results/coverage",
         "results/versions",
+        "results/routes",
         "notes/performance",
         "notes/h100",
     ],

@@ -11,6 +11,7 @@ from .functional import (
     neural_field,
 )
 from .nn import CentroidDecoder, FlowLoss, NeuralFieldDecoder
+from .runtime import extension as _extension
 from .runtime.backend import BackendUnavailable, available_backends, use_backend
 
 __version__ = "0.1.0"
@@ -33,3 +34,5 @@ __all__ = [
     "neural_field",
     "use_backend",
 ]
+
+_extension.say_what_is_missing()

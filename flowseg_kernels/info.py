@@ -71,7 +71,8 @@ def report() -> str:
     lines.append(_library(extension.CPU, extension.why_no_cpu_kernels(), _instruction_set))
     lines.append(_library(extension.CUDA, extension.why_no_cuda_kernels(), _architectures))
     lines.append(f"Triton kernels: {why_no_triton('cuda') or 'ready for CUDA tensors'}")
-    variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith("FLOWSEG_")}
+    # The notice about missing kernels sets FLOWSEG_NOTICE itself.
+    variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith("FLOWSEG_") and k != "FLOWSEG_NOTICE"}
     lines.append(
         "Settings: " + (", ".join(f"{k}={v}" for k, v in variables.items()) or "none (FLOWSEG_* in the environment)")
     )

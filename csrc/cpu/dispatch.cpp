@@ -1,6 +1,9 @@
 // Picks the compiled instruction set at run time, so that a library built on one machine is right and fast on another.
 #include <cstdlib>
 #include <cstring>
+#if defined(FLOWSEG_X86)
+#include <cpuid.h>
+#endif
 
 #include "torch_arguments.h"
 
@@ -8,11 +11,23 @@ namespace flowseg::cpu {
 
 namespace {
 
+#if defined(FLOWSEG_X86)
+// Not every compiler knows this feature by name. Whether the system saves its registers is part of asking for avx2.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & (1u << 29));
+}
+#endif
+
 int detect() {
 #if defined(FLOWSEG_X86)
   __builtin_cpu_init();
   int best = 0;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) best = 1;
+  // Each feature that ISA_FLAGS of setup.py names, or that follows from one: a virtual machine may hide any of them alone.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+      __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") && has_f16c()) {
+    best = 1;
+  }
   if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) {
     best = 2;

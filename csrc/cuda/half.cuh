@@ -4,6 +4,9 @@
 #include <cstring>
 
 #include "cuda/platform.cuh"
+#ifndef __CUDACC__
+#include "flowseg/half.h"
+#endif
 
 namespace flowseg::cuda {
 
@@ -31,7 +34,7 @@ __device__ __forceinline__ float widen(Half v) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
   return f;
 #else
-  return static_cast<float>(same_bits<_Float16>(v.bits));
+  return float_of_half(v.bits);
 #endif
 }
 
@@ -44,7 +47,7 @@ __device__ __forceinline__ void narrow(float v, Half& out) {
 #ifdef __CUDACC__
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
 #else
-  out.bits = same_bits<uint16_t>(static_cast<_Float16>(v));
+  out.bits = half_of_float(v);
 #endif
 }
 __device__ __forceinline__ void narrow(float v, BFloat& out) {

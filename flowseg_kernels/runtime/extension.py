@@ -7,13 +7,15 @@ import dataclasses
 import functools
 import json
 import re
+import sys
 from pathlib import Path
 
 import torch
 
-from . import settings
+from . import notice, settings
+from .installation import compile_command
 
-__all__ = ["CPU", "CUDA", "Library", "why_no_cpu_kernels", "why_no_cuda_kernels"]
+__all__ = ["CPU", "CUDA", "Library", "say_what_is_missing", "why_no_cpu_kernels", "why_no_cuda_kernels"]
 
 _FOLDER = Path(__file__).resolve().parent.parent / "lib"
 
@@ -42,11 +44,12 @@ class Library:
 
     def load(self) -> str | None:
         """Load it into torch. None when that worked, else the reason in one sentence, with the command that mends it."""
-        rebuild = f"rebuild it with: FLOWSEG_BUILD={self.build} pip install --no-build-isolation --force-reinstall --no-deps ."
         if settings.DISABLE_EXTENSION:
             return "FLOWSEG_DISABLE_EXTENSION=1 is set"
         if not self.path.exists():
-            return f"the {self.kernels} kernels were not compiled when flowseg-kernels was installed; with {self.needs}, {rebuild}"
+            command = compile_command(self.build)
+            return f"the {self.kernels} kernels were {self.why_not_compiled()}; with {self.needs}, compile them with: {command}"
+        rebuild = f"rebuild it with: {compile_command(self.build)}"
         facts = self.facts()
         floor = facts.get("torch_target", "2.10")
         if _version(torch.__version__) < _version(floor):
@@ -64,6 +67,21 @@ class Library:
         if without:
             return f"{self.path.name} is of another version: it has no kernel for {without[0]}; {rebuild}"
         return None
+
+    def build_record(self) -> dict:
+        """{"build": value of FLOWSEG_BUILD, "left_out": {"cpu" or "cuda": reason}} of the last build, or {} without a record."""
+        try:
+            return json.loads(self.path.with_name("build.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def why_not_compiled(self) -> str:
+        """What the build recorded about a library that is not there."""
+        record = self.build_record()
+        if record.get("build") == "none":
+            return "not compiled when flowseg-kernels was installed, as FLOWSEG_BUILD=none asked"
+        reason = record.get("left_out", {}).get(self.build)
+        return f"not compiled when flowseg-kernels was installed{f' ({reason})' if reason else ''}"
 
     def _ops_without_kernel(self) -> list[str]:
         """Ops defined in Python for this library for which no library has brought a kernel."""
@@ -91,7 +109,10 @@ CUDA = Library(_FOLDER / "libflowseg_cuda.so", "CUDA", "nvcc", "cuda")
 @functools.cache
 def why_no_cpu_kernels() -> str | None:
     """None when the CPU kernels are loaded (loading them at the first call), else the reason in one sentence."""
-    return CPU.load()
+    reason = CPU.load()
+    if reason and CPU.path.exists():
+        notice.say(f"the C++ kernels are not used: {reason}")
+    return reason
 
 
 @functools.cache
@@ -101,7 +122,33 @@ def why_no_cuda_kernels() -> str | None:
         return f"torch {torch.__version__} is built without CUDA"
     facts = CUDA.facts()
     architectures, runtime = facts.get("architectures", ""), facts.get("cuda_runtime", "")
-    return CUDA.load() or _why_not_this_gpu(architectures) or _why_not_this_driver(runtime)
+    reason = CUDA.load() or _why_not_this_gpu(architectures) or _why_not_this_driver(runtime)
+    if reason and CUDA.path.exists() and _has_gpu():
+        notice.say(f"the CUDA kernels are not used: {reason}")
+    return reason
+
+
+def say_what_is_missing() -> None:
+    """Print one line about kernels that were not compiled and could have been: see runtime.notice for when it is silent.
+
+    Missing CUDA kernels count where there is a GPU and torch has CUDA. Nothing is loaded and no GPU is woken.
+    """
+    if not sys.platform.startswith("linux") or CPU.build_record().get("build") == "none":
+        return
+    missing = [] if CPU.path.exists() else [CPU]
+    if torch.version.cuda and _has_gpu() and not CUDA.path.exists():
+        missing.append(CUDA)
+    if missing:
+        last = missing[-1]  # FLOWSEG_BUILD=cuda compiles both
+        notice.say(
+            f"the {' and '.join(library.kernels for library in missing)} kernels were {last.why_not_compiled()}; ops run without "
+            f"them, many times slower where plain PyTorch takes their place; compile them with: {compile_command(last.build)}"
+        )
+
+
+def _has_gpu() -> bool:
+    """Whether the NVIDIA driver shows a GPU, without a call of CUDA, after which the process must not fork."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
 def _why_not_this_gpu(architectures: str) -> str | None:
@@ -140,6 +187,5 @@ def _why_not_this_driver(runtime: str) -> str | None:
         return None
     return (
         f"the CUDA kernels were built with CUDA {runtime} and this NVIDIA driver is for CUDA {driver[0]}.{driver[1]}; update the "
-        f"driver, or rebuild them with nvcc {driver[0]}.x: CUDA_HOME=FOLDER FLOWSEG_BUILD=cuda pip install "
-        f"--no-build-isolation --force-reinstall --no-deps ."
+        f"driver, or rebuild them with nvcc {driver[0]}.x: export CUDA_HOME=FOLDER && {compile_command('cuda')}"
     )

@@ -41,12 +41,18 @@ def sdist(sources, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def compiled(sdist, tmp_path_factory):
-    """(wheel with the C++ kernels, the fresh environment that it was built in and is installed in)."""
+    """(wheel with the C++ kernels, the fresh environment that it was built for and is installed in).
+
+    It is built as uv and pip build it: in an environment without torch, which has to be found in the active one.
+    """
     if not shutil.which("g++") and not shutil.which("clang++"):
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("compiled")
     fresh = FreshEnvironment(folder / "venv")
-    done, wheel = build(sdist, folder / "out", python=fresh.python, FLOWSEG_BUILD="cpu")
+    isolated = FreshEnvironment(folder / "isolated", packages=("setuptools",))
+    done, wheel = build(
+        sdist, folder / "out", python=isolated.python, FLOWSEG_BUILD="cpu", VIRTUAL_ENV=str(fresh.folder)
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     fresh.install(wheel)
     return wheel, fresh

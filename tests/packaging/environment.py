@@ -44,7 +44,7 @@ def no_compiler(folder):
 
 
 def _required(name, found):
-    """Distributions that `name` needs to run, by name, without Triton and without optional ones."""
+    """Distributions that `name` needs to run, by name, without Triton, setuptools and optional ones."""
     try:
         distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
@@ -52,23 +52,35 @@ def _required(name, found):
     found[name] = distribution
     for line in distribution.requires or ():
         wanted = re.match(r"[\w.-]+", line)[0]
-        if "extra ==" not in line and wanted != "triton" and wanted not in found:
+        if "extra ==" not in line and wanted not in ("triton", "setuptools") and wanted not in found:
             _required(wanted, found)
 
 
-class FreshEnvironment:
-    """A virtual environment that holds torch and what it needs (linked, not copied), setuptools, and no Triton, NumPy or pytest."""
+def link_packages(prefix, packages):
+    """Link distributions of this Python, with what they need, into the site-packages below a prefix; returns that folder."""
+    site = prefix / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    site.mkdir(parents=True, exist_ok=True)
+    wanted = {}
+    for name in packages:
+        _required(name, wanted)
+    for distribution in wanted.values():
+        for top in {f.parts[0] for f in distribution.files if f.parts[0] not in ("..", "__pycache__")}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
+    return site
 
-    def __init__(self, folder):
+
+class FreshEnvironment:
+    """A virtual environment that holds torch and what it needs (linked, not copied), setuptools, and no Triton, NumPy or pytest.
+
+    packages: what it holds; ("setuptools",) makes the environment that an installer builds in.
+    """
+
+    def __init__(self, folder, packages=("torch", "setuptools")):
+        self.folder = folder
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
         self.python = folder / "bin" / "python"
-        (self.site,) = (folder / "lib").glob("python*/site-packages")
-        wanted = {}
-        for name in ("torch", "setuptools"):
-            _required(name, wanted)
-        for distribution in wanted.values():
-            for top in {f.parts[0] for f in distribution.files if f.parts[0] not in ("..", "__pycache__")}:
-                (self.site / top).symlink_to(distribution.locate_file(top))
+        self.site = link_packages(folder, packages)
 
     def install(self, path, **variables):
         """`pip install` of a wheel or source distribution; returns what it printed."""
@@ -80,10 +92,16 @@ class FreshEnvironment:
 
     def run(self, *arguments, **variables):
         """The output of its Python, away from the checkout."""
+        return self.process(*arguments, **variables).stdout
+
+    def process(self, *arguments, **variables):
+        """Its Python's completed process, away from the checkout."""
         environment = {**os.environ, **variables}
         environment.pop("PYTHONPATH", None)
+        if "FLOWSEG_NOTICE" not in variables:
+            environment.pop("FLOWSEG_NOTICE", None)
         done = subprocess.run(
             [str(self.python), *arguments], capture_output=True, text=True, env=environment, cwd=self.site
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-        return done.stdout
+        return done

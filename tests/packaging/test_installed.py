@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 import zipfile
 
 from .environment import ONE_OP, FreshEnvironment, no_compiler
@@ -12,20 +14,38 @@ def test_without_compiler_nvcc_and_triton_the_reference_runs(sdist, tmp_path):
     fresh = FreshEnvironment(tmp_path / "venv")
     said = fresh.install(sdist, **bare)
     assert "C++ kernels left out: no C++ compiler was found" in said
+    assert "INSTALLED WITHOUT ITS C++ KERNELS" in said
     assert not list(fresh.site.glob("flowseg_kernels/lib/*.so"))
-    assert fresh.run("-c", ONE_OP, **bare) == "reference tensor(True)\n"
-    info = fresh.run("-m", "flowseg_kernels.info", **bare)
-    assert re.search(
-        r"C\+\+ kernels: not loaded: .*were not compiled when .* was installed; with a C\+\+ compiler", info
+    child = "\nimport subprocess, sys; subprocess.run([sys.executable, '-c', 'import flowseg_kernels'])"
+    done = fresh.process("-c", ONE_OP + child, **bare)
+    assert done.stdout == "reference tensor(True)\n"
+    # It was installed from an archive, which the command names: it needs no clone of the project.
+    command = (
+        rf"{fresh.python} -m pip install 'setuptools>=77' ninja && FLOWSEG_BUILD=cpu {fresh.python} -m pip install "
+        rf"--no-build-isolation --no-cache-dir --force-reinstall --no-deps {shlex.quote(str(sdist))}"
     )
-    assert "FLOWSEG_BUILD=cpu pip install" in info
+    reason = "the C++ kernels were not compiled when flowseg-kernels was installed (no C++ compiler was found"
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("flowseg-kernels: ")]
+    assert reason in line and command in line
+    info = fresh.run("-m", "flowseg_kernels.info", **bare)
+    assert f"C++ kernels: not loaded: {reason}" in info and command in info
     assert "Triton kernels: Triton is not installed (pip install triton)" in info
     assert re.search(r"flow_loss +reference\n", info) and "not cpu: the C++ kernels were not compiled" in info
 
 
+def test_a_library_that_does_not_load_is_said_at_the_first_op(compiled, tmp_path):
+    _, fresh = compiled
+    shutil.copytree(fresh.site / "flowseg_kernels", tmp_path / "flowseg_kernels")
+    (tmp_path / "flowseg_kernels/lib/libflowseg_cpu.so").write_bytes(b"cut short")
+    done = fresh.process("-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + ONE_OP)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("flowseg-kernels: ")]
+    assert "the C++ kernels are not used: libflowseg_cpu.so is not a whole library" in line
+
+
 def test_with_a_compiler_the_kernels_run(compiled):
     _, fresh = compiled
-    assert fresh.run("-c", ONE_OP) == "cpu tensor(True)\n"
+    done = fresh.process("-c", ONE_OP)
+    assert done.stdout == "cpu tensor(True)\n" and "flowseg-kernels: " not in done.stderr
     info = fresh.run("-m", "flowseg_kernels.info")
     assert re.search(
         r"C\+\+ kernels: loaded; running (baseline|AVX2|AVX-512) code; built with .* stable ABI 2\.10", info

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../arguments.h"
+#include "flowseg/half.h"
 #include "lanes.h"
 
 namespace flowseg::cpu {
@@ -24,7 +25,7 @@ struct Place {
 // The places of the blocks of a chunk, one after the other: for (Place p; next(p); )
 class Places {
  public:
-  Places(int64_t chunk, int64_t pixels) : pixels_(pixels) {
+  Places(int64_t chunk, int64_t pixels) {
     const int64_t chunks_an_image = (pixels + kChunk - 1) / kChunk;
     image_ = chunk / chunks_an_image;
     at_ = (chunk - image_ * chunks_an_image) * kChunk;
@@ -38,23 +39,31 @@ class Places {
   }
 
  private:
-  int64_t pixels_, image_, at_, end_;
+  int64_t image_, at_, end_;
 };
 
 FLOWSEG_INLINE float widen(float v) { return v; }
 FLOWSEG_INLINE double widen(double v) { return v; }
-#ifdef __aarch64__
-using Float16 = __fp16;  // GCC has _Float16 in C++ on ARM from version 13 on.
-#else
-using Float16 = _Float16;
-#endif
+#ifdef FLOWSEG_FLOAT16
 struct Half {
-  Float16 value;
+  FLOWSEG_FLOAT16 value;
 };
+FLOWSEG_INLINE float widen(Half v) { return static_cast<float>(v.value); }
+template <class T>
+FLOWSEG_INLINE void narrow(T v, Half& out) {
+  out.value = static_cast<FLOWSEG_FLOAT16>(v);
+}
+#else
+struct Half {
+  uint16_t bits;
+};
+FLOWSEG_INLINE float widen(Half v) { return float_of_half(v.bits); }
+FLOWSEG_INLINE void narrow(float v, Half& out) { out.bits = half_of_float(v); }
+FLOWSEG_INLINE void narrow(double v, Half& out) { out.bits = half_of_double(v); }
+#endif
 struct BFloat {
   uint16_t bits;
 };
-FLOWSEG_INLINE float widen(Half v) { return static_cast<float>(v.value); }
 FLOWSEG_INLINE float widen(BFloat v) {
   const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
   float f;
@@ -66,10 +75,6 @@ FLOWSEG_INLINE void narrow(float v, float& out) { out = v; }
 FLOWSEG_INLINE void narrow(double v, double& out) { out = v; }
 FLOWSEG_INLINE void narrow(double v, float& out) { out = static_cast<float>(v); }
 FLOWSEG_INLINE void narrow(float v, double& out) { out = v; }
-template <class T>
-FLOWSEG_INLINE void narrow(T v, Half& out) {
-  out.value = static_cast<Float16>(v);
-}
 template <class T>
 FLOWSEG_INLINE void narrow(T v, BFloat& out) {
   const float f = static_cast<float>(v);
@@ -193,7 +198,7 @@ void load_labels(const Labels& labels, int64_t classes, const Image& shape, cons
   int bad = 0;
   for_each_label(labels, classes, shape, p, [&](int i, auto y, bool inside, bool ignored) {
     bad |= !(inside | ignored);
-    out.at[i] = inside & !ignored ? static_cast<Int>(y) : Int(-1);
+    out.at[i] = (inside & !ignored) ? static_cast<Int>(y) : Int(-1);
   });
   for (int i = p.length; i < kBlock; ++i) out.at[i] = -1;
   if (bad) {

@@ -92,7 +92,7 @@ void correct_block(const Correction& options, const Codes& codes, const Block<T,
       if (own_is_small) {
         V weight;
         add_all_but_own<C>(p, m, mu, codes.classes, eps, weight, sum);
-        own_is_small = none((y >= 0) & (weight > T(kSmallOwn) * sum.weight));
+        own_is_small = none((I)((y >= 0) & (weight > T(kSmallOwn) * sum.weight)));
       }
       if (!own_is_small) {
         sum = {};

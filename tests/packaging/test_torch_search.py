@@ -1,0 +1,208 @@
+"""Which torch the build compiles against, and which GPU architectures, with stand-ins for interpreters and tools."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from .environment import ROOT
+
+sys.path.insert(0, str(ROOT / "build_backend"))
+import flowseg_architectures
+import flowseg_jobs
+import flowseg_torch
+
+
+def interpreter(folder, version="2.13.0", **facts):
+    """A program that answers as a Python with this torch does; without a version, as one that has none."""
+    folder.mkdir(parents=True)
+    program = folder / "python"
+    answer = json.dumps({"version": version, "folder": "FOLDER", "cuda": None} | facts) if version else ""
+    # Its folder is PYTHONPATH where that is set: what the interpreter was given.
+    before, _, after = answer.partition("FOLDER")
+    program.write_text(
+        f"""#!/bin/sh\nprintf '%s%s%s' '{before}' "${{PYTHONPATH:-/torch}}" '{after}'\n""" if answer else "#!/bin/sh\n"
+    )
+    program.chmod(0o755)
+    return program
+
+
+@pytest.fixture
+def isolated(monkeypatch, tmp_path):
+    """A build in an environment of its own, started by a process that is no Python, with nothing around it."""
+    monkeypatch.setattr(flowseg_torch, "_of_this_process", lambda: None)
+    monkeypatch.setattr(os, "getppid", lambda: 1 << 30)
+    monkeypatch.setattr(sys, "executable", str(interpreter(tmp_path / "isolated", version=None)))
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path / "base"))
+    for name in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT", "CONDA_PREFIX", "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "work" / "deep").mkdir(parents=True)
+    monkeypatch.setenv("PWD", str(tmp_path / "work" / "deep"))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'isolated'}:/nowhere")
+    monkeypatch.setattr(flowseg_torch.Path, "cwd", lambda: tmp_path / "isolated")
+    return tmp_path
+
+
+@pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX", "UV_PROJECT_ENVIRONMENT"])
+def test_the_torch_of_the_active_environment_serves(isolated, monkeypatch, variable):
+    program = interpreter(isolated / "active" / "bin", version="2.11.0+cu130", cuda="13.0")
+    monkeypatch.setenv(variable, str(isolated / "active"))
+    found = flowseg_torch.find_torch()
+    assert (found.version, found.cuda, found.owner) == ("2.11.0+cu130", "13.0", str(program))
+
+
+def test_the_torch_of_an_environment_in_the_callers_folder_or_above_serves(isolated):
+    program = interpreter(isolated / "work" / ".venv" / "bin")
+    assert flowseg_torch.find_torch().owner == str(program)
+
+
+def test_the_torch_of_a_later_python_of_path_serves(isolated, monkeypatch):
+    """The installer's environment stands first in PATH and has none."""
+    program = interpreter(isolated / "active" / "bin")
+    monkeypatch.setenv("PATH", f"{isolated / 'isolated'}:{program.parent}")
+    assert flowseg_torch.find_torch().owner == str(program)
+
+
+def test_the_active_environment_in_path_comes_before_one_in_the_callers_folder(isolated, monkeypatch):
+    program, other = interpreter(isolated / "active" / "bin"), interpreter(isolated / "work" / ".venv" / "bin")
+    monkeypatch.setenv("PATH", f"{isolated / 'isolated'}:{program.parent}")
+    assert flowseg_torch.find_torch().owner == str(other), "it is any Python of PATH"
+    (isolated / "active" / "pyvenv.cfg").touch()
+    assert flowseg_torch.find_torch().owner == str(program)
+
+
+def test_the_torch_of_the_base_python_serves(isolated):
+    program = interpreter(isolated / "base" / "bin")
+    assert flowseg_torch.find_torch().owner == str(program)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells about other processes")
+@pytest.mark.parametrize("words", [("--python", "{}"), ("--python={}",), ("-p", "{}/bin/python")])
+def test_the_torch_of_the_python_that_the_installer_was_told_serves(isolated, monkeypatch, words):
+    program = interpreter(isolated / "target" / "bin")
+    arguments = [word.format(isolated / "target") for word in words]
+    command = [sys._base_executable, "-c", "print(flush=True); input()", "pip", "install", *arguments]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env={"PYTHONPATH": "/of/the/caller"}, **pipes) as installer:
+        installer.stdout.readline()
+        monkeypatch.setattr(os, "getppid", lambda: installer.pid)
+        found = flowseg_torch.find_torch()
+        installer.communicate(b"\n")
+    assert found.owner == str(program)
+    assert str(found.folder) == ("/of/the/caller" if "bin" in arguments[-1] else "/torch")
+
+
+def test_an_older_or_broken_torch_is_passed_over_for_a_usable_one(isolated, monkeypatch):
+    interpreter(isolated / "active" / "bin", version="2.8.0")
+    monkeypatch.setenv("VIRTUAL_ENV", str(isolated / "active"))
+    with pytest.raises(flowseg_torch.Unbuildable, match=r"torch 2\.8\.0 of .*active/bin/python is older than 2\.10"):
+        flowseg_torch.find_torch()
+    broken = isolated / "work" / ".venv" / "bin"
+    interpreter(broken, error="ImportError: libcudart is missing")
+    program = interpreter(isolated / "base" / "bin")
+    assert flowseg_torch.find_torch().owner == str(program)
+
+
+def test_without_any_torch_the_reason_names_where_it_was_looked_for(isolated, monkeypatch):
+    program = interpreter(isolated / "active" / "bin", version=None)
+    monkeypatch.setenv("VIRTUAL_ENV", str(isolated / "active"))
+    with pytest.raises(
+        flowseg_torch.Unbuildable, match=rf"no torch was found \(asked: {program}\); install torch first"
+    ):
+        flowseg_torch.find_torch()
+
+
+def test_a_torch_of_the_build_itself_comes_first(monkeypatch):
+    """Without isolation it is the one that the library will meet; it is never passed over for another."""
+    monkeypatch.setattr(flowseg_torch, "interpreters", lambda: pytest.fail("another was asked"))
+    assert flowseg_torch.find_torch().folder == flowseg_torch.Path(importlib.util.find_spec("torch").origin).parent
+
+
+KNOWN = "compute_75\ncompute_80\ncompute_86\ncompute_89\ncompute_90\ncompute_100\ncompute_120"
+
+
+def flags(monkeypatch, asked, known=KNOWN, gpus=()):
+    """(what nvcc would compile, such as "sm_90 compute_90"; the lines that were said)."""
+    if asked is None:
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    else:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    monkeypatch.setattr(flowseg_architectures, "of_gpus", lambda: list(gpus))
+    said = []
+    found = flowseg_architectures.code_flags(known, said.append)
+    return " ".join(flag.rpartition("=")[2] for flag in found.split()), said
+
+
+@pytest.mark.parametrize(
+    "asked, compiled, left_out",
+    [
+        ("9.0", "sm_90", None),
+        ("9.0a;8.0+PTX", "sm_90a sm_80 compute_80", None),
+        ("8.0,8.6 9.0", "sm_80 sm_86 sm_90", None),
+        ("Ampere", "sm_80 sm_86 compute_86", None),
+        ("Hopper;8.0", "sm_90 compute_90 sm_80", None),
+        ("hopper+PTX", "sm_90 compute_90", None),
+        ("5.2 6.0 6.1 7.0 7.5 8.0 8.6 9.0+PTX", "sm_80 sm_86 sm_90 compute_90", "5.2, 6.0, 6.1, 7.0, 7.5 (the kernels need 8.0"),
+        ("Turing Ada", "sm_89 compute_89", "7.5 (the kernels need 8.0 or newer)"),
+        ("7.0;9.0;10.3", "sm_90", "7.0 (the kernels need 8.0 or newer) and 10.3 (this nvcc does not know it)"),
+    ],
+)  # fmt: skip
+def test_lists_of_architectures_that_other_projects_use_are_understood(monkeypatch, asked, compiled, left_out):
+    found, said = flags(monkeypatch, asked)
+    assert found == compiled
+    assert (len(said) == 1 and left_out in said[0] and "TORCH_CUDA_ARCH_LIST" in said[0]) if left_out else not said
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        ("5.2;7.0", "TORCH_CUDA_ARCH_LIST: no GPU architecture remains without 5.2, 7.0 .the kernels need 8.0 or newer."),
+        ("12.1", "no GPU architecture remains without 12.1 .this nvcc does not know it."),
+        ("9.0;newest", "wanted entries such as 9.0, 12.0.PTX or Ampere; got 'newest'"),
+        ("9.0+PTXX", "got '9.0.PTXX'"),
+    ],
+)  # fmt: skip
+def test_a_list_that_leaves_nothing_is_an_error_that_says_so(monkeypatch, asked, words):
+    with pytest.raises(flowseg_torch.Unbuildable, match=words):
+        flags(monkeypatch, asked)
+
+
+def test_without_a_list_the_gpus_here_are_compiled_for_else_all(monkeypatch):
+    assert flags(monkeypatch, None) == ("sm_80 sm_90 compute_90", [])
+    assert flags(monkeypatch, "native", gpus=["8.9+PTX"]) == ("sm_89 compute_89", [])
+    assert flags(monkeypatch, None, gpus=["8.6+PTX", "9.0+PTX"]) == ("sm_86 compute_86 sm_90 compute_90", [])
+    old_nvcc = flags(monkeypatch, "", known="compute_80 compute_86")
+    assert old_nvcc == ("sm_80", ["architectures: left out 9.0 (this nvcc does not know it)"])
+
+
+def test_gpus_are_asked_of_the_driver_and_old_ones_do_not_count(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nprintf '9.0\\n6.1\\n9.0\\n[N/A]\\n'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert flowseg_architectures.of_gpus() == ["9.0+PTX"]
+    tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
+    assert flowseg_architectures.of_gpus() == []
+
+
+def test_compilers_at_once_follow_cores_memory_and_the_containers_limits(monkeypatch, tmp_path):
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    monkeypatch.setattr(flowseg_jobs, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(flowseg_jobs, "_group", lambda: tmp_path)
+    (tmp_path / "memory.max").write_text(f"{5 * 2**30}\n")
+    (tmp_path / "memory.current").write_text(f"{4 * 2**30}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {2 * 2**30}\n")
+    free = flowseg_jobs.free_gib()
+    assert free <= 3 and flowseg_jobs.jobs(1.0) == max(1, int(free))
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    assert flowseg_jobs.cores() == 2 and flowseg_jobs.jobs(1e9) == 1
+    monkeypatch.setenv("MAX_JOBS", "1")
+    assert flowseg_jobs.jobs(0.001) == 1
+    monkeypatch.setenv("MAX_JOBS", "all")
+    with pytest.raises(SystemExit, match="MAX_JOBS: wanted a whole number"):
+        flowseg_jobs.jobs(1.0)
