@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, empty, nn
 from torch.nn.modules import module as module_hooks
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -22,6 +23,9 @@ __all__ = ["any_global_hook", "bare_linear", "bare_norm", "is_bare_linear", "is_
 #: PyTorch's own forward pre-hooks that set an attribute of the layer from other parameters, and do nothing else.
 _SETS_WEIGHT = (WeightNorm, SpectralNorm, BasePruningMethod)
 _FSDP2 = "torch.distributed.fsdp"
+#: The classes' own formulas, as they are when this is imported.
+_OF_TORCH = (*nn.Parameter.__mro__, nn.Buffer, UninitializedParameter)
+_FORWARD = {nn.Linear: nn.Linear.forward, nn.RMSNorm: nn.RMSNorm.forward}
 
 
 def any_global_hook() -> bool:
@@ -56,6 +60,8 @@ def _acts_after_pre_hooks(module: nn.Module) -> bool:
 
 def _computes_as(module: nn.Module | None, kind: type) -> bool:
     """Whether `module` is `kind`'s formula on its attributes; PyTorch's parametrizations and pre-hooks may compute these."""
+    if kind.forward is not _FORWARD[kind]:
+        return False  # somebody replaced it for all layers
     if not is_exactly(module, kind) and not _is_parametrized(module, kind):
         return False
     if _acts_after_pre_hooks(module):
@@ -72,9 +78,14 @@ def _holds_plain_tensors(module: nn.Module) -> bool:
     """Whether no parameter is a wrapper subclass: DTensor's local part, torchao's quantised values are not the weight."""
     # Parametrizations and their parameters are modules in the layer.
     for value in module.parameters() if module._modules else module._parameters.values():
-        if type(value) is not nn.Parameter and hasattr(type(value), "__tensor_flatten__"):
+        kind = type(value)
+        if kind is not nn.Parameter and (hasattr(kind, "__tensor_flatten__") or _replaces_functions(kind)):
             return False
     return True
+
+
+def _replaces_functions(kind: type) -> bool:
+    return "__torch_function__" in {name for base in kind.__mro__ if base not in _OF_TORCH for name in vars(base)}
 
 
 def _gets_weights_for_a_call(module: nn.Module | None, kind: type) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .derived import Derived, check_codes, derived_from, ignored_label, smallest_distance
+from .derived import LARGEST_LABEL, Derived, check_codes, derived_from, forget, ignored_label, smallest_distance
 from .runtime.checks import check_index
 
 __all__ = ["Codebook", "grid_centroids", "kronecker_centroids", "smallest_distance"]
@@ -179,7 +180,7 @@ class Codebook(torch.nn.Module):
 
     Attributes:
         centroids: (K, C) buffer, fp32 or fp64.
-        ignored: () buffer, int64: the ignored label.
+        ignored: () buffer, float64: the ignored label. A whole number in a floating dtype survives averages of it with itself.
         ignore_index: the ignored label as an int; may be set.
         num_classes, channels: K and C.
         min_distance: smallest Euclidean distance between two codes (inf for K = 1).
@@ -196,13 +197,14 @@ class Codebook(torch.nn.Module):
         super().__init__()
         if not isinstance(centroids, Tensor):
             raise TypeError(f"centroids: wanted a (K, C) tensor; got {type(centroids).__name__}")
-        ignore_index = check_index("ignore_index", ignore_index)
+        ignore_index = _check_label(ignore_index)
         check_codes("centroids", centroids)
         dtype = torch.float64 if centroids.dtype == torch.float64 else torch.float32
         self.register_buffer("centroids", centroids.detach().to(dtype, copy=True).contiguous())
-        self.register_buffer("ignored", torch.tensor(ignore_index, device="cpu"))
+        self.register_buffer("ignored", torch.tensor(ignore_index, dtype=torch.float64, device="cpu"))
         # The values last seen: what a cast rounded, and a device without memory dropped, is taken from them.
         self._known: Derived | None = derived_from(self.centroids)
+        self._known.settled = True
         self._seen: tuple[int, int] | None = None
         self._known_label: int | None = ignore_index
         if 0 <= ignore_index < self.num_classes:
@@ -234,7 +236,8 @@ class Codebook(torch.nn.Module):
 
     @ignore_index.setter
     def ignore_index(self, value: int) -> None:
-        self.ignored = torch.tensor(check_index("ignore_index", value), device=self.ignored.device)
+        self.ignored = torch.tensor(_check_label(value), dtype=self.ignored.dtype, device=self.ignored.device)
+        self._known_label = int(value)
 
     @property
     def grid(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
@@ -255,10 +258,30 @@ class Codebook(torch.nn.Module):
         Raises:
             TypeError, ValueError: the buffers hold no codes any more, with what became of them.
         """
-        return self._values(), self.ignored
+        codes, ignored = self._values(), self.ignored
+        if not isinstance(ignored, Tensor) or (ignored.is_meta and not codes.is_meta):
+            came = "a meta tensor" if isinstance(ignored, Tensor) else type(ignored).__name__
+            raise ValueError(
+                f"codebook: wanted its ignored label to hold a value; got {came}. Load a whole state into the model, or set "
+                "codebook.ignore_index"
+            )
+        return codes, ignored
+
+    def refresh(self) -> None:
+        """Read the codes and the label again at the next call.
+
+        Needed on a GPU alone, after a write that PyTorch does not count: through `.data`, or by torch.distributed's broadcast,
+        scatter or all_reduce on the buffers themselves.
+        """
+        forget(self.centroids)
+        forget(self.ignored)
+        self._seen = None
 
     def _values(self) -> Tensor:
         codes = self.centroids
+        if not isinstance(codes, Tensor) or codes.layout != torch.strided:
+            came = codes.layout if isinstance(codes, Tensor) else type(codes).__name__
+            raise TypeError(f"codebook: wanted its centroids to be a dense tensor; got {came}")
         if (
             torch.compiler.is_compiling()
             or type(codes) is not Tensor
@@ -282,17 +305,31 @@ class Codebook(torch.nn.Module):
         """The known codes, where a cast that went around this module's own rule rounded them."""
         if self._known is None or not codes.is_floating_point() or not self._known.is_rounded(codes):
             _check_dtype(codes)
-        return self._known.codes_on(codes.device).clone()
+        return self._known.codes_on(codes.device)
 
     def _apply(self, fn, recurse=True):
-        before = self.centroids, self.ignored
         self._remember()
-        super()._apply(fn, recurse)
-        known = None if self._known is None else self._known.codes
-        label = None if self._known_label is None else torch.tensor(self._known_label, device="cpu")
-        self.centroids = _moved(before[0], self.centroids, known)
-        self.ignored = _moved(before[1], self.ignored, label)
+        before, label = self.centroids, self._buffers.pop("ignored")
+        try:
+            super()._apply(fn, recurse)
+            label = self._moved_label(label, fn)
+        finally:
+            self._buffers["ignored"] = label
+        self.centroids = _moved(before, self.centroids, None if self._known is None else self._known.codes)
         return self
+
+    def _moved_label(self, label: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        try:
+            new = fn(label)
+        except TypeError:
+            new = fn(label.float())  # the device has no float64
+        value = self._known_label
+        if new is label or type(new) is not Tensor or value is None or new.is_meta:
+            return new
+        dtype = torch.float32 if new.dtype == torch.float32 and abs(value) <= 2**24 else torch.float64
+        if new.dtype == dtype and new.item() == value:
+            return new
+        return torch.tensor(value, dtype=dtype, device=new.device)
 
     def _remember(self) -> None:
         """Take down the values, for after a move through a device that has none."""
@@ -307,31 +344,40 @@ class Codebook(torch.nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        place = prefix + "centroids"
+        saved = destination.get(place)
+        if isinstance(saved, Tensor) and saved.dtype not in (torch.float32, torch.float64):
+            # A cast around this module rounded the buffer; a file gets the codes.
+            destination[place] = self._full_precision(saved)
         # One codebook in two modules: file formats that refuse two names for one memory get a copy for the second name.
         for name in ("centroids", "ignored"):
-            own = destination[prefix + name]
+            own = destination.get(prefix + name)
             others = (v for key, v in destination.items() if key.endswith(f".{name}") and key != prefix + name)
-            if any(_same_memory(own, other) for other in others):
+            if isinstance(own, Tensor) and any(_same_memory(own, other) for other in others):
                 destination[prefix + name] = own.clone()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        saved = state_dict.get(prefix + "centroids")
-        if isinstance(saved, Tensor) and not saved.is_meta:
-            try:
-                check_codes(prefix + "centroids", saved)
-            except (TypeError, ValueError) as error:
-                error_msgs.append(str(error))
-                return
-            self._remember()
-            state_dict[prefix + "centroids"] = saved = self._full_precision(saved)
-            if saved.shape != self.centroids.shape or saved.dtype != self.centroids.dtype:
-                self.centroids = torch.empty_like(saved, device=self.centroids.device)
+        saved, label = state_dict.get(prefix + "centroids"), state_dict.get(prefix + "ignored")
+        self._remember()
+        try:
+            if isinstance(label, Tensor) and not label.is_meta:
+                ignored_label(label)
+            if isinstance(saved, Tensor) and not saved.is_meta:
+                check_codes("centroids", saved)
+                state_dict[prefix + "centroids"] = saved = self._full_precision(saved)
+                if saved.shape != self.centroids.shape or saved.dtype != self.centroids.dtype:
+                    self.centroids = torch.empty_like(saved, device=self.centroids.device)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(f"{prefix}{error}")
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._remember()
+        if self._known is not None:
+            self._known.settled = True
 
     def _full_precision(self, saved: Tensor) -> Tensor:
         """Saved codes in fp32 or fp64: this codebook's own where the saved ones are those, rounded."""
@@ -375,6 +421,13 @@ class Codebook(torch.nn.Module):
         return f"{sizes}, ignore_index={self.ignore_index}, min_distance={self.min_distance:.4g}"
 
 
+def _check_label(ignore_index: int) -> int:
+    number = check_index("ignore_index", ignore_index)
+    if abs(number) > LARGEST_LABEL:
+        raise ValueError(f"ignore_index: wanted at most 2**53 from 0; got {number}")
+    return number
+
+
 def _check_dtype(codes: Tensor) -> None:
     if codes.dtype not in (torch.float32, torch.float64):
         raise TypeError(
@@ -385,7 +438,7 @@ def _check_dtype(codes: Tensor) -> None:
 
 def _moved(old: Tensor, new: Tensor, known: Tensor | None) -> Tensor:
     """`new`, which a framework made from the buffer `old`: of the dtype and with the values it had, or the known ones."""
-    if new is old:
+    if new is old or type(new) is not Tensor:
         return new
     if new.is_meta:
         return new.to(old.dtype)

@@ -2,7 +2,7 @@
 
 Frameworks fill, cast, average, broadcast and offload the tensors of a module. Derived values that lie among them would be
 changed too, or be left behind. So they are kept here, outside of every module, and found by the values of the codes:
-`derived_from` compares the codes with those it knows at every call. On a CPU that costs about a microsecond for 150 codes.
+`derived_from` compares the codes with those it knows at every call. On a CPU that costs a few microseconds for 150 codes.
 Elsewhere the values are read once for each version of a tensor, as reading them waits for the device.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -18,7 +19,16 @@ from torch import Tensor
 
 from .decode_grid import DecodeGrid, build_decode_grid
 
-__all__ = ["Derived", "check_codes", "derived_from", "ignored_label", "smallest_distance"]
+__all__ = [
+    "LARGEST_LABEL",
+    "NO_GRID",
+    "Derived",
+    "check_codes",
+    "derived_from",
+    "forget",
+    "ignored_label",
+    "smallest_distance",
+]
 
 #: Codes whose derived values stay although no codebook holds them.
 _KEPT = 8
@@ -54,6 +64,13 @@ def _rows_with_close_neighbours(mu: Tensor) -> Tensor:
     return close[:4096]
 
 
+#: In place of a decode grid: cells, records, groups, low, scale.
+NO_GRID = (None, None, None, 0.0, 0.0)
+#: Decodes of codes that appeared in a buffer by themselves, before their grid is built: an average may change them at each step,
+#: and building takes as long as many searches without one.
+_USES_WITHOUT_GRID = 2
+
+
 class Derived:
     """What follows from one set of codes. Each value is computed when it is first asked for.
 
@@ -67,14 +84,17 @@ class Derived:
     def __init__(self, codes: Tensor):
         self.codes = codes
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
-        self._copies: dict[torch.device, Tensor] = {}
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        #: Whether these codes are here to stay, so that building their decode grid pays.
+        self.settled = False
+        self._uses = 0
 
     # Immutable, so a copy of a module shares it.
     def __deepcopy__(self, memo) -> Derived:
         return self
 
     def __reduce__(self):
-        return derived_from, (self.codes,)
+        return _known_again, (self.codes,)
 
     @functools.cached_property
     def min_distance(self) -> float:
@@ -94,22 +114,28 @@ class Derived:
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             return build_decode_grid(self.codes.float())
 
-    def codes_on(self, device: torch.device) -> Tensor:
-        """The codes on a device."""
-        if device not in self._copies:
+    def codes_on(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of the codes on a device, the same one at each call; `dtype` other than that of the codes casts it."""
+        key = device, dtype or self.codes.dtype
+        if key not in self._copies:
             with torch.inference_mode(False):
-                self._copies[device] = self.codes.to(device)
-        return self._copies[device]
+                self._copies[key] = self.codes.to(device, key[1], copy=True)
+        return self._copies[key]
 
     def is_rounded(self, codes: Tensor) -> bool:
         """Whether `codes`, of any dtype and device, are these codes cast to that dtype."""
         return torch.equal(self.codes.to(codes.dtype), _on_cpu(codes))
 
+    def pays_for_grid(self) -> bool:
+        """Whether a decode should use the grid, building it where it is not there yet. Counts the decodes."""
+        self._uses += 1
+        return self.settled or self._uses > _USES_WITHOUT_GRID
+
     def tables(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
         """The decode grid on a device as kernels take it: cells, records, groups, low, scale; None and 0 without a grid."""
         grid = self.grid
         if grid is None:
-            return None, None, None, 0.0, 0.0
+            return NO_GRID
         if device not in self._tables:
             with torch.inference_mode(False):
                 self._tables[device] = tuple(v.to(device) for v in (grid.cells, grid.records, grid.groups))
@@ -124,6 +150,8 @@ def check_codes(name: str, codes: Tensor) -> None:
     """
     if codes.ndim != 2 or not 1 <= codes.shape[0] <= 65536 or codes.shape[1] < 1:
         raise ValueError(f"{name}: wanted shape (K, C) with 1 <= K <= 65536; got {tuple(codes.shape)}")
+    if codes.layout != torch.strided:
+        raise TypeError(f"{name}: wanted a dense tensor; got layout {codes.layout}; call .to_dense()")
     if not codes.is_floating_point():
         raise TypeError(f"{name}: wanted a floating dtype; got {codes.dtype}")
     if codes.is_meta:
@@ -132,6 +160,11 @@ def check_codes(name: str, codes: Tensor) -> None:
         raise ValueError(f"{name}: wanted finite values; got NaN or infinity")
 
 
+#: The largest whole number that the ignored label may be: float64 holds all of them up to it.
+LARGEST_LABEL = 2**53
+_WHOLE_UP_TO = {torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8}
+
+_lock = threading.Lock()
 _recent: list[Derived] = []
 _alive: weakref.WeakSet[Derived] = weakref.WeakSet()
 _on_devices: dict[tuple, tuple[Tensor, int, object]] = {}
@@ -164,30 +197,56 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _whole_number(ignored: Tensor) -> int:
+    if ignored.numel() != 1 or ignored.is_complex() or ignored.is_meta:
+        what = "a meta tensor" if ignored.is_meta else f"shape {tuple(ignored.shape)} of {ignored.dtype}"
+        raise ValueError(f"ignored: wanted the codebook's ignored label, one whole number; got {what}")
     value = ignored.item()
-    if value != value or value != int(value):
+    # An average of a label with itself is off by rounding.
+    if not abs(value) <= LARGEST_LABEL or abs(value - round(value)) > 1e-3:
         raise ValueError(f"ignored: wanted the codebook's ignored label, a whole number; got {value}")
-    return int(value)
+    exact = _WHOLE_UP_TO.get(ignored.dtype)
+    if exact and abs(value) > exact:
+        raise ValueError(
+            f"ignored: wanted the codebook's ignored label in a dtype that holds it; got {value:g} in {ignored.dtype}, which "
+            f"rounds whole numbers above {exact}. Load it again into a float64 or int64 buffer"
+        )
+    return round(value)
 
 
 def _of_values(codes: Tensor) -> Derived:
     codes = codes.detach()
-    for place, known in enumerate(_recent):
+    for place, known in enumerate(tuple(_recent)):
         if known.codes.dtype == codes.dtype and torch.equal(known.codes, codes):
-            if place:
-                _recent.insert(0, _recent.pop(place))
-            return known
-    for known in list(_alive):
-        if known.codes.dtype == codes.dtype and torch.equal(known.codes, codes):
-            break
-    else:
-        check_codes("centroids", codes)
-        with torch.inference_mode(False):
-            known = Derived(codes.clone(memory_format=torch.contiguous_format))
-        _alive.add(known)
-    _recent.insert(0, known)
-    del _recent[_KEPT:]
+            return known if place == 0 else _to_front(known)
+    with _lock:
+        for known in _alive:
+            if known.codes.dtype == codes.dtype and torch.equal(known.codes, codes):
+                break
+        else:
+            check_codes("centroids", codes)
+            with torch.inference_mode(False):
+                known = Derived(codes.clone(memory_format=torch.contiguous_format))
+            _alive.add(known)
+    return _to_front(known)
+
+
+def _to_front(known: Derived) -> Derived:
+    with _lock:
+        _recent[:] = [known, *(other for other in _recent if other is not known)][:_KEPT]
     return known
+
+
+def _known_again(codes: Tensor) -> Derived | None:
+    """What a pickle holds of codes; nothing where it is read without memory."""
+    return None if codes.is_meta else derived_from(codes)
+
+
+def forget(tensor: Tensor) -> None:
+    """Read this tensor's values again at the next call, although its version is the one that was read."""
+    if tensor.device.type != "cpu":
+        with _lock:
+            for key in [key for key in _on_devices if key[2] == tensor.data_ptr()]:
+                del _on_devices[key]
 
 
 def _once_per_version(tensor: Tensor, read: Callable[[Tensor], object]):
@@ -200,8 +259,9 @@ def _once_per_version(tensor: Tensor, read: Callable[[Tensor], object]):
         return found[2]
     version = tensor._version
     value = read(tensor.detach().cpu())
-    _on_devices.pop(key, None)
-    _on_devices[key] = tensor.detach(), version, value
-    while len(_on_devices) > _KEPT_ON_DEVICES:
-        _on_devices.pop(next(iter(_on_devices)))
+    with _lock:
+        _on_devices.pop(key, None)
+        _on_devices[key] = tensor.detach(), version, value
+        while len(_on_devices) > _KEPT_ON_DEVICES:
+            _on_devices.pop(next(iter(_on_devices)))
     return value

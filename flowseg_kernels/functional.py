@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  registers torch.ops.flowseg
 from .codes import Codebook
-from .derived import ignored_label
+from .derived import derived_from, ignored_label
 from .ops.common import compute_dtype, valid_mask
 from .ops.common import encode_labels as _encode_valid
 from .ops.distance_correction.reference import TRANSFORMS
@@ -23,6 +23,7 @@ from .runtime.checks import (
     FLOAT_DTYPES,
     LABEL_DTYPES,
     check_choice,
+    check_code_values,
     check_device,
     check_image,
     check_index,
@@ -48,10 +49,8 @@ __all__ = [
 _IGNORE_INDEX = 255
 
 
-def _codes(
-    centroids: Tensor | Codebook, like: tuple[str, Tensor], name: str = "centroids"
-) -> tuple[Tensor, Tensor | None]:
-    """(K, C) centroids in the compute dtype of the image `like`, and the ignored label of a codebook."""
+def _checked_codes(centroids: Tensor | Codebook, like: tuple[str, Tensor], name: str) -> tuple[Tensor, Tensor | None]:
+    """(K, C) centroids on the device of the tensor `like`, and the ignored label of a codebook."""
     mu, ignored = centroids() if isinstance(centroids, Codebook) else (centroids, None)
     check_tensor(name, mu, FLOAT_DTYPES, "(K, C), or a Codebook", 2)
     if mu.shape[0] < 1:
@@ -61,7 +60,19 @@ def _codes(
             f"{name}: wanted fixed codes, no op is differentiable in them; got a tensor that requires grad"
         )
     check_device(name, mu, like)
-    return mu.to(compute_dtype(like[1].dtype)).contiguous(), ignored
+    return mu, ignored
+
+
+def _codes(
+    centroids: Tensor | Codebook, like: tuple[str, Tensor], name: str = "centroids"
+) -> tuple[Tensor, Tensor | None]:
+    """Centroids in the compute dtype of the image `like`, and the ignored label of a codebook."""
+    mu, ignored = _checked_codes(centroids, like, name)
+    dtype = compute_dtype(like[1].dtype)
+    if mu.dtype != dtype and ignored is not None and mu.device.type != "cpu" and not torch.compiler.is_compiling():
+        # The same tensor at each call: the values of a new one would be read back, which waits for the device.
+        mu = derived_from(mu).codes_on(mu.device, dtype)
+    return mu.to(dtype).contiguous(), ignored
 
 
 def _label(ignore_index: int | None, ignored: Tensor | None, classes: int) -> tuple[Tensor | None, int]:
@@ -99,9 +110,9 @@ def encode_labels(labels: Tensor, codebook: Tensor | Codebook, *, ignore_index: 
         ValueError: for a CPU label outside [0, K) that is not ignore_index.
     """
     check_tensor("labels", labels, LABEL_DTYPES, "(B, H, W)", 3)
-    mu, ignored = _codes(codebook, ("labels", labels))
-    if isinstance(codebook, Codebook):
-        mu, _ = codebook()
+    mu, ignored = _checked_codes(codebook, ("labels", labels), "codebook")
+    mu = mu.to(compute_dtype(mu.dtype))
+    check_code_values(mu)
     ignored, number = _label(ignore_index, ignored, mu.shape[0])
     if ignored is not None:
         # A compiled graph keeps the tensor, whose value may change.
@@ -267,12 +278,12 @@ def flow_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("transform", transform, TRANSFORMS)
     check_no_forward_mode("flow_loss", prediction, source, t)
+    if isinstance(correction_weight, Tensor) or correction_weight != 0:
+        # Vanilla flow matching has no use for eps, so bare centroids need not give one.
+        _check_eps(eps, centroids)
     (correction_weight, temperature, eps, max_norm, t_min), numbers = pack(
         correction_weight=correction_weight, temperature=temperature, eps=eps, max_norm=max_norm, t_min=t_min
     )
-    if numbers is not None or correction_weight:
-        # Vanilla flow matching has no use for eps, so bare centroids need not give one.
-        _check_eps(eps, centroids)
     loss, _, _ = call(
         "flow_loss",
         prediction,

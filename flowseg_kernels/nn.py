@@ -38,7 +38,8 @@ class FlowLoss(nn.Module):
     def __init__(self, codebook: Codebook, **options):
         super().__init__()
         self.codebook = codebook
-        self.options = options
+        # Compiled code takes Python's numbers and tensors, not NumPy's.
+        self.options = {k: v.item() if type(v).__module__ == "numpy" and not v.ndim else v for k, v in options.items()}
 
     def forward(self, prediction: Tensor, source: Tensor, labels: Tensor, t: Tensor) -> Tensor:
         """The loss; shapes as in functional.flow_loss."""

@@ -8,11 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..derived import derived_from, ignored_label
+from ..derived import NO_GRID, derived_from, ignored_label
 
 __all__ = ["eps_of", "grid_of", "label_of"]
-
-_NO_GRID = (None, None, None, 0.0, 0.0)
 
 
 def label_of(ignored: Tensor | None, ignore_index: int) -> int:
@@ -30,5 +28,6 @@ def grid_of(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
     """The decode grid of these codes (cells, records, groups, low, scale) on the device of x, where kernels can use one."""
     if not wanted or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
-        return _NO_GRID
-    return derived_from(centroids).tables(x.device)
+        return NO_GRID
+    derived = derived_from(centroids)
+    return derived.tables(x.device) if derived.pays_for_grid() else NO_GRID

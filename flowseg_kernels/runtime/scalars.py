@@ -7,6 +7,9 @@ neither stale nor a reason to compile anew.
 
 from __future__ import annotations
 
+from math import inf
+from types import NoneType
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,14 @@ def pack(**values: float | Tensor | None) -> tuple[list[float | None], Tensor | 
     Raises:
         TypeError, ValueError: naming the argument, for what is no number, out of range or wants a gradient.
     """
+    if not torch.compiler.is_compiling() and all(type(v) in (float, int, NoneType) for v in values.values()):
+        # The usual call, which must not take long.
+        for name, value in values.items():
+            if value is None:
+                _check_kind(name, value)
+            elif not (0 < value < inf or (value == 0 and name == "correction_weight")):
+                check({name: value})
+        return [_as_float(name, v) for name, v in values.items()], None
     for name, value in values.items():
         _check_kind(name, value)
     if torch.compiler.is_compiling():
@@ -37,7 +48,7 @@ def pack(**values: float | Tensor | None) -> tuple[list[float | None], Tensor | 
         one = torch.ones((), dtype=torch.float64, device="cpu")
         numbers = torch.stack([v.to("cpu", torch.float64) if isinstance(v, Tensor) else one * v for v in present])
         return [None if v is None else 1.0 for v in values.values()], numbers
-    floats = [None if v is None else float(v) for v in values.values()]
+    floats = [_as_float(name, v) for name, v in values.items()]
     check(dict(zip(values, floats)))
     return floats, None
 
@@ -53,6 +64,13 @@ def unpack(names: tuple[str, ...], values: list[float | None], numbers: Tensor |
     found = [None if value is None else number for value, number in zip(values, numbers.tolist())]
     check(dict(zip(names, found)))
     return found
+
+
+def _as_float(name: str, value: object) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: wanted a finite number; got one beyond the range of float64") from None
 
 
 def check(values: dict[str, float | None]) -> None:
@@ -80,7 +98,12 @@ def _check_kind(name: str, value: object) -> None:
                 f"{name}: wanted a number that needs no gradient, as no op is differentiable in it; got a tensor that requires "
                 "grad; call .detach()"
             )
-    elif not isinstance(value, (int, float)) and not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+    elif not isinstance(value, (int, float)) and (
+        not hasattr(value, "__float__")
+        or getattr(value, "ndim", 0)
+        or isinstance(value, complex)
+        or "complex" in str(type(value))
+    ):
         raise TypeError(f"{name}: wanted a number{' or None' if optional else ''}; got {type(value).__name__}")
 
 

@@ -185,7 +185,8 @@ void scale(const Scale& a, int64_t chunk) {
 template <class S, class Int>
 void store_labels(const Int* FLOWSEG_RESTRICT from, void* to, int64_t offset, int length, int64_t ignore) {
   S* FLOWSEG_RESTRICT out = static_cast<S*>(to) + offset;
-  for (int i = 0; i < length; ++i) out[i] = static_cast<S>(from[i] < 0 ? static_cast<Int>(ignore) : from[i]);
+  const S unknown = static_cast<S>(ignore);
+  for (int i = 0; i < length; ++i) out[i] = from[i] < 0 ? unknown : static_cast<S>(from[i]);
 }
 
 void decode(const Decode& a, int64_t chunk) {

@@ -258,12 +258,47 @@ def test_a_cast_around_the_module_loses_nothing(dtype):
     check(model, OTHER)
 
 
+def ema_of_everything(decay):
+    """AveragedModel with a decay: it averages whole numbers too, and cuts them off."""
+
+    def through(model, tmp_path):
+        from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+        mean = AveragedModel(model, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        for _ in range(30):
+            mean.update_parameters(model)
+        return mean.module
+
+    return through
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.95, 0.999, 0.9999])
+@pytest.mark.parametrize("label", [254, -7, 21, 1000, 65535])
+def test_averages_leave_the_ignored_label(decay, label):
+    mean = ema_of_everything(decay)(make(ignore=label), None)
+    check(mean, mean.decode.codebook.centroids, label)
+    assert torch.equal(mean.decode.codebook.centroids, CODES)
+
+
+def test_codes_that_change_at_each_step_are_searched_and_then_get_their_grid():
+    book = make().decode.codebook
+    for _ in range(3):
+        book.centroids.data.mul_(0.99)
+        for _ in range(5):
+            assert torch.equal(book.decode(points()), fk.nearest_centroid(points(), book.centroids))
+
+
 GARBAGE = {
     "NaN": lambda b: b.fill_(torch.nan) if b.is_floating_point() else b.fill_(3),
     "infinity": lambda b: b[0].fill_(torch.inf) if b.ndim else b,
     "integers": lambda b: setattr(b, "data", b.long()) if b.ndim else b,
     "other codes in bfloat16": lambda b: setattr(b, "data", OTHER.bfloat16()) if b.ndim else b,
-    "a fraction for the label": lambda b: b if b.ndim else setattr(b, "data", torch.tensor(0.5)),
+    "a fraction for the label": lambda b: b if b.ndim else b.fill_(0.5),
+    "infinity for the label": lambda b: b if b.ndim else b.fill_(torch.inf),
+    "a vector for the label": lambda b: b if b.ndim else setattr(b, "data", torch.tensor([1.0, 2.0])),
+    "nothing for the label": lambda b: b if b.ndim else setattr(b, "data", torch.zeros(0)),
+    "a complex label": lambda b: b if b.ndim else setattr(b, "data", torch.tensor(1j)),
+    "a label beyond bfloat16": lambda b: b if b.ndim else setattr(b, "data", torch.tensor(300.0).bfloat16()),
     "a vector for the codes": lambda b: setattr(b, "data", b.flatten()) if b.ndim else b,
     "no codes": lambda b: setattr(b, "data", b[:0]) if b.ndim else b,
 }
@@ -294,6 +329,72 @@ def test_tensors_that_hold_nothing_are_named():
     book.centroids = book.centroids.to("meta")
     with pytest.raises(ValueError, match="codebook: wanted its centroids to hold values; got a meta tensor"):
         book.decode(points())
+    for value in (torch.tensor(0.0, device="meta"), None):
+        book = make().decode.codebook
+        book.ignored = value
+        for call in (book.decode, torch.compile(book.decode, backend="eager", fullgraph=True)):
+            with pytest.raises(Exception, match="codebook: wanted its ignored label to hold a value"):
+                call(points())
+    book.centroids = None
+    with pytest.raises(TypeError, match="codebook: wanted its centroids to be a dense tensor; got NoneType"):
+        book.decode(points())
+
+
+@pytest.mark.parametrize("label", [2**31 + 5, 2**40, -(2**33), 2**53])
+def test_a_label_of_more_than_32_bits(backend, label):
+    assert fk.Codebook(CODES, ignore_index=label).decode(NAN).item() == label
+
+
+def test_a_label_that_no_buffer_holds_is_refused():
+    with pytest.raises(ValueError, match=r"ignore_index: wanted at most 2\*\*53 from 0"):
+        fk.Codebook(CODES, ignore_index=2**63)
+
+
+@pytest.mark.parametrize("value", [0.5, torch.nan, 1e300])
+def test_a_label_in_a_file_that_is_no_whole_number_is_refused(value):
+    model, state = make(), make().state_dict()
+    state["decode.codebook.ignored"] = torch.tensor(value, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"ignored: wanted the codebook's ignored label, a whole number"):
+        model.load_state_dict(state)
+    check(model, CODES)
+
+
+def test_states_of_the_earlier_form_load():
+    """The label as int64."""
+    state = make(OTHER, -7).state_dict()
+    state = {k: v.long() if k.endswith("ignored") else v for k, v in state.items()}
+    for assign in (False, True):
+        model = make()
+        model.load_state_dict(state, assign=assign)
+        check(model, OTHER, -7)
+
+
+def test_a_cast_buffer_is_saved_with_its_exact_codes():
+    model = make()
+    model.decode.codebook.centroids.data = CODES.bfloat16()
+    assert torch.equal(model.state_dict()["decode.codebook.centroids"], CODES)
+
+
+def test_threads_with_codes_of_their_own():
+    import concurrent.futures
+
+    def work(seed):
+        codes = torch.rand(9, 3, generator=torch.Generator().manual_seed(seed))
+        book = fk.Codebook(codes)
+        for step in range(12):
+            book.centroids.mul_(0.9)
+            want = fk.nearest_centroid(points(), book.centroids)
+            assert torch.equal(book.decode(points()), want), step
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(12)))
+
+
+def test_a_whole_model_is_read_without_memory(tmp_path):
+    torch.save(make(), tmp_path / "model.pt")
+    model = torch.load(tmp_path / "model.pt", map_location="meta", weights_only=False)
+    model.to_empty(device="cpu").load_state_dict(make().state_dict())
+    check(model, CODES)
 
 
 def test_a_state_that_is_no_codebook_is_refused_and_nothing_changes():
@@ -389,7 +490,7 @@ def test_values_elsewhere_are_read_once_for_each_version():
 
 def run_rank(rank, meeting):
     """The second process made other codes and another label: broadcasts give it the first one's."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, StateDictType
 
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     own = make() if rank == 0 else make(OTHER, -7)
@@ -406,6 +507,9 @@ def run_rank(rank, meeting):
     wrapped(points())
     assert own.decode.codebook.centroids.dtype == torch.bfloat16
     assert torch.equal(own.decode(points()), fk.nearest_centroid(points(), OTHER))
+    with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT):
+        (saved,) = (v for k, v in wrapped.state_dict().items() if k.endswith("centroids"))
+    assert torch.equal(saved, OTHER)
     dist.destroy_process_group()
 
 

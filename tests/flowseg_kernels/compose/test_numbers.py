@@ -91,6 +91,10 @@ def test_every_kind_of_number_is_a_number(backend, kind, codes19):
         (torch.tensor(-1.0), ValueError, "wanted a finite number"),
         (torch.tensor(torch.nan), ValueError, "wanted a finite number"),
         (float("inf"), ValueError, "wanted a finite number"),
+        (10**400, ValueError, "wanted a finite number"),
+        (np.array([0.5]), TypeError, "wanted a number"),
+        (1j, TypeError, "wanted a number"),
+        (np.complex64(1), TypeError, "wanted a number"),
     ],
 )
 def test_what_is_no_number_is_named(name, value, error, words, codes19):
@@ -118,6 +122,22 @@ def test_modules_take_tensors_for_schedules(codes19):
         weight.fill_(value)
         want = fk.flow_loss(x, source, labels, t, codes19, correction_weight=value)
         assert torch.equal(module(x, source, labels, t), want)
+
+
+def test_vanilla_flow_matching_compiles_with_bare_codes(codes19):
+    x, source, labels, t = inputs(codes19)
+
+    def loss(x):
+        return fk.flow_loss(x, source, labels, t, codes19.centroids, correction_weight=0.0)
+
+    assert torch.equal(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), loss(x))
+
+
+def test_a_module_with_a_number_of_numpy_compiles(codes19):
+    x, source, labels, t = inputs(codes19)
+    module = fk.FlowLoss(codes19, correction_weight=np.float64(0.3))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, source, labels, t), module(x, source, labels, t))
 
 
 def test_whole_numbers_of_numpy(backend, codes19):
