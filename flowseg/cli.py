@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shlex
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from enum import Enum
@@ -283,12 +285,11 @@ def evaluate(
         )
     if not state.is_main_process:
         return
+    unwritten = None
     if json_file:
         facts = scores.summary(data.labels.classes)
         facts |= {"split": split.value, "checkpoint": checkpoint, "sample": settings.sample.model_dump()}
-        temporary = json_file.with_name(f".{json_file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, json_file)
+        unwritten = _write_whole(json_file, json.dumps(facts, indent=1) + "\n")
     table = Table("class", "IoU %", title=printable(f"{run} on {split.value} ({scores.images} images)"))
     for name, value in zip(data.labels.classes, scores.iou):
         table.add_row(printable(name), "absent" if value is None else f"{value:.2f}")
@@ -296,6 +297,8 @@ def evaluate(
     table.add_row("mIoU", f"{scores.miou:.2f}")
     table.add_row("pixel accuracy", f"{scores.pixel_accuracy:.2f}")
     make_console(stderr=False).print(table)
+    if unwritten:
+        raise UserError(f"--json {json_file}: cannot be written ({unwritten}); the scores are in the table above")
 
 
 @app.command()
@@ -433,6 +436,19 @@ def _check_folder(out: Path) -> None:
         raise UserError(f"--out {out}: is a file; give a folder")
 
 
+def _write_whole(file: Path, text: str) -> str | None:
+    """Write a file all at once. Returns why that failed, in which case the file is as it was, or None."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        return error.strerror or str(error)
+    return None
+
+
 def _make_place(option: str, file: Path) -> None:
     """The folder of a file that will be written when the work is done.
 
@@ -445,8 +461,13 @@ def _make_place(option: str, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option} {file}: its folder cannot be made ({error.strerror})") from None
-    if not os.access(file.parent, os.W_OK):
-        raise UserError(f"{option} {file}: {file.parent} cannot be written to; give another place")
+    try:
+        # Rights alone do not tell: root has them all, and some file systems take no file.
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise UserError(
+            f"{option} {file}: {file.parent} cannot be written to ({error.strerror}); give another place"
+        ) from None
 
 
 def _absolute(path: Path | None) -> str | None:

@@ -1,9 +1,11 @@
-"""Keep freed memory in the process while training on a CPU."""
+"""Memory of a process: keeping what is freed while training on a CPU, and recognising that there is none left."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+
+import torch
 
 # Parameter numbers of mallopt(3) in glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -22,3 +24,9 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out; on a CPU PyTorch raises a RuntimeError for it."""
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error).lower() for w in words)

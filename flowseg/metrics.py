@@ -12,6 +12,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from flowseg.errors import UserError
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, without one that a killed process left unfinished.
@@ -55,8 +57,13 @@ def open_metrics(path: Path, accelerator: Accelerator) -> Iterator[Callable[...,
     with path.open("a", encoding="utf-8") as file:
 
         def log(**fields: Any) -> None:
-            file.write(json.dumps(fields) + "\n")
-            file.flush()
+            try:
+                file.write(json.dumps(fields) + "\n")
+                file.flush()
+            except OSError as error:
+                raise UserError(
+                    f"{path}: cannot be written ({error.strerror}); free disk space, then --resume"
+                ) from None
             log_to_trackers(accelerator, fields)
 
         yield log

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from flowseg.data.files import IMAGE_SUFFIXES, by_suffix, list_files, name_left_out
 from flowseg.data.pictures import Reading, read_picture, turn_back
 from flowseg.errors import DataWarning, UserError
+from flowseg.memory import is_out_of_memory
 from flowseg.segment import Segmenter
 
 OUTPUTS = ("mask", "overlay", "margin")
@@ -49,7 +49,7 @@ def find_inputs(inputs: Sequence[str]) -> list[Input]:
     Raises:
         UserError: an input that matches nothing.
     """
-    found: dict[Path, Input] = {}
+    found: dict[str, Input] = {}
     own: list[Path] = []
     for text in inputs:
         path = Path(text)
@@ -69,7 +69,7 @@ def find_inputs(inputs: Sequence[str]) -> list[Input]:
             if is_own_output(match.path):
                 own.append(match.path)
             else:
-                found.setdefault(match.path, match)
+                found.setdefault(os.path.abspath(match.path), match)
     if own:
         said = f"files with names that predictions have, such as {own[0]}"
         if not found:
@@ -118,7 +118,9 @@ def predict(
                 target = out / name.with_name(f"{name.name}.{kind}.png")
                 _write(picture, target)
                 result.written.append(target)
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             reason = "does not fit into memory; segment it in windows, with --set sample.window=slide"
             result.failed.append((one.path, f"{one.path}: {reason}"))
         except (UserError, OSError, ValueError) as error:
@@ -135,31 +137,38 @@ def output_names(inputs: Sequence[Input]) -> list[Path]:
     apart: with their folder's name in front (``FOLDER_STEM``), with their suffix (``STEM.jpg``), with both, with the
     names of two folders, of three, a number.
     """
-    groups: dict[Path, list[int]] = {}
+    # Disks of some systems do not tell capitals from small letters.
+    groups: dict[str, list[int]] = {}
     for index, one in enumerate(inputs):
-        groups.setdefault(one.place / one.path.stem, []).append(index)
-    names: dict[int, Path] = {same[0]: name for name, same in groups.items() if len(same) == 1}
-    taken = set(names.values())
+        groups.setdefault(_folded(one.place / one.path.stem), []).append(index)
+    alone = [same[0] for same in groups.values() if len(same) == 1]
+    names: dict[int, Path] = {index: inputs[index].place / inputs[index].path.stem for index in alone}
+    taken = set(map(_folded, names.values()))
     for same in groups.values():
         if len(same) > 1:
             chosen = _distinct([inputs[index] for index in same], taken)
             names.update(zip(same, chosen))
-            taken.update(chosen)
+            taken.update(map(_folded, chosen))
     return [names[index] for index in range(len(inputs))]
 
 
-def _distinct(inputs: Sequence[Input], taken: set[Path]) -> list[Path]:
+def _folded(name: Path) -> str:
+    return str(name).casefold()
+
+
+def _distinct(inputs: Sequence[Input], taken: set[str]) -> list[Path]:
     def named(one: Input, folders: int, suffix: bool) -> str:
         parents = one.path.absolute().parts[1:-1]
         return "_".join([*parents[len(parents) - folders :], one.path.name if suffix else one.path.stem])
 
     for folders, suffix in ((1, False), (0, True), (1, True), (2, False), (2, True), (3, False), (3, True)):
         names = [one.place / named(one, folders, suffix) for one in inputs]
-        if len(set(names)) == len(names) and not taken.intersection(names):
+        folded = set(map(_folded, names))
+        if len(folded) == len(names) and not taken.intersection(folded):
             return names
     names, number = [], 0
     for one in inputs:
-        while (name := one.place / f"{one.path.name}-{number}") in taken:
+        while _folded(name := one.place / f"{one.path.name}-{number}") in taken:
             number += 1
         names.append(name)
         number += 1

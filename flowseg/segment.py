@@ -246,7 +246,7 @@ class Segmenter:
                     left, right = image.width - right, image.width - left
                 pixels = to_tensor(image.crop((left, rows.start, right, min(rows.stop, image.height))))
                 batch.append(pad_to(pixels.flip(-1) if mirrored else pixels, *window))
-            # Where an image is smaller than a window, the padding is cut off.
+            # The padding of an image smaller than a window is cut off.
             for (rows, columns), field in zip(some, self.sample(torch.stack(batch))):
                 yield (rows, columns), field[:, : image.height - rows.start, : image.width - columns.start]
 

@@ -124,7 +124,7 @@ def folder_name(arm: str) -> str:
 
 
 def folder_names(arms: Iterable[str]) -> dict[str, str]:
-    """Folder of each arm; of several names that would share one, the later ones get a number behind it."""
+    """Folder of each arm; of several names that would share one, the later ones get letters and digits of their own behind it."""
     folders: dict[str, str] = {}
     for arm in arms:
         name = folder_name(arm)

@@ -42,7 +42,7 @@ from flowseg.data import open_data, resolve_labels, training_batches
 from flowseg.data.label_table import tell_labels
 from flowseg.errors import PeerError, UserError
 from flowseg.evaluate import Scores, chosen_indices, evaluate
-from flowseg.memory import keep_freed_memory
+from flowseg.memory import is_out_of_memory, keep_freed_memory
 from flowseg.metrics import log_to_trackers, open_metrics, read_metrics, truncate_metrics
 from flowseg.model import FlowSegModel, build_model, load_pixnerd
 from flowseg.model.sizes import check_sizes
@@ -248,7 +248,7 @@ class _Training:
             if resume:
                 truncate_metrics(metrics, step=self.state.step, validated=self.state.validated)
             else:
-                # What a run that never came to a checkpoint left; it is not this run's.
+                # A run that never came to a checkpoint left these; they are not this run's.
                 for name in ("metrics.jsonl", "best.safetensors"):
                     (out / name).unlink(missing_ok=True)
         if config.train.trackers:
@@ -264,32 +264,50 @@ class _Training:
     def run(self) -> TrainResult:
         """Train until the steps, the time or a signal end it; save; validate."""
         config, state, result = self.config.train, self.state, self.result
+        # Whether weights are of a step that the state does not count yet.
+        self.updating = False
         with (
             open_metrics(self.out / "metrics.jsonl", self.accelerator) as self.log,
             stop_on_signal() as self.stop,
             training_view(self.console, self.title, config.steps, lambda: state.step) as self.view,
         ):
             self.model.train()
-            if self._validation_due() and state.validated < state.step:
-                self._validate_unless_stopped()
-            while state.step < config.steps and self._step():
-                # Alone, a signal is seen at once; of several processes each waits for the others to see it.
-                if self.stop and self.peers.world == 1:
-                    result.stopped_by = self.stop[0]
-                    break
-                if state.step % config.checkpoint_every == 0:
-                    self.save()
-                if self._validation_due():
-                    self.save(passing=True)
-                    self._validate_unless_stopped()
-            self.save()
-            if not isinstance(result.stopped_by, int) and not self._validate_unless_stopped():
-                result.stopped_by = self.stop[0]
+            try:
+                self._train_to_the_end()
+            except Exception:
+                self._keep_steps()
+                raise
             self.view.ended(str(result.stopped_by) if isinstance(result.stopped_by, str) else "a signal")
         self.accelerator.wait_for_everyone()
         if config.trackers:
             self.accelerator.end_training()
         return result
+
+    def _train_to_the_end(self) -> None:
+        config, state, result = self.config.train, self.state, self.result
+        if self._validation_due() and state.validated < state.step:
+            self._validate_unless_stopped()
+        while state.step < config.steps and self._step():
+            # Alone, a signal is seen at once; of several processes each waits for the others to see it.
+            if self.stop and self.peers.world == 1:
+                result.stopped_by = self.stop[0]
+                break
+            if state.step % config.checkpoint_every == 0:
+                self.save()
+            if self._validation_due():
+                self.save(passing=True)
+                self._validate_unless_stopped()
+        self.save()
+        if not isinstance(result.stopped_by, int) and not self._validate_unless_stopped():
+            result.stopped_by = self.stop[0]
+
+    def _keep_steps(self) -> None:
+        """Save after an error of any kind. Several processes would wait for each other, so they keep their last checkpoint."""
+        if self.peers.world > 1 or self.updating or self.state.step <= max(self.saved, 0):
+            return
+        with contextlib.suppress(Exception):
+            self.save()
+            say(self.console, self._how_to_go_on())
 
     def _validation_due(self) -> bool:
         """Whether a validation belongs to this step; the one at the end of the run is not meant."""
@@ -319,11 +337,13 @@ class _Training:
             group["lr"] = rate
         step, total, aligned = self._backward(batch, valid)
         norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.grad_clip))
+        self.updating = True
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.bare_model, state.step)
         state.step += 1
         state.draws += now.train.batch_size * config.train.accumulation * peers.world
+        self.updating = False
         if state.step % config.train.log_every == 0 or state.step == config.train.steps:
             self.check_finite(total, norm)
             self._log_step(step, total, aligned, norm, rate, progress)
@@ -427,7 +447,7 @@ class _Training:
                     self.ema.tensors,
                     self.optimizer,
                     state,
-                    self.config.train.keep,
+                    self.config.train.keep + passing,
                     write=self.main,
                     replaces=self.passing,
                 )
@@ -497,7 +517,7 @@ class _Training:
         except UserError as error:
             raise UserError(f"validation: {error}; {self._how_to_go_on()}") from None
         except Exception as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 # A fault of the program: its traceback is wanted.
                 say(self.console, f"validation has failed; {self._how_to_go_on()}")
                 raise
@@ -514,11 +534,6 @@ def _draws_before(config: Config, step: int, world: int) -> int:
         (last - first) * config.at_step(first).train.batch_size * config.train.accumulation * world
         for first, last in itertools.pairwise([0, *ends, step])
     )
-
-
-def _out_of_memory(error: Exception) -> bool:
-    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error).lower() for w in words)
 
 
 def _own_part(tensor: Tensor) -> Tensor:

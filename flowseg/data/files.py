@@ -19,8 +19,8 @@ _RUBBISH = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
 def list_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """Files with one of the suffixes under a folder, in order, and the other files.
 
-    Hidden files and folders (a leading dot) are passed over, as are the index files of Windows. Every real sub-folder is
-    visited once, whatever links lead to it.
+    Hidden files and folders (a leading dot) are passed over, as are the index files of Windows, pipes and devices. Every
+    real sub-folder is visited once, whatever links lead to it.
 
     Raises:
         UserError: a folder cannot be listed.
@@ -45,7 +45,7 @@ def list_files(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[
             path = here / entry.name
             if entry.is_dir():
                 waiting.append(path)
-            else:
+            elif entry.is_symlink() or entry.is_file():
                 (found if path.suffix.lower() in suffixes else others).append(path)
     return sorted(found), sorted(others)
 

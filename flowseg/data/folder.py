@@ -99,11 +99,13 @@ class FolderPairs:
         return values if shape.orientation != 1 else turn_values(values, turn)
 
     def _known(self, index: int, counts: np.ndarray) -> None:
-        unknown = np.flatnonzero((counts > 0) & (self._table < 0)).tolist()
+        present = np.flatnonzero(counts)
+        unknown = present[self._table[present] < 0].tolist()
         if unknown:
             raise UserError(
                 f"{self.labels[index]}: label values {', '.join(map(str, unknown[:8]))} are neither a class "
-                f"({self._wanted}) nor ignored; name more classes in data.classes or list them in data.ignore"
+                f"({self._wanted}) nor ignored; name more classes in data.classes, give each class its value with "
+                "data.values, or list values in data.ignore"
             )
 
     def _check_all(self) -> None:

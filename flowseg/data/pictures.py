@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from flowseg.config import DataConfig
-from flowseg.errors import UserError
+from flowseg.errors import DataWarning, UserError
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -82,8 +83,13 @@ def read_picture(path: Path, reading: Reading) -> tuple[Image.Image, Shape]:
         picture = image
         if image.mode.startswith("I") or image.mode == "F":
             picture = Image.fromarray(_eight_bits(path, image, reading.white))
-        elif deep_color and reading.white != 65535:
+        elif deep_color and reading.white is None:
             _check_upper_byte(path, image)
+        elif deep_color and reading.white != 65535:
+            raise UserError(
+                f"{path}: image has 16-bit colours, whose white is 65535, and data.white is {reading.white:g}, which is for grey "
+                "images; save this one with 8 bits"
+            )
         # Pillow would copy a picture that is RGB already.
         picture = picture if picture.mode == "RGB" else picture.convert("RGB")
         # Pillow has turned TIFF files while it decoded them.
@@ -252,8 +258,13 @@ def opened(path: Path, kind: str, reading: Reading) -> Iterator[Image.Image]:
     Raises:
         UserError: naming the file: it has more pixels than allowed, or whatever a decoder raised in the context.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file, but a folder, a pipe or a device; give an image file")
     try:
         with _without_limit_of_pillow(), Image.open(path) as image:
+            # Some cameras store a preview behind the photograph.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                _tell_frames(path, kind, image.n_frames)
             pixels = math.prod(image.size) / 1e6
             if pixels > reading.max_megapixels:
                 raise UserError(
@@ -267,6 +278,16 @@ def opened(path: Path, kind: str, reading: Reading) -> Iterator[Image.Image]:
     # Decoders raise whatever a damaged file makes them run into: struct.error, ZeroDivisionError, EOFError, ...
     except Exception as error:
         raise UserError(f"{path}: cannot be read as {kind} ({str(error) or type(error).__name__})") from None
+
+
+def _tell_frames(path: Path, kind: str, frames: int) -> None:
+    if kind == "a label map":
+        raise UserError(f"{path}: label map has {frames} pages or frames; save each as a file of its own")
+    warnings.warn(
+        f"{path}: has {frames} pages or frames, of which the first is taken; save the others as files of their own",
+        DataWarning,
+        stacklevel=2,
+    )
 
 
 _lifting = threading.Lock()

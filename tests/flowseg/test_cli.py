@@ -268,3 +268,16 @@ def test_every_text_file_is_opened_as_utf_8():
 def test_module_entry_prints_the_version():
     result = subprocess.run([sys.executable, "-m", "flowseg", "--version"], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("flowseg ")
+
+
+def test_scores_are_shown_although_their_file_cannot_be_written(trained, tmp_path, monkeypatch, capsys):
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flowseg.cli.os.replace", full)
+        status, out, error = run(patch, capsys, "evaluate", "--run", trained, "--json", tmp_path / "s.json")
+    assert status == 2 and "mIoU" in out and "the scores are in the table above" in error
+    assert not [path for path in tmp_path.iterdir() if "s.json" in path.name]
+    status, _, error = run(monkeypatch, capsys, "evaluate", "--run", trained, "--json", "/proc/s.json")
+    assert status == 2 and "--json /proc/s.json: /proc cannot be written to" in error

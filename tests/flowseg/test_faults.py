@@ -3,6 +3,7 @@
 import errno
 import io
 import itertools
+import json
 import os
 import random
 import resource
@@ -20,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import flowseg.checkpoint as checkpoint
+import flowseg.metrics as metrics
 import flowseg.train as training
 from flowseg import cli
 from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, read_tensors, save_checkpoint
@@ -358,14 +360,40 @@ def test_a_callback_or_a_full_disk_after_a_validation_costs_no_step(tmp_path, mo
 
 
 def test_a_checkpoint_for_a_validation_takes_no_place_of_a_scheduled_one(tmp_path):
-    config = tiny_config(train={"steps": 8, "checkpoint_every": 4, "eval_every": 3, "keep": 2})
+    config = tiny_config(train={"steps": 11, "checkpoint_every": 4, "eval_every": 5, "keep": 2})
     kept = []
     train(
         config,
         tmp_path / "run",
         on_validation=lambda *_: kept.append([*map(step_of, list_checkpoints(tmp_path / "run"))]),
     )
-    assert kept == [[3], [4, 6], [4, 8]]
+    assert kept == [[4, 5], [4, 8, 10], [8, 11]]
+
+
+@pytest.mark.parametrize("what", ["metrics", "tracker"])
+def test_steps_are_kept_whatever_ends_a_run(tmp_path, monkeypatch, what):
+    def full(line):
+        if line["step"] >= 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Json:
+        @staticmethod
+        def dumps(line):
+            full(line)
+            return json.dumps(line)
+
+    config = tiny_config(train={"steps": 9, "checkpoint_every": 100, "log_every": 1})
+    with monkeypatch.context() as patch:
+        if what == "metrics":
+            patch.setattr(metrics, "json", Json)
+        else:
+            patch.setattr(metrics, "log_to_trackers", lambda accelerator, line: full(line))
+        with pytest.raises((UserError, OSError), match="No space left on device"):
+            train(config, tmp_path / "run")
+    assert step_of(list_checkpoints(tmp_path / "run")[-1]) == 3
+    whole = train(config, tmp_path / "whole").state
+    assert train(config, tmp_path / "run", resume=True).state.step == whole.step == 9
+    same_files(list_checkpoints(tmp_path / "run")[-1], list_checkpoints(tmp_path / "whole")[-1])
 
 
 def test_more_classes_than_the_run_has_codes_for(tmp_path, folder_data):

@@ -14,7 +14,7 @@ from flowseg.data.folder import read_image
 from flowseg.data.pictures import Reading, read_picture, read_values, turn_back, turn_values
 from flowseg.errors import DataWarning, UserError
 
-# What a viewer shows: an object at the upper left. Its 48x64 form is 64 wide.
+# An object at the upper left of what a viewer shows. Its 48x64 form is 64 wide.
 SHOWN = np.zeros((48, 64), np.uint8)
 SHOWN[:16, :24] = 1
 STORE = {

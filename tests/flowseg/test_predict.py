@@ -1,5 +1,6 @@
 """Prediction of files: which are taken, what the outputs are called, and what happens to one that fails."""
 
+import os
 import time
 
 import numpy as np
@@ -229,3 +230,45 @@ def test_labels_names_a_file_that_is_not_there_and_values_without_a_scale(tmp_pa
         segmenter().labels(tmp_path / "no.png")
     with pytest.raises(UserError, match=r"image: image has float values from 0 to 255.*data\.white"):
         segmenter().labels(np.linspace(0, 255, 64).reshape(8, 8))
+
+
+def test_an_image_that_takes_all_memory_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):
+    paths = [picture(tmp_path / f"{name}.png") for name in "abc"]
+    real = Segmenter.labels
+
+    def labels(self, image, **options):
+        if image.getpixel((0, 0))[1]:
+            torch.empty(2**45)
+        return real(self, image, **options)
+
+    Image.new("RGB", (16, 8), (0, 9, 0)).save(paths[1])
+    monkeypatch.setattr(Segmenter, "labels", labels)
+    result = predict(segmenter(), paths, tmp_path / "out", PALETTE, outputs=("mask",))
+    assert [path.name for path, _ in result.failed] == ["b.png"] and "does not fit into memory" in result.failed[0][1]
+    assert written(tmp_path / "out") == ["a.mask.png", "c.mask.png"]
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    picture(tmp_path / "in/a.png")
+    os.mkfifo(tmp_path / "in/b.png")
+    assert find_images([str(tmp_path / "in")]) == [tmp_path / "in/a.png"]
+    result = predict(segmenter(), [tmp_path / "in/b.png"], tmp_path / "out", PALETTE)
+    assert "is no regular file" in result.failed[0][1]
+
+
+def test_one_file_by_several_paths_is_taken_once(tmp_path, monkeypatch):
+    path = picture(tmp_path / "in/a.png")
+    monkeypatch.chdir(tmp_path)
+    assert len(find_inputs(["in/a.png", "./in/a.png", str(path), "in", str(tmp_path / "in")])) == 1
+
+
+def test_names_differ_by_more_than_capitals(tmp_path):
+    names = output_names([Input(tmp_path / "a/x.png"), Input(tmp_path / "b/X.png"), Input(tmp_path / "a/y.png")])
+    assert len({str(name).casefold() for name in names}) == 3
+
+
+def test_several_pages_are_said(tmp_path):
+    pages = [Image.new("RGB", (16, 8), (k, 0, 0)) for k in range(3)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    with pytest.warns(DataWarning, match=r"a\.tif: has 3 pages or frames, of which the first is taken"):
+        assert not predict(segmenter(), [tmp_path / "a.tif"], tmp_path / "out", PALETTE).failed

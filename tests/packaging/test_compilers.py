@@ -59,7 +59,7 @@ def converted(request, tmp_path_factory):
     program, _ = compiler(request.param)
     folder = tmp_path_factory.mktemp("half")
     (folder / "half.cpp").write_text(CONVERSIONS)
-    # With the flags of the library: its optimisations of floating point must not spoil the conversions.
+    # The library's flags too: its optimisations of floating point must not spoil the conversions.
     command = [program, *FLAGS, "-O3", "-DFLOWSEG_HALF_BITS", *INCLUDES, "-shared", "half.cpp", "-o", "half.so"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
