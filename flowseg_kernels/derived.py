@@ -197,6 +197,10 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _whole_number(ignored: Tensor) -> int:
+    if ignored.dtype is torch.float64 and ignored.ndim == 0 and not ignored.is_meta:
+        value = ignored.item()
+        if value.is_integer() and -LARGEST_LABEL <= value <= LARGEST_LABEL:
+            return int(value)
     if ignored.numel() != 1 or ignored.is_complex() or ignored.is_meta:
         what = "a meta tensor" if ignored.is_meta else f"shape {tuple(ignored.shape)} of {ignored.dtype}"
         raise ValueError(f"ignored: wanted the codebook's ignored label, one whole number; got {what}")
@@ -215,9 +219,9 @@ def _whole_number(ignored: Tensor) -> int:
 
 def _of_values(codes: Tensor) -> Derived:
     codes = codes.detach()
-    for place, known in enumerate(tuple(_recent)):
+    for known in _recent:  # always a list of its own, never changed
         if known.codes.dtype == codes.dtype and torch.equal(known.codes, codes):
-            return known if place == 0 else _to_front(known)
+            return known if known is _recent[0] else _to_front(known)
     with _lock:
         for known in _alive:
             if known.codes.dtype == codes.dtype and torch.equal(known.codes, codes):
@@ -231,8 +235,9 @@ def _of_values(codes: Tensor) -> Derived:
 
 
 def _to_front(known: Derived) -> Derived:
+    global _recent
     with _lock:
-        _recent[:] = [known, *(other for other in _recent if other is not known)][:_KEPT]
+        _recent = [known, *(other for other in _recent if other is not known)][:_KEPT]
     return known
 
 

@@ -63,7 +63,7 @@ inline Parts parts_of(int64_t images, int64_t pixels, int64_t pixels_a_part, int
   const int64_t an_image = (pixels + pixels_a_part - 1) / pixels_a_part, count = an_image * images;
   const int64_t wanted = (count + blocks_at_once - 1) / blocks_at_once;
   return {static_cast<unsigned>(an_image), static_cast<unsigned>(count),
-          static_cast<unsigned>(wanted < most ? wanted : most > 1 ? most : 1)};
+          static_cast<unsigned>(std::max<int64_t>(1, std::min(wanted, most)))};
 }
 inline int64_t blocks_of(const Parts& parts) { return (int64_t{parts.count} + parts.steps - 1) / parts.steps; }
 

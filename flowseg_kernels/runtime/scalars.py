@@ -8,7 +8,6 @@ neither stale nor a reason to compile anew.
 from __future__ import annotations
 
 from math import inf
-from types import NoneType
 
 import torch
 from torch import Tensor
@@ -28,14 +27,10 @@ def pack(**values: float | Tensor | None) -> tuple[list[float | None], Tensor | 
     Raises:
         TypeError, ValueError: naming the argument, for what is no number, out of range or wants a gradient.
     """
-    if not torch.compiler.is_compiling() and all(type(v) in (float, int, NoneType) for v in values.values()):
-        # The usual call, which must not take long.
-        for name, value in values.items():
-            if value is None:
-                _check_kind(name, value)
-            elif not (0 < value < inf or (value == 0 and name == "correction_weight")):
-                check({name: value})
-        return [_as_float(name, v) for name, v in values.items()], None
+    if not torch.compiler.is_compiling():
+        plain = _plain(values)
+        if plain is not None:
+            return plain, None
     for name, value in values.items():
         _check_kind(name, value)
     if torch.compiler.is_compiling():
@@ -51,6 +46,21 @@ def pack(**values: float | Tensor | None) -> tuple[list[float | None], Tensor | 
     floats = [_as_float(name, v) for name, v in values.items()]
     check(dict(zip(values, floats)))
     return floats, None
+
+
+def _plain(values: dict[str, object]) -> list[float | None] | None:
+    """The numbers of a usual call, which must not take long; None for any other call."""
+    found: list[float | None] = []
+    for name, value in values.items():
+        if value is None and _DEFAULTS[name] is None:
+            found.append(None)
+        elif type(value) is float and 0 < value < inf:
+            found.append(value)
+        elif type(value) in (float, int) and 0 <= value < 1e300 and (value or name == "correction_weight"):
+            found.append(float(value))
+        else:
+            return None
+    return found
 
 
 def unpack(names: tuple[str, ...], values: list[float | None], numbers: Tensor | None) -> list[float | None]:

@@ -74,8 +74,11 @@ def call(name: str, *args):
 def call_op(name: str, *args):
     """torch.ops.flowseg.NAME(*args), outside transforms."""
     if name in _IN_EAGER and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        if any(isinstance(v, Tensor) and v.requires_grad for v in args) and not _may_be_cast(name, args[0]):
-            return _IN_EAGER[name].apply(*args)
+        for value in args:
+            if isinstance(value, Tensor) and value.requires_grad:
+                if not _may_be_cast(name, args[0]):
+                    return _IN_EAGER[name].apply(*args)
+                break
     return getattr(torch.ops.flowseg, name).default(*args)
 
 
