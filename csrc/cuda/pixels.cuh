@@ -1,6 +1,7 @@
 // Runs of neighbouring pixels between memory of any dtype and strides, and the registers of a thread.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
