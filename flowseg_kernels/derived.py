@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 
@@ -88,6 +89,7 @@ class Derived:
         #: Whether these codes are here to stay, so that building their decode grid pays.
         self.settled = False
         self._uses = 0
+        self._warned = False
 
     # Immutable, so a copy of a module shares it.
     def __deepcopy__(self, memo) -> Derived:
@@ -103,6 +105,13 @@ class Derived:
     @property
     def default_eps(self) -> float:
         spacing = self.min_distance if math.isfinite(self.min_distance) else 1.0
+        if spacing == 0 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "codebook: two of its codes coincide, so their classes cannot be told apart, and eps has no scale; are these "
+                "the codes of the file that was to be loaded?",
+                stacklevel=3,
+            )
         # Coinciding codes leave no scale of their own; any positive number keeps the loss finite.
         return 0.2 * spacing**2 if spacing > 0 else 1e-6
 

@@ -38,9 +38,12 @@ def _library(library: extension.Library, reason: str | None, holds: Callable[[di
 def _choices(ops: list[str], device: str) -> list[str]:
     """The backend of each op on a device type, then once each reason against another one."""
     chosen, against = [], {}
+    asked = backend.requested_backend()
     for op in ops:
         reasons = backend.backend_reasons(op, device)
-        chosen.append(f"  {op:20} {next(name for name, why in reasons.items() if why is None)}")
+        name = asked or next(name for name, why in reasons.items() if why is None)
+        cannot = f": {reasons[asked]}" if asked and reasons.get(asked) else ""
+        chosen.append(f"  {op:20} {name}{' as FLOWSEG_BACKEND asks' if asked else ''}{cannot}")
         for name, why in reasons.items():
             if why:
                 against.setdefault((name, why), []).append(op)

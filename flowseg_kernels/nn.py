@@ -185,7 +185,7 @@ class NeuralFieldDecoder(nn.Module):
             check_positive(name, value)
         self.patch_chunk = patch_chunk
         self.patch_size, self.mlp_ratio, self.normalise, self.form = patch_size, mlp_ratio, normalise, form
-        self.max_freqs = max_freqs
+        self.dim, self.max_freqs = dim, max_freqs
         norm = form == "residual"
         self.x_embedder = _FieldEmbedder(channels + max_freqs**2, hidden)
         self.blocks = nn.ModuleList(_FieldBlock(dim, hidden, mlp_ratio, norm) for _ in range(depth))
@@ -232,9 +232,9 @@ class NeuralFieldDecoder(nn.Module):
         if height % p or width % p:
             raise ValueError(f"x: wanted height and width divisible by patch_size {p}; got {tuple(x.shape)}")
         patches = (height // p) * (width // p)
-        if s.shape[0] != batch or s.shape[1] != patches:
+        if s.shape != (batch, patches, self.dim):
             raise ValueError(
-                f"s: wanted shape ({batch}, {patches}, D) for x {tuple(x.shape)} in patches of {p} x {p}; "
+                f"s: wanted shape ({batch}, {patches}, {self.dim}) for x {tuple(x.shape)} in patches of {p} x {p}; "
                 f"got {tuple(s.shape)}"
             )
 

@@ -388,7 +388,8 @@ def test_an_adapter_compiles_whole(layer, chunk):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"s": torch.zeros(2, 5, 6)}, r"s: wanted shape \(2, 4, D\) for x \(2, 3, 8, 8\) in patches of 4 x 4; got \(2, 5, 6\)"),
+        ({"s": torch.zeros(2, 5, 6)}, r"s: wanted shape \(2, 4, 6\) for x \(2, 3, 8, 8\) in patches of 4 x 4; got \(2, 5, 6\)"),
+        ({"s": torch.zeros(2, 4, 7)}, r"s: wanted shape \(2, 4, 6\)"),
         ({"s": torch.zeros(2, 4)}, r"s: wanted shape \(B, N, D\)"),
         ({"x": torch.zeros(2, 3, 9, 8)}, "x: wanted height and width divisible by patch_size 4"),
         ({"patch_size": 0}, "patch_size: wanted a finite number above 0"),
