@@ -138,14 +138,21 @@ def test_state_dict_holds_tensors_only_and_loads_into_meta(codes150):
 
 def test_codes_that_coincide_or_cluster_are_cheap_and_right(backend):
     same = fk.Codebook(torch.zeros(150, 3))
-    with pytest.warns(UserWarning, match="two of its codes coincide"):
-        assert same.default_eps > 0
-    assert same.min_distance == 0 and not same.decode(torch.randn(1, 3, 4, 4)).any()
+    assert same.min_distance == 0 and same.default_eps > 0 and not same.decode(torch.randn(1, 3, 4, 4)).any()
     cluster = torch.cat((1e-6 * torch.randn(149, 3), torch.ones(1, 3)))
     book = fk.Codebook(cluster)
     labels = torch.arange(150).view(1, 10, 15)
     assert torch.equal(book.decode(book.encode(labels)), labels)
     assert all(v is None or v.numel() < 1 << 24 for v in decode_tables(book.centroids)[:3])
+
+
+def test_codes_that_coincide_are_said_once():
+    book = fk.Codebook(torch.full((5, 3), 0.1875))
+    with pytest.warns(UserWarning, match="two of its codes coincide"):
+        assert book.default_eps > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert book.default_eps > 0
 
 
 def test_a_codebook_can_be_made_whatever_backend_is_asked_for():
