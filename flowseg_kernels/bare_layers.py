@@ -85,6 +85,8 @@ def _holds_plain_tensors(module: nn.Module) -> bool:
 
 
 def _replaces_functions(kind: type) -> bool:
+    if kind.__module__.startswith("torch."):
+        return False  # what tracing puts in place of a parameter
     return "__torch_function__" in {name for base in kind.__mro__ if base not in _OF_TORCH for name in vars(base)}
 
 

@@ -427,8 +427,7 @@ def test_functional_call_and_stacked_states():
     assert torch.equal(both, torch.stack([model(x) for model in models]))
 
 
-@pytest.mark.parametrize("mode", ["aot_eager", "inductor"])
-def test_compiled_code_follows_the_codes(mode):
+def test_compiled_code_follows_the_codes():
     model = make()
     x, labels, t = points(), torch.randint(0, 40, (2, 16, 24)), torch.tensor([0.2, 0.9])
 
@@ -440,7 +439,7 @@ def test_compiled_code_follows_the_codes(mode):
         )
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend=mode)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for door in ("copy_", ".data", "state_dict in place"):
             for got, want in zip(compiled(x, labels, t), step(x, labels, t)):
