@@ -23,8 +23,9 @@ __all__ = ["any_global_hook", "bare_linear", "bare_norm", "is_bare_linear", "is_
 #: PyTorch's own forward pre-hooks that set an attribute of the layer from other parameters, and do nothing else.
 _SETS_WEIGHT = (WeightNorm, SpectralNorm, BasePruningMethod)
 _FSDP2 = "torch.distributed.fsdp"
-#: The classes' own formulas, as they are when this is imported.
+#: Classes of tensors that replace no function.
 _OF_TORCH = (*nn.Parameter.__mro__, nn.Buffer, UninitializedParameter)
+#: The classes' own formulas, as they are when this is imported.
 _FORWARD = {nn.Linear: nn.Linear.forward, nn.RMSNorm: nn.RMSNorm.forward}
 
 
@@ -85,6 +86,7 @@ def _holds_plain_tensors(module: nn.Module) -> bool:
 
 
 def _replaces_functions(kind: type) -> bool:
+    """Whether a class of tensors has functions such as F.linear of its own."""
     if kind.__module__.startswith("torch."):
         return False  # what tracing puts in place of a parameter
     return "__torch_function__" in {name for base in kind.__mro__ if base not in _OF_TORCH for name in vars(base)}

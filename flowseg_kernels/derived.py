@@ -91,7 +91,7 @@ class Derived:
         self._uses = 0
         self._warned = False
 
-    # Immutable, so a copy of a module shares it.
+    # The codes never change, so a copy of a module shares this.
     def __deepcopy__(self, memo) -> Derived:
         return self
 

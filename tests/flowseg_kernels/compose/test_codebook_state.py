@@ -2,11 +2,7 @@
 
 import copy
 import io
-import os
-import pathlib
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 import flowseg_kernels as fk
 from flowseg_kernels.derived import smallest_distance
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]
+from .ranks import needs_gloo, run_two
+
 CODES = fk.kronecker_centroids(40)
 OTHER = fk.kronecker_centroids(40, sequence="r_sequence")
 NAN = torch.full((1, 3, 1, 1), torch.nan)
@@ -512,15 +509,6 @@ def run_rank(rank, meeting):
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here")
+@needs_gloo
 def test_processes_agree_on_the_codes(tmp_path):
-    code = f"import sys; from {__name__} import run_rank; run_rank(int(sys.argv[1]), sys.argv[2])"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path / "meeting")],
-            stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    run_two(__name__, tmp_path)

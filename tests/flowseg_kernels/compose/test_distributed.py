@@ -6,12 +6,7 @@ FSDP shards the whole module, each linear layer and norm, or each block of the d
 import contextlib
 import functools
 import itertools
-import os
-import pathlib
-import subprocess
-import sys
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,9 +16,8 @@ from torch.distributed.tensor import DTensor
 
 import flowseg_kernels as fk
 
+from .ranks import needs_gloo, run_two
 from .steps import EveryOp, batch
-
-ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def inputs(codes):
@@ -100,19 +94,6 @@ def run_rank(rank, meeting):
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo here")
+@needs_gloo
 def test_two_processes_train_as_one(tmp_path):
-    code = f"import sys; from {__name__} import run_rank; run_rank(int(sys.argv[1]), sys.argv[2])"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path / "meeting")],
-            stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    run_two(__name__, tmp_path)
