@@ -127,9 +127,7 @@ def escaped(path: object) -> str:
 
 
 def includes_and_target(torch_folder: Path) -> str:
-    folders = (
-        f"-I{quoted(ROOT / 'csrc')} -I{quoted(ROOT / 'csrc' / 'include')} -isystem {quoted(torch_folder / 'include')}"
-    )
+    folders = f"-I{quoted(ROOT / 'csrc')} -isystem {quoted(torch_folder / 'include')}"
     return f"{folders} -DTORCH_TARGET_VERSION=0x{2:02x}{int(TORCH_TARGET.split('.')[1]):02x}000000000000"
 
 

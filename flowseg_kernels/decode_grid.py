@@ -21,7 +21,7 @@ _LEVELS = 6
 _SIZE = 2**_LEVELS  # cells an axis
 _PAIRS_AT_ONCE = 1 << 16
 _MOST_PAIRS = 1 << 23  # 65,536 well spread codes need 4 million
-#: Classes of up to _WORD_CLASSES fit three in a word, with the sign left over (csrc/include/flowseg/decode_grid.h).
+#: Classes of up to _WORD_CLASSES fit three in a word, with the sign left over (csrc/shared/decode_grid.h).
 _WORD_BITS = 10
 _WORD_CLASSES = 2**_WORD_BITS
 

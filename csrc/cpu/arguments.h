@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "flowseg/views.h"
+#include "shared/views.h"
 
 namespace flowseg::cpu {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/platform.cuh"
-#include "flowseg/views.h"
+#include "shared/views.h"
 
 namespace flowseg::cuda {
 

@@ -6,7 +6,7 @@
 #include "cuda/codes.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/pixels.cuh"
-#include "flowseg/decode_grid.h"
+#include "shared/decode_grid.h"
 
 namespace flowseg::cuda {
 

@@ -5,7 +5,7 @@
 
 #include "cuda/platform.cuh"
 #ifndef __CUDACC__
-#include "flowseg/half.h"
+#include "shared/half.h"
 #endif
 
 namespace flowseg::cuda {

@@ -1,4 +1,4 @@
-// A few pixels of one thread as one value: the V of flowseg/correction.h on a GPU.
+// A few pixels of one thread as one value: the V of shared/correction.h on a GPU.
 //
 // One row of centroids read from shared memory serves all of them, and their chains of operations hide each other's latency.
 #pragma once
@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "cuda/platform.cuh"
-#include "flowseg/correction.h"
+#include "shared/correction.h"
 
 namespace flowseg {
 

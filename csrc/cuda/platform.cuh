@@ -1,4 +1,5 @@
-// The compiler's side of a kernel: nvcc, or g++ with the host shim of csrc/emu.
+// The compiler's side of a kernel. nvcc reads its own header; a test that compiles the kernels for a CPU includes one of the same names
+// before every other header.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +8,9 @@
 #include <cuda_runtime.h>
 
 #define FLOWSEG_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
-#else
-#include "emu/cuda_on_cpu.h"
 #endif
 
-#include "flowseg/macros.h"
+#include "shared/macros.h"
 
 #ifndef FLOWSEG_THREADS
 #define FLOWSEG_THREADS 128  // a block; the host shim takes fewer

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "flowseg/views.h"
+#include "shared/views.h"
 
 namespace flowseg {
 

@@ -72,7 +72,7 @@ PLANTS = (
     ),
     Plant(
         "wrong eps place",
-        "csrc/include/flowseg/correction.h",
+        "csrc/shared/correction.h",
         (("const V root = square_root(d + eps);", "const V root = square_root(d) + eps;"),),
         "C++",
         (f"{OPS}/test_distance_correction.py", "-k", "gradient_of_the_potential and neg_dist"),

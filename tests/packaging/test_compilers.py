@@ -12,7 +12,7 @@ from .environment import ROOT
 
 #: setup.py's own flags that decide what compiles, and the instruction sets whose code differs most.
 FLAGS = "-std=c++20 -O2 -fPIC -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -Wno-psabi -Wno-ignored-attributes".split()
-INCLUDES = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
+INCLUDES = [f"-I{ROOT / 'csrc'}"]
 SETS = {"baseline": [], "avx2": "-mavx2 -mfma -mf16c -mbmi -mbmi2".split()}
 SETS["avx512bf16"] = [*SETS["avx2"], *"-mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx512bf16".split()]
 COMPILERS = ("g++", "g++-11", "clang++", "clang++-14", "clang++-16")
@@ -41,7 +41,7 @@ def test_the_kernels_compile_without_a_warning(name, folder, isa):
 
 
 CONVERSIONS = """
-#include "flowseg/half.h"
+#include "shared/half.h"
 #ifdef FLOWSEG_FLOAT16
 #error this is to test the form for compilers without the type
 #endif

@@ -53,7 +53,7 @@ def compiled(name: str) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     flags = f"-O1 -g1 -fno-omit-frame-pointer {FLAGS[name]}"
     extra = folder / "faults.o"
-    include = f"-I{ROOT}/csrc -I{ROOT}/csrc/include -isystem {pathlib.Path(torch.__file__).parent}/include"
+    include = f"-I{ROOT}/csrc -isystem {pathlib.Path(torch.__file__).parent}/include"
     target = "-DTORCH_TARGET_VERSION=0x020a000000000000"
     source = pathlib.Path(__file__).with_name("faults.cpp")
     command = f"g++ -std=c++20 -fPIC -fvisibility=hidden {flags} {include} {target} -c {source} -o {extra}"

@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "../arguments.h"
-#include "flowseg/half.h"
+#include "shared/half.h"
 #include "lanes.h"
 
 namespace flowseg::cpu {

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "blocks.h"
-#include "flowseg/correction.h"
+#include "shared/correction.h"
 
 namespace flowseg::cpu {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "blocks.h"
-#include "flowseg/decode_grid.h"
+#include "shared/decode_grid.h"
 
 namespace flowseg::cpu {
 namespace {

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "flowseg/macros.h"
+#include "shared/macros.h"
 
 #if defined(__AVX512F__)
 #define FLOWSEG_ISA avx512

@@ -1,4 +1,4 @@
-"""Triton kernels of the distance-aware correction. Formulas and their order are those of csrc/include/flowseg/correction.h.
+"""Triton kernels of the distance-aware correction. Formulas and their order are those of csrc/shared/correction.h.
 
 A program takes one block of pixels of one image and walks through the centroids, which every thread reads from the cache; its
 state is C + 1 sums a pixel, so no array over K ever exists.

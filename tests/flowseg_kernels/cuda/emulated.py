@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: csrc/emu built with ninja, and registered as the CPU side of torch.ops.flowseg_cuda.
+"""The CUDA kernels on the CPU: tests/host_cuda built with ninja, and registered as the CPU side of torch.ops.flowseg_cuda.
 
 Everything above the kernels is then the real thing: the public functions, autograd, the backend table.
 """
@@ -19,6 +19,7 @@ import torch
 from flowseg_kernels.ops.common import compute_dtype
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
+SHIM = ROOT / "tests" / "host_cuda"
 BUILD = ROOT / "build" / "emulated"
 OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
 
@@ -42,7 +43,7 @@ def ninja(name: str, flags: str, sources: list[pathlib.Path], target: str, link:
     lines = [
         "rule compile",
         f"  command = g++ -std=c++20 -pthread {flags} -Wall -Wextra -Werror -Wno-unknown-pragmas -I'{ROOT}/csrc' "
-        f"-I'{ROOT}/csrc/include' -MMD -MF $out.d -c $in -o $out",
+        f"-I'{SHIM}' -include cuda_on_cpu.h -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -59,7 +60,7 @@ def ninja(name: str, flags: str, sources: list[pathlib.Path], target: str, link:
 
 
 def sources(*more: str) -> list[pathlib.Path]:
-    return [ROOT / "csrc" / "emu" / f"{name}.cpp" for name in (*OPS, *more)]
+    return [SHIM / f"{name}.cpp" for name in (*OPS, *more)]
 
 
 @functools.cache

@@ -34,7 +34,7 @@ def cubin(architecture: int, every: bool) -> pathlib.Path:
     headers = [*(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "csrc").rglob("*.h")]
     if not target.exists() or target.stat().st_mtime < max(s.stat().st_mtime for s in (kernels, *headers)):
         command = [sass.find_tool("nvcc"), "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-cubin",
-                   *([] if every else ["-DFLOWSEG_ONLY_3"]), f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include", kernels]  # fmt: skip
+                   *([] if every else ["-DFLOWSEG_ONLY_3"]), f"-I{ROOT}/csrc", kernels]  # fmt: skip
         done = subprocess.run([*command, "-o", target], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
     return target

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "flowseg/macros.h"
+#include "shared/macros.h"
 
 // clang has the type from version 15 on, but converts by functions that older systems lack.
 #if !defined(FLOWSEG_HALF_BITS) && defined(__aarch64__)

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "cuda/half.cuh"
-#include "emu/cuda_on_cpu.h"
-#include "emu/ops.h"
-#include "flowseg/decode_grid.h"
+#include "cuda_on_cpu.h"
+#include "ops.h"
+#include "shared/decode_grid.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // nearest_centroid of csrc/cuda on the CPU.
 #include "cuda/nearest_centroid.cuh"
 
-#include "emu/arrays.h"
+#include "arrays.h"
 
 namespace flowseg::cuda {
 

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "flowseg/macros.h"
+#include "shared/macros.h"
 
 namespace flowseg {
 

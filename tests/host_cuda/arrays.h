@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "cuda/decode.cuh"
-#include "emu/ops.h"
+#include "ops.h"
 
 namespace flowseg::cuda {
 

@@ -2,8 +2,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include "emu/cuda_on_cpu.h"
-#include "emu/ops.h"
+#include "cuda_on_cpu.h"
+#include "ops.h"
 
 namespace py = pybind11;
 

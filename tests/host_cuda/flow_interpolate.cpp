@@ -1,7 +1,7 @@
 // flow_interpolate of csrc/cuda on the CPU.
 #include "cuda/flow_interpolate.cuh"
 
-#include "emu/arrays.h"
+#include "arrays.h"
 
 namespace flowseg::cuda {
 

@@ -1,7 +1,7 @@
 // flow_loss of csrc/cuda on the CPU.
 #include "cuda/flow_loss.cuh"
 
-#include "emu/arrays.h"
+#include "arrays.h"
 
 namespace flowseg::cuda {
 

@@ -1,7 +1,7 @@
 // decode_confusion of csrc/cuda on the CPU.
 #include "cuda/decode_confusion.cuh"
 
-#include "emu/arrays.h"
+#include "arrays.h"
 
 namespace flowseg::cuda {
 

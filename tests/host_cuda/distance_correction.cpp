@@ -1,7 +1,7 @@
 // distance_correction of csrc/cuda on the CPU.
 #include "cuda/distance_correction.cuh"
 
-#include "emu/arrays.h"
+#include "arrays.h"
 
 namespace flowseg::cuda {
 
