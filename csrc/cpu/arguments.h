@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "shared/views.h"
+#include "shared/types.h"
 
 namespace flowseg::cpu {
 

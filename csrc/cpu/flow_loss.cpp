@@ -7,8 +7,6 @@ namespace flowseg::cpu {
 
 namespace {
 
-enum Reduction : int64_t { mean = 0, sum = 1, none = 2 };
-
 void store_scalar(Tensor& t, double value) {
   if (t.scalar_type() == ScalarType::Double) {
     *static_cast<double*>(t.data_ptr()) = value;
@@ -30,8 +28,8 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, T
   const ScalarType wide = compute_type(prediction);
   const std::vector<int64_t> shape{image.batch, image.channels, image.height, image.width};
   Tensor residual = empty_like_shape(prediction, prediction.scalar_type(), need_grad ? shape : std::vector<int64_t>{0});
-  Tensor loss = empty_like_shape(
-      prediction, wide, reduction == none ? std::vector<int64_t>{image.batch, image.height, image.width} : std::vector<int64_t>{});
+  const std::vector<int64_t> pixels{image.batch, image.height, image.width};
+  Tensor loss = empty_like_shape(prediction, wide, reduction == Reduction::none ? pixels : std::vector<int64_t>{});
   Tensor count = empty_like_shape(prediction, ScalarType::Long, {});
 
   const int64_t chunks = chunks_of(image);
@@ -51,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, T
   a.t_min = t_min;
   // For a mean the residual leaves divided by the count, so that it is the gradient already where the incoming one is 1; in fp16,
   // whose range ends at 6e-8, only the backward divides it.
-  const bool divided = need_grad && reduction == mean && image.type != Real::f16;
+  const bool divided = need_grad && reduction == Reduction::mean && image.type != Real::f16;
   a.share = 1;
   if (divided) {
     const Count c{image, y.labels, codes.codes.classes, counts.data()};
@@ -59,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, T
     a.share = 1.0 / static_cast<double>(std::max<int64_t>(1, std::accumulate(counts.begin(), counts.end(), int64_t{0})));
   }
   a.residual = need_grad ? output_of(residual) : Output{nullptr, image.type};
-  a.per_pixel = reduction == none ? loss.data_ptr() : nullptr;
+  a.per_pixel = reduction == Reduction::none ? loss.data_ptr() : nullptr;
   a.sums = sums.data();
   a.counts = counts.data();
   for_each_chunk(image, [&](int64_t chunk) { kernels().loss(a, chunk); });
@@ -72,7 +70,8 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, T
     valid += counts[i];
   }
   *static_cast<int64_t*>(count.data_ptr()) = divided ? 1 : valid;
-  if (reduction != none) store_scalar(loss, reduction == mean ? total / static_cast<double>(valid ? valid : 1) : total);
+  if (reduction == Reduction::mean) total /= static_cast<double>(valid ? valid : 1);
+  if (reduction != Reduction::none) store_scalar(loss, total);
   return {loss, residual, count};
 }
 
@@ -81,9 +80,9 @@ Tensor flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, int64_t re
   Tensor out = empty_like_shape(residual, residual.scalar_type(), {image.batch, image.channels, image.height, image.width});
   const Tensor grad = torch::stable::to(grad_loss, compute_type(residual));
   Scale a{image, grad.data_ptr(), {0, 0, 0}, 1, output_of(out)};
-  if (reduction == none) {
+  if (reduction == Reduction::none) {
     for (int i = 0; i < 3; ++i) a.stride[i] = grad.stride(i);
-  } else if (reduction == mean) {
+  } else if (reduction == Reduction::mean) {
     const int64_t valid = *static_cast<const int64_t*>(count.data_ptr());
     a.factor = 1.0 / static_cast<double>(valid ? valid : 1);
   }

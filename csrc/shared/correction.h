@@ -7,13 +7,9 @@
 // Sums leave the pixel's own class out and it is added last: next to its centroid 1 - p_y would otherwise cancel.
 #pragma once
 
-#include <cstdint>
-
-#include "shared/macros.h"
+#include "shared/types.h"
 
 namespace flowseg {
-
-enum class Transform : int { neg_log = 0, neg_sq = 1, neg_dist = 2, inverse = 3 };
 
 // Centroids summed in one run before it is added to the total: keeps fp32 sums as accurate as pairwise summation.
 constexpr int64_t kRun = 32;

@@ -1,9 +1,7 @@
 // The cell of the decode grid (flowseg_kernels/decode_grid.py) that a point lies in.
 #pragma once
 
-#include <cstdint>
-
-#include "shared/macros.h"
+#include "shared/types.h"
 
 namespace flowseg {
 

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "shared/views.h"
+#include "shared/types.h"
 
 namespace flowseg {
 

@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "../arguments.h"
-#include "shared/half.h"
 #include "lanes.h"
+#include "shared/half.h"
 
 namespace flowseg::cpu {
 namespace {
@@ -41,49 +41,6 @@ class Places {
  private:
   int64_t image_, at_, end_;
 };
-
-FLOWSEG_INLINE float widen(float v) { return v; }
-FLOWSEG_INLINE double widen(double v) { return v; }
-#ifdef FLOWSEG_FLOAT16
-struct Half {
-  FLOWSEG_FLOAT16 value;
-};
-FLOWSEG_INLINE float widen(Half v) { return static_cast<float>(v.value); }
-template <class T>
-FLOWSEG_INLINE void narrow(T v, Half& out) {
-  out.value = static_cast<FLOWSEG_FLOAT16>(v);
-}
-#else
-struct Half {
-  uint16_t bits;
-};
-FLOWSEG_INLINE float widen(Half v) { return float_of_half(v.bits); }
-FLOWSEG_INLINE void narrow(float v, Half& out) { out.bits = half_of_float(v); }
-FLOWSEG_INLINE void narrow(double v, Half& out) { out.bits = half_of_double(v); }
-#endif
-struct BFloat {
-  uint16_t bits;
-};
-FLOWSEG_INLINE float widen(BFloat v) {
-  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-FLOWSEG_INLINE void narrow(float v, float& out) { out = v; }
-FLOWSEG_INLINE void narrow(double v, double& out) { out = v; }
-FLOWSEG_INLINE void narrow(double v, float& out) { out = static_cast<float>(v); }
-FLOWSEG_INLINE void narrow(float v, double& out) { out = v; }
-template <class T>
-FLOWSEG_INLINE void narrow(T v, BFloat& out) {
-  const float f = static_cast<float>(v);
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  // Round to nearest even; a NaN keeps a mantissa bit.
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  out.bits = static_cast<uint16_t>(f != f ? 0x7fc0 : rounded);
-}
 
 // Calls use(flat index in the block, memory offset in elements) for each pixel, row by row.
 template <class Use>
@@ -250,27 +207,24 @@ FLOWSEG_INLINE const typename Lanes<T>::I& integer_lanes(const typename Lanes<T>
   return *reinterpret_cast<const typename Lanes<T>::I*>(p);
 }
 
-inline int size_of(Real type) { return type == Real::f64 ? 8 : type == Real::f32 ? 4 : 2; }
-inline int size_of(Integer type) { return 1 << static_cast<int>(type); }
-
 // Fetches what the next block reads and this one writes, a little with each vector, while the classes keep the arithmetic busy.
 // Only a hint: rows with gaps between them are missed.
 class Ahead {
  public:
   explicit Ahead(const Place& p) : p_(p) {}
   void read(const Image& v) {
-    const int size = size_of(v.type);
+    const int size = static_cast<int>(size_of(v.type));
     for (int64_t c = 0; c < v.channels; ++c) {
       add(v.data, p_.image * v.stride[0] + c * v.stride[1] + (p_.start + kBlock) * v.stride[3], v.stride[3], size);
     }
   }
   void read(const Labels& v) {
-    add(v.data, p_.image * v.stride[0] + (p_.start + kBlock) * v.stride[2], v.stride[2], size_of(v.type));
+    add(v.data, p_.image * v.stride[0] + (p_.start + kBlock) * v.stride[2], v.stride[2], static_cast<int>(size_of(v.type)));
   }
   void write(const Output& v, const Image& shape) {
     const int64_t pixels = shape.height * shape.width;
     for (int64_t c = 0; c < shape.channels; ++c) {
-      add(v.data, (p_.image * shape.channels + c) * pixels + p_.start, 1, size_of(v.type));
+      add(v.data, (p_.image * shape.channels + c) * pixels + p_.start, 1, static_cast<int>(size_of(v.type)));
     }
   }
   FLOWSEG_INLINE void operator()(int pixel) const {

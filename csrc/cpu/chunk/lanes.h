@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "shared/macros.h"
+#include "shared/types.h"
 
 #if defined(__AVX512F__)
 #define FLOWSEG_ISA avx512

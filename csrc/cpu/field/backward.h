@@ -256,7 +256,7 @@ struct Backward {
     transpose(first, step, a.wide, a.hidden, swapped, a.wide);
     columns_backward(swapped, a.wide, w1, a.hidden, a.wide, chain.scale1 + block * a.wide, column_sums);
     if (a.both) columns_backward(second, step, w2, a.wide, a.hidden, chain.scale2 + block * a.hidden, column_sums);
-    const int64_t half = a.hidden * a.wide, size = element_size(b.grad_weights.type);
+    const int64_t half = a.hidden * a.wide, size = size_of(b.grad_weights.type);
     char* to = static_cast<char*>(b.grad_weights.data) + (patch * a.depth + block) * 2 * half * size;
     const auto put = [&](const float* from, int64_t count, int64_t offset) {
       char* at_offset = to + offset * size;

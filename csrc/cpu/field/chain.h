@@ -82,8 +82,6 @@ inline void write_pixels(const float* pixels, const Field& a, const PatchPlace& 
   }
 }
 
-inline int64_t element_size(Real type) { return type == Real::f64 ? 8 : type == Real::f32 ? 4 : 2; }
-
 template <class S>
 void widen_all(const void* from, int64_t count, float* FLOWSEG_RESTRICT to) {
   const S* FLOWSEG_RESTRICT values = static_cast<const S*>(from);
@@ -93,7 +91,7 @@ void widen_all(const void* from, int64_t count, float* FLOWSEG_RESTRICT to) {
 // The generated weights of a block where they lie.
 inline const void* block_weights(const Field& a, const PatchPlace& at, int64_t block) {
   const int64_t offset = at.image * a.weight_stride[0] + at.index * a.weight_stride[1] + block * a.weight_stride[2];
-  return static_cast<const char*>(a.weights) + offset * element_size(a.weight_type);
+  return static_cast<const char*>(a.weights) + offset * size_of(a.weight_type);
 }
 
 // The same as fp32, in `copy` unless they already are.
