@@ -49,6 +49,8 @@ PROOFS ?= emulated,triton_code$(shell PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cu
 test-kernels:
 	TRITON_INTERPRET=1 FLOWSEG_REQUIRE_BACKENDS=triton OMP_NUM_THREADS=1 $(RUN) -m pytest \
 	  tests/flowseg_kernels/ops tests/flowseg_kernels/test_contract.py tests/fuzz tests/test_last.py
+	FLOWSEG_REQUIRE_BACKENDS=cuda OMP_NUM_THREADS=1 $(RUN) -m pytest -p tests.host_cuda.plugin \
+	  tests/flowseg_kernels/ops tests/fuzz tests/test_last.py
 	FLOWSEG_REQUIRE_PROOFS=$(PROOFS) OMP_NUM_THREADS=1 $(RUN) -m pytest tests/flowseg_kernels/cuda tests/flowseg_kernels/static tests/test_last.py
 
 # What is too long for every change: CONTRIBUTING.md says how long.

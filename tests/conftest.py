@@ -21,6 +21,7 @@ from flowseg_kernels.runtime.backend import BACKENDS, backend_reasons
 from flowseg_kernels.runtime.triton_forms import INTERPRETED
 
 from . import gpu_arithmetic, quick_interpreter
+from .host_cuda import kernels as host_kernels
 
 if INTERPRETED:
     quick_interpreter.speed_up()
@@ -50,7 +51,8 @@ def proof(name, why_not=None):
 
 def device_of(backend):
     """Device type of the tensors that a backend is tested on."""
-    return "cpu" if backend in ("reference", "cpu") or (backend == "triton" and INTERPRETED) else "cuda"
+    on_cpu = {"reference": True, "cpu": True, "triton": INTERPRETED, "cuda": host_kernels.installed()}
+    return "cpu" if on_cpu[backend] else "cuda"
 
 
 def why_not(backend):

@@ -1,26 +1,27 @@
-// Nearest centroids of the pixels of a block: by the decode grid where there is one, else a search through all of them.
+// The nearest centroids of the pixels of a block: looked up in the decode grid, or found by a search through all centroids.
 #pragma once
 
 #include <cstring>
 
-#include "cuda/codes.cuh"
-#include "cuda/pack.cuh"
+#include "cuda/block.cuh"
 #include "cuda/pixels.cuh"
 #include "shared/decode_grid.h"
 
 namespace flowseg::cuda {
 
+// Pixels per thread of a search and of a lookup.
 template <class T, int C>
-constexpr int kSearched = (C <= 4 ? 4 : C <= 8 ? 2 : 1) / (sizeof(T) == 8 && C <= 8 ? 2 : 1);
-constexpr int kLookedUp = 4;
+constexpr int kSearchPixels = (C <= 4 ? 4 : C <= 8 ? 2 : 1) / (sizeof(T) == 8 && C <= 8 ? 2 : 1);
+constexpr int kLookupPixels = 4;
 
+// Loads a run of pixels; channels that the image does not have are 0.
 template <class T, int C, int P>
-__device__ __forceinline__ void load_points(const Source& from, int channels, const Place& place, T (&x)[C][P]) {
-  const Offsets<P> offsets = offsets_of<P>(place, from);
+__device__ __forceinline__ void load_points(const InputImage& from, int channels, const PixelRun& run, T (&x)[C][P]) {
+  const Offsets<P> offsets = offsets_of<P>(run, from);
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     if (c < channels) {
-      load_plane(from, c, place, offsets, x[c]);
+      load_plane(from, c, run, offsets, x[c]);
     } else {
 #pragma unroll
       for (int p = 0; p < P; ++p) x[c][p] = 0;
@@ -28,10 +29,10 @@ __device__ __forceinline__ void load_points(const Source& from, int channels, co
   }
 }
 
-// Labels (-1 for NaN) and squared distances of the nearest and, with kSecond, of the second nearest. Every thread of the block
-// calls it.
+// Finds labels (-1 for NaN) and the squared distances to the nearest and, with kSecond, to the second nearest centroid. Every
+// thread of the block calls it.
 template <bool kSecond, class T, int C, int P>
-__device__ __forceinline__ void search(const Codes& codes, const Tile<T, C>& tile, const T (&x)[C][P], int (&label)[P],
+__device__ __forceinline__ void search(const InputCodes& codes, const CodeTile<T, C>& tile, const T (&x)[C][P], int (&label)[P],
                                        T (&nearest)[P], T (&second)[P]) {
 #pragma unroll
   for (int p = 0; p < P; ++p) {
@@ -42,7 +43,7 @@ __device__ __forceinline__ void search(const Codes& codes, const Tile<T, C>& til
   for_each_part(codes, tile, staged, [&](int first, int count) {
     FLOWSEG_UNROLL_CLASSES
     for (int k = 0; k < count; ++k) {
-      const Row<T, C> row = tile[k];
+      const CodeRow<T, C> row = tile[k];
 #pragma unroll
       for (int p = 0; p < P; ++p) {
         T d = 0;
@@ -60,20 +61,20 @@ __device__ __forceinline__ void search(const Codes& codes, const Tile<T, C>& til
   });
 #pragma unroll
   for (int p = 0; p < P; ++p) {
-    bool unknown = false;
+    bool is_nan = false;
 #pragma unroll
-    for (int c = 0; c < C; ++c) unknown |= x[c][p] != x[c][p];
-    if (unknown) {
+    for (int c = 0; c < C; ++c) is_nan |= x[c][p] != x[c][p];
+    if (is_nan) {
       label[p] = -1;
       nearest[p] = static_cast<T>(NAN);
     }
   }
 }
 
-// One candidate after the other.
+// The nearest of the candidates offered so far; the first of equals wins.
 struct Nearest {
   float distance = infinity<float>();
-  float label = 0;  // exact: classes are below 2^24
+  float label = 0;  // exact: there are fewer than 2^24 classes
 
   __device__ __forceinline__ void offer(float dx, float dy, float dz, float candidate) {
     const float d = dx * dx + dy * dy + dz * dz;
@@ -83,7 +84,7 @@ struct Nearest {
   }
 };
 
-// The candidates of a cell: records of eight, four at a time.
+// Searches the candidate list of a cell. A record holds eight candidates, read four at a time.
 __device__ __forceinline__ int search_list(const Grid& grid, int first, float x, float y, float z) {
   Nearest found;
   const auto offer_four = [&](const Packed<float, 4>* four) {
@@ -100,8 +101,8 @@ __device__ __forceinline__ int search_list(const Grid& grid, int first, float x,
   return static_cast<int>(found.label);
 }
 
-// Points outside the grid meet every centroid. The codes start at a multiple of 16 bytes.
-__device__ __forceinline__ int search_all(const Codes& codes, float x, float y, float z) {
+// Searches all centroids, for points outside the grid. The codes start at a multiple of 16 bytes.
+__device__ __forceinline__ int search_all(const InputCodes& codes, float x, float y, float z) {
   if (x != x || y != y || z != z) return -1;
   Nearest found;
   const float* __restrict__ mu = static_cast<const float*>(codes.data);
@@ -121,7 +122,8 @@ __device__ __forceinline__ int search_all(const Codes& codes, float x, float y, 
   return static_cast<int>(found.label);
 }
 
-// Pixels that are read once leave the first cache first, which the cells need: 4 to 10 % faster on an H100. Not so in 16 bits.
+// Loads a vector of pixels that is read only once, and evicts it from the L1 cache first: the cells need the cache. In fp32 this is
+// 4 to 10 % faster on an H100, in 16 bits it is not.
 template <class S, int P>
 __device__ __forceinline__ void load_once(const S* at, Packed<S, P>& to) {
 #ifdef __CUDACC__
@@ -134,33 +136,33 @@ __device__ __forceinline__ void load_once(const S* at, Packed<S, P>& to) {
   to = *reinterpret_cast<const Packed<S, P>*>(at);
 }
 
-// Three channels as they are in memory: all loads leave before one is waited for. Widened channel by channel, or behind a branch
-// for each, bf16 pixels would wait for memory three times.
+// A run of pixels of three channels in their dtype in memory. All loads are issued before the first is waited for. Converting each
+// channel after its load, or a branch per channel, would wait for memory three times.
 template <class S>
-struct Points {
-  Packed<S, kLookedUp> run[3];
+struct RawPixels {
+  Packed<S, kLookupPixels> channel[3];
 
-  __device__ __forceinline__ void load(const Source& from, const Place& place) {
-    const S* __restrict__ plane = static_cast<const S*>(from.data) + place.image * from.stride[0];
-    if (from.layout.vector && place.count == kLookedUp) {
+  __device__ __forceinline__ void load(const InputImage& from, const PixelRun& run) {
+    const S* __restrict__ plane = static_cast<const S*>(from.data) + run.image * from.stride[0];
+    if (from.layout.vector && run.count == kLookupPixels) {
 #pragma unroll
       for (int c = 0; c < 3; ++c) {
-        load_once(plane + c * from.stride[1] + place.first, run[c]);
+        load_once(plane + c * from.stride[1] + run.first, channel[c]);
       }
     } else {
-      const Offsets<kLookedUp> offsets = offsets_of<kLookedUp>(place, from);
+      const Offsets<kLookupPixels> offsets = offsets_of<kLookupPixels>(run, from);
 #pragma unroll
       for (int c = 0; c < 3; ++c) {
-        run[c] = {};
-        load_run<S, kLookedUp>(plane + c * from.stride[1], place, offsets, false, [&](int p, S v) { run[c].at[p] = v; });
+        channel[c] = {};
+        load_run<S, kLookupPixels>(plane + c * from.stride[1], run, offsets, false, [&](int p, S v) { channel[c].at[p] = v; });
       }
     }
   }
 
-  __device__ __forceinline__ float operator()(int c, int p) const { return widen(run[c].at[p]); }
+  __device__ __forceinline__ float operator()(int c, int p) const { return widen(channel[c].at[p]); }
 };
 
-// Calls body.template operator()<S>() with the dtype of pixels that a grid takes.
+// Calls body.template operator()<S>() with the dtype of pixels that are looked up in a grid.
 template <class Body>
 void for_half_or_float(Real type, Body body) {
   if (type == Real::f16) return body.template operator()<Half>();
@@ -168,29 +170,29 @@ void for_half_or_float(Real type, Body body) {
   body.template operator()<float>();
 }
 
-// Whether words of the grid name their candidates; their codes are in shared memory then.
-inline bool has_words(const Codes& codes) { return codes.classes <= kWordClasses; }
-inline int64_t row_bytes(const Codes& codes) {
-  return has_words(codes) ? codes.classes * static_cast<int64_t>(sizeof(Row<float, 3>)) : 0;
+// Whether the grid has words that hold the candidates themselves. The kernel then stages all codes in shared memory.
+inline bool has_words(const InputCodes& codes) { return codes.classes <= kWordClasses; }
+using GridCode = CodeRow<float, 3>;
+inline int64_t staged_bytes(const InputCodes& codes) {
+  return has_words(codes) ? codes.classes * static_cast<int64_t>(sizeof(GridCode)) : 0;
 }
-using CodeRow = Row<float, 3>;
-#define FLOWSEG_DYNAMIC_ROWS(name) FLOWSEG_DYNAMIC_SHARED(CodeRow, name)
+#define FLOWSEG_DYNAMIC_CODES(name) FLOWSEG_DYNAMIC_SHARED(GridCode, name)
 
-// The codes, a row each in shared memory, by the whole block.
+// Copies all codes to shared memory, one row per code. Every thread of the block calls it.
 template <int kBlock>
-__device__ __forceinline__ void stage_rows(const Codes& codes, CodeRow* rows) {
+__device__ __forceinline__ void stage_rows(const InputCodes& codes, GridCode* rows) {
   const float* __restrict__ mu = static_cast<const float*>(codes.data);
 #pragma unroll 1
   for (int k = threadIdx.x; k < codes.classes; k += kBlock) rows[k] = {{mu[3 * k], mu[3 * k + 1], mu[3 * k + 2], 0}};
   __syncthreads();
 }
 
-// The nearest of the classes in a cell's word, which are in order: the first and the last are equal where there is one.
-__device__ __forceinline__ int search_word(const CodeRow* rows, int word, float x, float y, float z) {
+// The nearest of the up to three classes in a cell's word. They are sorted; first and last are equal if there is only one.
+__device__ __forceinline__ int search_word(const GridCode* rows, int word, float x, float y, float z) {
   constexpr int kMask = kWordClasses - 1;
   const int first = word & kMask, second = word >> kWordBits & kMask, third = word >> 2 * kWordBits;
   if (first == third) return first;
-  const auto distance = [&](const CodeRow& row) {
+  const auto distance = [&](const GridCode& row) {
     const float dx = x - row[0], dy = y - row[1], dz = z - row[2];
     return dx * dx + dy * dy + dz * dz;
   };
@@ -199,8 +201,8 @@ __device__ __forceinline__ int search_word(const CodeRow* rows, int word, float 
   return c < std::fmin(a, b) ? third : label;
 }
 
-// The cell of a point, or -1, as cell_of has it, for sizes that are powers of two. Added to 2^23 a number leaves its integral part
-// in the low bits, which costs no conversion; what is negative, too large or NaN has other bits set.
+// The cell of a point, or -1: equals cell_of of shared/decode_grid.h for grid sizes that are powers of two. Adding 2^23 to a number
+// puts its integral part into the low bits without a conversion; negative, too large and NaN values set higher bits.
 __device__ __forceinline__ int cell_at(const Grid& grid, float x, float y, float z) {
   constexpr float kIntegers = 8388608.0f;
   const auto along = [&](float v) {
@@ -210,42 +212,42 @@ __device__ __forceinline__ int cell_at(const Grid& grid, float x, float y, float
   return (a | b | c) < size ? static_cast<int>((c * size + b) * size + a) : -1;
 }
 
-// All loads of the table leave before one is waited for. The few pixels that a word does not answer take turns, each thread with
-// its own, so that a warp goes through them as often as its fullest thread.
+// Looks up a run of pixels. All table loads are issued before the first is waited for. Then each thread searches for its few
+// pending pixels, which a word did not answer, one by one: a warp makes as many passes as its thread with the most pending pixels.
 template <bool kWords, class S>
-__device__ __forceinline__ void look_up(const Grid& grid, const Codes& codes, const CodeRow* rows, const Points<S>& x,
-                                        int (&label)[kLookedUp]) {
+__device__ __forceinline__ void look_up(const Grid& grid, const InputCodes& codes, const GridCode* rows, const RawPixels<S>& x,
+                                        int (&label)[kLookupPixels]) {
   constexpr int kOutside = INT32_MIN;
   const int32_t* __restrict__ table = kWords ? grid.words : grid.cells;
 #pragma unroll
-  for (int p = 0; p < kLookedUp; ++p) {
+  for (int p = 0; p < kLookupPixels; ++p) {
     const int cell = cell_at(grid, x(0, p), x(1, p), x(2, p));
     label[p] = cell < 0 ? kOutside : table[cell];
   }
-  int open = 0;
+  int pending = 0;  // bit p: pixel p
 #pragma unroll
-  for (int p = 0; p < kLookedUp; ++p) {
+  for (int p = 0; p < kLookupPixels; ++p) {
     if (label[p] < 0) {
-      open |= 1 << p;
+      pending |= 1 << p;
     } else if constexpr (kWords) {
       label[p] = search_word(rows, label[p], x(0, p), x(1, p), x(2, p));
     }
   }
 #pragma unroll 1
-  for (; open; open &= open - 1) {
-    const int at = __ffs(open) - 1;
+  for (; pending; pending &= pending - 1) {
+    const int at = __ffs(pending) - 1;
     float point[3] = {x(0, 0), x(1, 0), x(2, 0)};
-    int word = label[0];
+    int entry = label[0];
 #pragma unroll
-    for (int p = 1; p < kLookedUp; ++p) {
+    for (int p = 1; p < kLookupPixels; ++p) {
 #pragma unroll
       for (int c = 0; c < 3; ++c) point[c] = p == at ? x(c, p) : point[c];
-      word = p == at ? label[p] : word;
+      entry = p == at ? label[p] : entry;
     }
-    const int found = word == kOutside ? search_all(codes, point[0], point[1], point[2])
-                                       : search_list(grid, -1 - word, point[0], point[1], point[2]);
+    const int found = entry == kOutside ? search_all(codes, point[0], point[1], point[2])
+                                        : search_list(grid, -1 - entry, point[0], point[1], point[2]);
 #pragma unroll
-    for (int p = 0; p < kLookedUp; ++p) label[p] = p == at ? found : label[p];
+    for (int p = 0; p < kLookupPixels; ++p) label[p] = p == at ? found : label[p];
   }
 }
 

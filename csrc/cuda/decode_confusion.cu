@@ -1,7 +1,7 @@
 // decode_confusion on torch's CUDA tensors.
 #include "cuda/decode_confusion.cuh"
 
-#include "cuda/torch_arguments.h"
+#include "cuda/launch.h"
 
 namespace flowseg::cuda {
 
@@ -10,16 +10,15 @@ namespace {
 Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional<Tensor> cells, std::optional<Tensor> records,
                         std::optional<Tensor> groups, double grid_low, double grid_scale, int64_t ignore_index) {
   const Image image = image_of(x, "x");
-  const Codes codes = codes_of(centroids, image);
+  const InputCodes codes = input_codes(centroids, image);
   Tensor counts = torch::stable::new_zeros(x, std::vector<int64_t>{codes.classes, codes.classes}, ScalarType::Long);
   if (x.numel() == 0) return counts;
-  const Confusion a{source_of(image),
-                    labels_of(target, image, ignore_index, "target"),
-                    codes,
-                    grid_for_vectors(centroids, cells, records, groups, grid_low, grid_scale),
-                    static_cast<unsigned long long*>(counts.data_ptr()),
-                    {}};
-  launch_confusion(a, Launch(x));
+  const ConfusionParams params{.x = input_image(image),
+                               .target = input_labels(target, image, ignore_index, "target"),
+                               .codes = codes,
+                               .grid = aligned_grid(centroids, cells, records, groups, grid_low, grid_scale),
+                               .counts = static_cast<unsigned long long*>(counts.data_ptr())};
+  launch_confusion(params, Launch(x));
   return counts;
 }
 

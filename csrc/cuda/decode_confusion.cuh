@@ -1,31 +1,31 @@
-// decode_confusion on a GPU: decode and count in one pass, without a label map.
+// decode_confusion on a GPU: decodes and counts in one pass, without a label map.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
 #include "cuda/decode.cuh"
-#include "cuda/dispatch.h"
+#include "cuda/params.h"
 
 namespace flowseg::cuda {
 
-// Counts of a block are 16 bits wide, two in a word of shared memory; a block counts fewer than 65,536 pixels. More classes than
-// have room there count in global memory. Sums of integers do not depend on the order.
-constexpr int kMostCounted = 32768;  // pixels a block
+// A block counts in shared memory, in 16-bit counters, two per word; it therefore processes fewer than 65,536 pixels. If the
+// histogram does not fit, blocks count in global memory. Sums of integers do not depend on the order of the additions.
+constexpr int kMaxPixelsPerBlock = 32768;
 
-struct Confusion {
-  Source x;
-  Labels target;
-  Codes codes;
+struct ConfusionParams {
+  InputImage x;        // (B, C, H, W)
+  InputLabels target;  // (B, H, W)
+  InputCodes codes;    // (K, C)
   Grid grid;
-  unsigned long long* counts;  // (K, K), zero at first
-  Parts parts;
+  unsigned long long* counts;  // (K, K), zero before the launch
+  Tiling tiling{};
 };
 
-inline int64_t shared_bytes(int64_t classes) { return (classes * classes + 1) / 2 * 4; }
+inline int64_t histogram_bytes(int64_t classes) { return (classes * classes + 1) / 2 * 4; }
 
 template <bool kShared>
-__device__ __forceinline__ void add(const Confusion& a, unsigned* counts, int64_t cell, unsigned n) {
+__device__ __forceinline__ void add(const ConfusionParams& a, unsigned* counts, int64_t cell, unsigned n) {
   if constexpr (kShared) {
     const auto at = static_cast<unsigned>(cell);
     atomicAdd(&counts[at / 2], at % 2 ? n << 16 : n);
@@ -34,10 +34,11 @@ __device__ __forceinline__ void add(const Confusion& a, unsigned* counts, int64_
   }
 }
 
-// Additions to one address go one after the other, and in a map of areas most pixels of a warp are of one cell: that of a lane
-// whose neighbouring pixels agree is counted by votes and added once.
+// Counts the pairs (target, label) of a run. Atomic additions to one address are serialised, and most pixels of a warp usually
+// belong to the same pair. So the warp chooses a common pair, that of the first lane with two equal neighbours, counts it by
+// ballots and adds it once.
 template <bool kShared, int P>
-__device__ __forceinline__ void count(const Confusion& a, unsigned* counts, const int (&y)[P], const int (&label)[P]) {
+__device__ __forceinline__ void count(const ConfusionParams& a, unsigned* counts, const int (&y)[P], const int (&label)[P]) {
   using Cell = std::conditional_t<kShared, int, int64_t>;
   Cell cell[P];
 #pragma unroll
@@ -55,17 +56,17 @@ __device__ __forceinline__ void count(const Confusion& a, unsigned* counts, cons
   if (common >= 0 && threadIdx.x % 32 == 0) add<kShared>(a, counts, common, static_cast<unsigned>(same));
 }
 
-// Calls find(place, y, label) for each run of the block's pixels and counts what it finds.
+// Calls find(run, y, label) for each run of the block's pixels and counts the pairs that it returns.
 template <int kBlock, int P, bool kShared, class Find>
-__device__ __forceinline__ void count_pixels(const Confusion& a, unsigned* counts, Find find) {
+__device__ __forceinline__ void count_pixels(const ConfusionParams& a, unsigned* counts, Find find) {
   const int words = kShared ? (a.codes.classes * a.codes.classes + 1) / 2 : 0;
   if constexpr (kShared) {
     for (int i = threadIdx.x; i < words; i += kBlock) counts[i] = 0;
     __syncthreads();
   }
-  for_each_place<kBlock, P>(a.parts, a.x.height * a.x.width, [&](const Place& place) {
+  for_each_run<kBlock, P>(a.tiling, a.x.height * a.x.width, [&](const PixelRun& run) {
     int y[P], label[P];
-    find(place, y, label);
+    find(run, y, label);
     count<kShared>(a, counts, y, label);
   });
   if constexpr (kShared) {
@@ -79,59 +80,60 @@ __device__ __forceinline__ void count_pixels(const Confusion& a, unsigned* count
 }
 
 template <bool kShared, bool kWords, class S>
-__global__ void __launch_bounds__(kWide, 2) confusion_by_grid(const Confusion a) {
-  FLOWSEG_DYNAMIC_ROWS(rows);
-  if constexpr (kWords) stage_rows<kWide>(a.codes, rows);
+__global__ void __launch_bounds__(kGridThreads, 2) confusion_by_grid(const ConfusionParams a) {
+  FLOWSEG_DYNAMIC_CODES(rows);
+  if constexpr (kWords) stage_rows<kGridThreads>(a.codes, rows);
   auto* counts = reinterpret_cast<unsigned*>(rows + (kWords ? a.codes.classes : 0));
-  count_pixels<kWide, kLookedUp, kShared>(a, counts, [&](const Place& place, int (&y)[kLookedUp], int (&label)[kLookedUp]) {
-    Points<S> x;
-    x.load(a.x, place);  // the target is waited for meanwhile
-    load_labels(a.target, a.codes.classes, place, y);
+  constexpr int P = kLookupPixels;
+  count_pixels<kGridThreads, P, kShared>(a, counts, [&](const PixelRun& run, int (&y)[P], int (&label)[P]) {
+    RawPixels<S> x;
+    x.load(a.x, run);  // loading the target overlaps with waiting for the pixels
+    load_labels(a.target, a.codes.classes, run, y);
     look_up<kWords>(a.grid, a.codes, rows, x, label);
   });
 }
 
-// Told of four blocks a multiprocessor, as ptxas spills for the sake of more.
+// Limited to four blocks per multiprocessor: ptxas would spill to fit more.
 template <class T, int C, bool kShared>
-__global__ void __launch_bounds__(kThreads, 4) confusion_by_search(const Confusion a) {
-  constexpr int P = kSearched<T, C>;
-  FLOWSEG_TILE(T, C, tile);
+__global__ void __launch_bounds__(kThreads, 4) confusion_by_search(const ConfusionParams a) {
+  constexpr int P = kSearchPixels<T, C>;
+  FLOWSEG_CODE_TILE(T, C, tile);
   FLOWSEG_DYNAMIC_SHARED(unsigned, counts);
-  count_pixels<kThreads, P, kShared>(a, counts, [&](const Place& place, int (&y)[P], int (&label)[P]) {
-    load_labels(a.target, a.codes.classes, place, y);
+  count_pixels<kThreads, P, kShared>(a, counts, [&](const PixelRun& run, int (&y)[P], int (&label)[P]) {
+    load_labels(a.target, a.codes.classes, run, y);
     T x[C][P], nearest[P], second[P];
-    load_points(a.x, a.codes.channels, place, x);
+    load_points(a.x, a.codes.channels, run, x);
     search<false>(a.codes, tile, x, label, nearest, second);
   });
 }
 
 template <class Launch>
-void launch_confusion(Confusion a, const Launch& launch) {
+void launch_confusion(ConfusionParams a, const Launch& launch) {
   const Device device = launch.device();
-  const bool grid = a.grid.cells && a.x.type != Real::f64, words = grid && has_words(a.codes);
-  // A search has a tile of centroids in shared memory too, which it need not ask for.
-  const int64_t bytes = shared_bytes(a.codes.classes) + (grid ? row_bytes(a.codes) : 0), whole = bytes + (grid ? 0 : kTileBytes);
-  const bool shared = whole <= device.shared_block && (words || !grid);
-  const auto go = [&](auto kernel, int64_t threads, int64_t pixels_a_thread) {
-    const int64_t room = shared ? device.shared_multiprocessor / (whole + 1024) : device.threads;  // 1 KiB is the system's
-    // A search has up to 128 registers a thread.
-    const int64_t at_once = std::max<int64_t>(1, std::min(room, device.threads / (grid ? threads : 2 * threads)));
-    const int64_t pixels_a_part = threads * pixels_a_thread;
-    a.parts = parts_of(a.x.batch, a.x.height * a.x.width, pixels_a_part, at_once * device.multiprocessors,
-                       kMostCounted / pixels_a_part);
-    launch.of_threads(threads, kernel, blocks_of(a.parts), shared ? bytes : grid ? row_bytes(a.codes) : 0, a);
+  const bool by_grid = a.grid.cells && a.x.type != Real::f64, words = by_grid && has_words(a.codes);
+  const int64_t code_bytes = by_grid ? staged_bytes(a.codes) : 0;
+  const int64_t dynamic_bytes = histogram_bytes(a.codes.classes) + code_bytes;
+  const int64_t block_bytes = dynamic_bytes + (by_grid ? 0 : kCodeTileBytes);  // a search also has its static tile of centroids
+  const bool shared = block_bytes <= device.shared_block && (words || !by_grid);
+  const auto launch_kernel = [&](auto kernel, int64_t threads, int64_t pixels_per_thread) {
+    // The system reserves 1 KiB of shared memory per block. A search needs up to 128 registers per thread, twice those of Device.
+    const int64_t by_memory = shared ? device.shared_multiprocessor / (block_bytes + 1024) : device.threads;
+    const int64_t by_registers = device.threads / (by_grid ? threads : 2 * threads);
+    const int64_t resident_blocks = std::max<int64_t>(1, std::min(by_memory, by_registers)) * device.multiprocessors;
+    const int64_t pixels_per_tile = threads * pixels_per_thread;
+    a.tiling = tiling_of(a.x.batch, a.x.height * a.x.width, pixels_per_tile, resident_blocks, kMaxPixelsPerBlock / pixels_per_tile);
+    launch.with_threads(threads, kernel, blocks_of(a.tiling), shared ? dynamic_bytes : code_bytes, a);
   };
-  if (grid) {
+  if (by_grid) {
     return for_half_or_float(a.x.type, [&]<class S>() {
-      go(shared  ? confusion_by_grid<true, true, S>
-         : words ? confusion_by_grid<false, true, S>
-                 : confusion_by_grid<false, false, S>,
-         kWide, kLookedUp);
+      launch_kernel(shared  ? confusion_by_grid<true, true, S>
+                    : words ? confusion_by_grid<false, true, S>
+                            : confusion_by_grid<false, false, S>,
+                    kGridThreads, kLookupPixels);
     });
   }
   for_type_and_channels(a.x.type, a.codes.channels, [&]<class T, int C>() {
-    constexpr int P = kSearched<T, C>;
-    shared ? go(confusion_by_search<T, C, true>, kThreads, P) : go(confusion_by_search<T, C, false>, kThreads, P);
+    launch_kernel(shared ? confusion_by_search<T, C, true> : confusion_by_search<T, C, false>, kThreads, kSearchPixels<T, C>);
   });
 }
 

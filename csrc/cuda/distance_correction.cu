@@ -1,7 +1,7 @@
 // distance_correction on torch's CUDA tensors.
 #include "cuda/distance_correction.cuh"
 
-#include "cuda/torch_arguments.h"
+#include "cuda/launch.h"
 
 namespace flowseg::cuda {
 
@@ -12,13 +12,13 @@ Tensor distance_correction(Tensor xhat, Tensor labels, Tensor centroids, double 
   const Image image = image_of(xhat, "xhat");
   Tensor out = empty_like_shape(xhat, xhat.scalar_type(), shape_of(image));
   if (xhat.numel() == 0) return out;
-  const Correct a{source_of(image),
-                  labels_of(labels, image, ignore_index, "labels"),
-                  codes_of(centroids, image),
-                  {temperature, eps, max_norm, static_cast<int>(transform)},
-                  target_of(out, image),
-                  0};
-  launch_correct(a, Launch(xhat));
+  const CorrectionParams params{
+      .x = input_image(image),
+      .labels = input_labels(labels, image, ignore_index, "labels"),
+      .codes = input_codes(centroids, image),
+      .correction = {.temperature = temperature, .eps = eps, .max_norm = max_norm, .transform = static_cast<int>(transform)},
+      .out = output_image(out, image)};
+  launch_correction(params, Launch(xhat));
   return out;
 }
 

@@ -1,7 +1,7 @@
 // flow_interpolate and its backward on torch's CUDA tensors.
 #include "cuda/flow_interpolate.cuh"
 
-#include "cuda/torch_arguments.h"
+#include "cuda/launch.h"
 
 namespace flowseg::cuda {
 
@@ -11,9 +11,12 @@ Tensor flow_interpolate(Tensor source, Tensor labels, Tensor t, Tensor centroids
   const Image image = image_of(source, "source");
   Tensor out = empty_like_shape(source, source.scalar_type(), shape_of(image));
   if (source.numel() == 0) return out;
-  const Interpolate a{source_of(image), labels_of(labels, image, ignore_index, "labels"), times_of(t, image),
-                      codes_of(centroids, image), target_of(out, image), 0};
-  launch_interpolate(a, Launch(source));
+  const InterpolateParams params{.source = input_image(image),
+                                 .labels = input_labels(labels, image, ignore_index, "labels"),
+                                 .times = input_times(t, image),
+                                 .codes = input_codes(centroids, image),
+                                 .out = output_image(out, image)};
+  launch_interpolate(params, Launch(source));
   return out;
 }
 
@@ -23,18 +26,16 @@ std::tuple<Tensor, Tensor> flow_interpolate_bwd(Tensor grad, Tensor source, Tens
   Tensor grad_source = empty_like_shape(source, source.scalar_type(), shape_of(image));
   Tensor grad_time = torch::stable::new_zeros(t, std::vector<int64_t>{need_t ? image.batch : 0});
   if (source.numel() == 0) return {grad_source, grad_time};
-  const int64_t blocks = blocks_an_image(image.height * image.width, kInterpolated) * image.batch;
-  Tensor sums = empty_like_shape(source, ScalarType::Double, {need_t ? blocks : 0});
-  const InterpolateBackward a{source_of(image_of(grad, "grad")),
-                              source_of(image),
-                              labels_of(labels, image, ignore_index, "labels"),
-                              times_of(t, image),
-                              codes_of(centroids, image),
-                              target_of(grad_source, image),
-                              target_of(output_of(grad_time), 1, 1),
-                              need_t ? static_cast<double*>(sums.data_ptr()) : nullptr,
-                              0};
-  launch_interpolate_backward(a, Launch(source));
+  Tensor sums = empty_like_shape(source, ScalarType::Double, {need_t ? grad_time_sums(image) : 0});
+  const InterpolateBackwardParams params{.grad = input_image(image_of(grad, "grad")),
+                                         .source = input_image(image),
+                                         .labels = input_labels(labels, image, ignore_index, "labels"),
+                                         .times = input_times(t, image),
+                                         .codes = input_codes(centroids, image),
+                                         .grad_source = output_image(grad_source, image),
+                                         .grad_time = output_image(output_of(grad_time), 1, 1),
+                                         .sums = need_t ? static_cast<double*>(sums.data_ptr()) : nullptr};
+  launch_interpolate_backward(params, Launch(source));
   return {grad_source, grad_time};
 }
 

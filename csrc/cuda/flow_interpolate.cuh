@@ -1,66 +1,67 @@
 // flow_interpolate and its backward on a GPU.
 #pragma once
 
-#include "cuda/dispatch.h"
+#include "cuda/block.cuh"
+#include "cuda/params.h"
 #include "cuda/pixels.cuh"
-#include "cuda/reduce.cuh"
 
 namespace flowseg::cuda {
 
-constexpr int kInterpolated = 8;  // pixels a thread: 16 bytes of bf16
+constexpr int kInterpolatePixels = 8;  // per thread: 16 bytes of bf16
 
-struct Interpolate {
-  Source source;
-  Labels labels;
-  Times times;
-  Codes codes;
-  Target out;
-  unsigned blocks;  // an image
+struct InterpolateParams {
+  InputImage source;  // (B, C, H, W)
+  InputLabels labels;  // (B, H, W)
+  InputTimes times;   // (B,)
+  InputCodes codes;   // (K, C)
+  OutputImage out;    // (B, C, H, W)
+  unsigned blocks_per_image = 0;
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) interpolate(const Interpolate a) {
-  constexpr int P = kInterpolated;
-  const Place place = place_of<P>(a.out.pixels, a.blocks);
-  const T t = static_cast<T>(time_of(a.times, place.image));
+__global__ void __launch_bounds__(kThreads) interpolate(const InterpolateParams a) {
+  constexpr int P = kInterpolatePixels;
+  const PixelRun run = run_of_block<P>(a.out.pixels, a.blocks_per_image);
+  const T t = static_cast<T>(time_of(a.times, run.image));
   int y[P];
-  load_labels(a.labels, a.codes.classes, place, y);
-  const Offsets<P> offsets = offsets_of<P>(place, a.source);
+  load_labels(a.labels, a.codes.classes, run, y);
+  const Offsets<P> offsets = offsets_of<P>(run, a.source);
   for (int c = 0; c < a.codes.channels; ++c) {
     T x[P], code[P];
-    load_plane(a.source, c, place, offsets, x);
+    load_plane(a.source, c, run, offsets, x);
     load_code(a.codes, y, c, code);
 #pragma unroll
     for (int p = 0; p < P; ++p) x[p] = y[p] >= 0 ? (1 - t) * x[p] + t * code[p] : x[p];
-    store_plane(a.out, c, place, x);
+    store_plane(a.out, c, run, x);
   }
 }
 
-struct InterpolateBackward {
-  Source grad, source;
-  Labels labels;
-  Times times;
-  Codes codes;
-  Target grad_source, grad_time;
-  double* sums;  // one a block; null when grad_time is not needed
-  unsigned blocks;
+struct InterpolateBackwardParams {
+  InputImage grad, source;  // (B, C, H, W)
+  InputLabels labels;       // (B, H, W)
+  InputTimes times;         // (B,)
+  InputCodes codes;         // (K, C)
+  OutputImage grad_source;  // (B, C, H, W)
+  OutputImage grad_time;    // (B,)
+  double* sums;             // (B, blocks_per_image), scratch; null if grad_time is not needed
+  unsigned blocks_per_image = 0;
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) interpolate_backward(const InterpolateBackward a) {
-  constexpr int P = kInterpolated;
-  const Place place = place_of<P>(a.grad_source.pixels, a.blocks);
-  const T t = static_cast<T>(time_of(a.times, place.image));
+__global__ void __launch_bounds__(kThreads) interpolate_backward(const InterpolateBackwardParams a) {
+  constexpr int P = kInterpolatePixels;
+  const PixelRun run = run_of_block<P>(a.grad_source.pixels, a.blocks_per_image);
+  const T t = static_cast<T>(time_of(a.times, run.image));
   int y[P];
-  load_labels(a.labels, a.codes.classes, place, y);
-  const Offsets<P> offsets = offsets_of<P>(place, a.source), grad_offsets = offsets_of<P>(place, a.grad);
+  load_labels(a.labels, a.codes.classes, run, y);
+  const Offsets<P> offsets = offsets_of<P>(run, a.source), grad_offsets = offsets_of<P>(run, a.grad);
   double sum = 0;
   for (int c = 0; c < a.codes.channels; ++c) {
     T grad[P];
-    load_plane<true>(a.grad, c, place, grad_offsets, grad);
+    load_plane<true>(a.grad, c, run, grad_offsets, grad);
     if (a.sums) {
       T x[P], code[P];
-      load_plane(a.source, c, place, offsets, x);
+      load_plane(a.source, c, run, offsets, x);
       load_code(a.codes, y, c, code);
 #pragma unroll
       for (int p = 0; p < P; ++p) {
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) interpolate_backward(const Interpola
     }
 #pragma unroll
     for (int p = 0; p < P; ++p) grad[p] = y[p] >= 0 ? (1 - t) * grad[p] : grad[p];
-    store_plane(a.grad_source, c, place, grad);
+    store_plane(a.grad_source, c, run, grad);
   }
   if (a.sums) {
     sum = block_sum(sum);
@@ -77,23 +78,29 @@ __global__ void __launch_bounds__(kThreads) interpolate_backward(const Interpola
   }
 }
 
-// One block an image.
-static __global__ void __launch_bounds__(kThreads) finish_grad_time(const InterpolateBackward a) {
-  const double sum[1] = {sum_parts(a.sums + static_cast<int64_t>(blockIdx.x) * a.blocks, a.blocks, 1)};
+// Adds up the blocks' sums. One block per image.
+static __global__ void __launch_bounds__(kThreads) finish_grad_time(const InterpolateBackwardParams a) {
+  const double* sums = a.sums + static_cast<int64_t>(blockIdx.x) * a.blocks_per_image;
+  const double sum[1] = {strided_sum(sums, a.blocks_per_image, 1)};
   if (threadIdx.x == 0) store_plane<true>(a.grad_time, 0, {blockIdx.x, 0, 1}, sum);
 }
 
 template <class Launch>
-void launch_interpolate(Interpolate a, Launch launch) {
-  const int64_t blocks = blocks_an_image(a.out.pixels, kInterpolated);
-  a.blocks = static_cast<unsigned>(blocks);
+void launch_interpolate(InterpolateParams a, const Launch& launch) {
+  const int64_t blocks = blocks_per_image(a.out.pixels, kInterpolatePixels);
+  a.blocks_per_image = static_cast<unsigned>(blocks);
   for_type(a.source.type, [&]<class T>() { launch(interpolate<T>, blocks * a.source.batch, 0, a); });
 }
 
+// The number of `sums` that the backward needs for grad_time.
+inline int64_t grad_time_sums(const Image& source) {
+  return blocks_per_image(source.height * source.width, kInterpolatePixels) * source.batch;
+}
+
 template <class Launch>
-void launch_interpolate_backward(InterpolateBackward a, Launch launch) {
-  const int64_t blocks = blocks_an_image(a.grad_source.pixels, kInterpolated);
-  a.blocks = static_cast<unsigned>(blocks);
+void launch_interpolate_backward(InterpolateBackwardParams a, const Launch& launch) {
+  const int64_t blocks = blocks_per_image(a.grad_source.pixels, kInterpolatePixels);
+  a.blocks_per_image = static_cast<unsigned>(blocks);
   for_type(a.source.type, [&]<class T>() { launch(interpolate_backward<T>, blocks * a.source.batch, 0, a); });
   if (a.sums) launch(finish_grad_time, a.source.batch, 0, a);
 }

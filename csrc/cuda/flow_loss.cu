@@ -1,7 +1,7 @@
 // flow_loss (loss and residual in one pass) and its backward on torch's CUDA tensors.
 #include "cuda/flow_loss.cuh"
 
-#include "cuda/torch_arguments.h"
+#include "cuda/launch.h"
 
 namespace flowseg::cuda {
 
@@ -12,38 +12,33 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, T
                                              double temperature, double eps, int64_t transform, double max_norm,
                                              int64_t ignore_index, int64_t reduction, double t_min, bool need_grad) {
   const Image image = image_of(prediction, "prediction");
-  const std::vector<int64_t> pixels{image.batch, image.height, image.width};
+  std::vector<int64_t> loss_shape;
+  if (reduction == Reduction::none) loss_shape = {image.batch, image.height, image.width};
   Tensor residual = empty_like_shape(prediction, prediction.scalar_type(), need_grad ? shape_of(image) : std::vector<int64_t>{0});
-  const std::vector<int64_t> of_loss = reduction == Reduction::none ? pixels : std::vector<int64_t>{};
   if (prediction.numel() == 0) {
-    Tensor loss = torch::stable::new_zeros(prediction, of_loss, compute_type(prediction));
+    Tensor loss = torch::stable::new_zeros(prediction, loss_shape, compute_type(prediction));
     return {loss, residual, torch::stable::new_zeros(prediction, std::vector<int64_t>{}, ScalarType::Long)};
   }
-  Tensor loss = empty_like_shape(prediction, compute_type(prediction), of_loss);
+  Tensor loss = empty_like_shape(prediction, compute_type(prediction), loss_shape);
   Tensor count = empty_like_shape(prediction, ScalarType::Long, {});
-  Loss a{};
-  a.prediction = source_of(image);
-  a.source = source_of(image_of(source, "source"));
-  a.labels = labels_of(labels, image, ignore_index, "labels");
-  a.times = times_of(t, image);
-  a.codes = codes_of(centroids, image);
-  a.correction = {temperature, eps, max_norm, static_cast<int>(transform)};
-  a.predicts_endpoint = predicts == 1;
-  a.endpoint_space = loss_space == 1;
-  a.annealed = schedule == 1;
-  a.mean = reduction == Reduction::mean;
-  // So that the residual is the gradient already where the incoming one is 1; in fp16 a large batch's would vanish.
-  a.divided = need_grad && reduction == Reduction::mean && image.type != Real::f16;
-  a.weight = correction_weight;
-  a.t_min = t_min;
-  if (need_grad) a.residual = target_of(residual, image);
-  (reduction == Reduction::none ? a.per_pixel : a.loss) = target_of(loss, image);
-  a.count = static_cast<int64_t*>(count.data_ptr());
+  const LossOptions options{
+      .predicts_endpoint = predicts == 1,
+      .endpoint_space = loss_space == 1,
+      .weight = correction_weight,
+      .annealed = schedule == 1,
+      .correction = {.temperature = temperature, .eps = eps, .max_norm = max_norm, .transform = static_cast<int>(transform)},
+      .reduction = reduction,
+      .t_min = t_min};
+  LossParams params = loss_params(input_image(image), input_image(image_of(source, "source")),
+                                  input_labels(labels, image, ignore_index, "labels"), input_times(t, image),
+                                  input_codes(centroids, image), options, output_image(loss, image),
+                                  need_grad ? output_image(residual, image) : OutputImage{},
+                                  static_cast<int64_t*>(count.data_ptr()));
   const Launch launch(prediction);
-  plan_loss(a, launch);
-  Tensor partials = empty_like_shape(prediction, ScalarType::Double, {a.parts + a.counts, 2});
-  a.partials = static_cast<Partial*>(partials.data_ptr());
-  launch_loss(a, launch);
+  plan_loss(params, launch);
+  Tensor partials = empty_like_shape(prediction, ScalarType::Double, {params.loss_blocks + params.count_blocks, 2});
+  params.partials = static_cast<Partial*>(partials.data_ptr());
+  launch_loss(params, launch);
   return {loss, residual, count};
 }
 
@@ -53,10 +48,14 @@ void scale_residual(const Tensor& grad_loss, const Tensor& residual, const Tenso
   if (residual.numel() == 0) return;
   const Image image = image_of(residual, "residual");
   const Tensor grad = torch::stable::to(grad_loss, compute_type(residual));
-  Scale a{source_of(image), grad.data_ptr(), {0, 0, 0}, nullptr, target_of(out, image), in_place, 0};
-  if (reduction == Reduction::mean) a.count = static_cast<const int64_t*>(count.data_ptr());
-  for (int i = 0; reduction == Reduction::none && i < 3; ++i) a.stride[i] = grad.stride(i);
-  launch_scale(a, Launch(residual));
+  ScaleParams params{.residual = input_image(image),
+                     .grad = grad.data_ptr(),
+                     .stride = {0, 0, 0},
+                     .count = reduction == Reduction::mean ? static_cast<const int64_t*>(count.data_ptr()) : nullptr,
+                     .out = output_image(out, image),
+                     .in_place = in_place};
+  for (int i = 0; reduction == Reduction::none && i < 3; ++i) params.stride[i] = grad.stride(i);
+  launch_scale(params, Launch(residual));
 }
 
 Tensor flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, int64_t reduction) {

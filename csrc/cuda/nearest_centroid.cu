@@ -1,7 +1,7 @@
 // nearest_centroid on torch's CUDA tensors.
 #include "cuda/nearest_centroid.cuh"
 
-#include "cuda/torch_arguments.h"
+#include "cuda/launch.h"
 
 namespace flowseg::cuda {
 
@@ -12,17 +12,18 @@ void nearest_centroid(Tensor x, Tensor centroids, std::optional<Tensor> cells, s
                       Tensor margin, int64_t ignore_index) {
   const Image image = image_of(x, "x");
   if (x.numel() == 0) return;
-  Decode a{};
-  a.x = source_of(image);
-  a.codes = codes_of(centroids, image);
-  a.grid = grid_for_vectors(centroids, cells, records, groups, grid_low, grid_scale);
-  a.ignore = ignore_index;
-  a.labels = labels.data_ptr();
-  a.label_type = integer_of(labels, "out_dtype");
-  a.label_vector = starts_at_16_bytes(a.labels, image.height * image.width, size_of(a.label_type));
-  if (distance.numel()) a.distance = target_of(distance, image);
-  if (margin.numel()) a.margin = target_of(margin, image);
-  launch_decode(a, Launch(x));
+  const Integer label_type = integer_of(labels, "out_dtype");
+  const DecodeParams params{
+      .x = input_image(image),
+      .codes = input_codes(centroids, image),
+      .grid = aligned_grid(centroids, cells, records, groups, grid_low, grid_scale),
+      .ignore = ignore_index,
+      .labels = labels.data_ptr(),
+      .label_type = label_type,
+      .label_vector = starts_at_16_bytes(labels.data_ptr(), image.height * image.width, size_of(label_type)),
+      .distance = distance.numel() ? output_image(distance, image) : OutputImage{},
+      .margin = margin.numel() ? output_image(margin, image) : OutputImage{}};
+  launch_decode(params, Launch(x));
 }
 
 }  // namespace

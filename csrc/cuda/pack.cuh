@@ -1,12 +1,13 @@
-// A few pixels of one thread as one value: the V of shared/correction.h on a GPU.
+// P pixels of one thread as one value: the vector type V of shared/correction.h on a GPU.
 //
-// One row of centroids read from shared memory serves all of them, and their chains of operations hide each other's latency.
+// All P pixels use each row of centroids that a thread reads from shared memory, and their independent chains of operations hide
+// each other's latency.
 #pragma once
 
 #include <cmath>
 #include <type_traits>
 
-#include "cuda/platform.cuh"
+#include "cuda/block.cuh"
 #include "shared/correction.h"
 
 namespace flowseg {
@@ -71,13 +72,8 @@ FLOWSEG_INLINE Pack<T, P> choose(const Pack<bool, P>& mask, const Pack<T, P>& a,
   return r;
 }
 
-template <class T>
-FLOWSEG_INLINE T infinity() {
-  return static_cast<T>(__builtin_huge_valf());
-}
-
-// One instruction, at most 1 ulp off for normal numbers whose reciprocal is normal: the callers see to that. A division costs a
-// range guard of several.
+// One instruction. The result is at most 1 ulp off if the number and its reciprocal are normal, which the callers ensure. A
+// division would add a range check of several instructions.
 FLOWSEG_INLINE float reciprocal(float v) {
 #if defined(__CUDA_ARCH__)
   float r;
@@ -86,7 +82,7 @@ FLOWSEG_INLINE float reciprocal(float v) {
 #elif defined(__CUDACC__)
   return 1.0f / v;
 #else
-  return emulated_reciprocal(v);
+  return inexact_reciprocal(v);
 #endif
 }
 FLOWSEG_INLINE double reciprocal(double v) { return 1.0 / v; }
@@ -111,7 +107,7 @@ FLOWSEG_INLINE Pack<T, P> zero_where_equal(const Pack<T, P>& v, const Pack<int, 
   return r;
 }
 
-// A predicate on the sums: one instruction less a class than zeroing the reciprocal.
+// Predicated additions: one instruction per class less than zeroing the reciprocal.
 template <int C, class T, int P>
 FLOWSEG_INLINE void add_rival(const Pack<T, P>& r, const Pack<T, P> (&diff)[C], const Pack<int, P>& y, int k,
                               Rivals<C, Pack<T, P>>& sum) {
@@ -125,7 +121,8 @@ FLOWSEG_INLINE void add_rival(const Pack<T, P>& r, const Pack<T, P> (&diff)[C], 
   }
 }
 
-// Whether a pixel of the warp has its own class in [first, last). Most runs of classes hold none, and need no predicates.
+// Whether any pixel of the warp has its own class in [first, last). Most runs of classes contain no own class and then need no
+// predicates.
 template <int P>
 FLOWSEG_INLINE bool may_hold(const Pack<int, P>& y, int first, int last) {
 #if defined(__CUDA_ARCH__) || !defined(__CUDACC__)

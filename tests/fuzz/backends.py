@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 
@@ -10,24 +9,18 @@ def prepare(name: str) -> None:
     """Call it before flowseg_kernels is imported: Triton reads its environment then."""
     if name == "triton":
         os.environ["TRITON_INTERPRET"] = "1"
-    from flowseg_kernels.runtime import backend
-
     from ..native import use_named_library
 
     if name == "cpu":
         use_named_library()
     if name == "cuda":
-        from ..flowseg_kernels.cuda import emulated
+        from ..host_cuda import kernels
 
-        reason = emulated.why_not()
+        reason = kernels.why_not()
         if reason:
             raise SystemExit(reason)
-        emulated.module()
-        emulated.library()
-        for implementations in backend.OPS.values():
-            if "cuda" in implementations:
-                anywhere = lambda device, channels: None  # noqa: E731
-                implementations["cuda"] = dataclasses.replace(implementations["cuda"], why_not=anywhere)
+        kernels.install()
+        kernels.library()
     if name == "triton":
         from ..gpu_arithmetic import convert_bf16_as_gpus_do
         from ..quick_interpreter import speed_up

@@ -1,36 +1,48 @@
-// The ops of csrc/cuda on the CPU: arguments as torch.ops.flowseg_cuda takes them, results written to arrays that the caller made.
+// The ops of csrc/cuda on the host, for kernels.py (by ctypes) and driver.cpp. Parameters are those of torch.ops.flowseg_cuda; the
+// caller allocates the results.
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-namespace flowseg::cuda {
+namespace flowseg::host {
 
+// kernels.py repeats this layout.
 struct Array {
-  void* data;
-  char kind;  // as NumPy's; 'u' of two bytes is bfloat16
-  int64_t itemsize;
-  std::vector<int64_t> shape, stride;  // in elements
+  void* data = nullptr;  // null: an absent tensor
+  int64_t itemsize = 4;
+  int64_t is_bfloat16 = 0;
+  int64_t dims = 0;
+  int64_t shape[4] = {};
+  int64_t stride[4] = {};  // in elements
 
   int64_t size() const {
     int64_t n = 1;
-    for (const int64_t s : shape) n *= s;
+    for (int64_t i = 0; i < dims; ++i) n *= shape[i];
     return n;
   }
 };
 
-void emulate_flow_interpolate(const Array& x, const Array& y, const Array& t, const Array& mu, int64_t ignore, const Array& out);
-void emulate_flow_interpolate_bwd(const Array& grad, const Array& x, const Array& y, const Array& t, const Array& mu, int64_t ignore,
-                              const Array& grad_source, const Array& grad_time);
-void emulate_distance_correction(const Array& x, const Array& y, const Array& mu, double temperature, double eps, int transform,
-                             double max_norm, int64_t ignore, const Array& out);
-void emulate_flow_loss(const Array& prediction, const Array& x, const Array& y, const Array& t, const Array& mu, bool endpoint, bool endpoint_space,
-                   double weight, bool annealed, double temperature, double eps, int transform, double max_norm,
-                   int64_t ignore, int reduction, double t_min, const Array& loss, const Array& residual, const Array& count);
-void emulate_flow_loss_bwd(const Array& grad, const Array& residual, const Array& count, int reduction, const Array& out);
-void emulate_nearest_centroid(const Array& x, const Array& mu, const Array& cells, const Array& records, const Array& groups, double low,
-                          double scale, const Array& out, const Array& distance, const Array& margin, int64_t ignore);
-void emulate_decode_confusion(const Array& x, const Array& y, const Array& mu, const Array& cells, const Array& records, const Array& groups,
-                          double low, double scale, int64_t ignore, const Array& counts);
+extern "C" {
 
-}  // namespace flowseg::cuda
+void flow_interpolate(const Array& source, const Array& labels, const Array& t, const Array& centroids, int64_t ignore,
+                      const Array& out);
+void flow_interpolate_bwd(const Array& grad, const Array& source, const Array& labels, const Array& t, const Array& centroids,
+                          int64_t ignore, const Array& grad_source, const Array& grad_time);
+void distance_correction(const Array& x, const Array& labels, const Array& centroids, double temperature, double eps,
+                         int64_t transform, double max_norm, int64_t ignore, const Array& out);
+void flow_loss(const Array& prediction, const Array& source, const Array& labels, const Array& t, const Array& centroids,
+               int64_t predicts, int64_t loss_space, double weight, int64_t schedule, double temperature, double eps,
+               int64_t transform, double max_norm, int64_t ignore, int64_t reduction, double t_min, const Array& loss,
+               const Array& residual, const Array& count);
+void flow_loss_bwd(const Array& grad, const Array& residual, const Array& count, int64_t reduction, const Array& out);
+void nearest_centroid(const Array& x, const Array& centroids, const Array& cells, const Array& records, const Array& groups,
+                      double low, double scale, const Array& labels, const Array& distance, const Array& margin, int64_t ignore);
+void decode_confusion(const Array& x, const Array& target, const Array& centroids, const Array& cells, const Array& records,
+                      const Array& groups, double low, double scale, int64_t ignore, const Array& counts);
+
+// From now on each launch runs only its last `count` blocks.
+void run_last_blocks(int64_t count);
+
+}  // extern "C"
+
+}  // namespace flowseg::host

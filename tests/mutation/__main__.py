@@ -1,8 +1,8 @@
-"""Does the suite see bugs? python -m tests.mutation [--only WORD]
+"""Check that the tests see bugs: python -m tests.mutation [--only WORD]
 
-Copies the tree, plants one typical kernel bug after the other in the copy, builds what changed, and runs the tests that are
-about it. Prints which test saw each bug and writes docs/results/mutation.md. Exit code 1 when one survives, when a plant fits no
-more, or when the tests fail without any.
+For each planted bug: changes a copy of the tree, rebuilds it and runs the tests of the changed code. Prints the test that failed
+first and writes docs/results/mutation.md. The exit code is 1 if a bug survives, if a plant no longer matches the code, or if the
+tests fail without a bug.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ COPY = ROOT / "build" / "mutated"
 RESULTS = ROOT / "docs" / "results" / "mutation.md"
 HEAD = """# Planted bugs
 
-`python -m tests.mutation` plants typical kernel bugs in a copy of the tree, one after the other, builds what changed and runs
-the tests that are about it. The first test that fails is named; without the bug all of them pass.
+`python -m tests.mutation` plants typical kernel bugs in a copy of the tree, one at a time, rebuilds the copy and runs the tests of
+the changed code. "Seen by" is the first test that failed. Without a bug all of these tests pass.
 
 | bug | language | planted in | seen by | commit |
 |---|---|---|---|---|
@@ -33,7 +33,7 @@ the tests that are about it. The first test that fails is named; without the bug
 
 
 def copy_tree(to: pathlib.Path) -> None:
-    """Every file that is tracked, or new and not ignored; what an earlier copy compiled stays."""
+    """Copy every file that git tracks or does not ignore. Build outputs of an earlier copy stay."""
     to.mkdir(parents=True, exist_ok=True)
     for entry in to.iterdir():
         if entry.name != "build":
@@ -51,18 +51,20 @@ def copy_tree(to: pathlib.Path) -> None:
 
 
 def build_library(root: pathlib.Path) -> None:
-    # One instruction set and little optimisation: the tests are the same, and a header of all of them compiles once.
+    # One instruction set and little optimisation compile faster; the tests are the same.
     library = build(root / "build" / "mutation", "-O1", root=root, sets=False)
     shutil.copy2(library, root / "flowseg_kernels" / "lib" / library.name)
     shutil.copy2(library.with_suffix(".json"), root / "flowseg_kernels" / "lib" / f"{library.stem}.json")
 
 
 def run_tests(root: pathlib.Path, plant: Plant) -> tuple[int, list[str], str]:
-    """(exit code, tests that failed, output)."""
+    """Run the tests of a plant in the tree `root`. Returns (exit code, failed tests, output)."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    environment |= {"FLOWSEG_REQUIRE_BACKENDS": "cpu", "FLOWSEG_REQUIRE_PROOFS": "emulated"}
+    environment |= {"FLOWSEG_REQUIRE_BACKENDS": "cpu"}
     if plant.language == "Triton":
         environment |= {"TRITON_INTERPRET": "1", "FLOWSEG_REQUIRE_BACKENDS": "triton"}
+    if plant.language == "CUDA":
+        environment |= {"FLOWSEG_REQUIRE_BACKENDS": "cuda"}
     command = [
         sys.executable,
         "-m",
@@ -76,13 +78,13 @@ def run_tests(root: pathlib.Path, plant: Plant) -> tuple[int, list[str], str]:
         *plant.tests,
     ]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    # An ERROR, of a fixture or while tests are collected, is no test that sees a wrong result.
+    # An ERROR of a fixture or of the collection does not count: no test has seen a wrong result.
     failed = re.findall(r"^FAILED (\S+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return done.returncode, failed, done.stdout[-4000:] + done.stderr[-1000:]
 
 
 def check(root: pathlib.Path, plant: Plant, native: bool) -> tuple[str | None, str]:
-    """(the test that saw the bug or None, what happened otherwise)."""
+    """Plant a bug in the tree `root` and remove it again. Returns (the test that saw it or None, the reason for None)."""
     code, _, output = run_tests(root, plant)
     if code:
         return None, f"the tests fail without the bug:\n{output}"
@@ -97,7 +99,7 @@ def check(root: pathlib.Path, plant: Plant, native: bool) -> tuple[str | None, s
     finally:
         (root / plant.path).write_text(before)
         if native:
-            # The next plant must not be built on this one's objects.
+            # A newer file is compiled again: the next plant must not link this plant's objects.
             os.utime(root / plant.path)
     if code == 0:
         return None, "it survived"
@@ -105,14 +107,16 @@ def check(root: pathlib.Path, plant: Plant, native: bool) -> tuple[str | None, s
 
 
 def stored_rows() -> dict[str, str]:
-    """The table's rows by bug: a run of some plants leaves those of the others."""
+    """The rows of the stored table by bug. A run of some plants keeps the rows of the others."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     return {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default="", help="plants whose bug or language holds this word")
+    parser.add_argument(
+        "--only", default="", help="run only the plants whose bug or language contains WORD", metavar="WORD"
+    )
     only = parser.parse_args().only
     chosen = [p for p in PLANTS if only.lower() in f"{p.bug} {p.language}".lower()]
     rows, survived, start = stored_rows(), 0, time.monotonic()
@@ -122,9 +126,9 @@ def main() -> int:
     print(f"copied and built in {time.monotonic() - start:.0f} s", flush=True)
     for plant in chosen:
         began = time.monotonic()
-        seen_by, otherwise = check(COPY, plant, plant.language == "C++")
+        seen_by, why_not = check(COPY, plant, native=plant.language == "C++")
         survived += seen_by is None
-        test = seen_by.removeprefix("tests/").removeprefix("flowseg_kernels/") if seen_by else f"NOT SEEN: {otherwise}"
+        test = seen_by.removeprefix("tests/").removeprefix("flowseg_kernels/") if seen_by else f"NOT SEEN: {why_not}"
         print(f"{plant.bug:26} {plant.language:7} {time.monotonic() - began:4.0f} s  {test}", flush=True)
         rows[plant.bug] = (
             f"| {plant.bug} | {plant.language} | `{plant.path}` | `{test.splitlines()[0]}` | {commit(RESULTS)} |"

@@ -1,4 +1,4 @@
-"""Ten bugs that kernels typically have, each planted where one of ours could have it, with the tests that must see it."""
+"""Ten typical kernel bugs, each planted in one of our kernels, with the tests that must see it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ OPS = "tests/flowseg_kernels/ops"
 class Plant:
     """One bug.
 
-    path:     the file it is planted in.
-    edits:    (old, new) texts; each old stands in the file exactly once.
-    language: "C++", "CUDA", "Triton" or "Python": what has to be built anew and how the tests are run.
-    tests:    arguments of pytest, the smallest part of the suite that is about what was changed.
+    path:     the file that is changed.
+    edits:    (old, new) texts; the file contains each old text exactly once.
+    language: "C++", "CUDA", "Triton" or "Python": decides what is rebuilt and how the tests run.
+    tests:    arguments of pytest: the smallest part of the suite that tests the changed code.
     """
 
     bug: str
@@ -25,7 +25,7 @@ class Plant:
     tests: tuple[str, ...]
 
     def apply(self, root: pathlib.Path) -> str:
-        """Plant it in the tree `root`; returns the file's text of before. ValueError when it does not fit any more."""
+        """Plant the bug in the tree `root`. Returns the old text of the file. ValueError if the edits no longer match it."""
         file = root / self.path
         before = text = file.read_text()
         for old, new in self.edits:
@@ -92,7 +92,13 @@ PLANTS = (
         "csrc/cuda/flow_loss.cuh",
         (("count += y.at[p] >= 0;", "count += 1;"),),
         "CUDA",
-        ("tests/flowseg_kernels/cuda/test_flow_loss.py", "-k", "reductions_agree or all_ignored or another_dtype"),
+        (
+            "-p",
+            "tests.host_cuda.plugin",
+            f"{OPS}/test_flow_loss.py",
+            "-k",
+            "reductions_agree or all_ignored or another_dtype",
+        ),
     ),
     Plant(
         "tie order",

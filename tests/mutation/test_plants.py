@@ -1,4 +1,4 @@
-"""Every planted bug of `python -m tests.mutation` still fits the code it is planted in."""
+"""Every planted bug of `python -m tests.mutation` still matches the code."""
 
 import pathlib
 
@@ -20,7 +20,7 @@ def test_it_can_be_planted(plant, tmp_path):
     assert all(pathlib.Path(ROOT / word).exists() for word in plant.tests if word.startswith("tests/"))
 
 
-def test_a_plant_that_fits_no_more_is_an_error(tmp_path):
+def test_a_plant_that_no_longer_matches_is_an_error(tmp_path):
     plant = PLANTS[0]
     file = tmp_path / plant.path
     file.parent.mkdir(parents=True)

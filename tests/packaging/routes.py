@@ -322,7 +322,7 @@ for _name, _gives in (("auto", "cpu"), ("cpu", "cpu"), ("none", "reference")):
 @route("mode-cuda", "`FLOWSEG_BUILD=cuda TORCH_CUDA_ARCH_LIST=9.0 pip install .`, three channels only", tools=("nvcc",))
 def _(place: Place) -> None:
     place.make()
-    flags = {"FLOWSEG_NVCCFLAGS": "-DFLOWSEG_ONLY_3 -Xptxas=-O1"}
+    flags = {"FLOWSEG_NVCCFLAGS": "-DFLOWSEG_ONLY_FP32_C3 -Xptxas=-O1"}
     place.pip("--no-deps", ".", FLOWSEG_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0", **flags)
 
 

@@ -72,7 +72,7 @@ def cuda_library(tmp_path_factory):
         "import sys, pathlib; sys.argv = ['setup.py', '--name']; import setup; setup.CUDA_OPS = ('flow_interpolate',); "
         f"out = pathlib.Path({str(folder)!r}); setup.build_cuda(out, out / 'work', True)"
     )
-    variables = {"TORCH_CUDA_ARCH_LIST": "9.0+PTX", "FLOWSEG_NVCCFLAGS": "-DFLOWSEG_ONLY_3 -Xptxas=-O1"}
+    variables = {"TORCH_CUDA_ARCH_LIST": "9.0+PTX", "FLOWSEG_NVCCFLAGS": "-DFLOWSEG_ONLY_FP32_C3 -Xptxas=-O1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **variables}
     )

@@ -1,29 +1,22 @@
-"""The `backend` of this folder: the CUDA kernels, run on the CPU."""
-
-import dataclasses
+"""The `backend` of this folder: the CUDA kernels, compiled for the host."""
 
 import pytest
 
 import flowseg_kernels as fk
-from flowseg_kernels.runtime import backend as runtime
 
 from ...conftest import proof
-from . import emulated
+from ...host_cuda import kernels as host_kernels
 
 
 @pytest.fixture(scope="session")
 def kernels():
-    """Builds the kernels for the CPU."""
-    proof("emulated", emulated.why_not())
-    emulated.library()
+    """Compile the kernels for the host and let the "cuda" backend run them."""
+    proof("emulated", host_kernels.why_not())
+    host_kernels.library()
+    host_kernels.install()
 
 
 @pytest.fixture
-def backend(kernels, monkeypatch):
-    """Runs the test on the emulated kernels, whatever device the "cuda" backend takes otherwise."""
-    for op, implementations in runtime.OPS.items():
-        if "cuda" in implementations:
-            run = dataclasses.replace(implementations["cuda"], why_not=lambda device, channels: None)
-            monkeypatch.setitem(runtime.OPS[op], "cuda", run)
+def backend(kernels):
     with fk.use_backend("cuda"):
         yield "cuda"

@@ -1,7 +1,7 @@
-"""CUDA kernels of every op on the CPU under ThreadSanitizer and AddressSanitizer, which must also find what is planted for them.
+"""The CUDA kernels on the host under ThreadSanitizer and AddressSanitizer, which must also find the faults planted for them.
 
-Those of three channels, fp32 inside and neg_log: other channels, fp64 and the other transforms are other instances of the same
-templates, which run in the emulated suite without a sanitizer.
+Only the kernels for three channels, fp32 arithmetic and neg_log: the others are instances of the same templates, and the other
+tests of this folder run them without a sanitizer.
 """
 
 import os
@@ -9,26 +9,28 @@ import subprocess
 
 import pytest
 
-from . import emulated
+from ...host_cuda import kernels as host_kernels
 
-OPTIONS = {"TSAN_OPTIONS": "exitcode=66", "ASAN_OPTIONS": "exitcode=66:detect_leaks=0"}
+OPTIONS = {"TSAN_OPTIONS": "exitcode=66:halt_on_error=1", "ASAN_OPTIONS": "exitcode=66:detect_leaks=0"}
+#: Planted faults by the code that contains them: reading pixels and staging codes, or reading the lists of the decode grid and
+#: counting its results. ThreadSanitizer looks for a missing barrier, AddressSanitizer for a read past the end of an array.
+FAULTS = {"thread": {"pixels": "race", "grid": "histogram"}, "address": {"pixels": "overrun", "grid": "list"}}
+MESSAGES = {"thread": "data race", "address": "heap-buffer-overflow"}
 
 
 @pytest.fixture(scope="module", params=["thread", "address"])
 def driver(request, kernels):
-    """(sanitizer, function that runs the driver with a planted fault or none)."""
-    flags = {"thread": "-fsanitize=thread", "address": "-fsanitize=address"}
-    flag = flags[request.param]
-    program = emulated.ninja(
-        request.param, f"-O1 -g1 {flag} -DFLOWSEG_ONLY_3 -DFLOWSEG_PLANTS", emulated.sources("driver"), "driver", flag
-    )
+    """(sanitizer, function that runs the driver, with a planted fault if one is given)."""
+    sanitizer = request.param
+    flags = ["-O1", "-g1", f"-fsanitize={sanitizer}", "-DFLOWSEG_ONLY_FP32_C3", "-DFLOWSEG_PLANTS"]
+    program = host_kernels.compiled(f"driver-{sanitizer}", *flags, sources=("driver.cpp", "ops.cpp"))
 
     def run(*fault):
-        # Without address randomisation: ThreadSanitizer of older compilers does not know the layouts of newer systems.
+        # setarch -R turns address randomisation off: ThreadSanitizer of older compilers does not know the layouts of newer systems.
         command = ["setarch", "-R", program, *fault]
         return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **OPTIONS}, timeout=120)
 
-    return request.param, run
+    return sanitizer, run
 
 
 def test_every_kernel_is_clean(driver):
@@ -38,10 +40,6 @@ def test_every_kernel_is_clean(driver):
 
 @pytest.mark.parametrize("place", ["pixels", "grid"])
 def test_the_planted_fault_is_found(driver, place):
-    """A barrier that is left out, and a read past the end of an array: where pixels are read and codes staged, and where the grid's
-    lists are read and its results counted."""
     sanitizer, run = driver
-    faults = {"thread": {"pixels": "race", "grid": "histogram"}, "address": {"pixels": "overrun", "grid": "list"}}
-    done = run(faults[sanitizer][place])
-    words = {"thread": "data race", "address": "heap-buffer-overflow"}[sanitizer]
-    assert done.returncode == 66 and words in done.stderr, done.stdout + done.stderr[-3000:]
+    done = run(FAULTS[sanitizer][place])
+    assert done.returncode == 66 and MESSAGES[sanitizer] in done.stderr, done.stdout + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-// Every kernel of csrc/cuda, without torch: for disassembly and register counts.
+// Instantiates every kernel of csrc/cuda, without torch: for disassembly and register counts.
 #include "cuda/decode_confusion.cuh"
 #include "cuda/distance_correction.cuh"
 #include "cuda/flow_interpolate.cuh"
@@ -7,9 +7,10 @@
 
 namespace flowseg::cuda {
 
+// The interface of Launch in cuda/launch.h.
 struct Instantiate {
   template <class Kernel>
-  int64_t in_turns(Kernel, int64_t tiles) const {
+  int64_t resident_blocks(Kernel, int64_t tiles) const {
     return tiles;
   }
   template <class... Parameters, class... Arguments>
@@ -17,16 +18,16 @@ struct Instantiate {
     kernel<<<static_cast<unsigned>(blocks), kThreads, static_cast<size_t>(shared)>>>(arguments...);
   }
   template <class... All>
-  void of_threads(int64_t, const All&... all) const {
+  void with_threads(int64_t, const All&... all) const {
     (*this)(all...);
   }
   Device device() const { return {}; }
 };
 
-void instantiate(const Correct& correct, const Interpolate& interpolate, const InterpolateBackward& backward, const Loss& loss,
-                 const Scale& scale, const Decode& decode, const Confusion& confusion) {
+void instantiate(const CorrectionParams& correction, const InterpolateParams& interpolate, const InterpolateBackwardParams& backward,
+                 const LossParams& loss, const ScaleParams& scale, const DecodeParams& decode, const ConfusionParams& confusion) {
   const Instantiate launch;
-  launch_correct(correct, launch);
+  launch_correction(correction, launch);
   launch_interpolate(interpolate, launch);
   launch_interpolate_backward(backward, launch);
   launch_loss(loss, launch);

@@ -1,4 +1,4 @@
-"""Reads the machine code of NVIDIA kernels: disassembly, loops, instruction counts and resource use. No GPU is needed.
+"""Reads the machine code of NVIDIA kernels: disassembly, loops, instruction counts and resources. It needs no GPU.
 
     functions = sass.disassemble("kernel.cubin")            # {kernel name: [Instruction]}
     for loop in sass.innermost_loops(functions[name]):
@@ -26,7 +26,7 @@ __all__ = ["Instruction", "Loop", "disassemble", "find_tool", "innermost_loops",
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     address: int
-    text: str  # with its predicate, such as "@!P0 BRA 0x1a0"
+    text: str  # with the predicate, for example "@!P0 BRA 0x1a0"
 
     @property
     def opcode(self) -> str:
@@ -39,7 +39,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Address that a branch goes to."""
+        """The address that a branch jumps to."""
         found = re.search(r"\bBRA(?:\.\S+)?\s.*?(?:`\(\S+\)|0x([0-9a-f]+))", self.text)
         return int(found[1], 16) if found and found[1] else None
 
@@ -66,7 +66,7 @@ class Loop:
 
 
 def find_tool(name: str) -> str | None:
-    """Path of cuobjdump or nvdisasm: of the CUDA toolkit, else the copy inside the Triton wheel."""
+    """The path of nvcc, cuobjdump or nvdisasm in the CUDA toolkit, else of the copy in the Triton wheel, else None."""
     folders = [os.environ.get(v, "") + "/bin" for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
     found = shutil.which(name) or shutil.which(name, path=os.pathsep.join([*folders, "/usr/local/cuda/bin"]))
     if found:
@@ -99,7 +99,7 @@ def parse(listing: str) -> dict[str, list[Instruction]]:
 
 
 def disassemble(binary: str | os.PathLike | bytes) -> dict[str, list[Instruction]]:
-    """Instructions by kernel name of a cubin (a path, or its bytes as Triton's `asm["cubin"]`), an object or a library."""
+    """Instructions by kernel name of a cubin, an object or a library: a path, or the bytes of a cubin (Triton's `asm["cubin"]`)."""
     if isinstance(binary, bytes):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary)
@@ -109,7 +109,7 @@ def disassemble(binary: str | os.PathLike | bytes) -> dict[str, list[Instruction
 
 
 def loops(instructions: list[Instruction]) -> list[Loop]:
-    """Every loop: one for each backward branch, without the branch to itself that ends a kernel's code."""
+    """Every loop, one per backward branch. The branch to itself that ends a kernel's code does not count."""
     found = []
     for last, branch in enumerate(instructions):
         if branch.target is not None and branch.target < branch.address:
@@ -119,13 +119,13 @@ def loops(instructions: list[Instruction]) -> list[Loop]:
 
 
 def innermost_loops(instructions: list[Instruction]) -> list[Loop]:
-    """Loops that hold no other loop."""
+    """The loops that contain no other loop."""
     every = loops(instructions)
     return [a for a in every if not any(b is not a and a.first <= b.first and b.last <= a.last for b in every)]
 
 
 def resources(binary: str | os.PathLike | bytes) -> dict[str, dict[str, int]]:
-    """Registers ("REG"), local memory ("STACK", "LOCAL") and static shared memory ("SHARED") in bytes by kernel name."""
+    """By kernel name: registers ("REG"), and bytes of local ("STACK", "LOCAL") and static shared memory ("SHARED")."""
     if isinstance(binary, bytes):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary)

@@ -1,9 +1,9 @@
-"""The CUDA kernels stay within budget.json, for every architecture: registers, no spills, instructions of the inner loops.
+"""The CUDA kernels stay within budget.json on every architecture: registers, no spills, instructions of the inner loops.
 
-The figures are exact for the nvcc that budget.json names; another one may take SLACK more.
+The numbers are exact for the nvcc that budget.json names; another version may exceed them by SLACK.
 
-Every kernel is compiled for sm_90; for the other architectures those of three channels in fp32, or every one with
-`--every-variant` (6 minutes of one core).
+Every kernel is compiled for sm_90. For the other architectures only the kernels for three channels in fp32 are compiled, or all
+with `--every-variant` (6 minutes of one core).
 """
 
 import concurrent.futures
@@ -16,13 +16,13 @@ from ...conftest import proof
 from . import cuda_budget, sass
 
 BUDGET = json.loads(cuda_budget.PATH.read_text())
-#: Registers, and a share of the instructions.
+#: A number of registers, and a fraction of the instructions.
 SLACK = {"registers": 8, "instructions": 0.03}
 
 
 @pytest.fixture(scope="module")
 def every(request):
-    """Whether every kernel is compiled for an architecture, by its number; all are compiled here, two at a time."""
+    """Compile the kernels, two architectures at a time. Returns by architecture whether every kernel was compiled for it."""
     proof("cuda_code", None if sass.find_tool("nvcc") else "nvcc was not found: no machine code to look at")
     all_of_them = request.config.getoption("--every-variant")
     compiled = {a: all_of_them or a == 90 for a in (90, *cuda_budget.ARCHITECTURES)}
@@ -61,7 +61,7 @@ def test_instructions_of_the_inner_loops(kernel, every):
 
 
 def test_the_budget_keeps_what_was_promised():
-    """The inner loop of the correction in at most 14 instructions a pair, decoding in at most 12 a candidate."""
+    """At most 14 instructions per pair in the inner loop of the correction, and 12 per candidate in decoding."""
     costs = BUDGET["instructions"]
     assert max(*costs["correct"].values(), *costs["loss"].values()) <= 14
     assert max(*costs["decode_by_grid"].values(), costs["decode_by_search"]["centroid"]) <= 12
@@ -73,8 +73,9 @@ def test_the_notes_show_the_budget():
 
 @pytest.mark.parametrize("kernel, loads", [("interpolate", 4 + 7), ("interpolate_backward", 8 + 4 + 7), ("scale", 4)])
 def test_pixels_move_16_bytes_at_a_time(kernel, loads, every):
-    """Eight pixels of a plane are two accesses in fp32 and one in each half precision. Of the loads 7 are of labels, and the
-    backward reads its gradient in fp64 too. A compiler that merges the whole's store with those of single elements splits it."""
-    ((_, body),) = [item for item in cuda_budget.code().items() if cuda_budget.form(item[0]) == f"{kernel} float"]
+    """Eight pixels of a plane take two accesses in fp32 and one in each half precision. Seven loads are of labels, and the
+    backward can also read its gradient in fp64. The compiler must not merge a vector store with the stores of single elements of
+    the other branch: it would then split the vector store."""
+    ((_, body),) = [item for item in cuda_budget.code().items() if cuda_budget.short_name(item[0]) == f"{kernel} float"]
     assert sum("STG.E.128" in i.text for i in body) == 4
     assert sum("LDG.E.128" in i.text for i in body) == loads

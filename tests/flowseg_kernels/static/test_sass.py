@@ -1,4 +1,4 @@
-"""The counting of instructions, on a listing worked by hand."""
+"""The reader of machine code, on a small listing counted by hand."""
 
 import pytest
 

@@ -1,40 +1,42 @@
-// The distance-aware correction of the pixels of a block; shared by distance_correction and flow_loss.
+// The distance-aware correction of the pixels of a block, for distance_correction and flow_loss.
 #pragma once
 
-#include "cuda/codes.cuh"
+#include "cuda/block.cuh"
 #include "cuda/pack.cuh"
 #include "cuda/pixels.cuh"
 
 namespace flowseg::cuda {
 
-// Pixels a thread: as many as registers hold.
+// Pixels per thread: as many as fit into registers.
 template <class T, int C>
-constexpr int kPixels = (C <= 4 ? 4 : C <= 8 ? 2 : 1) / (sizeof(T) == 8 && C <= 8 ? 2 : 1);
+constexpr int kCorrectionPixels = (C <= 4 ? 4 : C <= 8 ? 2 : 1) / (sizeof(T) == 8 && C <= 8 ? 2 : 1);
 
-// Blocks that a multiprocessor is to hold: with three channels the registers of four, which hide each other's latency, are enough.
+// Blocks per multiprocessor for __launch_bounds__. With three channels four blocks hide each other's latency and still get enough
+// registers.
 template <class T, int C>
-constexpr int kResident = sizeof(T) == 8 ? 1 : C == 3 ? 4 : C == 8 ? 3 : 1;
+constexpr int kMinBlocks = sizeof(T) == 8 ? 1 : C == 3 ? 4 : C == 8 ? 3 : 1;
 
-// Own weights up to so many times the others' together are taken off the sum over all classes: with rounding of 4 units of that sum
-// at most. Near a centroid and with a small eps they are millions of times as large.
+// If a pixel's own weight is at most kSmallOwn times the sum of the others, the kernel sums over all classes and subtracts it: the
+// error is at most 4 ulp of the sum. Near a centroid with a small eps it can be a million times larger; subtracting would cancel.
 constexpr int kSmallOwn = 4;
 
-// A block finds this out about the codes once, for all its pixels.
+// State that a block computes once from the codes, for all its pixels.
 template <class T, int C>
-struct Staged {
-  Tile<T, C> tile;
-  bool whole;         // every centroid is in the tile
-  bool own_is_small;  // no pixel of the warp had an own weight that dominates, so far
-  T limit;            // the fast formula is for points whose coordinates are within it; negative: for none
+struct StagedCodes {
+  CodeTile<T, C> tile;
+  bool whole;         // the tile holds every centroid
+  bool own_is_small;  // so far, no pixel of the warp had a dominating own weight
+  T limit;            // the fast formula needs |coordinate| <= limit; negative: it is never used
 };
 
 // Every thread of the block calls it.
-template <Transform kind, class T, int C>
-__device__ __forceinline__ Staged<T, C> stage_codes(const Correction& options, const Codes& codes, const Tile<T, C>& tile) {
-  const bool whole = codes.classes <= Tile<T, C>::kRows;
-  Staged<T, C> staged{tile, whole, whole && codes.classes > kRun, T(-1)};
-  if (kind == Transform::neg_log && options.temperature == 1) {
-    const float reach = reach_of<T>(codes);
+template <Transform kTransform, class T, int C>
+__device__ __forceinline__ StagedCodes<T, C> stage_codes(const Correction& options, const InputCodes& codes,
+                                                         const CodeTile<T, C>& tile) {
+  const bool whole = codes.classes <= CodeTile<T, C>::kRows;
+  StagedCodes<T, C> staged{.tile = tile, .whole = whole, .own_is_small = whole && codes.classes > kRun, .limit = T(-1)};
+  if (kTransform == Transform::neg_log && options.temperature == 1) {
+    const float reach = largest_coordinate<T>(codes);
     const bool moderate = reach < 1e4f && options.eps >= 1e-12 * (reach > 1 ? static_cast<double>(reach) * reach : 1.0);
     if (moderate) staged.limit = static_cast<T>(8 * reach);
   }
@@ -42,13 +44,13 @@ __device__ __forceinline__ Staged<T, C> stage_codes(const Correction& options, c
   return staged;
 }
 
-// The sums over all classes: without a compare a class.
+// Adds the terms of all classes, without comparing each class with the pixel's own.
 template <int C, class T, int P>
-__device__ __forceinline__ void add_all_classes(const Pack<T, P> (&x)[C], const Tile<T, C>& tile, int classes, T eps,
+__device__ __forceinline__ void add_all_classes(const Pack<T, P> (&x)[C], const CodeTile<T, C>& tile, int classes, T eps,
                                                 Rivals<C, Pack<T, P>>& total) {
   using V = Pack<T, P>;
   constexpr int kGroups = kRun / kGroup;
-  const int groups = in_groups(classes) / kGroup;
+  const int groups = round_up_to_group(classes) / kGroup;
   for (int first = 0; first < groups; first += kGroups) {
     const int last = first + kGroups < groups ? first + kGroups : groups;
     Rivals<C, V> run;
@@ -73,9 +75,10 @@ __device__ __forceinline__ void add_all_classes(const Pack<T, P> (&x)[C], const 
   }
 }
 
-// Takes the own class off sums over all classes, by the very operations that put it in; whether no own weight dominates what is left.
+// Subtracts the term of the pixel's own class from sums over all classes, computed by the same operations that added it. Returns
+// whether no pixel of the warp has an own weight that dominates the rest.
 template <int C, class T, int P>
-__device__ __forceinline__ bool take_own_off(const Pack<T, P> (&x)[C], const Pack<T, P> (&own)[C], const Pack<int, P>& y, T eps,
+__device__ __forceinline__ bool subtract_own(const Pack<T, P> (&x)[C], const Pack<T, P> (&own)[C], const Pack<int, P>& y, T eps,
                                              Rivals<C, Pack<T, P>>& sum) {
   using V = Pack<T, P>;
   V diff[C];
@@ -94,9 +97,9 @@ __device__ __forceinline__ bool take_own_off(const Pack<T, P> (&x)[C], const Pac
   return __all_sync(kAllLanes, small);
 }
 
-// Codes of the pixels' own classes; of ignored pixels any.
+// Loads the code of each pixel's class. Ignored pixels get an arbitrary code.
 template <class T, int C, int P>
-__device__ __forceinline__ void load_own_codes(const Codes& codes, const Staged<T, C>& staged, const Pack<int, P>& y,
+__device__ __forceinline__ void load_own_codes(const InputCodes& codes, const StagedCodes<T, C>& staged, const Pack<int, P>& y,
                                                Pack<T, P> (&own)[C]) {
   const T* __restrict__ mu = static_cast<const T*>(codes.data);
   FLOWSEG_EACH(P) {
@@ -112,21 +115,22 @@ __device__ __forceinline__ void load_own_codes(const Codes& codes, const Staged<
   }
 }
 
-// Every thread of the block calls it, equally often. Only when no point of the warp (of the block, where the codes take several parts)
-// is far out compared with the codes is the fast formula as exact as the general one, and its squares inside the range of fp32; NaN
-// is far out. The results of ignored pixels are to be thrown away by the caller.
-template <Transform kind, class T, int C, int P>
-__device__ __forceinline__ void correct_pixels(const Correction& options, const Codes& codes, Staged<T, C>& staged,
+// The gradients of a run of pixels. Every thread of the block calls it equally often. The caller discards those of ignored pixels.
+//
+// The fast formula is as exact as the general one, and its squares stay inside the range of fp32, only while no point of the warp
+// is far away compared with the codes; NaN counts as far. If the codes take several parts, the whole block decides together.
+template <Transform kTransform, class T, int C, int P>
+__device__ __forceinline__ void correct_pixels(const Correction& options, const InputCodes& codes, StagedCodes<T, C>& staged,
                                                const Pack<T, P> (&x)[C], const Pack<int, P>& y, Pack<T, P> (&grad)[C]) {
   using V = Pack<T, P>;
   const T eps = static_cast<T>(options.eps), inverse_temperature = static_cast<T>(1 / options.temperature);
-  const auto of_part = [&](int first) {
+  const auto class_in_part = [&](int first) {
     Pack<int, P> local;
     FLOWSEG_EACH(P) local.at[p] = y.at[p] - first;
     return local;
   };
-  bool there = staged.whole, fast = false;
-  if (kind == Transform::neg_log && options.temperature == 1) {
+  bool is_staged = staged.whole, fast = false;
+  if (kTransform == Transform::neg_log && options.temperature == 1) {
     bool moderate = true;
 #pragma unroll
     for (int c = 0; c < C; ++c) {
@@ -140,38 +144,39 @@ __device__ __forceinline__ void correct_pixels(const Correction& options, const 
       add_all_classes<C>(x, staged.tile, codes.classes, eps, sum);
       V own[C];
       load_own_codes(codes, staged, y, own);
-      staged.own_is_small = take_own_off<C>(x, own, y, eps, sum);
+      staged.own_is_small = subtract_own<C>(x, own, y, eps, sum);
     }
-    // Once it dominates in one place it may in the next ones.
+    // Once an own weight dominates, the pixels that follow probably have dominating ones too.
     if (!staged.own_is_small) {
       sum = {};
-      for_each_part(codes, staged.tile, there,
-                    [&](int first, int count) { add_reciprocals<C>(x, of_part(first), staged.tile, count, eps, sum); });
+      for_each_part(codes, staged.tile, is_staged,
+                    [&](int first, int count) { add_reciprocals<C>(x, class_in_part(first), staged.tile, count, eps, sum); });
     }
     V own[C];
     load_own_codes(codes, staged, y, own);
     finish_reciprocals<C>(x, own, sum, eps, grad);
   } else {
     V smallest = V{} + infinity<T>();
-    for_each_part(codes, staged.tile, there, [&](int, int count) { find_smallest_distance<C>(x, staged.tile, count, smallest); });
+    for_each_part(codes, staged.tile, is_staged,
+                  [&](int, int count) { find_smallest_distance<C>(x, staged.tile, count, smallest); });
     V own[C];
     load_own_codes(codes, staged, y, own);
     Softmax<C, V> state;
-    begin_softmax<kind, C>(x, own, smallest, eps, inverse_temperature, state);
-    for_each_part(codes, staged.tile, there, [&](int first, int count) {
-      add_softmax<kind, C>(x, of_part(first), staged.tile, count, eps, inverse_temperature, state);
+    begin_softmax<kTransform, C>(x, own, smallest, eps, inverse_temperature, state);
+    for_each_part(codes, staged.tile, is_staged, [&](int first, int count) {
+      add_softmax<kTransform, C>(x, class_in_part(first), staged.tile, count, eps, inverse_temperature, state);
     });
     finish_softmax<C>(x, smallest, state, inverse_temperature, grad);
   }
   if (options.max_norm < infinity<double>()) cap_norm<C>(grad, static_cast<T>(options.max_norm));
 }
 
-// Calls body.template operator()<kind>() for the transform.
+// Calls body.template operator()<transform>().
 template <class Body>
 void for_transform(int transform, Body body) {
   switch (static_cast<Transform>(transform)) {
     case Transform::neg_log: return body.template operator()<Transform::neg_log>();
-#ifndef FLOWSEG_ONLY_3
+#ifndef FLOWSEG_ONLY_FP32_C3
     case Transform::neg_sq: return body.template operator()<Transform::neg_sq>();
     case Transform::neg_dist: return body.template operator()<Transform::neg_dist>();
     case Transform::inverse: return body.template operator()<Transform::inverse>();

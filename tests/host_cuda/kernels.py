@@ -1,0 +1,169 @@
+"""The CUDA kernels on the host: compiles tests/host_cuda and registers it as the CPU implementation of torch.ops.flowseg_cuda.
+
+Everything above the kernels stays as it is: the public functions, autograd, the table of backends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+import subprocess
+
+import torch
+
+from flowseg_kernels.ops.common import compute_dtype
+from flowseg_kernels.runtime import backend
+
+FOLDER = pathlib.Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
+BUILD = ROOT / "build" / "host_cuda"
+
+
+def why_not() -> str | None:
+    """The reason why the kernels cannot be compiled here, or None."""
+    return None if shutil.which("g++") else "g++ was not found: the CUDA kernels cannot be compiled for the host"
+
+
+def compiled(name: str, *flags: str, sources: tuple[str, ...] = ("ops.cpp",)) -> pathlib.Path:
+    """Compile sources of tests/host_cuda to build/host_cuda/`name`, unless it is newer than every source and header."""
+    target = BUILD / name
+    inputs = [*FOLDER.iterdir(), *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh")]
+    if not target.exists() or target.stat().st_mtime < max(file.stat().st_mtime for file in inputs if file.is_file()):
+        BUILD.mkdir(parents=True, exist_ok=True)
+        command = ["g++", "-std=c++20", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+                   f"-I{ROOT}/csrc", "-include", FOLDER / "cuda_on_host.h", *flags, *(FOLDER / s for s in sources)]  # fmt: skip
+        done = subprocess.run([*command, "-o", target], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-5000:]
+    return target
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled ops. FLOWSEG_EMULATED_SANITIZER in the environment ("address") compiles them with that sanitizer."""
+    sanitizer = os.environ.get("FLOWSEG_EMULATED_SANITIZER", "")
+    flags = ["-g1", f"-fsanitize={sanitizer}"] if sanitizer else []
+    name = f"libops-{sanitizer}.so" if sanitizer else "libops.so"
+    return ctypes.CDLL(compiled(name, "-O1", "-fPIC", "-shared", *flags))
+
+
+class Array(ctypes.Structure):
+    """`Array` of ops.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("itemsize", ctypes.c_int64),
+        ("is_bfloat16", ctypes.c_int64),
+        ("dims", ctypes.c_int64),
+        ("shape", ctypes.c_int64 * 4),
+        ("stride", ctypes.c_int64 * 4),
+    ]
+
+
+def _argument(value):
+    """A tensor, None (an absent tensor) or a number as C++ takes it."""
+    if isinstance(value, torch.Tensor):
+        shape, stride = (ctypes.c_int64 * 4)(*value.shape), (ctypes.c_int64 * 4)(*value.stride())
+        is_bfloat16 = value.dtype == torch.bfloat16
+        return ctypes.byref(Array(value.data_ptr(), value.element_size(), is_bfloat16, value.dim(), shape, stride))
+    if value is None:
+        return ctypes.byref(Array(None, 4, 0, 0))
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def call(name: str, *arguments) -> None:
+    """Call a function of ops.h. The order of numbers and tensors is that of its declaration."""
+    getattr(library(), name)(*map(_argument, arguments))
+
+
+def _poisoned(shape, dtype):
+    """A result before it is written. Elements that a kernel does not write show as NaN or 77."""
+    return torch.full(shape, float("nan") if dtype.is_floating_point else 77, dtype=dtype)
+
+
+def flow_interpolate(source, labels, t, centroids, ignore_index):
+    out = _poisoned(source.shape, source.dtype)
+    call("flow_interpolate", source, labels, t, centroids, ignore_index, out)
+    return out
+
+
+def flow_interpolate_bwd(grad, source, labels, t, centroids, ignore_index, need_t):
+    grad_source = _poisoned(source.shape, source.dtype)
+    grad_time = _poisoned(t.shape if need_t else (0,), t.dtype)
+    call("flow_interpolate_bwd", grad, source, labels, t, centroids, ignore_index, grad_source, grad_time)
+    return grad_source, grad_time
+
+
+def distance_correction(xhat, labels, centroids, *options):
+    out = _poisoned(xhat.shape, xhat.dtype)
+    call("distance_correction", xhat, labels, centroids, *options, out)
+    return out
+
+
+def flow_loss(prediction, source, labels, t, centroids, *options):
+    *options, need_grad = options
+    reduction = options[-2]
+    loss = _poisoned(labels.shape if reduction == 2 else (), compute_dtype(prediction.dtype))
+    residual = _poisoned(prediction.shape if need_grad else (0,), prediction.dtype)
+    count = _poisoned((), torch.int64)
+    call("flow_loss", prediction, source, labels, t, centroids, *options, loss, residual, count)
+    return loss, residual, count
+
+
+def flow_loss_bwd(grad_loss, residual, count, reduction):
+    out = _poisoned(residual.shape, residual.dtype)
+    call("flow_loss_bwd", grad_loss.to(compute_dtype(residual.dtype)), residual, count, reduction, out)
+    return out
+
+
+def flow_loss_bwd_(grad_loss, residual, count, reduction):
+    call("flow_loss_bwd", grad_loss.to(compute_dtype(residual.dtype)), residual, count, reduction, residual)
+
+
+def nearest_centroid(x, centroids, cells, records, groups, low, scale, labels, distance, margin, ignore_index):
+    # aligned_grid of csrc/cuda/launch.h drops the grid for other centroids.
+    assert centroids.data_ptr() % 16 == 0
+    call("nearest_centroid", x, centroids, cells, records, groups, low, scale, labels, distance, margin, ignore_index)
+
+
+def decode_confusion(x, target, centroids, cells, records, groups, low, scale, ignore_index):
+    counts = torch.zeros(centroids.shape[0], centroids.shape[0], dtype=torch.int64)
+    if x.numel():  # the CUDA launcher too returns zeros for an empty image
+        call("decode_confusion", x, target, centroids, cells, records, groups, low, scale, ignore_index, counts)
+    return counts
+
+
+OPS = (
+    flow_interpolate,
+    flow_interpolate_bwd,
+    distance_correction,
+    flow_loss,
+    flow_loss_bwd,
+    flow_loss_bwd_,
+    nearest_centroid,
+    decode_confusion,
+)
+
+
+_registered: list[torch.library.Library] = []
+
+
+def installed() -> bool:
+    """Whether the "cuda" backend runs on the host in this process."""
+    return bool(_registered)
+
+
+def install() -> None:
+    """Let the "cuda" backend accept CPU tensors and run them on the host, for the rest of the process."""
+    if installed():
+        return
+    _registered.append(torch.library.Library("flowseg_cuda", "IMPL"))
+    for op in OPS:
+        _registered[0].impl(op.__name__, op, "CPU")
+    for implementations in backend.OPS.values():
+        if "cuda" in implementations:
+            anywhere = dataclasses.replace(implementations["cuda"], why_not=lambda device, channels: why_not())
+            implementations["cuda"] = anywhere

@@ -1,0 +1,188 @@
+// Launches the kernels of csrc/cuda on the host.
+#include "ops.h"
+
+#include <memory>
+
+#include "cuda/decode_confusion.cuh"
+#include "cuda/distance_correction.cuh"
+#include "cuda/flow_interpolate.cuh"
+#include "cuda/flow_loss.cuh"
+#include "cuda/nearest_centroid.cuh"
+
+namespace flowseg::host {
+
+using namespace flowseg::cuda;
+
+namespace {
+
+// The interface of Launch in cuda/launch.h.
+struct HostLaunch {
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, const Arguments&... arguments) const {
+    run(kernel, blocks, static_cast<size_t>(shared), arguments...);
+  }
+  template <class... All>
+  void with_threads(int64_t, const All&... all) const {
+    (*this)(all...);
+  }
+
+  // Room for one block at once, so that each block processes as many tiles as a block ever does.
+  Device device() const {
+    return {.multiprocessors = 1, .threads = cuda::kThreads, .shared_block = 48 * 1024, .shared_multiprocessor = 64 * 1024};
+  }
+
+  // Three, so that blocks loop over several tiles. One block per tile if only the last blocks run.
+  template <class Kernel>
+  int64_t resident_blocks(Kernel, int64_t tiles) const {
+    return tiles < 3 || last_blocks < tiles ? tiles : 3;
+  }
+};
+
+Real real_of(const Array& a) {
+  if (a.is_bfloat16) return Real::bf16;
+  return a.itemsize == 8 ? Real::f64 : a.itemsize == 4 ? Real::f32 : Real::f16;
+}
+
+Integer integer_of(const Array& a) {
+  return a.itemsize == 1 ? Integer::u8 : a.itemsize == 2 ? Integer::i16 : a.itemsize == 4 ? Integer::i32 : Integer::i64;
+}
+
+InputImage image(const Array& a) {
+  const auto& n = a.shape;
+  const auto& s = a.stride;
+  return input_image({.data = a.data,
+                      .type = real_of(a),
+                      .batch = n[0],
+                      .channels = n[1],
+                      .height = n[2],
+                      .width = n[3],
+                      .stride = {s[0], s[1], s[2], s[3]}});
+}
+
+// `a` is (B, C, H, W), (B, H, W) or smaller; data is null if it is empty.
+OutputImage output(const Array& a) {
+  return output_image({.data = a.size() ? a.data : nullptr, .type = real_of(a)}, a.dims == 4 ? a.shape[1] : 1,
+                      a.dims >= 3 ? a.shape[a.dims - 2] * a.shape[a.dims - 1] : 1);
+}
+
+InputLabels label_map(const Array& a, int64_t ignore) {
+  const LabelMap map{.data = a.data, .type = integer_of(a), .stride = {a.stride[0], a.stride[1], a.stride[2]}, .ignore = ignore};
+  return input_labels(map, a.shape[0], a.shape[1], a.shape[2]);
+}
+
+InputTimes times(const Array& a) { return {.data = a.data, .type = real_of(a), .stride = a.stride[0]}; }
+
+InputCodes codes(const Array& a) {
+  return {.data = a.data, .classes = static_cast<int>(a.shape[0]), .channels = static_cast<int>(a.shape[1])};
+}
+
+Grid decode_grid(const Array& cells, const Array& records, const Array& groups, double low, double scale) {
+  if (!cells.data) return {};
+  const auto* table = static_cast<const int32_t*>(cells.data);
+  return {.cells = table,
+          .records = static_cast<const float*>(records.data),
+          .groups = static_cast<const int32_t*>(groups.data),
+          .low = static_cast<float>(low),
+          .scale = static_cast<float>(scale),
+          .size = static_cast<int>(cells.shape[3]),
+          .words = table + cells.size() / 2};
+}
+
+Correction correction(double temperature, double eps, double max_norm, int64_t transform) {
+  return {.temperature = temperature, .eps = eps, .max_norm = max_norm, .transform = static_cast<int>(transform)};
+}
+
+}  // namespace
+
+void run_last_blocks(int64_t count) { last_blocks = count; }
+
+void flow_interpolate(const Array& source, const Array& labels, const Array& t, const Array& centroids, int64_t ignore,
+                      const Array& out) {
+  const InterpolateParams params{.source = image(source),
+                                 .labels = label_map(labels, ignore),
+                                 .times = times(t),
+                                 .codes = codes(centroids),
+                                 .out = output(out)};
+  launch_interpolate(params, HostLaunch{});
+}
+
+void flow_interpolate_bwd(const Array& grad, const Array& source, const Array& labels, const Array& t, const Array& centroids,
+                          int64_t ignore, const Array& grad_source, const Array& grad_time) {
+  const InputImage x = image(source);
+  const auto sums = std::make_unique<double[]>(static_cast<size_t>(grad_time_sums(x)));
+  const InterpolateBackwardParams params{.grad = image(grad),
+                                         .source = x,
+                                         .labels = label_map(labels, ignore),
+                                         .times = times(t),
+                                         .codes = codes(centroids),
+                                         .grad_source = output(grad_source),
+                                         .grad_time = output(grad_time),
+                                         .sums = grad_time.size() ? sums.get() : nullptr};
+  launch_interpolate_backward(params, HostLaunch{});
+}
+
+void distance_correction(const Array& x, const Array& labels, const Array& centroids, double temperature, double eps,
+                         int64_t transform, double max_norm, int64_t ignore, const Array& out) {
+  const CorrectionParams params{.x = image(x),
+                                .labels = label_map(labels, ignore),
+                                .codes = codes(centroids),
+                                .correction = correction(temperature, eps, max_norm, transform),
+                                .out = output(out)};
+  launch_correction(params, HostLaunch{});
+}
+
+void flow_loss(const Array& prediction, const Array& source, const Array& labels, const Array& t, const Array& centroids,
+               int64_t predicts, int64_t loss_space, double weight, int64_t schedule, double temperature, double eps,
+               int64_t transform, double max_norm, int64_t ignore, int64_t reduction, double t_min, const Array& loss,
+               const Array& residual, const Array& count) {
+  const LossOptions options{.predicts_endpoint = predicts == 1,
+                            .endpoint_space = loss_space == 1,
+                            .weight = weight,
+                            .annealed = schedule == 1,
+                            .correction = correction(temperature, eps, max_norm, transform),
+                            .reduction = reduction,
+                            .t_min = t_min};
+  LossParams params = loss_params(image(prediction), image(source), label_map(labels, ignore), times(t), codes(centroids), options,
+                                  output(loss), output(residual), static_cast<int64_t*>(count.data));
+  plan_loss(params, HostLaunch{});
+  const auto partials = std::make_unique<Partial[]>(static_cast<size_t>(params.loss_blocks + params.count_blocks));
+  params.partials = partials.get();
+  launch_loss(params, HostLaunch{});
+}
+
+void flow_loss_bwd(const Array& grad, const Array& residual, const Array& count, int64_t reduction, const Array& out) {
+  ScaleParams params{.residual = image(residual),
+                     .grad = grad.data,
+                     .stride = {0, 0, 0},
+                     .count = reduction == Reduction::mean ? static_cast<const int64_t*>(count.data) : nullptr,
+                     .out = output(out),
+                     .in_place = residual.data == out.data};
+  for (int i = 0; reduction == Reduction::none && i < 3; ++i) params.stride[i] = grad.stride[i];
+  launch_scale(params, HostLaunch{});
+}
+
+void nearest_centroid(const Array& x, const Array& centroids, const Array& cells, const Array& records, const Array& groups,
+                      double low, double scale, const Array& labels, const Array& distance, const Array& margin, int64_t ignore) {
+  const DecodeParams params{.x = image(x),
+                            .codes = codes(centroids),
+                            .grid = decode_grid(cells, records, groups, low, scale),
+                            .ignore = ignore,
+                            .labels = labels.data,
+                            .label_type = integer_of(labels),
+                            .label_vector = starts_at_16_bytes(labels.data, x.shape[2] * x.shape[3], labels.itemsize),
+                            .distance = output(distance),
+                            .margin = output(margin)};
+  launch_decode(params, HostLaunch{});
+}
+
+void decode_confusion(const Array& x, const Array& target, const Array& centroids, const Array& cells, const Array& records,
+                      const Array& groups, double low, double scale, int64_t ignore, const Array& counts) {
+  const ConfusionParams params{.x = image(x),
+                               .target = label_map(target, ignore),
+                               .codes = codes(centroids),
+                               .grid = decode_grid(cells, records, groups, low, scale),
+                               .counts = static_cast<unsigned long long*>(counts.data)};
+  launch_confusion(params, HostLaunch{});
+}
+
+}  // namespace flowseg::host
