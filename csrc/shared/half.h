@@ -1,5 +1,5 @@
-// fp16 and bf16 as the kernels of every backend store them, and their conversions from and to float and double. All of them round to
-// the nearest value, ties to even.
+// fp16 and bf16 as the kernels of every backend store them, and their conversions from and to float and double. All conversions
+// round to the nearest value, ties to even.
 //
 // fp16 has three implementations:
 //   - on a GPU, PTX instructions;

@@ -23,8 +23,7 @@ namespace flowseg {
 enum class Real : int { f32, f64, f16, bf16 };
 enum class Integer : int { u8, i16, i32, i64 };
 
-// Options that arrive as numbers: an option's place in the list of flowseg_kernels (TRANSFORMS, REDUCTIONS).
-enum class Transform : int { neg_log = 0, neg_sq = 1, neg_dist = 2, inverse = 3 };
+// The positions in REDUCTIONS of flowseg_kernels.
 struct Reduction {
   enum : int64_t { mean = 0, sum = 1, none = 2 };
 };
