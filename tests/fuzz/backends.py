@@ -29,8 +29,8 @@ def prepare(name: str) -> None:
                 anywhere = lambda device, channels: None  # noqa: E731
                 implementations["cuda"] = dataclasses.replace(implementations["cuda"], why_not=anywhere)
     if name == "triton":
-        from ..gpu_arithmetic import convert_bf16_as_gpus_do
-        from ..quick_interpreter import speed_up
+        from ..support.gpu_arithmetic import convert_bf16_as_gpus_do
+        from ..support.interpreter import speed_up
 
         speed_up()
         convert_bf16_as_gpus_do()

@@ -89,7 +89,7 @@ define_op(
     fake=lambda x, *args: torch.empty(x.shape, dtype=x.dtype, device=x.device),
     backends={
         "cpu": _run_cpu,
-        "triton": triton_kernel(__package__, "neural_field"),
+        "triton": triton_kernel(__package__, "neural_field", "triton_launch"),
         "reference": reference.neural_field,
     },
     channels=lambda x, *args: x.shape[1],
@@ -133,7 +133,7 @@ define_op(
     fake=_fake_backward,
     backends={
         "cpu": _run_cpu_backward,
-        "triton": triton_kernel(__package__, "neural_field_bwd"),
+        "triton": triton_kernel(__package__, "neural_field_bwd", "triton_launch"),
         "reference": reference.neural_field_bwd,
     },
     channels=lambda grad, x, *args: x.shape[1],

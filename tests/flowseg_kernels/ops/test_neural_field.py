@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flowseg_kernels as fk
-from flowseg_kernels.runtime.triton_forms import INTERPRETED
+from flowseg_kernels.runtime.triton import INTERPRETED
 
 from ..samples import layouts
 

@@ -16,13 +16,11 @@ import re
 from typing import NamedTuple
 
 import triton
-from triton import compile as compile_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from bench.field_plain import products
-from flowseg_kernels.ops.neural_field.triton_kernels import form, patches_together
+from flowseg_kernels.ops.neural_field.triton_settings import patches_per_group
 
+from ...support.aot import compiled, field_variant
 from . import sass
 from .cuda_budget import REGISTERS
 
@@ -40,23 +38,10 @@ _STATE = PIXELS * HIDDEN * 2
 _PIXELS = PIXELS * CHANNELS * 2
 
 
-def compiled(variant, target):
-    """A form of a kernel for "sm_90", "gfx942" and so on. Pointers are declared aligned, as tensors are."""
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(variant.signature.values()) if kind[0] == "*"}
-    constants, options = dict(variant.constants), dict(variant.options)
-    if target.startswith("gfx"):
-        gpu = GPUTarget("hip", target, 64)
-        if "TANH" in constants:  # NVIDIA's instruction
-            constants["TANH"] = False
-    else:
-        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    return compile_kernel(ASTSource(variant.kernel, variant.signature, constants, aligned), target=gpu, options=options)
-
-
 @functools.cache
 def machine_code(name: str, patches: int = 1024):
     """A kernel's form for sm_90, its compiled kernel and its instructions."""
-    variant = form(name, patches=patches)
+    variant = field_variant(name, patches=patches)
     kernel = compiled(variant, "sm_90")
     (code,) = sass.disassemble(kernel.asm["cubin"]).values()
     return variant, kernel, code
@@ -74,11 +59,11 @@ class Cost(NamedTuple):
 def trips(name: str, constants: dict, depth: int, patches: int) -> list[int]:
     """How often each loop of a kernel runs, in the order of the code."""
     if name == "enter":
-        return [patches_together(patches)]
+        return [patches_per_group(patches)]
     slices = WIDE // constants["SLICE"]
     if name == "backward":
         return [depth, slices, WIDE // constants["BAND"]]  # of two loops over bands one is unrolled
-    return [depth, constants["TOGETHER"], depth, slices]
+    return [depth, constants["TILES_PER_PROGRAM"], depth, slices]
 
 
 def operand_bytes(product: sass.Instruction) -> int:
@@ -98,7 +83,7 @@ def warp_totals(code: list[sass.Instruction], counts: list[int]) -> tuple[int, i
 
 def costs(name: str, depth: int, patches: int) -> Cost:
     variant, _, code = machine_code(name, patches)
-    together = patches_together(patches) if name == "enter" else variant.constants.get("TOGETHER", TILES)
+    together = patches_per_group(patches) if name == "enter" else variant.constants.get("TILES_PER_PROGRAM", TILES)
     programs = TILES / together
     warps = programs * variant.options["num_warps"]
     issued, read = warp_totals(code, trips(name, variant.constants, depth, patches))
@@ -182,7 +167,7 @@ def table(budget: dict) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in budget["resources"].items():
-        variant = form(name)
+        variant = field_variant(name)
         step = " x ".join(str(variant.constants[k]) for k in ("ROWS", "SLICE") if k in variant.constants)
         step += f", {variant.options['num_warps']}"
         lines.append(

@@ -11,7 +11,7 @@ import re
 
 import pytest
 
-from flowseg_kernels.runtime.triton_forms import INTERPRETED
+from flowseg_kernels.runtime.triton import INTERPRETED
 
 from . import sass
 

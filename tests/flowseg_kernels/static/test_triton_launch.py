@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import flowseg_kernels as fk
-from flowseg_kernels.runtime.triton_forms import INTERPRETED, compile_options, over_blocks
+from flowseg_kernels.runtime.triton import INTERPRETED, compile_options, over_blocks
 
 from ..samples import image_batch, layouts
 from . import sass

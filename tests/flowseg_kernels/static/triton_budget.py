@@ -6,22 +6,20 @@ docs/notes/performance.md (10 s). No GPU is needed.
 
 from __future__ import annotations
 
-import importlib
 import json
 import pathlib
 import re
 
+from ...support import aot
 from . import sass
 from .cuda_budget import MOST_THREADS, NOTES, REGISTERS
 
-__all__ = ["FORMS", "NOTES", "PATH", "VARIANTS", "compiled", "compiler", "counted", "table"]
+__all__ = ["COUNTED", "NOTES", "PATH", "VARIANTS", "compiled", "counted", "table"]
 
 PATH = pathlib.Path(__file__).with_name("triton_budget.json")
-OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
-MODULES = [importlib.import_module(f"flowseg_kernels.ops.{op}.triton_kernels") for op in OPS]
-VARIANTS = {v.name: v for module in MODULES for v in module.variants()}
-#: Of the forms that are counted: what there is one of for each pixel and centroid, and what the loop has most of.
-FORMS = {
+VARIANTS = {v.name: v for v in aot.pixel_variants()}
+#: Variants whose inner loop is counted: an instruction that occurs once per pixel and centroid, and one that marks the loop.
+COUNTED = {
     "distance_correction C=3 neg_log fp32": ("MUFU.RCP", "MUFU.RCP"),
     "distance_correction C=3 neg_log bf16": ("MUFU.RCP", "MUFU.RCP"),
     "flow_loss C=3 velocity 0 bf16": ("MUFU.RCP", "MUFU.RCP"),
@@ -31,32 +29,12 @@ FORMS = {
 }
 
 
-def compiler() -> str:
-    """Such as "triton 3.9.0"."""
-    return f"triton {importlib.import_module('triton').__version__}"
-
-
 def compiled(name: str, target: str):
-    """Triton's kernel of a form for sm_80, ..., gfx942."""
-    from triton import compile as compile_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    v = VARIANTS[name]
-    # Pointers are declared aligned, as tensors are: a launch compiles that form.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(v.signature.values()) if kind[0] == "*"}
-    constants, options = dict(v.constants), dict(v.options)
-    if target.startswith("gfx"):
-        gpu = GPUTarget("hip", target, 64)
-        constants = {k: "gcn" if value == "ptx" else value for k, value in constants.items()}
-    else:
-        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    if target in ("sm_100", "gfx942"):  # as compile_options has it
-        options.pop("maxnreg", None)
-    return compile_kernel(ASTSource(v.kernel, v.signature, constants, aligned), target=gpu, options=options)
+    """Triton's compiled kernel of one of VARIANTS, for sm_80, ..., gfx942."""
+    return aot.compiled(VARIANTS[name], target)
 
 
-def _instructions_a_candidate(code, mark, loop_mark):
+def _instructions_per_candidate(code, mark, loop_mark):
     """Instructions for each `mark` in the loop that has most of `loop_mark`.
 
     Where the loop goes one of two ways, with the search for a pixel's own class (runs of centroids that hold the class of one of
@@ -80,13 +58,13 @@ def _instructions_a_candidate(code, mark, loop_mark):
 
 
 def counted(name: str) -> dict[str, float]:
-    """Registers and threads of a program of one of FORMS, and instructions a pixel and centroid, of the shorter and longer way."""
+    """Registers per thread, threads per program, and instructions per pixel and centroid on the shorter and the longer way."""
     kernel = compiled(name, "sm_90")
     (used,) = sass.resources(kernel.asm["cubin"]).values()
     (code,) = sass.disassemble(kernel.asm["cubin"]).values()
-    shorter, longer = _instructions_a_candidate(code, *FORMS[name])
+    shorter, longer = _instructions_per_candidate(code, *COUNTED[name])
     found = {"rivals": round(shorter, 2), "rivals and own class": round(longer, 2)}
-    found = found if FORMS[name][0] == "MUFU.RCP" else {"candidate": round(longer, 2)}
+    found = found if COUNTED[name][0] == "MUFU.RCP" else {"candidate": round(longer, 2)}
     return {"registers": used["REG"], "threads": 32 * kernel.metadata.num_warps, "instructions": found}
 
 
@@ -107,7 +85,7 @@ def table(budget: dict) -> str:
 
 
 def main() -> None:
-    budget = {"compiler": compiler(), "counted": {name: counted(name) for name in FORMS}}
+    budget = {"compiler": aot.compiler(), "counted": {name: counted(name) for name in COUNTED}}
     text = json.dumps(budget, indent=1)
     # The ways of a loop on one line.
     PATH.write_text(re.sub(r'\{\s+("[^{}]*?)\s+\}', lambda m: "{" + re.sub(r"\s*\n\s*", " ", m[1]) + "}", text) + "\n")

@@ -29,7 +29,7 @@ def speed_up() -> None:
                 interpreter._patch_attr(package, name, getattr(package, name), builder, scope)
 
     # A reduction with a function of one's own is done number by number; numpy has the one that our kernels use.
-    either = getattr(triton_kernels, "_either", None)
+    either = getattr(triton_kernels, "_bitwise_or", None)
     slow = interpreter.ReduceOps.generic_reduce
 
     def generic_reduce(self, inputs):
