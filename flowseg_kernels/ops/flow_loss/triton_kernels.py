@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from ...runtime.triton import INTERPRETED
-from ..common import compute_dtype
 from ..distance_correction.triton_kernels import correct, correction_arguments, launch_settings
 from ..flow_interpolate.triton_kernels import block_of
+from ..shared.formulas import compute_dtype
 from ..shared.triton_launch import (
     aligned,
     assembly_for,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ...runtime.triton import INTERPRETED
-from ..common import compute_dtype
+from ..shared.formulas import compute_dtype
 from ..shared.triton_launch import aligned, assembly_for, compile_options, on_device_of, over_blocks
 from ..shared.triton_pixels import any_nan, block_of_program, load_code, load_pixels, load_row, squared_norm, subtract
 

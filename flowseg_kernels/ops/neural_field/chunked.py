@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .functional import neural_field
-from .runtime.backend import requested_backend, use_backend
+from ...runtime.backend import requested_backend, use_backend
+from .checks import checked_arguments
 
 __all__ = ["autocast_dtype", "chunked_calls", "chunked_field", "generate"]
 
@@ -47,7 +47,8 @@ class _ChunkedField(torch.autograd.Function):
         for images, lines, patches in _chunks(x.shape[0], rows, columns, size):
             weights = generate(s[images, patches], generators)
             pixels = x[images, :, lines.start * p : lines.stop * p]
-            parts.append((images, lines, neural_field(pixels, weights, *shared, **options)))
+            arguments = checked_arguments(pixels, weights, *shared, **options)
+            parts.append((images, lines, torch.ops.flowseg.neural_field.default(*arguments)))
         out = torch.empty(x.shape, dtype=parts[0][2].dtype if parts else x.dtype, device=x.device)
         for images, lines, part in parts:
             out[images, :, lines.start * p : lines.stop * p] = part
