@@ -14,7 +14,7 @@ from . import ops  # noqa: F401  registers torch.ops.flowseg
 from .codes import Codebook
 from .derived import derived_from, ignored_label
 from .ops.distance_correction.reference import TRANSFORMS
-from .ops.flow_loss.reference import KINDS, REDUCTIONS, SCHEDULES
+from .ops.flow_loss.reference import REDUCTIONS, SCHEDULES, SPACES
 from .ops.neural_field.checks import checked_arguments
 from .ops.neural_field.reference import neural_field as _plain_neural_field
 from .ops.shared.formulas import compute_dtype, valid_mask
@@ -270,9 +270,9 @@ def flow_loss(
     check_time("t", t, like)
     mu, ignored = _codes(centroids, like)
     check_image("prediction", prediction, channels=mu.shape[1])
-    check_choice("predicts", predicts, KINDS)
+    check_choice("predicts", predicts, SPACES)
     space = predicts if loss_space is None else loss_space
-    check_choice("loss_space", space, KINDS)
+    check_choice("loss_space", space, SPACES)
     check_choice("schedule", schedule, SCHEDULES)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("transform", transform, TRANSFORMS)

@@ -16,6 +16,8 @@ _KERNEL = (
 
 
 def _with_grid(kernel, uses_grid=True):
+    """Wrap a kernel: look up the decode grid of the codes, if it uses one, and the ignored label."""
+
     def run(x, target, centroids, grid, ignored, ignore_index):
         tables = grid_of(x, centroids, grid and uses_grid)
         return kernel(x, target, centroids, *tables, label_of(ignored, ignore_index))

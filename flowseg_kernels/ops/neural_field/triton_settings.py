@@ -73,7 +73,7 @@ class Settings(NamedTuple):
 
 #: By kernel, 16-bit operands or not, Hx > 64 or not. Chosen to avoid register spills on sm_80, 90, 100 and 120. One exception:
 #: the 16-bit backward with Hx > 64 spills up to 256 bytes on sm_80 and sm_120, outside its inner loops; every other setting we
-#: tried spills there too. tests/flowseg_kernels/static/test_field_forms.py checks this; docs/notes/performance.md has the figures.
+#: tried spills there too. tests/flowseg_kernels/static/test_field_variants.py checks this.
 _SETTINGS = {
     ("forward", True, False): Settings(64, 64, 4, 2),
     ("forward", True, True): Settings(64, 32, 8, 1),

@@ -1,7 +1,7 @@
-"""What the per-pixel Triton kernels cost by the machine code for sm_90: registers, and instructions of the inner loops.
+"""Cost of the per-pixel Triton kernels in machine code for sm_90: registers, and instructions of the inner loops.
 
-`python -m tests.flowseg_kernels.static.triton_budget` writes what it counts to triton_budget.json and prints the table of
-docs/notes/performance.md (10 s). No GPU is needed.
+`python -m tests.flowseg_kernels.static.triton_budget` writes the counts to triton_budget.json and prints the table of
+docs/notes/performance.md (10 s). It needs no GPU.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def compiled(name: str, target: str):
 
 
 def _instructions_per_candidate(code, mark, loop_mark):
-    """Instructions for each `mark` in the loop that has most of `loop_mark`.
+    """Return the instructions per `mark` in the loop with the most `loop_mark`, on its shorter and on its longer way.
 
-    Where the loop goes one of two ways, with the search for a pixel's own class (runs of centroids that hold the class of one of
-    the block's pixels) or without: those of the shorter way, and of the longer.
+    A run of centroids that contains the own class of one of the block's pixels takes the longer way. A loop without two ways
+    gives the same number twice.
     """
     loop = max(sass.loops(code), key=lambda loop: sum(loop_mark in i.text for i in loop.body) - len(loop) / 1e6)
     targets = {i.target for i in code if i.target is not None}
@@ -69,7 +69,7 @@ def counted(name: str) -> dict[str, float]:
 
 
 def table(budget: dict) -> str:
-    """The static figures of the notes, in Markdown."""
+    """Return the static figures of the notes, in Markdown."""
     lines = [
         "| form of the kernel | | instructions | registers | threads of a multiprocessor in use |",
         "|---|---|---|---|---|",
@@ -87,7 +87,7 @@ def table(budget: dict) -> str:
 def main() -> None:
     budget = {"compiler": aot.compiler(), "counted": {name: counted(name) for name in COUNTED}}
     text = json.dumps(budget, indent=1)
-    # The ways of a loop on one line.
+    # Write the ways of a loop on one line.
     PATH.write_text(re.sub(r'\{\s+("[^{}]*?)\s+\}', lambda m: "{" + re.sub(r"\s*\n\s*", " ", m[1]) + "}", text) + "\n")
     print(table(budget))
 
