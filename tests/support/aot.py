@@ -24,7 +24,7 @@ from flowseg_kernels.ops.flow_loss import triton_kernels as flow_loss
 from flowseg_kernels.ops.nearest_centroid import triton_kernels as nearest_centroid
 from flowseg_kernels.ops.neural_field import triton_launch as field
 from flowseg_kernels.ops.neural_field import triton_settings as field_settings
-from flowseg_kernels.ops.shared.triton_launch import VECTOR, compile_options
+from flowseg_kernels.ops.shared.triton_launch import VECTOR, compile_options, elementwise_block
 
 __all__ = [
     "PIXEL_OPS",
@@ -109,7 +109,7 @@ def _flow_interpolate() -> Iterator[Variant]:
         acc, _, _ = _accumulator(dtype)
         pointers = {"x": dtype, "labels": "u8", "t": "fp32", "centroids": acc, "out": dtype}
         layouts = {"X_LAYOUT": VECTOR, "L_LAYOUT": VECTOR, "OUT_LAYOUT": VECTOR}
-        constants = {**layouts, "C": channels, "BLOCK": flow_interpolate.block_of(channels)}
+        constants = {**layouts, "C": channels, "BLOCK": elementwise_block(channels)}
         name, options = f"C={channels} {dtype}", compile_options(4)
         yield _pixel_variant(f"flow_interpolate {name}", flow_interpolate._interpolate, pointers, constants, options)
         pointers = pointers | {"grad": dtype, "grad_source": dtype, "partial": "fp64"}
@@ -166,7 +166,7 @@ def _flow_loss() -> Iterator[Variant]:
         pointers = {"grad_loss": "fp32", "residual": dtype, "count": "i64", "out": dtype}
         constants = {
             "R_LAYOUT": VECTOR, "G_LAYOUT": VECTOR, "OUT_LAYOUT": VECTOR, "C": channels, "MEAN": True, "PER_PIXEL": False,
-            "ACC": tl.float32, "BLOCK": flow_interpolate.block_of(channels),
+            "ACC": tl.float32, "BLOCK": elementwise_block(channels),
         }  # fmt: skip
         name = f"flow_loss_bwd C={channels} {dtype}"
         yield _pixel_variant(name, flow_loss._scale, pointers, constants, compile_options(4))

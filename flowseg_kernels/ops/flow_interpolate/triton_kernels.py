@@ -6,11 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ...runtime.triton import INTERPRETED
-from ..shared.triton_launch import aligned, compile_options, on_device_of, over_blocks, pixel_strides
+from ..shared.triton_launch import (
+    aligned,
+    compile_options,
+    elementwise_block,
+    on_device_of,
+    over_blocks,
+    pixel_strides,
+)
 from ..shared.triton_pixels import block_of_program, gather_codes, load_classes, load_pixels, store_pixels
 
-__all__ = ["block_of", "flow_interpolate", "flow_interpolate_bwd"]
+__all__ = ["flow_interpolate", "flow_interpolate_bwd"]
 
 _SIZES = ["width", "pixels", "blocks", "classes", "ignore_index", "l_b", "l_h", "l_w", "t_b"]
 _X_STRIDES = ["x_b", "x_c", "x_h", "x_w"]
@@ -77,11 +83,6 @@ def _interpolate_backward(
     store_pixels(grad_source, scaled, image, start, pixels, inside, OUT_LAYOUT, C, BLOCK)
 
 
-def block_of(channels: int) -> int:
-    """Return the pixels per program: 16 bytes of bf16 per thread and channel, fewer for many channels, to save registers."""
-    return 4096 if INTERPRETED else 1024 if channels <= 4 else 512 if channels <= 8 else 256
-
-
 def flow_interpolate(
     source: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, centroids: torch.Tensor, ignore_index: int
 ) -> torch.Tensor:
@@ -89,7 +90,7 @@ def flow_interpolate(
     out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     if out.numel() == 0:
         return out
-    block = block_of(source.shape[1])
+    block = elementwise_block(source.shape[1])
     programs, sizes, layouts = over_blocks(block, X=source, L=labels)
     with on_device_of(source):
         _interpolate[programs](
@@ -112,7 +113,7 @@ def flow_interpolate_bwd(
     out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     if out.numel() == 0:
         return out, t.new_zeros(t.shape if need_t else (0,))
-    block = block_of(source.shape[1])
+    block = elementwise_block(source.shape[1])
     programs, sizes, layouts = over_blocks(block, G=grad, X=source, L=labels)
     partial = torch.empty((source.shape[0], sizes[-1]) if need_t else (0,), dtype=torch.float64, device=source.device)
     with on_device_of(source):

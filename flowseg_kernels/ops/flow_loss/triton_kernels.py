@@ -12,12 +12,12 @@ import triton.language as tl
 
 from ...runtime.triton import INTERPRETED
 from ..distance_correction.triton_kernels import correct, correction_arguments, launch_settings
-from ..flow_interpolate.triton_kernels import block_of
 from ..shared.formulas import compute_dtype
 from ..shared.triton_launch import (
     aligned,
     assembly_for,
     compile_options,
+    elementwise_block,
     on_device_of,
     over_blocks,
     pixel_strides,
@@ -246,7 +246,7 @@ def flow_loss_bwd(
         return out
     channels = residual.shape[1]
     per_pixel = reduction == "none"
-    block = block_of(channels)
+    block = elementwise_block(channels)
     # A scalar gradient is expanded to (B, H, W) only to get strides for it; the kernel reads the scalar.
     programs, sizes, layouts = over_blocks(
         block, R=residual, G=grad_loss if per_pixel else grad_loss.expand(residual[:, 0].shape)

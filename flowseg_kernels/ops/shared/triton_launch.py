@@ -22,6 +22,7 @@ __all__ = [
     "aligned",
     "assembly_for",
     "compile_options",
+    "elementwise_block",
     "on_device_of",
     "over_blocks",
     "pixel_strides",
@@ -50,6 +51,14 @@ def compile_options(warps: int, registers: int | None = None, stages: int = 3) -
     """
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return options | ({"maxnreg": registers} if registers and _may_bound_registers() else {})
+
+
+def elementwise_block(channels: int) -> int:
+    """Return the pixels per program of 128 threads, for kernels that move data and compute little.
+
+    A thread moves 16 bytes of bf16 per channel, less for many channels, to save registers.
+    """
+    return 4096 if INTERPRETED else 1024 if channels <= 4 else 512 if channels <= 8 else 256
 
 
 def pixel_strides(x: Tensor) -> tuple[tuple[int, ...], int]:

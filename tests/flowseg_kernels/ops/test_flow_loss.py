@@ -92,6 +92,7 @@ def test_the_correction_is_an_auxiliary_cross_entropy(backend, transform):
 )
 def test_error_is_at_most_twice_plain_pytorch(backend, dtype, predicts, tau, spread, codes150):
     """`spread` is the distance of an endpoint prediction from its code. A velocity's endpoint also varies with the source."""
+    x, source, labels, t = image_batch(codes150.centroids, 2, 20, 24, spread, dtype)
     options = {
         "predicts": predicts,
         "space": predicts,
