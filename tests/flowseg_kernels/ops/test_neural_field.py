@@ -121,7 +121,7 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
 def test_second_and_forward_derivatives_are_those_of_the_formula(backend, variant):
-    inputs = field_inputs(1, 4, 1, 1, 2, 2, batch=1, height=2, width=4, form=variant[1])
+    inputs = field_inputs(1, 2, 1, 1, 2, 2, batch=1, height=2, width=4, form=variant[1])
     leaves = [v for v in inputs if v is not None]
 
     def run(*values):
@@ -350,11 +350,14 @@ def test_a_bad_incoming_gradient_reaches_only_the_weights_of_its_patch(backend, 
     assert torch.isfinite(grad).all()
 
 
-def decoder_and_inputs(batch=3, **options):
+def decoder_and_inputs(batch=3, height=12, width=8, **options):
+    """A decoder with patches of 4 x 4 pixels, an image x and its patches' features s."""
     torch.manual_seed(1)
     decoder = fk.NeuralFieldDecoder(10, hidden=16, depth=2, patch_size=4, max_freqs=3, **options)
     torch.nn.init.normal_(decoder.final_layer.linear.weight)
-    return decoder, torch.randn(batch, 3, 12, 8, requires_grad=True), torch.randn(batch, 6, 10, requires_grad=True)
+    patches = (height // 4) * (width // 4)
+    x = torch.randn(batch, 3, height, width, requires_grad=True)
+    return decoder, x, torch.randn(batch, patches, 10, requires_grad=True)
 
 
 @pytest.mark.parametrize("form", ["residual", "plain"])
@@ -374,9 +377,10 @@ def test_chunks_of_patches_change_nothing(brief, patch_chunk, form):
 
 def test_chunks_compile_whole_cast_and_honour_frozen_inputs(brief):
     torch._dynamo.reset()
-    batch = 1 if brief else 3
-    decoder, x, s = decoder_and_inputs(batch, patch_chunk=4)
-    whole, _, _ = decoder_and_inputs(batch)
+    # Chunks are two rows and one row of each image; the slow interpreter takes two patches as two chunks.
+    sizes, chunk = ({"batch": 1, "height": 8, "width": 4}, 1) if brief else ({"batch": 3}, 4)
+    decoder, x, s = decoder_and_inputs(**sizes, patch_chunk=chunk)
+    whole, _, _ = decoder_and_inputs(**sizes)
     compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
     outs = compiled(x, s), whole(x, s)
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
