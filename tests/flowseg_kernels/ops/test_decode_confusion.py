@@ -31,7 +31,7 @@ def test_equals_counting_one_by_one(backend, channels, spread):
 @pytest.mark.parametrize("classes", [19, 200], ids=["counts_per_thread", "shared_counts"])
 @pytest.mark.parametrize("side", [1, 30], ids=["single_pixels", "areas"])
 def test_threads_count_every_pixel_once(backend, classes, side):
-    """With few classes each thread has its own counts. With many, all add to one array, equal neighbours in one addition."""
+    """Each thread has its own counts if there are few classes. Else all add to one array, equal neighbours in one addition."""
     book = fk.Codebook(fk.kronecker_centroids(classes, 3))
     height, width = (90, 150) if backend != "triton" else (30, 60)
     target = torch.randint(0, classes, (1, -(-height // side), -(-width // side)))
