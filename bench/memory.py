@@ -104,16 +104,16 @@ class _NoKernel:
 
 def without_kernels(noted: list | None = None):
     """Inside the block the field's Triton kernels do nothing, on tensors anywhere; `noted` gets the names of those launched."""
-    from flowseg_kernels.ops.neural_field import triton_kernels
+    from flowseg_kernels.ops.neural_field import triton_launch
 
-    names = [name for name in vars(triton_kernels) if name.endswith("_kernel") and name != "triton_kernel"]
+    names = [name for name in vars(triton_launch) if name.endswith("_kernel")]
     stubs = {name: _NoKernel(name, noted) for name in names}
-    return unittest.mock.patch.multiple(triton_kernels, **stubs)
+    return unittest.mock.patch.multiple(triton_launch, **stubs)
 
 
 def counted_peak_bytes(entry: str, model: str, side: int, dtype: torch.dtype) -> int:
     """Of "eager" or "ours", beyond x and the generated weights."""
-    from flowseg_kernels.ops.neural_field import triton_kernels
+    from flowseg_kernels.ops.neural_field import triton_launch
 
     dct = torch.zeros(1, PATCH**2, 64, dtype=dtype, device="meta")
     made = field_plain.inputs(patches=1, depth=MODELS[model][1], dtype=dtype)
@@ -128,8 +128,8 @@ def counted_peak_bytes(entry: str, model: str, side: int, dtype: torch.dtype) ->
         else:
             with without_kernels(), torch.no_grad():
                 options = PATCH, 2, 1e-6, "both", "residual"
-                out = triton_kernels.neural_field(*inputs, *options)
-                triton_kernels.neural_field_bwd(torch.empty_like(out), *inputs, *options, [True] * len(inputs))
+                out = triton_launch.neural_field(*inputs, *options)
+                triton_launch.neural_field_bwd(torch.empty_like(out), *inputs, *options, [True] * len(inputs))
     return found.peak
 
 

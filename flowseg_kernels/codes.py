@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .decode_grid import decode_tables
 from .derived import LARGEST_LABEL, Derived, check_codes, derived_from, forget, ignored_label, smallest_distance
 from .runtime.checks import check_index
 
@@ -242,7 +243,7 @@ class Codebook(torch.nn.Module):
     @property
     def grid(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
         """A copy of the decode grid, to look at: (cells, records, groups, low, scale), None for other than three channels."""
-        tables = derived_from(self._values()).tables(self.centroids.device)
+        tables = decode_tables(derived_from(self._values()), self.centroids.device)
         return *(None if v is None else v.clone() for v in tables[:3]), *tables[3:]
 
     # Names that the tables had as buffers.

@@ -13,7 +13,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
-__all__ = ["DecodeGrid", "build_decode_grid"]
+from .derived import Derived, derived_from
+
+__all__ = ["DecodeGrid", "Tables", "build_decode_grid", "decode_tables", "grid_of"]
+
+#: A decode grid as kernels take it: cells, records, groups, low, scale.
+Tables = tuple[Tensor | None, Tensor | None, Tensor | None, float, float]
+_NO_GRID: Tables = (None, None, None, 0.0, 0.0)
 
 #: Centroids in one record: one AVX2 register of floats, and two cache lines a record.
 LANES = 8
@@ -147,3 +153,30 @@ def _pack(cell: Tensor, candidate: Tensor, mu: Tensor, low: float, scale: float)
         )
     cells = torch.stack((cells, words)).view(2, _SIZE, _SIZE, _SIZE)
     return DecodeGrid(cells, records.contiguous(), groups, low, scale)
+
+
+def _grid(derived: Derived) -> DecodeGrid | None:
+    def build() -> DecodeGrid | None:
+        # The caller's default device must not apply to the tensors that the grid is computed from.
+        with torch.no_grad(), torch.device("cpu"):
+            return build_decode_grid(derived.codes.float())
+
+    return derived.cached("decode grid", build) if derived.codes.shape[1] == 3 else None
+
+
+def decode_tables(derived: Derived, device: torch.device) -> Tables:
+    """The decode grid on a device as kernels take it. None and 0 without a grid: for C other than 3, or if lists would be long."""
+    grid = _grid(derived)
+    if grid is None:
+        return _NO_GRID
+    tensors = (grid.cells, grid.records, grid.groups)
+    copies = derived.cached(("decode grid", device), lambda: tuple(v.to(device) for v in tensors))
+    return *copies, grid.low, grid.scale
+
+
+def grid_of(x: Tensor, centroids: Tensor, wanted: bool) -> Tables:
+    """The decode grid of these codes on the device of x, if kernels can use one and building it pays."""
+    if not wanted or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
+        return _NO_GRID
+    derived = derived_from(centroids)
+    return decode_tables(derived, x.device) if derived.pays_for_grid() else _NO_GRID

@@ -1,4 +1,4 @@
-"""What follows from the values of codes: their smallest distance, the default eps and the decode grid.
+"""Values computed from codes: their smallest distance and the default eps; the decode grid is cached here too.
 
 Frameworks fill, cast, average, broadcast and offload the tensors of a module. Derived values that lie among them would be
 changed too, or be left behind. So they are kept here, outside of every module, and found by the values of the codes:
@@ -14,23 +14,26 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .decode_grid import DecodeGrid, build_decode_grid
+from .runtime.backend import automatic_backend
 
 __all__ = [
     "LARGEST_LABEL",
-    "NO_GRID",
     "Derived",
     "check_codes",
     "derived_from",
+    "eps_of",
     "forget",
     "ignored_label",
+    "label_of",
     "smallest_distance",
 ]
 
+_T = TypeVar("_T")
 #: Codes whose derived values stay although no codebook holds them.
 _KEPT = 8
 #: Tensors on other devices whose values are remembered.
@@ -52,21 +55,21 @@ def smallest_distance(centroids: Tensor) -> float:
 
 
 def _rows_with_close_neighbours(mu: Tensor) -> Tensor:
-    """Few rows of which one has the smallest distance to another row: decoding a code leaves its distance to the next as margin."""
-    from .functional import nearest_centroid
-    from .runtime.backend import automatic_backend
+    """A small set of rows that contains the closest pair.
 
-    single = mu.float()
+    Decoding each code gives its distance to its nearest neighbour, the margin. The rows with the smallest margins are kept.
+    """
+    single = mu.float().contiguous()
+    image = single.T.reshape(1, -1, 1, mu.shape[0])
     with automatic_backend():
-        margin = nearest_centroid(single.T.reshape(1, -1, 1, mu.shape[0]), single, return_margin=True)[1].flatten()
+        # No grid, int64 labels, the margin but no distance, no ignored label.
+        margin = torch.ops.flowseg.nearest_centroid(image, single, False, "int64", False, True, None, -1)[2].flatten()
     # fp32 rounding may reorder distances that are this close.
     close = (margin <= margin.min() * (1 + 1e-5) + 1e-7).nonzero()[:, 0]
-    # A regular grid has its smallest distance everywhere; any of those rows gives it.
+    # In a regular grid every row has the smallest distance; any of those rows gives it.
     return close[:4096]
 
 
-#: In place of a decode grid: cells, records, groups, low, scale.
-NO_GRID = (None, None, None, 0.0, 0.0)
 #: Decodes of codes that appeared in a buffer by themselves, before their grid is built: an average may change them at each step,
 #: and building takes as long as many searches without one.
 _USES_WITHOUT_GRID = 2
@@ -79,13 +82,11 @@ class Derived:
         codes: (K, C) on the CPU, fp32 or fp64, a copy.
         min_distance: smallest Euclidean distance between two codes, inf for K = 1.
         default_eps: 0.2 * min_distance**2; 0.2 for K = 1, 1e-6 where codes coincide.
-        grid: the decode grid, None for other than three channels or where lists would not be short.
     """
 
     def __init__(self, codes: Tensor):
         self.codes = codes
-        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
-        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._cached: dict[object, object] = {}
         #: Whether these codes are here to stay, so that building their decode grid pays.
         self.settled = False
         self._uses = 0
@@ -115,21 +116,17 @@ class Derived:
         # Coinciding codes leave no scale of their own; any positive number keeps the loss finite.
         return 0.2 * spacing**2 if spacing > 0 else 1e-6
 
-    @functools.cached_property
-    def grid(self) -> DecodeGrid | None:
-        if self.codes.shape[1] != 3:
-            return None
-        # A device context of the caller's must not reach the numbers that the grid is worked out from.
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-            return build_decode_grid(self.codes.float())
+    def cached(self, key: object, compute: Callable[[], _T]) -> _T:
+        """compute(), called at the first request for `key` only."""
+        if key not in self._cached:
+            with torch.inference_mode(False):
+                self._cached[key] = compute()
+        return self._cached[key]
 
     def codes_on(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy of the codes on a device, the same one at each call; `dtype` other than that of the codes casts it."""
+        """A copy of the codes on a device, cast if `dtype` is given. Every call returns the same tensor."""
         key = device, dtype or self.codes.dtype
-        if key not in self._copies:
-            with torch.inference_mode(False):
-                self._copies[key] = self.codes.to(device, key[1], copy=True)
-        return self._copies[key]
+        return self.cached(key, lambda: self.codes.to(*key, copy=True))
 
     def is_rounded(self, codes: Tensor) -> bool:
         """Whether `codes`, of any dtype and device, are these codes cast to that dtype."""
@@ -139,16 +136,6 @@ class Derived:
         """Whether a decode should use the grid, building it where it is not there yet. Counts the decodes."""
         self._uses += 1
         return self.settled or self._uses > _USES_WITHOUT_GRID
-
-    def tables(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
-        """The decode grid on a device as kernels take it: cells, records, groups, low, scale; None and 0 without a grid."""
-        grid = self.grid
-        if grid is None:
-            return NO_GRID
-        if device not in self._tables:
-            with torch.inference_mode(False):
-                self._tables[device] = tuple(v.to(device) for v in (grid.cells, grid.records, grid.groups))
-        return *self._tables[device], grid.low, grid.scale
 
 
 def check_codes(name: str, codes: Tensor) -> None:
@@ -195,6 +182,16 @@ def ignored_label(ignored: Tensor) -> int:
         ValueError: not a whole number, as after an average of it.
     """
     return _whole_number(ignored) if ignored.device.type == "cpu" else _once_per_version(ignored, _whole_number)
+
+
+def label_of(ignored: Tensor | None, ignore_index: int) -> int:
+    """The ignored label of a codebook, or `ignore_index` without a codebook."""
+    return ignore_index if ignored is None else ignored_label(ignored)
+
+
+def eps_of(eps: float | None, centroids: Tensor) -> float:
+    """eps, or the default of these codes."""
+    return derived_from(centroids).default_eps if eps is None else eps
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from torch import Tensor
 from . import ops  # noqa: F401  registers torch.ops.flowseg
 from .codes import Codebook
 from .derived import derived_from, ignored_label
-from .ops.common import compute_dtype, valid_mask
-from .ops.common import encode_labels as _encode_valid
 from .ops.distance_correction.reference import TRANSFORMS
-from .ops.flow_loss.reference import KINDS, REDUCTIONS, SCHEDULES
-from .ops.neural_field.reference import FORMS, NORMALISE
+from .ops.flow_loss.reference import REDUCTIONS, SCHEDULES, SPACES
+from .ops.neural_field.checks import checked_arguments
 from .ops.neural_field.reference import neural_field as _plain_neural_field
+from .ops.shared.formulas import compute_dtype, valid_mask
+from .ops.shared.formulas import encode_labels as _encode_valid
 from .runtime.checks import (
     FLOAT_DTYPES,
     LABEL_DTYPES,
@@ -28,7 +28,6 @@ from .runtime.checks import (
     check_image,
     check_index,
     check_labels,
-    check_positive,
     check_tensor,
     check_time,
 )
@@ -271,9 +270,9 @@ def flow_loss(
     check_time("t", t, like)
     mu, ignored = _codes(centroids, like)
     check_image("prediction", prediction, channels=mu.shape[1])
-    check_choice("predicts", predicts, KINDS)
+    check_choice("predicts", predicts, SPACES)
     space = predicts if loss_space is None else loss_space
-    check_choice("loss_space", space, KINDS)
+    check_choice("loss_space", space, SPACES)
     check_choice("schedule", schedule, SCHEDULES)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("transform", transform, TRANSFORMS)
@@ -431,55 +430,8 @@ def neural_field(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    check_image("x", x)
-    check_tensor("weights", weights, FLOAT_DTYPES, "(B, N, L, 2 r Hx^2)", 4)
-    check_device("weights", weights, ("x", x))
-    check_tensor("embed_weight", embed_weight, FLOAT_DTYPES, "(Hx, C + F^2)", 2)
-    check_tensor("embed_bias", embed_bias, FLOAT_DTYPES, "(Hx,)", 1)
-    for name, value in (("patch_size", patch_size), ("mlp_ratio", mlp_ratio)):
-        check_index(name, value)
-        check_positive(name, value)
-    check_choice("normalise", normalise, NORMALISE)
-    check_choice("form", form, FORMS)
-    batch, channels, height, width = x.shape
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"x: wanted height and width divisible by patch_size {patch_size}; got {tuple(x.shape)}")
-    hidden = embed_bias.shape[-1]
-    patches = (height // patch_size) * (width // patch_size)
-    size = 2 * mlp_ratio * hidden * hidden
-    if weights.shape[:2] != (batch, patches) or weights.shape[3] != size:
-        raise ValueError(
-            f"weights: wanted shape ({batch}, {patches}, L, {size}) for {patches} patches of {patch_size} x {patch_size} and "
-            f"Hx {hidden}; got {tuple(weights.shape)}"
-        )
-    features = embed_weight.shape[-1] - channels
-    if features < 1 or int(features**0.5 + 0.5) ** 2 != features:
-        raise ValueError(
-            f"embed_weight: wanted shape (Hx, C + F^2) with C = {channels}; got {tuple(embed_weight.shape)}"
-        )
-    wanted = {
-        "embed_weight": (embed_weight, "(Hx, C + F^2)", (hidden, channels + features)),
-        "embed_bias": (embed_bias, "(Hx,)", (hidden,)),
-        "out_weight": (out_weight, "(C, Hx)", (channels, hidden)),
-        "out_bias": (out_bias, "(C,)", (channels,)),
-    }
-    norms = {
-        "norm_weight": (norm_weight, "(L, Hx)", (weights.shape[2], hidden)),
-        "out_norm_weight": (out_norm_weight, "(Hx,)", (hidden,)),
-    }
-    if form == "residual":
-        wanted |= norms
-    else:
-        for name, (value, _, _) in norms.items():
-            if value is not None:
-                raise ValueError(f"{name}: wanted None, as the plain form has no RMSNorm; got {type(value).__name__}")
-        # The op takes tensors only; it does not look at these two.
-        norm_weight, out_norm_weight = x.new_empty(0), x.new_empty(0)
-    for name, (value, dims, shape) in wanted.items():
-        check_tensor(name, value, FLOAT_DTYPES, dims, len(shape))
-        if value.shape != shape:
-            raise ValueError(f"{name}: wanted shape {dims} = {shape}; got {tuple(value.shape)}")
-        check_device(name, value, ("x", x))
-    tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
-    arguments = (*tensors, patch_size, mlp_ratio, eps, normalise, form)
-    return _plain_neural_field(*arguments) if under_transform(*tensors) else call_op("neural_field", *arguments)
+    arguments = checked_arguments(
+        x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias,
+        patch_size=patch_size, mlp_ratio=mlp_ratio, eps=eps, normalise=normalise, form=form,
+    )  # fmt: skip
+    return _plain_neural_field(*arguments) if under_transform(*arguments) else call_op("neural_field", *arguments)

@@ -12,7 +12,7 @@ import torch
 from . import __version__
 from .runtime import backend, extension
 from .runtime.preferences import gpu_preference
-from .runtime.triton_forms import why_no_triton
+from .runtime.triton import why_no_triton
 
 __all__ = ["report"]
 

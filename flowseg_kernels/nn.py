@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from . import functional
 from .bare_layers import any_global_hook, bare_linear, bare_norm, is_bare_linear, is_bare_norm, is_exactly, is_silent
-from .chunked_field import autocast_dtype, chunked_calls, chunked_field
 from .codes import Codebook
-from .ops.common import compute_dtype
+from .ops.neural_field.chunked import autocast_dtype, chunked_calls, chunked_field
 from .ops.neural_field.reference import (
     FORMS,
     NORMALISE,
@@ -21,6 +20,7 @@ from .ops.neural_field.reference import (
     split_generated,
     to_patches,
 )
+from .ops.shared.formulas import compute_dtype
 from .runtime.checks import FLOAT_DTYPES, check_choice, check_image, check_index, check_positive, check_tensor
 from .runtime.transforms import in_transform
 

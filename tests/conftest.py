@@ -18,13 +18,13 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.runtime import backend as choosing
 from flowseg_kernels.runtime.backend import BACKENDS, backend_reasons
-from flowseg_kernels.runtime.triton_forms import INTERPRETED
+from flowseg_kernels.runtime.triton import INTERPRETED
 
-from . import gpu_arithmetic, quick_interpreter
 from .host_cuda import kernels as host_kernels
+from .support import gpu_arithmetic, interpreter
 
 if INTERPRETED:
-    quick_interpreter.speed_up()
+    interpreter.speed_up()
     gpu_arithmetic.install()
 
 REQUIRED = [name for name in os.environ.get("FLOWSEG_REQUIRE_BACKENDS", "").split(",") if name]

@@ -1,4 +1,4 @@
-"""One folder an op. Importing this package registers every op with PyTorch as torch.ops.flowseg.NAME."""
+"""One folder per op. Importing this package registers every op with PyTorch as torch.ops.flowseg.NAME."""
 
 from .decode_confusion import op as _decode_confusion  # noqa: F401
 from .distance_correction import op as _distance_correction  # noqa: F401

@@ -14,7 +14,7 @@ import torch
 from . import backend
 from .extension import why_no_cpu_kernels, why_no_cuda_kernels
 from .transforms import define_transforms
-from .triton_forms import triton_kernel, why_no_triton
+from .triton import triton_kernel, why_no_triton
 
 __all__ = ["COMPILED_CHANNELS", "cpu_kernel", "cuda_kernel", "define_op", "no_second_derivative", "triton_kernel"]
 

@@ -5,7 +5,7 @@ import torch
 
 import flowseg_kernels as fk
 
-from .samples import image_batch
+from ..support.samples import image_batch
 
 
 @pytest.fixture

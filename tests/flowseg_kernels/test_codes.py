@@ -10,7 +10,7 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.codes import smallest_distance
 
-from .samples import decode_tables
+from ..support.samples import decode_tables
 
 
 def test_kronecker_codes_by_hand():

@@ -10,7 +10,7 @@ import flowseg_kernels as fk
 from flowseg_kernels.runtime.backend import backend_reasons, requested_backend
 
 from ..conftest import REQUIRED, ran
-from .samples import image_batch
+from ..support.samples import image_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")

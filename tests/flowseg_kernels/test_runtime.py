@@ -17,7 +17,7 @@ from flowseg_kernels.info import report
 from flowseg_kernels.runtime import extension
 from flowseg_kernels.runtime.preferences import gpu_preference
 
-from .samples import image_batch
+from ..support.samples import image_batch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -125,7 +125,7 @@ def test_every_instruction_set_passes_the_op_tests(isa):
 
 def test_imports_point_one_way():
     """flowseg takes public names of flowseg_kernels only; inside it: functional -> ops -> runtime, never back."""
-    order = {"runtime": 0, "bare_layers": 0, "ops": 1, "decode_grid": 1, "functional": 2, "codes": 2, "chunked_field": 3, "nn": 3,
+    order = {"runtime": 0, "bare_layers": 0, "ops": 1, "decode_grid": 0, "derived": 0, "functional": 2, "codes": 2, "nn": 3,
              "info": 3, "__init__": 4}  # fmt: skip
     for file in sorted((ROOT / "flowseg_kernels").rglob("*.py")):
         place = file.relative_to(ROOT / "flowseg_kernels").with_suffix("").parts
@@ -203,7 +203,7 @@ assert not {"torch._dynamo", "triton"} & (set(sys.modules) - before)
 
 
 def test_triton_kernels_get_codes_on_wide_boundaries():
-    from flowseg_kernels.runtime.triton_forms import aligned
+    from flowseg_kernels.ops.shared.triton_launch import aligned
 
     store = torch.arange(41.0)
     for codes in (store[1:].view(10, 4), store[:40].view(10, 4), store[:40].view(4, 10).T):

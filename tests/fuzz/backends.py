@@ -22,8 +22,8 @@ def prepare(name: str) -> None:
         kernels.install()
         kernels.library()
     if name == "triton":
-        from ..gpu_arithmetic import convert_bf16_as_gpus_do
-        from ..quick_interpreter import speed_up
+        from ..support.gpu_arithmetic import convert_bf16_as_gpus_do
+        from ..support.interpreter import speed_up
 
         speed_up()
         convert_bf16_as_gpus_do()

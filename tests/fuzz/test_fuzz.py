@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from flowseg_kernels.runtime.triton_forms import INTERPRETED
+from flowseg_kernels.runtime.triton import INTERPRETED
 
 from .cases import CHANGES, PIXEL_OPS, Field, Pixels, cases
 from .checks import Wrong, agree, check

@@ -15,7 +15,7 @@ import subprocess
 
 import torch
 
-from flowseg_kernels.ops.common import compute_dtype
+from flowseg_kernels.ops.shared.formulas import compute_dtype
 from flowseg_kernels.runtime import backend
 
 FOLDER = pathlib.Path(__file__).resolve().parent

@@ -18,7 +18,7 @@ from ..sources import is_known
 FOLDER = ROOT / "build" / "versions"
 #: What an environment is of: later commits that change none of these say nothing new about a version.
 SOURCES = ("csrc", "flowseg_kernels", "build_backend", "setup.py", "pyproject.toml", "tests/conftest.py")
-SOURCES += ("tests/native.py", "tests/quick_interpreter.py", "tests/gpu_arithmetic.py", "tests/flowseg_kernels")
+SOURCES += ("tests/native.py", "tests/support", "tests/flowseg_kernels")
 #: What the tests below need beside torch, which brings its own Triton.
 NEEDS = ("hypothesis", "ninja", "numpy", "pytest>=8", "pytest-benchmark>=4", "safetensors>=0.4", "setuptools>=77")
 NEEDS += ("torchmetrics>=1.3",)

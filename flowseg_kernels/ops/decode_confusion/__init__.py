@@ -1,1 +1,1 @@
-"""Decoding and counting in one pass: the confusion matrix without a label map."""
+"""Decode and count in one pass: the confusion matrix without a label map."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ...decode_grid import grid_of
+from ...derived import label_of
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
-from ..arguments import grid_of, label_of
 from . import reference
 
 _KERNEL = (
@@ -15,6 +16,8 @@ _KERNEL = (
 
 
 def _with_grid(kernel, uses_grid=True):
+    """Wrap a kernel: look up the decode grid of the codes, if it uses one, and the ignored label."""
+
     def run(x, target, centroids, grid, ignored, ignore_index):
         tables = grid_of(x, centroids, grid and uses_grid)
         return kernel(x, target, centroids, *tables, label_of(ignored, ignore_index))

@@ -1,12 +1,12 @@
-"""Registration of distance_correction. Its result is a target: detached, without a derivative."""
+"""Registration of distance_correction. Its result is a target for the loss: detached, without a derivative."""
 
 from __future__ import annotations
 
 import torch
 
+from ...derived import eps_of, label_of
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from ...runtime.scalars import unpack
-from ..arguments import eps_of, label_of
 from . import reference
 
 _KERNEL = (
@@ -16,7 +16,7 @@ _KERNEL = (
 
 
 def _resolved(kernel):
-    """The op's arguments to those of the formula: numbers, and what follows from the codes."""
+    """Wrap a kernel: unpack tensor-valued numbers, and derive eps and the ignored label from the codes."""
 
     def run(xhat, labels, centroids, temperature, eps, transform, max_norm, ignored, ignore_index, numbers):
         temperature, eps, max_norm = unpack(("temperature", "eps", "max_norm"), [temperature, eps, max_norm], numbers)
@@ -26,11 +26,13 @@ def _resolved(kernel):
     return run
 
 
-def _with_codes(kernel):
+def _options_as_ints(kernel):
+    """Wrap a compiled kernel, which takes the transform's number and infinity for no max_norm."""
+
     def run(xhat, labels, centroids, temperature, eps, transform, max_norm, ignore_index):
-        code = reference.TRANSFORMS.index(transform)
+        number = reference.TRANSFORMS.index(transform)
         largest = float("inf") if max_norm is None else max_norm
-        return kernel(xhat, labels, centroids, temperature, eps, code, largest, ignore_index)
+        return kernel(xhat, labels, centroids, temperature, eps, number, largest, ignore_index)
 
     return _resolved(run)
 
@@ -40,8 +42,8 @@ define_op(
     "float? max_norm, Tensor? ignored, int ignore_index, Tensor? numbers) -> Tensor",
     fake=lambda xhat, *args: torch.empty(xhat.shape, dtype=xhat.dtype, device=xhat.device),
     backends={
-        "cuda": _with_codes(cuda_kernel(_KERNEL)),
-        "cpu": _with_codes(cpu_kernel(_KERNEL)),
+        "cuda": _options_as_ints(cuda_kernel(_KERNEL)),
+        "cpu": _options_as_ints(cpu_kernel(_KERNEL)),
         "triton": _resolved(triton_kernel(__package__, "distance_correction")),
         "reference": _resolved(reference.distance_correction),
     },

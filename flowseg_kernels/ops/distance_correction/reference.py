@@ -1,4 +1,4 @@
-"""Plain PyTorch for the distance-aware correction: the specification, and the last fallback."""
+"""Plain PyTorch for the distance-aware correction: the specification, and the fallback if no kernel can run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from ...runtime.checks import check_code_values
-from ..common import compute_dtype, squared_distances, valid_mask
+from ..shared.formulas import compute_dtype, squared_distances, valid_mask
 
 __all__ = ["TRANSFORMS", "distance_correction", "potential"]
 
-#: Names of the decreasing maps T from squared distance to logit; the position is the code that compiled kernels use.
+#: Names of the decreasing functions T from squared distance to logit. Compiled kernels use the position as the transform's number.
 TRANSFORMS = ("neg_log", "neg_sq", "neg_dist", "inverse")
 
 
 def transform_distances(d: Tensor, eps: float, transform: str) -> tuple[Tensor, Tensor]:
-    """T(d) and T'(d): neg_log -log(d+eps); neg_sq -d; neg_dist -sqrt(d+eps); inverse 1/(d+eps)."""
+    """Return T(d) and T'(d). T is -log(d+eps) for neg_log, -d for neg_sq, -sqrt(d+eps) for neg_dist, 1/(d+eps) for inverse."""
     if transform == "neg_log":
         return -(d + eps).log(), -1 / (d + eps)
     if transform == "neg_sq":
@@ -29,7 +29,7 @@ def transform_distances(d: Tensor, eps: float, transform: str) -> tuple[Tensor, 
 def potential(
     xhat: Tensor, labels: Tensor, centroids: Tensor, temperature: float, eps: float, transform: str, ignore_index: int
 ) -> Tensor:
-    """Phi = -log softmax(T(d) / tau)[y], (B, H, W); 0 where ignored. Differentiable; the tests differentiate it."""
+    """Return Phi = -log softmax(T(d) / tau)[y] (B, H, W), 0 where ignored. It is differentiable; only tests use it."""
     valid, classes = valid_mask(labels, centroids.shape[0], ignore_index)
     logits, _ = transform_distances(squared_distances(xhat, centroids), eps, transform)
     phi = -torch.log_softmax(logits / temperature, dim=1).gather(1, classes[:, None])[:, 0]
@@ -46,7 +46,7 @@ def distance_correction(
     max_norm: float | None,
     ignore_index: int,
 ) -> Tensor:
-    """grad Phi = (2 / tau) sum_k (p_k - 1[k = y]) T'(d_k) (xhat - mu_k), 0 where ignored; same dtype as xhat."""
+    """Return grad Phi = (2 / tau) sum_k (p_k - 1[k = y]) T'(d_k) (xhat - mu_k), 0 where ignored, in the dtype of xhat."""
     dtype = compute_dtype(xhat.dtype)
     check_code_values(centroids)
     x, mu = xhat.to(dtype), centroids.to(dtype)
@@ -55,14 +55,14 @@ def distance_correction(
     excess = torch.softmax(logits / temperature, dim=1)
     own = classes[:, None]
     p_own = excess.gather(1, own)
-    # p_y - 1 from the others where it is small: next to the pixel's own code the difference would hold no digit.
+    # If p_y is close to 1, take p_y - 1 from the sum of the other classes: the subtraction would lose all digits.
     others = excess.scatter(1, own, 0.0).sum(dim=1, keepdim=True)
     excess = excess.scatter(1, own, torch.where(p_own > 0.5, -others, p_own - 1))
     weight = excess * slope * (2 / temperature)
     grad = torch.stack(
         [(weight * (x[:, c, None] - mu[None, :, c, None, None])).sum(dim=1) for c in range(mu.shape[1])], dim=1
     )
-    # A pixel that is not finite, or whose square overflows, has no correction in any channel: "inverse" would give 0 in the others.
+    # NaN in all channels of a pixel that is not finite or whose square overflows; "inverse" would give 0 in the finite channels.
     grad = grad + x.square().sum(dim=1, keepdim=True) * 0
     if max_norm is not None:
         norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)

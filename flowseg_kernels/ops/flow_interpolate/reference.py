@@ -1,4 +1,4 @@
-"""Plain PyTorch for flow_interpolate: the specification, and the last fallback."""
+"""Plain PyTorch for flow_interpolate: the specification, and the fallback if no kernel can run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ...runtime.checks import check_code_values, check_time_values
-from ..common import compute_dtype, encode_labels, valid_mask
+from ..shared.formulas import compute_dtype, encode_labels, valid_mask
 
 __all__ = ["flow_interpolate", "flow_interpolate_bwd"]
 
 
 def flow_interpolate(source: Tensor, labels: Tensor, t: Tensor, centroids: Tensor, ignore_index: int) -> Tensor:
-    """x_t = (1 - t) x0 + t mu_y; an ignored pixel has no end point and stays at x0. Same dtype as source."""
+    """Return x_t = (1 - t) x0 + t mu_y in the dtype of source. An ignored pixel has no end point and stays at x0."""
     dtype = compute_dtype(source.dtype)
     check_code_values(centroids)
     valid, classes = valid_mask(labels, centroids.shape[0], ignore_index)
@@ -26,7 +26,7 @@ def flow_interpolate(source: Tensor, labels: Tensor, t: Tensor, centroids: Tenso
 def flow_interpolate_bwd(
     grad: Tensor, source: Tensor, labels: Tensor, t: Tensor, centroids: Tensor, ignore_index: int, need_t: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of source (dtype of source) and of t (dtype of t, (B,); empty when not needed).
+    """Return the gradients of source and of t (B,), each in the dtype of its input; that of t is empty without need_t.
 
     d x_t / d x0 = 1 - t (1 where ignored); d x_t / d t = mu_y - x0 (0 where ignored).
     """

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
-from ...runtime.triton_forms import (
-    INTERPRETED,
-    VECTOR,
-    Variant,
+from ..shared.triton_launch import (
     aligned,
     compile_options,
+    elementwise_block,
     on_device_of,
     over_blocks,
     pixel_strides,
-    variant,
 )
-from ..triton_pixels import block_of_program, gather_codes, load_classes, load_pixels, store_pixels
+from ..shared.triton_pixels import block_of_program, gather_codes, load_classes, load_pixels, store_pixels
 
-__all__ = ["flow_interpolate", "flow_interpolate_bwd", "variants"]
+__all__ = ["flow_interpolate", "flow_interpolate_bwd"]
 
 _SIZES = ["width", "pixels", "blocks", "classes", "ignore_index", "l_b", "l_h", "l_w", "t_b"]
 _X_STRIDES = ["x_b", "x_c", "x_h", "x_w"]
@@ -30,8 +25,15 @@ _G_STRIDES = ["g_b", "g_c", "g_h", "g_w"]
 
 @triton.jit(do_not_specialize=[*_X_STRIDES, *_SIZES])
 def _interpolate(
-    x, labels, t, centroids, out,
-    x_b, x_c, x_h, x_w, l_b, l_h, l_w, width, pixels, blocks, t_b, classes, ignore_index,
+    x,  # source (B, C, H, W)
+    labels,  # (B, H, W)
+    t,  # (B,)
+    centroids,  # (K, C)
+    out,  # (B, C, H, W), contiguous
+    # strides of x and of labels
+    x_b, x_c, x_h, x_w, l_b, l_h, l_w,
+    # sizes: pixels and blocks per image
+    width, pixels, blocks, t_b, classes, ignore_index,
     X_LAYOUT: tl.constexpr, L_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image, start, inside = block_of_program(pixels, blocks, X_LAYOUT, BLOCK)
@@ -48,12 +50,21 @@ def _interpolate(
 
 @triton.jit(do_not_specialize=[*_X_STRIDES, *_G_STRIDES, *_SIZES])
 def _interpolate_backward(
-    grad, x, labels, t, centroids, grad_source, partial,
-    g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w, l_b, l_h, l_w, width, pixels, blocks, t_b, classes, ignore_index,
+    grad,  # (B, C, H, W)
+    x,  # source (B, C, H, W)
+    labels,  # (B, H, W)
+    t,  # (B,)
+    centroids,  # (K, C)
+    grad_source,  # (B, C, H, W), contiguous
+    partial,  # (B, blocks) fp64: the sum of each block for the gradient of t
+    # strides of grad, x and labels
+    g_b, g_c, g_h, g_w, x_b, x_c, x_h, x_w, l_b, l_h, l_w,
+    # sizes: pixels and blocks per image
+    width, pixels, blocks, t_b, classes, ignore_index,
     G_LAYOUT: tl.constexpr, X_LAYOUT: tl.constexpr, L_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     C: tl.constexpr, NEED_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """partial (B, blocks) fp64: each block's share of grad t; summed by a second stage, so the result never changes."""
+    """Gradients of the source and of t. The host sums `partial` in a fixed order, so every run gives the same bits."""
     image, start, inside = block_of_program(pixels, blocks, X_LAYOUT, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     g = load_pixels(grad, image, g_b, g_c, g_h, g_w, start, width, inside, G_LAYOUT, C, acc, BLOCK)
@@ -72,22 +83,17 @@ def _interpolate_backward(
     store_pixels(grad_source, scaled, image, start, pixels, inside, OUT_LAYOUT, C, BLOCK)
 
 
-def block_of(channels: int) -> int:
-    """Pixels a program: 16 bytes of bf16 a thread and channel, less where many channels fill the registers."""
-    return 4096 if INTERPRETED else 1024 if channels <= 4 else 512 if channels <= 8 else 256
-
-
 def flow_interpolate(
     source: torch.Tensor, labels: torch.Tensor, t: torch.Tensor, centroids: torch.Tensor, ignore_index: int
 ) -> torch.Tensor:
-    """x_t, as the reference gives it. Labels out of range count as ignored."""
+    """Return x_t (B, C, H, W), as reference.flow_interpolate. Labels out of range count as ignored."""
     out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     if out.numel() == 0:
         return out
-    block = block_of(source.shape[1])
-    grid, sizes, layouts = over_blocks(block, X=source, L=labels)
+    block = elementwise_block(source.shape[1])
+    programs, sizes, layouts = over_blocks(block, X=source, L=labels)
     with on_device_of(source):
-        _interpolate[grid](
+        _interpolate[programs](
             source, labels, t, aligned(centroids), out, *sizes, t.stride(0), centroids.shape[0], ignore_index,
             **layouts, OUT_LAYOUT=pixel_strides(out)[1], C=source.shape[1], BLOCK=block, **compile_options(4),
         )  # fmt: skip
@@ -103,30 +109,16 @@ def flow_interpolate_bwd(
     ignore_index: int,
     need_t: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of source and, when needed, of t."""
+    """Return the gradients of source and, with need_t, of t (else empty)."""
     out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
     if out.numel() == 0:
         return out, t.new_zeros(t.shape if need_t else (0,))
-    block = block_of(source.shape[1])
-    grid, sizes, layouts = over_blocks(block, G=grad, X=source, L=labels)
+    block = elementwise_block(source.shape[1])
+    programs, sizes, layouts = over_blocks(block, G=grad, X=source, L=labels)
     partial = torch.empty((source.shape[0], sizes[-1]) if need_t else (0,), dtype=torch.float64, device=source.device)
     with on_device_of(source):
-        _interpolate_backward[grid](
+        _interpolate_backward[programs](
             grad, source, labels, t, aligned(centroids), out, partial, *sizes, t.stride(0), centroids.shape[0], ignore_index,
             **layouts, OUT_LAYOUT=pixel_strides(out)[1], C=source.shape[1], NEED_T=need_t, BLOCK=block, **compile_options(4),
         )  # fmt: skip
     return out, partial.sum(dim=1).to(t.dtype) if need_t else t.new_empty(0)
-
-
-def variants() -> Iterator[Variant]:
-    for channels, dtype in ((1, "bf16"), (3, "bf16"), (3, "fp32"), (3, "fp64"), (8, "fp32"), (16, "bf16")):
-        acc = "fp64" if dtype == "fp64" else "fp32"
-        pointers = {"x": dtype, "labels": "u8", "t": "fp32", "centroids": acc, "out": dtype}
-        layouts = {"X_LAYOUT": VECTOR, "L_LAYOUT": VECTOR, "OUT_LAYOUT": VECTOR}
-        constants = {**layouts, "C": channels, "BLOCK": block_of(channels)}
-        yield variant(f"flow_interpolate C={channels} {dtype}", _interpolate, pointers, constants, compile_options(4))
-        pointers = pointers | {"grad": dtype, "grad_source": dtype, "partial": "fp64"}
-        constants = constants | {"G_LAYOUT": VECTOR, "NEED_T": True}
-        yield variant(
-            f"flow_interpolate_bwd C={channels} {dtype}", _interpolate_backward, pointers, constants, compile_options(4)
-        )

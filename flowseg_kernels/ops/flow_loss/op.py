@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ...derived import eps_of, label_of
 from ...runtime import backend
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from ...runtime.scalars import unpack
 from ...runtime.transforms import call, under_transform
-from ..arguments import eps_of, label_of
-from ..common import compute_dtype
 from ..distance_correction.reference import TRANSFORMS
+from ..shared.formulas import compute_dtype
 from . import reference
 
 _FORWARD = (
@@ -26,7 +26,7 @@ _scale_in_place = cuda_kernel(
 
 
 def _resolved(kernel):
-    """The op's arguments to those of the formula: numbers, and what follows from the codes."""
+    """Wrap a kernel: unpack tensor-valued numbers, and derive eps and the ignored label from the codes."""
     names = ("correction_weight", "temperature", "eps", "max_norm", "t_min")
 
     def run(
@@ -36,7 +36,7 @@ def _resolved(kernel):
         correction_weight, temperature, eps, max_norm, t_min = unpack(
             names, [correction_weight, temperature, eps, max_norm, t_min], numbers
         )
-        # Vanilla flow matching has no use for eps.
+        # Without correction eps is unused.
         eps = eps_of(eps, centroids) if correction_weight else 1.0
         return kernel(
             prediction, source, labels, t, centroids, predicts, loss_space, correction_weight, schedule, temperature, eps,
@@ -46,14 +46,16 @@ def _resolved(kernel):
     return run
 
 
-def _with_codes(kernel):
+def _options_as_ints(kernel):
+    """Wrap a compiled kernel, which takes numbers for options and infinity for no max_norm."""
+
     def run(
         prediction, source, labels, t, centroids, predicts, loss_space, correction_weight, schedule, temperature, eps,
         transform, max_norm, ignore_index, reduction, t_min, need_grad,
     ):  # fmt: skip
         return kernel(
             prediction, source, labels, t, centroids,
-            reference.KINDS.index(predicts), reference.KINDS.index(loss_space),
+            reference.SPACES.index(predicts), reference.SPACES.index(loss_space),
             correction_weight, reference.SCHEDULES.index(schedule), temperature, eps, TRANSFORMS.index(transform),
             float("inf") if max_norm is None else max_norm, ignore_index, reference.REDUCTIONS.index(reduction),
             t_min, need_grad,
@@ -62,7 +64,7 @@ def _with_codes(kernel):
     return _resolved(run)
 
 
-def _backward_with_codes(kernel):
+def _backward_options_as_ints(kernel):
     return lambda grad_loss, residual, count, prediction, reduction: kernel(
         grad_loss, residual, count, reference.REDUCTIONS.index(reduction)
     )
@@ -83,23 +85,24 @@ def _setup_context(ctx, inputs, output):
     _, residual, count = output
     ctx.mark_non_differentiable(residual, count)
     ctx.set_materialize_grads(False)
-    # The prediction's values are not needed, but its place in the graph is: without it a second derivative would be
-    # silently zero instead of an error.
+    # The backward does not read the prediction. Saving it keeps it in the graph: otherwise a second derivative would silently be
+    # zero instead of an error.
     ctx.save_for_backward(residual, count, inputs[0])
     ctx.reduction, _, _, ctx.need_grad = inputs[-4:]
     ctx.backend = backend.requested_backend()
 
 
-# Private, as torch tells nobody else; without it the backward scales the residual always.
+# Private API: torch has no public way to ask whether the graph is retained. Without it the backward always scales the residual.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-# Private too: gradients of grad(..., is_grads_batched=True) are plain tensors by type; nothing else shows that they are a batch.
+# Private API: batched gradients of grad(..., is_grads_batched=True) have the type of plain tensors. Nothing else tells them apart.
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: True)
 
 
 def _is_last_reader(residual, grad_loss, reduction):
-    """Whether nobody reads the residual after this backward, so that it may become the gradient. Only for eager code.
+    """Return whether this backward is the last reader of the residual, which may then become the gradient. Only in eager code.
 
-    A CUDA graph keeps what was decided when it was captured: its backward may be replayed once per forward."""
+    A CUDA graph keeps the answer of its capture, so its backward may be replayed once per forward.
+    """
     return (
         reduction != "none"
         and type(grad_loss) is torch.Tensor
@@ -113,8 +116,10 @@ def _is_last_reader(residual, grad_loss, reduction):
 
 
 def _residual_as_gradient(residual, count, grad_loss, reduction, requested):
-    """The residual, where it is the gradient already or a kernel makes it that, else None. Looking at a number costs nothing on a
-    CPU; on a GPU the kernel looks, as Python would wait for the device."""
+    """Return the residual if it already is the gradient or a kernel can scale it in place, else None.
+
+    On a CPU reading grad_loss and count is free. On a GPU the kernel reads them, as Python would wait for the device.
+    """
     if not _is_last_reader(residual, grad_loss, reduction):
         return None
     chosen = backend.select("flow_loss_bwd", residual.device.type, residual.shape[1], requested)
@@ -143,8 +148,8 @@ define_op(
     "int ignore_index, str reduction, float t_min, Tensor? numbers, bool need_grad) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     backends={
-        "cuda": _with_codes(cuda_kernel(_FORWARD)),
-        "cpu": _with_codes(cpu_kernel(_FORWARD)),
+        "cuda": _options_as_ints(cuda_kernel(_FORWARD)),
+        "cpu": _options_as_ints(cpu_kernel(_FORWARD)),
         "triton": _resolved(triton_kernel(__package__, "flow_loss")),
         "reference": _resolved(reference.flow_loss),
     },
@@ -157,8 +162,8 @@ define_op(
     "flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, Tensor prediction, str reduction, str backend) -> Tensor",
     fake=lambda grad_loss, residual, *args: torch.empty(residual.shape, dtype=residual.dtype, device=residual.device),
     backends={
-        "cuda": _backward_with_codes(cuda_kernel(_BACKWARD)),
-        "cpu": _backward_with_codes(cpu_kernel(_BACKWARD)),
+        "cuda": _backward_options_as_ints(cuda_kernel(_BACKWARD)),
+        "cpu": _backward_options_as_ints(cpu_kernel(_BACKWARD)),
         "triton": triton_kernel(__package__, "flow_loss_bwd"),
         "reference": lambda grad_loss, residual, count, prediction, reduction: reference.flow_loss_bwd(
             grad_loss, residual, count, reduction

@@ -1,4 +1,4 @@
-"""Plain PyTorch for flow_loss: the specification, and the last fallback."""
+"""Plain PyTorch for flow_loss: the specification, and the fallback if no kernel can run."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 from ...runtime.checks import check_code_values, check_time_values
-from ..common import compute_dtype, encode_labels, valid_mask
 from ..distance_correction.reference import distance_correction
+from ..shared.formulas import compute_dtype, encode_labels, valid_mask
 
-__all__ = ["KINDS", "REDUCTIONS", "SCHEDULES", "flow_loss", "flow_loss_bwd"]
+__all__ = ["REDUCTIONS", "SCHEDULES", "SPACES", "flow_loss", "flow_loss_bwd"]
 
-#: What a network predicts, and the space the loss is taken in; the position is the code that compiled kernels use.
-KINDS = ("velocity", "endpoint")
+#: Values of `predicts` and of `loss_space`. Compiled kernels use the position in each of these tuples as the option's number.
+SPACES = ("velocity", "endpoint")
 SCHEDULES = ("static", "annealed")
 REDUCTIONS = ("mean", "sum", "none")
 
 
 def error_scale(t: Tensor, predicts: str, loss_space: str, t_min: float) -> Tensor:
-    """d(error) / d(prediction): 1 in the prediction's own space, 1 - t or its inverse across."""
+    """Return d(error) / d(prediction): 1 if the loss is in the prediction's space, else 1 - t or 1 / (1 - t)."""
     if predicts == loss_space:
         return torch.ones_like(t)
     return 1 - t if loss_space == "endpoint" else 1 / (1 - t).clamp_min(t_min)
@@ -43,7 +43,7 @@ def flow_loss(
     t_min: float,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, residual 2/C scale error (B, C, H, W) (empty without need_grad), and the number of valid pixels.
+    """Return the loss, the residual 2/C scale error (B, C, H, W) (empty without need_grad), and the number of valid pixels.
 
     The gradient of the loss is residual * grad_loss / count for "mean", residual * grad_loss for "sum" and "none".
     """
@@ -74,7 +74,7 @@ def flow_loss(
 
 
 def flow_loss_bwd(grad_loss: Tensor, residual: Tensor, count: Tensor, reduction: str) -> Tensor:
-    """Gradient of the prediction, in its dtype: the saved residual times the gradient of the loss."""
+    """Return the gradient of the prediction, in its dtype: the saved residual times the gradient of the loss."""
     dtype = compute_dtype(residual.dtype)
     scale = grad_loss.to(dtype)
     if reduction == "mean":

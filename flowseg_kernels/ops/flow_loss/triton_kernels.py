@@ -1,44 +1,40 @@
 """Triton kernels of flow_loss: loss and residual in one pass over the pixels, and the backward that scales the residual.
 
-The sums take two stages, a fixed share for each program and then a fixed order over the programs: the same bits in every run.
+Sums take two stages: each program sums a fixed block, then one program adds these sums in a fixed order. Every run gives the same
+bits.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
-from ...runtime.triton_forms import (
-    INTERPRETED,
-    VECTOR,
-    Variant,
+from ...runtime.triton import INTERPRETED
+from ..distance_correction.triton_kernels import correct, correction_arguments, launch_settings
+from ..shared.formulas import compute_dtype
+from ..shared.triton_launch import (
     aligned,
+    assembly_for,
     compile_options,
-    machine_form,
+    elementwise_block,
     on_device_of,
     over_blocks,
     pixel_strides,
     two_floats,
-    variant,
 )
-from ..common import compute_dtype
-from ..distance_correction.triton_kernels import correct, correction_arguments, launch
-from ..flow_interpolate.triton_kernels import block_of
-from ..triton_pixels import (
+from ..shared.triton_pixels import (
     block_of_program,
+    combined,
     gather_codes,
     load_classes,
     load_pixels,
     pixel_offsets,
     store_pixels,
     subtract,
-    wide,
 )
 
-__all__ = ["flow_loss", "flow_loss_bwd", "variants"]
+__all__ = ["flow_loss", "flow_loss_bwd"]
 
 
 @triton.jit(
@@ -49,15 +45,27 @@ __all__ = ["flow_loss", "flow_loss_bwd", "variants"]
     ]
 )  # fmt: skip
 def _flow_loss(
-    x, source, labels, t, centroids, residual, per_pixel, sums, counts,
-    x_b, x_c, x_h, x_w, s_b, s_c, s_h, s_w, l_b, l_h, l_w, width, pixels, blocks, t_b, classes, ignore_index,
+    x,  # prediction (B, C, H, W)
+    source,  # (B, C, H, W)
+    labels,  # (B, H, W)
+    t,  # (B,)
+    centroids,  # (K, C)
+    residual,  # (B, C, H, W), contiguous, written if NEED_GRAD
+    pixel_losses,  # (B, H, W), contiguous, written if PER_PIXEL
+    # per program: sum of squared errors (fp64), number of valid pixels (int32)
+    sums, counts,
+    # strides of x, source and labels
+    x_b, x_c, x_h, x_w, s_b, s_c, s_h, s_w, l_b, l_h, l_w,
+    # sizes: pixels and blocks per image
+    width, pixels, blocks, t_b, classes, ignore_index,
+    # numbers, each as the sum of two fp32 numbers
     eps, eps_low, inverse_temperature, inverse_temperature_low, max_norm, max_norm_low,
     weight, weight_low, t_min, t_min_low,
     X_LAYOUT: tl.constexpr, S_LAYOUT: tl.constexpr, L_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     C: tl.constexpr, ENDPOINT: tl.constexpr, ENDPOINT_SPACE: tl.constexpr, CORRECTED: tl.constexpr, ANNEALED: tl.constexpr,
-    NEED_GRAD: tl.constexpr, EACH: tl.constexpr,
-    KIND: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr, CAPPED: tl.constexpr,
-    FORM: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
+    NEED_GRAD: tl.constexpr, PER_PIXEL: tl.constexpr,
+    TRANSFORM: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr, CAPPED: tl.constexpr,
+    ASSEMBLY: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     classes = tl.cast(classes, tl.int32)
     image, start, inside = block_of_program(pixels, blocks, X_LAYOUT, BLOCK)
@@ -67,7 +75,7 @@ def _flow_loss(
     rest = 1.0 - time
     scale = rest * 0.0 + 1.0
     if ENDPOINT and not ENDPOINT_SPACE:
-        scale = 1.0 / tl.maximum(rest, wide(t_min, t_min_low, acc))
+        scale = 1.0 / tl.maximum(rest, combined(t_min, t_min_low, acc))
     elif ENDPOINT_SPACE and not ENDPOINT:
         scale = rest
     if CORRECTED:
@@ -81,10 +89,12 @@ def _flow_loss(
             xhat = moved
         grad = correct(
             xhat, y, centroids, classes,
-            wide(eps, eps_low, acc), wide(inverse_temperature, inverse_temperature_low, acc), wide(max_norm, max_norm_low, acc),
-            C, KIND, UNIT_TEMPERATURE, CAPPED, FORM, RUN, BLOCK,
+            combined(eps, eps_low, acc),
+            combined(inverse_temperature, inverse_temperature_low, acc),
+            combined(max_norm, max_norm_low, acc),
+            C, TRANSFORM, UNIT_TEMPERATURE, CAPPED, ASSEMBLY, RUN, BLOCK,
         )  # fmt: skip
-    # Read after the correction, from the cache: held through its loop they would cost 3 C registers a pixel.
+    # Loaded only here, from the cache: values that live through the correction's loop would cost 3 C registers per pixel.
     out = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     target = gather_codes(centroids, y, C)
     if not ENDPOINT:
@@ -94,32 +104,38 @@ def _flow_loss(
     for c in tl.static_range(C):
         error = error + (scale * (out[c] - target[c]),)
     if CORRECTED:
-        by = wide(weight, weight_low, acc)
+        factor = combined(weight, weight_low, acc)
         if ANNEALED:
-            by = by * rest
-        reshaped = ()
+            factor = factor * rest
+        corrected = ()
         for c in tl.static_range(C):
-            reshaped = reshaped + (error[c] + by * grad[c],)
-        error = reshaped
-    back = scale * 2.0 / C
+            corrected = corrected + (error[c] + factor * grad[c],)
+        error = corrected
+    residual_scale = scale * 2.0 / C
     square = tl.zeros_like(error[0])
-    kept = ()
+    residuals = ()
     for c in tl.static_range(C):
         e = tl.where(y >= 0, error[c], 0.0)
         square += e * e
-        kept = kept + (e * back,)
+        residuals = residuals + (e * residual_scale,)
     square = square / C
     if NEED_GRAD:
-        store_pixels(residual, kept, image, start, pixels, inside, OUT_LAYOUT, C, BLOCK)
-    if EACH:
-        tl.store(per_pixel + image * pixels + start + tl.arange(0, BLOCK), square, mask=inside)
+        store_pixels(residual, residuals, image, start, pixels, inside, OUT_LAYOUT, C, BLOCK)
+    if PER_PIXEL:
+        tl.store(pixel_losses + image * pixels + start + tl.arange(0, BLOCK), square, mask=inside)
     tl.store(sums + tl.program_id(0), tl.sum(square.to(tl.float64), 0))
     tl.store(counts + tl.program_id(0), tl.sum((y >= 0).to(tl.int32), 0))
 
 
 @triton.jit(do_not_specialize=["programs"])
-def _finish(sums, counts, loss, count, programs, MEAN: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr):
-    """The second stage: one program adds the shares of all others in their order."""
+def _finish(
+    # per program of the first stage: (programs,)
+    sums, counts,
+    # results: scalars
+    loss, count,
+    programs, MEAN: tl.constexpr, PER_PIXEL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Second stage: one program adds the sums of all programs of the first stage in their order."""
     i = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     valid = tl.zeros([BLOCK], tl.int64)
@@ -128,7 +144,7 @@ def _finish(sums, counts, loss, count, programs, MEAN: tl.constexpr, EACH: tl.co
         valid += tl.load(counts + start + i, mask=start + i < programs, other=0)
     number = tl.sum(valid, 0)
     tl.store(count, number)
-    if not EACH:
+    if not PER_PIXEL:
         value = tl.sum(total, 0)
         if MEAN:
             value = value / tl.maximum(number, 1).to(tl.float64)
@@ -139,13 +155,21 @@ def _finish(sums, counts, loss, count, programs, MEAN: tl.constexpr, EACH: tl.co
     do_not_specialize=["r_b", "r_c", "r_h", "r_w", "g_b", "g_h", "g_w", "width", "pixels", "blocks"],
 )
 def _scale(
-    grad_loss, residual, count, out, r_b, r_c, r_h, r_w, g_b, g_h, g_w, width, pixels, blocks,
+    grad_loss,  # a scalar; (B, H, W) if PER_PIXEL
+    residual,  # (B, C, H, W)
+    count,  # a scalar
+    out,  # (B, C, H, W), contiguous
+    # strides of residual and of grad_loss
+    r_b, r_c, r_h, r_w, g_b, g_h, g_w,
+    # sizes: pixels and blocks per image
+    width, pixels, blocks,
     R_LAYOUT: tl.constexpr, G_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr,
-    EACH: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    PER_PIXEL: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Backward: out = residual * grad_loss, divided by the number of valid pixels if MEAN."""
     image, start, inside = block_of_program(pixels, blocks, R_LAYOUT, BLOCK)
     r = load_pixels(residual, image, r_b, r_c, r_h, r_w, start, width, inside, R_LAYOUT, C, ACC, BLOCK)
-    if EACH:
+    if PER_PIXEL:
         at = image * g_b + pixel_offsets(start, g_h, g_w, width, G_LAYOUT, BLOCK)
         factor = tl.load(grad_loss + at, mask=inside, other=0.0).to(ACC)
     else:
@@ -159,7 +183,7 @@ def _scale(
 
 
 def _registers(channels: int) -> int:
-    """The most a thread may use: five programs of two warps fit on a multiprocessor with either."""
+    """Return the most registers per thread. With either value five programs of two warps fit on a multiprocessor."""
     return 176 if channels <= 8 else 200
 
 
@@ -182,15 +206,15 @@ def flow_loss(
     t_min: float,
     need_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, residual and count, as the reference gives them. Labels out of range count as ignored."""
+    """Return loss, residual and count, as reference.flow_loss. Labels out of range count as ignored."""
     channels = prediction.shape[1]
     device = prediction.device
-    each = reduction == "none"
+    per_pixel = reduction == "none"
     residual = torch.empty(prediction.shape if need_grad else (0,), dtype=prediction.dtype, device=device)
-    loss = torch.empty(labels.shape if each else (), dtype=compute_dtype(prediction.dtype), device=device)
+    loss = torch.empty(labels.shape if per_pixel else (), dtype=compute_dtype(prediction.dtype), device=device)
     count = torch.empty((), dtype=torch.int64, device=device)
-    how = launch(channels, centroids.dtype, INTERPRETED, _registers(channels))
-    (programs,), sizes, layouts = over_blocks(how.block, X=prediction, S=source, L=labels)
+    settings = launch_settings(channels, centroids.dtype, INTERPRETED, _registers(channels))
+    (programs,), sizes, layouts = over_blocks(settings.block, X=prediction, S=source, L=labels)
     sums = torch.empty(programs, dtype=torch.float64, device=device)
     counts = torch.empty(programs, dtype=torch.int32, device=device)
     floats, constants = correction_arguments(temperature, eps, transform, max_norm)
@@ -202,64 +226,36 @@ def flow_loss(
                 ignore_index, *floats, *two_floats(correction_weight), *two_floats(t_min),
                 **layouts, OUT_LAYOUT=pixel_strides(residual)[1] if need_grad else 0,
                 C=channels, ENDPOINT=predicts == "endpoint", ENDPOINT_SPACE=loss_space == "endpoint",
-                CORRECTED=correction_weight != 0, ANNEALED=schedule == "annealed", NEED_GRAD=need_grad, EACH=each,
-                FORM=machine_form(centroids.dtype), RUN=how.run, BLOCK=how.block, **constants, **how.options,
+                CORRECTED=correction_weight != 0, ANNEALED=schedule == "annealed", NEED_GRAD=need_grad, PER_PIXEL=per_pixel,
+                ASSEMBLY=assembly_for(centroids.dtype), RUN=settings.run, BLOCK=settings.block, **constants,
+                **settings.options,
             )  # fmt: skip
         _finish[(1,)](
-            sums, counts, loss, count, programs, MEAN=reduction == "mean", EACH=each, BLOCK=1024, **compile_options(4)
-        )
+            sums, counts, loss, count, programs,
+            MEAN=reduction == "mean", PER_PIXEL=per_pixel, BLOCK=1024, **compile_options(4),
+        )  # fmt: skip
     return loss, residual, count
 
 
 def flow_loss_bwd(
     grad_loss: torch.Tensor, residual: torch.Tensor, count: torch.Tensor, prediction: torch.Tensor, reduction: str
 ) -> torch.Tensor:
-    """Gradient of the prediction, in its dtype: the saved residual times the gradient of the loss."""
+    """Return the gradient of the prediction, in its dtype: the saved residual times the gradient of the loss."""
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     if out.numel() == 0:
         return out
     channels = residual.shape[1]
-    each = reduction == "none"
-    block = block_of(channels)
-    # One number for all pixels stands for a map of them.
-    grid, sizes, layouts = over_blocks(
-        block, R=residual, G=grad_loss if each else grad_loss.expand(residual[:, 0].shape)
+    per_pixel = reduction == "none"
+    block = elementwise_block(channels)
+    # A scalar gradient is expanded to (B, H, W) only to get strides for it; the kernel reads the scalar.
+    programs, sizes, layouts = over_blocks(
+        block, R=residual, G=grad_loss if per_pixel else grad_loss.expand(residual[:, 0].shape)
     )
     with on_device_of(residual):
-        _scale[grid](
+        _scale[programs](
             grad_loss, residual, count, out, *sizes,
-            **layouts, OUT_LAYOUT=pixel_strides(out)[1], C=channels, MEAN=reduction == "mean", EACH=each,
+            **layouts, OUT_LAYOUT=pixel_strides(out)[1], C=channels, MEAN=reduction == "mean",
+            PER_PIXEL=per_pixel,
             ACC=tl.float64 if residual.dtype == torch.float64 else tl.float32, BLOCK=block, **compile_options(4),
         )  # fmt: skip
     return out
-
-
-def variants() -> Iterator[Variant]:
-    layouts = {name: VECTOR for name in ("X_LAYOUT", "S_LAYOUT", "L_LAYOUT", "OUT_LAYOUT")}
-    for channels, kind, endpoint, dtype in (
-        (3, 0, False, "bf16"), (3, 0, True, "bf16"), (3, 0, True, "fp32"), (3, 1, False, "fp32"), (8, 0, True, "bf16"),
-        (16, 0, False, "bf16"), (3, 0, False, "fp64"),
-    ):  # fmt: skip
-        acc = "fp64" if dtype == "fp64" else "fp32"
-        how = launch(channels, torch.float64 if acc == "fp64" else torch.float32, False, _registers(channels))
-        pointers = {
-            "x": dtype, "source": dtype, "labels": "u8", "t": "fp32", "centroids": acc, "residual": dtype,
-            "per_pixel": acc, "sums": "fp64", "counts": "i32",
-        }  # fmt: skip
-        constants = {
-            **layouts, "C": channels, "ENDPOINT": endpoint, "ENDPOINT_SPACE": endpoint, "CORRECTED": True, "ANNEALED": False,
-            "NEED_GRAD": True, "EACH": False, "KIND": kind, "UNIT_TEMPERATURE": True, "CAPPED": False,
-            "FORM": "ptx" if acc == "fp32" else "plain", "RUN": how.run, "BLOCK": how.block,
-        }  # fmt: skip
-        form = "endpoint" if endpoint else "velocity"
-        yield variant(f"flow_loss C={channels} {form} {kind} {dtype}", _flow_loss, pointers, constants, how.options)
-    pointers = {"sums": "fp64", "counts": "i32", "loss": "fp32", "count": "i64"}
-    constants = {"MEAN": True, "EACH": False, "BLOCK": 1024}
-    yield variant("flow_loss second stage", _finish, pointers, constants, compile_options(4))
-    for channels, dtype in ((3, "bf16"), (16, "fp32")):
-        pointers = {"grad_loss": "fp32", "residual": dtype, "count": "i64", "out": dtype}
-        constants = {
-            "R_LAYOUT": VECTOR, "G_LAYOUT": VECTOR, "OUT_LAYOUT": VECTOR, "C": channels, "MEAN": True, "EACH": False,
-            "ACC": tl.float32, "BLOCK": block_of(channels),
-        }  # fmt: skip
-        yield variant(f"flow_loss_bwd C={channels} {dtype}", _scale, pointers, constants, compile_options(4))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...decode_grid import grid_of
+from ...derived import label_of
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
-from ..arguments import grid_of, label_of
-from ..common import compute_dtype
+from ..shared.formulas import compute_dtype
 from . import reference
 
 _KERNEL = (
@@ -26,7 +27,7 @@ def _empty(x, centroids, grid, out_dtype, return_distance, return_margin, ignore
 
 
 def _checked_label(centroids, out_dtype, ignored, ignore_index):
-    """The ignored label, where the results' dtype holds it and every class."""
+    """Return the ignored label. Raise ValueError if the results' dtype cannot represent this label or a class."""
     label, dtype, last = label_of(ignored, ignore_index), getattr(torch, out_dtype), centroids.shape[0] - 1
     limits = torch.iinfo(dtype)
     if last > limits.max or not limits.min <= label <= limits.max:
@@ -35,6 +36,8 @@ def _checked_label(centroids, out_dtype, ignored, ignore_index):
 
 
 def _filled(kernel):
+    """Wrap a compiled kernel, which writes to results that it is given."""
+
     def run(x, centroids, grid, *options):
         results = _empty(x, centroids, grid, *options)
         label = _checked_label(centroids, options[0], *options[-2:])
@@ -45,6 +48,8 @@ def _filled(kernel):
 
 
 def _returned(kernel, uses_grid):
+    """Wrap an implementation in Python, which returns its results."""
+
     def run(x, centroids, grid, *options):
         label = _checked_label(centroids, options[0], *options[-2:])
         return kernel(x, centroids, *grid_of(x, centroids, grid and uses_grid), *options[:-2], label)
@@ -52,7 +57,7 @@ def _returned(kernel, uses_grid):
     return run
 
 
-# A name and no ScalarType: AOTInductor of torch 2.10 and 2.11 hands another dtype to an op than the one that was exported
+# out_dtype is a string: AOTInductor of torch 2.10 and 2.11 passes a ScalarType other than the exported one
 # (pytorch/pytorch#169157).
 define_op(
     "nearest_centroid(Tensor x, Tensor centroids, bool grid, str out_dtype, bool return_distance, bool return_margin, "

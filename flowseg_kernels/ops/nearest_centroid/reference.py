@@ -1,4 +1,4 @@
-"""Plain PyTorch for decoding: the specification, and the last fallback."""
+"""Plain PyTorch for decoding: the specification, and the fallback if no kernel can run."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from ...runtime.checks import check_code_values
-from ..common import compute_dtype, squared_distances
+from ..shared.formulas import compute_dtype, squared_distances
 
 __all__ = ["nearest_centroid"]
 
-# Bounds the (rows, K) distances held at once, so that decoding a full image with many classes fits in memory.
+# Most distances in memory at once. Without this bound a full image with many classes would not fit.
 _DISTANCES_AT_ONCE = 1 << 24
 
 
 def _nearest_of_rows(x: Tensor, mu: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     d = squared_distances(x, mu)
     finite = d.nan_to_num(nan=float("inf"), posinf=float("inf"))
-    # argmin may return any of several equal minima; the lowest index is the first that equals the minimum.
+    # argmin may return any of several equal minima. The first element that equals the minimum has the lowest index.
     nearest = finite.amin(dim=1, keepdim=True)
     labels = (finite == nearest).to(torch.uint8).argmax(dim=1)
     unknown = d.isnan().any(dim=1)
@@ -45,7 +45,10 @@ def nearest_centroid(
     return_margin: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels (B, H, W), distances and margins (B, H, W) or empty. Searches every centroid; the grid is not needed."""
+    """Return labels, distances and margins, each (B, H, W); the last two are empty if not requested.
+
+    Every centroid is searched, without the decode grid.
+    """
     dtype = compute_dtype(x.dtype)
     check_code_values(centroids)
     mu = centroids.to(dtype)

@@ -1,35 +1,24 @@
 """Triton kernels of decoding: label = argmin_k |x - mu_k|, ties to the lowest index.
 
-Where the codebook has a decode grid and only labels are asked for, a pixel reads its cell: one class that is nearest in the whole
-cell, or a list of the few that can be. Elsewhere, and for pixels outside the grid, every centroid is searched.
+If the codebook has a decode grid and only labels are requested, a pixel reads its grid cell. The cell names one class that is
+nearest in the whole cell, or a list of the few candidates. Otherwise, and for pixels outside the grid, all centroids are searched.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 
-from ...runtime.triton_forms import (
-    INTERPRETED,
-    VECTOR,
-    Variant,
-    aligned,
-    compile_options,
-    machine_form,
-    on_device_of,
-    over_blocks,
-    variant,
-)
-from ..common import compute_dtype
-from ..triton_pixels import any_nan, block_of_program, load_code, load_pixels, load_row, squared_norm, subtract
+from ...runtime.triton import INTERPRETED
+from ..shared.formulas import compute_dtype
+from ..shared.triton_launch import aligned, assembly_for, compile_options, on_device_of, over_blocks
+from ..shared.triton_pixels import any_nan, block_of_program, load_code, load_pixels, load_row, squared_norm, subtract
 
-__all__ = ["block_of", "decode", "grid_arguments", "nearest_centroid", "options_of", "variants"]
+__all__ = ["block_of", "decode", "grid_arguments", "nearest_centroid", "options_of"]
 
-_RUN: tl.constexpr = tl.constexpr(8)
-_RECORD: tl.constexpr = tl.constexpr(8)  # candidates in one record of the decode grid
+_UNROLLED: tl.constexpr = tl.constexpr(8)  # centroids per iteration of the search
+_RECORD: tl.constexpr = tl.constexpr(8)  # candidates per record of the decode grid
 
 
 @triton.jit
@@ -42,19 +31,22 @@ def _keep_nearest(x, code, k, label, nearest, second, C: tl.constexpr, MARGIN: t
 
 
 @triton.jit
-def _search_all(x, centroids, classes, C: tl.constexpr, MARGIN: tl.constexpr, FORM: tl.constexpr):
-    """Label, smallest and (with MARGIN) second smallest squared distance over all centroids, in the order of their index."""
+def _search_all(x, centroids, classes, C: tl.constexpr, MARGIN: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Return the label, the smallest and (with MARGIN) the second smallest squared distance over all centroids.
+
+    Centroids are compared in the order of their index, so the lowest index wins a tie.
+    """
     label = tl.zeros(x[0].shape, tl.int32)
     nearest = tl.full(x[0].shape, float("inf"), x[0].dtype)
     second = nearest
-    whole = classes // _RUN * _RUN
+    whole = classes // _UNROLLED * _UNROLLED
     centroid = centroids
-    for first in range(0, whole, _RUN):
+    for first in range(0, whole, _UNROLLED):
         codes = ()
-        for j in tl.static_range(_RUN):
-            code, codes = load_code(centroid, j, codes, C, FORM)
+        for j in tl.static_range(_UNROLLED):
+            code, codes = load_code(centroid, j, codes, C, ASSEMBLY)
             label, nearest, second = _keep_nearest(x, code, first + j, label, nearest, second, C, MARGIN)
-        centroid += _RUN * C
+        centroid += _UNROLLED * C
     for k in range(whole, classes):
         code = load_row(centroid, C, "plain")
         label, nearest, second = _keep_nearest(x, code, k, label, nearest, second, C, MARGIN)
@@ -70,21 +62,21 @@ def _keep_nearest_listed(x, code, j, place, nearest):
 
 
 @triton.jit
-def _search_lists(x, first, records, groups, listed, FORM: tl.constexpr):
-    """The nearest of each pixel's candidates. `first` is the first record of its list, 0 for pixels that have none."""
+def _search_lists(x, first, records, groups, listed, ASSEMBLY: tl.constexpr):
+    """Return the nearest of each pixel's candidates. `first` is the first record of the pixel's list, 0 for pixels without one."""
     length = tl.load(groups + first, mask=listed, other=0)
     place = first * (4 * _RECORD)
     nearest = tl.full(first.shape, float("inf"), tl.float32)
     for r in range(0, tl.max(length, 0)):
-        # A list shorter than the block's longest looks at its last record again, which changes nothing.
+        # Pixels with a shorter list than the block's longest read their last record again, which changes nothing.
         at = first + tl.maximum(tl.minimum(r, length - 1), 0)
         record = records + at * (4 * _RECORD)
         for half in tl.static_range(2):
-            a = load_row(record + 4 * half, 4, FORM)
-            b = load_row(record + _RECORD + 4 * half, 4, FORM)
-            c = load_row(record + 2 * _RECORD + 4 * half, 4, FORM)
+            a = load_row(record + 4 * half, 4, ASSEMBLY)
+            b = load_row(record + _RECORD + 4 * half, 4, ASSEMBLY)
+            c = load_row(record + 2 * _RECORD + 4 * half, 4, ASSEMBLY)
             for j in tl.static_range(4):
-                # The place in the list, of which the class is read once at the end: lists are in the order of the classes.
+                # Keep the candidate's place and read its class once at the end. Lists are sorted by class, so ties stay right.
                 here = at * (4 * _RECORD) + 4 * half + j
                 place, nearest = _keep_nearest_listed(x, (a[j], b[j], c[j]), here, place, nearest)
     return tl.load(records + 3 * _RECORD + place).to(tl.int32)
@@ -92,13 +84,13 @@ def _search_lists(x, first, records, groups, listed, FORM: tl.constexpr):
 
 @triton.jit
 def _look_up(
-    x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, SIZE: tl.constexpr, FORM: tl.constexpr
+    x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, SIZE: tl.constexpr, ASSEMBLY: tl.constexpr
 ):  # fmt: skip
-    """Labels by the decode grid: flowseg_kernels/decode_grid.py says why they are exact."""
+    """Return labels from the decode grid. flowseg_kernels/decode_grid.py explains why they are exact."""
     a = (x[0] - grid_low) * grid_scale
     b = (x[1] - grid_low) * grid_scale
     c = (x[2] - grid_low) * grid_scale
-    # False for NaN too.
+    # False also for NaN.
     in_grid = (a >= 0) & (a < SIZE) & (b >= 0) & (b < SIZE) & (c >= 0) & (c < SIZE)
     a = tl.where(in_grid, a, 0.0).to(tl.int32)
     b = tl.where(in_grid, b, 0.0).to(tl.int32)
@@ -107,27 +99,32 @@ def _look_up(
     listed = in_grid & (label < 0)
     if tl.max(listed.to(tl.int32), 0) > 0:
         label = tl.where(
-            listed, _search_lists(x, tl.where(listed, -1 - label, 0), records, groups, listed, FORM), label
+            listed, _search_lists(x, tl.where(listed, -1 - label, 0), records, groups, listed, ASSEMBLY), label
         )
-    out = inside & ~in_grid
-    if tl.max(out.to(tl.int32), 0) > 0:
-        found, _, _ = _search_all(x, centroids, classes, 3, False, FORM)
-        label = tl.where(out, found, label)
+    outside = inside & ~in_grid
+    if tl.max(outside.to(tl.int32), 0) > 0:
+        found, _, _ = _search_all(x, centroids, classes, 3, False, ASSEMBLY)
+        label = tl.where(outside, found, label)
     return label
 
 
 @triton.jit
 def decode(
     x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale,
-    C: tl.constexpr, GRID_SIZE: tl.constexpr, MARGIN: tl.constexpr, FORM: tl.constexpr,
+    C: tl.constexpr, GRID_SIZE: tl.constexpr, MARGIN: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Labels (-1 for NaN), and squared distances where the grid did not answer; GRID_SIZE 0 searches every centroid."""
+    """Return labels (-1 for NaN), smallest and second smallest squared distances. GRID_SIZE 0 searches all centroids.
+
+    With a grid the two distances are meaningless.
+    """
     if GRID_SIZE > 0:
-        label = _look_up(x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, GRID_SIZE, FORM)
+        label = _look_up(
+            x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, GRID_SIZE, ASSEMBLY
+        )
         nearest = x[0]
         second = x[0]
     else:
-        label, nearest, second = _search_all(x, centroids, classes, C, MARGIN, FORM)
+        label, nearest, second = _search_all(x, centroids, classes, C, MARGIN, ASSEMBLY)
     return tl.where(any_nan(x, C), -1, label), nearest, second
 
 
@@ -137,46 +134,59 @@ def decode(
     ]
 )  # fmt: skip
 def _nearest_centroid(
-    x, centroids, cells, records, groups, labels, distance, margin,
-    x_b, x_c, x_h, x_w, width, pixels, blocks, classes, ignore_index, grid_low, grid_scale,
+    x,  # (B, C, H, W)
+    centroids,  # (K, C)
+    # decode grid, as flowseg_kernels/decode_grid.py lays it out
+    cells, records, groups,
+    # results (B, H, W), contiguous
+    labels, distance, margin,
+    # strides of x
+    x_b, x_c, x_h, x_w,
+    # sizes: pixels and blocks per image
+    width, pixels, blocks, classes, ignore_index,
+    grid_low, grid_scale,
     X_LAYOUT: tl.constexpr, C: tl.constexpr, GRID_SIZE: tl.constexpr, DISTANCE: tl.constexpr, MARGIN: tl.constexpr,
-    FORM: tl.constexpr, BLOCK: tl.constexpr,
+    ASSEMBLY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     classes = tl.cast(classes, tl.int32)
     image, start, inside = block_of_program(pixels, blocks, X_LAYOUT, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     point = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     label, nearest, second = decode(
-        point, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, C, GRID_SIZE, MARGIN, FORM
+        point, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, C, GRID_SIZE, MARGIN, ASSEMBLY
     )
-    out = image * pixels + start + tl.arange(0, BLOCK)
+    at = image * pixels + start + tl.arange(0, BLOCK)
     unknown = label < 0
-    kind: tl.constexpr = labels.dtype.element_ty
-    tl.store(labels + out, tl.where(unknown, tl.cast(ignore_index, kind), label.to(kind)), mask=inside)
+    label_dtype: tl.constexpr = labels.dtype.element_ty
+    tl.store(labels + at, tl.where(unknown, tl.cast(ignore_index, label_dtype), label.to(label_dtype)), mask=inside)
     if DISTANCE or MARGIN:
         root = tl.where(unknown, float("nan"), tl.sqrt(nearest))
         if DISTANCE:
-            tl.store(distance + out, root, mask=inside)
+            tl.store(distance + at, root, mask=inside)
         if MARGIN:
-            tl.store(margin + out, tl.sqrt(second) - root, mask=inside)
+            tl.store(margin + at, tl.sqrt(second) - root, mask=inside)
 
 
 def options_of(dtype: torch.dtype, registers: int = 96) -> dict[str, object]:
-    """A bound on registers, so that ptxas does not spill for the sake of more programs at once."""
+    """Return the compiler options. The bound on registers keeps ptxas from spilling in order to run more programs at once."""
     return compile_options(4, registers=128 if dtype == torch.float64 else registers)
 
 
-def block_of(channels: int, grid: bool) -> int:
-    """Pixels a program of 128 threads: four a thread share each centroid they read; a look-up wants many loads in flight."""
+def block_of(channels: int, uses_grid: bool) -> int:
+    """Return the pixels per program of 128 threads.
+
+    The pixels of a thread share each centroid it loads: four pixels, fewer for many channels. A grid look-up always takes four,
+    to have many loads in flight.
+    """
     if INTERPRETED:
         return 4096
-    return 512 if channels <= 4 or grid else 256 if channels <= 8 else 128
+    return 512 if channels <= 4 or uses_grid else 256 if channels <= 8 else 128
 
 
 def grid_arguments(
     centroids: torch.Tensor, cells: torch.Tensor | None, records: torch.Tensor | None, groups: torch.Tensor | None
 ) -> tuple[tuple[torch.Tensor, ...], int]:
-    """The decode grid's tensors and its size; size 0, with any tensors, where there is none for these points."""
+    """Return the decode grid's tensors and its size. Without a grid the size is 0 and the tensors are placeholders."""
     if cells is None or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
         return (centroids, centroids, centroids), 0
     return (cells, aligned(records), groups), cells.shape[-1]
@@ -195,7 +205,7 @@ def nearest_centroid(
     return_margin: bool,
     ignore_index: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Labels, distances and margins, as the reference gives them."""
+    """Return labels, distances and margins, each (B, H, W) or empty, as reference.nearest_centroid."""
     batch, channels, height, width = x.shape
     shape = (batch, height, width)
     dtype = compute_dtype(x.dtype)
@@ -214,30 +224,6 @@ def nearest_centroid(
         _nearest_centroid[programs](
             x, centroids, *grid, labels, distance, margin, *sizes, centroids.shape[0], ignore_index, grid_low, grid_scale,
             **layouts, C=channels, GRID_SIZE=size, DISTANCE=return_distance, MARGIN=return_margin,
-            FORM=machine_form(centroids.dtype), BLOCK=block, **options_of(centroids.dtype),
+            ASSEMBLY=assembly_for(centroids.dtype), BLOCK=block, **options_of(centroids.dtype),
         )  # fmt: skip
     return labels, distance, margin
-
-
-def variants() -> Iterator[Variant]:
-    for channels, grid, margin, dtype in (
-        (3, 64, False, "bf16"), (3, 64, False, "fp32"), (3, 0, False, "bf16"), (3, 0, True, "fp32"), (3, 0, True, "fp64"),
-        (4, 0, False, "fp32"), (8, 0, False, "bf16"), (16, 0, True, "bf16"),
-    ):  # fmt: skip
-        acc = "fp64" if dtype == "fp64" else "fp32"
-        pointers = {
-            "x": dtype, "centroids": acc, "cells": "i32", "records": "fp32", "groups": "i32", "labels": "u8",
-            "distance": acc, "margin": acc,
-        }  # fmt: skip
-        constants = {
-            "X_LAYOUT": VECTOR, "C": channels, "GRID_SIZE": grid, "DISTANCE": margin, "MARGIN": margin,
-            "FORM": "ptx" if acc == "fp32" else "plain", "BLOCK": block_of(channels, grid > 0),
-        }  # fmt: skip
-        form = ("grid " if grid else "") + ("margin " if margin else "")
-        yield variant(
-            f"nearest_centroid C={channels} {form}{dtype}",
-            _nearest_centroid,
-            pointers,
-            constants,
-            options_of(torch.float64 if dtype == "fp64" else torch.float32),
-        )

@@ -27,13 +27,13 @@ _backward_cpu = cpu_kernel(
 
 
 def _cpu_arguments(features, x, weights, embed_weight, embed_bias, norm, out_norm, out_weight, out_bias, *options):
-    """What the C++ kernels take: the shared tensors in fp32, and the embedding's constant part as one (Hx, p^2) table."""
+    """Return the arguments of the C++ kernels: shared tensors in fp32, and the embedding's constant part as a (Hx, p^2) table."""
     patch_size, mlp_ratio, eps, normalise, form = options
     embed, bias, norm, out_norm, out_weight, out_bias = (
         v.detach().float().contiguous() for v in (embed_weight, embed_bias, norm, out_norm, out_weight, out_bias)
     )
     if weights.stride(-1) != 1:
-        # contiguous() leaves the strides of a tensor without elements as they are.
+        # contiguous() does not change the strides of a tensor without elements.
         weights = weights.clone(memory_format=torch.contiguous_format)
     channels = x.shape[1]
     table = embed[:, channels:] @ features.T + bias[:, None]
@@ -50,7 +50,7 @@ def _features(x, embed_weight, patch_size):
 
 def _run_cpu(x, weights, embed_weight, *rest):
     if x.dtype == torch.float64:
-        # Tests and checks of gradients compute in fp64: they need exactness, not speed.
+        # The C++ kernels have no fp64. Only gradient checks use it, and they need no speed.
         return reference.neural_field(x, weights, embed_weight, *rest)
     return _forward_cpu(*_cpu_arguments(_features(x, embed_weight, rest[5]), x, weights, embed_weight, *rest))
 
@@ -89,7 +89,7 @@ define_op(
     fake=lambda x, *args: torch.empty(x.shape, dtype=x.dtype, device=x.device),
     backends={
         "cpu": _run_cpu,
-        "triton": triton_kernel(__package__, "neural_field"),
+        "triton": triton_kernel(__package__, "neural_field", "triton_launch"),
         "reference": reference.neural_field,
     },
     channels=lambda x, *args: x.shape[1],
@@ -105,10 +105,10 @@ def _keep_inputs(ctx, inputs, output):
 
 
 def _second_backward(ctx, *grads):
-    """By autograd through the plain formula: second derivatives are rare, and this one is exact without a kernel of its own."""
+    """Differentiate the plain formula by autograd: second derivatives are rare, so they have no kernel."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Views, at which the search for derivatives ends: one input may depend on another, as the gradient does on x.
+        # autograd.grad stops at these views. Without them it would follow one input to another, as the gradient depends on x.
         tensors = [v.view_as(v) if v.requires_grad else v for v in ctx.saved_tensors]
         outs = reference.neural_field_bwd(*tensors, *ctx.options, ctx.needs)
     pairs = [(out, g) for out, g in zip(outs, grads) if out.requires_grad]
@@ -133,7 +133,7 @@ define_op(
     fake=_fake_backward,
     backends={
         "cpu": _run_cpu_backward,
-        "triton": triton_kernel(__package__, "neural_field_bwd"),
+        "triton": triton_kernel(__package__, "neural_field_bwd", "triton_launch"),
         "reference": reference.neural_field_bwd,
     },
     channels=lambda grad, x, *args: x.shape[1],

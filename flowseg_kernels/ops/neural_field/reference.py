@@ -1,6 +1,6 @@
-"""Plain PyTorch for the pixel neural field: the specification, and for now what every device runs.
+"""Plain PyTorch for the pixel neural field: the specification, and the fallback for devices and dtypes without a kernel.
 
-The backward is the chain rule written out: docs/ops/neural_field.md.
+The backward is the chain rule written out; docs/ops/neural_field.md derives it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..common import compute_dtype
+from ..shared.formulas import compute_dtype
 
 __all__ = [
     "FORMS",
@@ -24,14 +24,14 @@ __all__ = [
     "to_patches",
 ]
 
-#: Which of a block's two generated weights have columns of unit length.
+#: Values of `normalise`: whether both generated weights of a block have columns of unit length, or only the first.
 NORMALISE = ("both", "first")
-#: "residual": h + W2n silu(W1n RMSNorm(h)), PixNerd's; "plain": W2n silu(W1n h), without RMSNorms and their gains.
+#: Values of `form`. "residual" (PixNerd): h + W2n silu(W1n RMSNorm(h)). "plain": W2n silu(W1n h), without RMSNorms and gains.
 FORMS = ("residual", "plain")
 
 
 def cosine_features(patch_size: int, max_freqs: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(p^2, F^2) features of the pixels of a patch: cos(pi u f_i) cos(pi v f_j) / (1 + f_i f_j).
+    """Return the features (p^2, F^2) of the pixels of a patch: cos(pi u f_i) cos(pi v f_j) / (1 + f_i f_j).
 
     u runs along a row of pixels and v down a column, both linspace(0, 1, p); f = linspace(0, F, F) (PixNerd, 2507.23268).
     """
@@ -44,37 +44,37 @@ def cosine_features(patch_size: int, max_freqs: int, *, dtype: torch.dtype, devi
 
 
 def to_patches(image: Tensor, p: int) -> Tensor:
-    """Pixels (P, p^2, C) of the P patches of images (B, C, H, W), patches and pixels in row-major order."""
+    """Return the pixels (P, p^2, C) of the P patches of images (B, C, H, W). Patches and pixels are in row-major order."""
     batch, channels, height, width = image.shape
     split = image.reshape(batch, channels, height // p, p, width // p, p)
     return split.permute(0, 2, 4, 3, 5, 1).reshape(-1, p * p, channels)
 
 
 def from_patches(pixels: Tensor, shape: tuple[int, int, int, int], p: int) -> Tensor:
-    """Images of shape (B, C, H, W) from the pixels (P, p^2, C) of their patches."""
+    """Return images of shape (B, C, H, W) from the pixels (P, p^2, C) of their patches."""
     batch, channels, height, width = shape
     split = pixels.reshape(batch, height // p, width // p, p, p, channels)
     return split.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)
 
 
 def split_generated(flat: Tensor, hidden: int, both: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """W1 (P, Hx, r Hx) and W2 (P, r Hx, Hx) of a block from flat (P, 2 r Hx^2), and the reciprocal lengths of their columns.
+    """Split flat (P, 2 r Hx^2) into W1 (P, Hx, r Hx) and W2 (P, r Hx, Hx). Also return the reciprocal norms of their columns.
 
-    The products are multiplied by the reciprocal lengths, not the weights; that of W2 is None without `both`.
+    The norms scale the products, not the weights. Those of W2 are None without `both`.
     """
-    wide = flat.shape[1] // (2 * hidden)
-    w1 = flat[:, : hidden * wide].reshape(-1, hidden, wide)
-    w2 = flat[:, hidden * wide :].reshape(-1, wide, hidden)
+    inner = flat.shape[1] // (2 * hidden)
+    w1 = flat[:, : hidden * inner].reshape(-1, hidden, inner)
+    w2 = flat[:, hidden * inner :].reshape(-1, inner, hidden)
     return w1, w2, _reciprocal_lengths(w1), _reciprocal_lengths(w2) if both else None
 
 
 def generated_layers(entered: Tensor, w1: Tensor, w2: Tensor, scale1: Tensor, scale2: Tensor | None) -> Tensor:
-    """silu(entered @ W1 / |W1|) @ W2 / |W2| of each patch: entered (P, p^2, Hx), the rest as split_generated gives it."""
+    """Return silu(entered @ W1 / |W1|) @ W2 / |W2| per patch. entered: (P, p^2, Hx); the rest: as from split_generated."""
     return _scaled(torch.nn.functional.silu((entered @ w1) * scale1) @ w2, scale2)
 
 
 class _Field:
-    """The stages of the field on pixels (P, p^2, C) of P patches, with what the backward formulas need of each."""
+    """Stages of the field on pixels (P, p^2, C) of P patches, for the forward and for the backward formulas."""
 
     def __init__(
         self, x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias, p, ratio, eps,
@@ -90,9 +90,9 @@ class _Field:
         self.table = cosine_features(p, max_freqs, dtype=dtype, device=x.device)
         self.embed_bias = embed_bias.to(dtype)
         self.hidden = embed_bias.shape[0]
-        self.wide = ratio * self.hidden
-        self.blocks = weights.reshape(self.pixels.shape[0], weights.shape[2], 2 * self.hidden * self.wide)
-        # Without norms there are no gains: the stages multiply by one.
+        size = 2 * ratio * self.hidden**2
+        self.blocks = weights.reshape(self.pixels.shape[0], weights.shape[2], size)
+        # The plain form has no gains: multiply by one.
         self.gains = norm_weight.to(dtype) if self.residual else [1] * weights.shape[2]
         self.out_gain = out_norm_weight.to(dtype) if self.residual else 1
         self.out_weight, self.out_bias = out_weight.to(dtype), out_bias.to(dtype)
@@ -104,18 +104,18 @@ class _Field:
         return from_patches(pixels, (self.batch, self.channels, self.height, self.width), self.p)
 
     def generated(self, block: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """W1, W2 of a block and the reciprocal lengths of their columns, which are applied after the products."""
+        """Return W1, W2 of a block and the reciprocal norms of their columns, which are applied after the products."""
         return split_generated(self.blocks[:, block].to(self.dtype), self.hidden, self.both)
 
     def normalise(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """h / rms(h), and 1 / rms(h); h itself in the plain form."""
+        """Return h / rms(h) and 1 / rms(h). In the plain form return h and None."""
         if not self.residual:
             return h, None
         scale = torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + self.eps)
         return h * scale, scale
 
     def embedded(self) -> Tensor:
-        # The cosine features are the same for every patch, so their product with the weights is one constant table.
+        # All patches have the same cosine features, so their product with the weights is one table.
         constant = self.table @ self.embed[:, self.channels :].T + self.embed_bias
         return self.pixels @ self.embed[:, : self.channels].T + constant
 
@@ -147,10 +147,10 @@ def neural_field(
     normalise: str,
     form: str,
 ) -> Tensor:
-    """Velocity (B, C, H, W) in the dtype of x; every stage in fp32 at least.
+    """Return the velocity (B, C, H, W) in the dtype of x. Every stage computes in fp32 at least.
 
     h = Linear([x, DCT]); L times h += silu(RMSNorm(h) @ W1 / |W1|) @ W2 / |W2|; out = Linear(RMSNorm(h)).
-    With normalise "first", W2 is used as it is; in the form "plain", h = silu(h @ W1 / |W1|) @ W2 / |W2| and out = Linear(h).
+    With normalise "first", W2 is not normalised. In the form "plain", h = silu(h @ W1 / |W1|) @ W2 / |W2| and out = Linear(h).
     """
     tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
     field = _Field(*tensors, patch_size, mlp_ratio, eps, normalise, form)
@@ -162,21 +162,24 @@ def neural_field(
 
 
 def _norm_backward(grad: Tensor, normal: Tensor, scale: Tensor | None) -> Tensor:
-    """Gradient of h from that of normal = h * scale, scale = rsqrt(mean(h^2) + eps)."""
+    """Return the gradient of h from the gradient of normal = h * scale, scale = rsqrt(mean(h^2) + eps)."""
     if scale is None:
         return grad
     return scale * (grad - normal * (grad * normal).mean(dim=-1, keepdim=True))
 
 
 def by_features(by_position: Tensor, features: Tensor) -> Tensor:
-    """Gradient (Hx, F^2) of the embedding's weights on the cosine features, from that of the state summed over patches (p^2, Hx).
+    """Return the gradient (Hx, F^2) of the embedding's weights on the cosine features.
 
-    In fp64, as the feature of frequency 0 is one everywhere: in fp32 its sum over pixels had up to 2.2 times PyTorch's error."""
+    by_position: the gradient of the embedding's result, summed over patches, (p^2, Hx).
+
+    The sum uses fp64: the feature of frequency 0 is 1 everywhere, and its fp32 sum over pixels had up to 2.2 times PyTorch's error.
+    """
     return (by_position.T.double() @ features.double()).to(by_position.dtype)
 
 
 def _column_norm_backward(grad: Tensor, w: Tensor, scale: Tensor | None) -> Tensor:
-    """Gradient of w from that of its column-normalised form w * scale."""
+    """Return the gradient of w from the gradient of its column-normalised w * scale."""
     if scale is None:
         return grad
     unit = w * scale
@@ -200,7 +203,7 @@ def neural_field_bwd(
     form: str,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of the eight tensors, empty where not needed. Recomputes the forward: nothing but inputs was saved."""
+    """Return the gradients of the eight tensors, empty where not needed. Only inputs were saved, so the forward is recomputed."""
     tensors = (x, weights, embed_weight, embed_bias, norm_weight, out_norm_weight, out_weight, out_bias)
     field = _Field(*tensors, patch_size, mlp_ratio, eps, normalise, form)
     depth = weights.shape[2]
@@ -211,7 +214,7 @@ def neural_field_bwd(
     g = field.to_patches(grad.to(field.dtype))
     normal, scale = field.normalise(states.pop())
     grad_out_bias = g.sum(dim=(0, 1))
-    # Patch by patch: one sum over all pixels had twice the error of PyTorch's own gradient in fp32.
+    # Sum per patch first: one sum over all pixels had twice the error of PyTorch's own gradient in fp32.
     grad_out_weight = (g.transpose(1, 2) @ (normal * field.out_gain)).sum(dim=0)
     g = g @ field.out_weight
     grad_out_norm = (g * normal).sum(dim=(0, 1)) if field.residual else torch.zeros_like(out_norm_weight)
@@ -226,10 +229,10 @@ def neural_field_bwd(
         z = (entered @ w1) * scale1
         gate = torch.sigmoid(z)
         into2 = _column_norm_backward((z * gate).transpose(1, 2) @ g, w2, scale2)
-        inner = (_scaled(g, scale2) @ w2.transpose(1, 2)) * (gate * (1 + z * (1 - gate)))
-        into1 = _column_norm_backward(entered.transpose(1, 2) @ inner, w1, scale1)
+        grad_z = (_scaled(g, scale2) @ w2.transpose(1, 2)) * (gate * (1 + z * (1 - gate)))
+        into1 = _column_norm_backward(entered.transpose(1, 2) @ grad_z, w1, scale1)
         grad_weights[:, block] = torch.cat((into1.flatten(1), into2.flatten(1)), dim=1).to(grad_weights.dtype)
-        back = (inner * scale1) @ w1.transpose(1, 2)
+        back = (grad_z * scale1) @ w1.transpose(1, 2)
         if field.residual:
             grad_norm[block] = (back * normal).sum(dim=(0, 1))
             g = g + _norm_backward(back * field.gains[block], normal, scale)

@@ -1,18 +1,20 @@
-"""Triton backward of the neural field, for which the forward kernel has written the states before the blocks, normalised, and the
-gradient of the state after the last.
+"""Triton backward of the neural field. It starts from what forward_kernel stores with KEEP.
 
-`backward_kernel` takes a patch back through all blocks, for the gradients of the state and of the generated weights at once: what
-the two have in common is found once, and the gradient of the state stays on chip where a patch is one tile. `enter_kernel` takes
-what is left of it through the embedding, and sums it over patches. No program adds to memory another one adds to.
+- `backward_kernel` takes a patch back through all blocks. It computes the gradients of the state and of the generated weights
+  together, since they share products. If a patch is one tile, the gradient of the state stays on chip.
+- `enter_kernel` takes the gradient of the state through the embedding and sums over patches.
+- `finish_kernel` turns the partial sums into the gradients of the shared tensors.
 
-Two sums over pixels are read off others: with N = n(h)^T dz for a block's normalised states, dW1n = g N (g by rows) and
-dg = rowsum(N W1n).
+No two programs add to the same memory, so every run gives the same bits.
+
+Two gradients share one sum over pixels: with N = n(h)^T dz for a block's normalised states n(h), dW1n = g N (g scales the rows) and
+dg = rowsum(N W1n). triton_forward.py explains the names.
 """
 
 import triton
 import triton.language as tl
 
-from ..triton_pixels import rounded
+from ..shared.triton_pixels import rounded
 from .triton_forward import (
     dense_places,
     image_places,
@@ -28,15 +30,18 @@ from .triton_forward import (
 
 @triton.jit
 def silu_and_slope(y, TANH: tl.constexpr):
-    """SiLU of z = 2 y, and s with 1 + s its derivative in y: with t = tanh(y), d(u)/dy = 1 + t + u (1 - t)."""
+    """Return u = SiLU(z) for z = 2 y, and s such that du/dy = 1 + s. With t = tanh(y), du/dy = 1 + t + u (1 - t)."""
     u, t = silu_and_tanh(y, TANH)
     return u, t + u * (1 - t)
 
 
 @triton.jit
-def in_range(v, dtype: tl.constexpr):
-    """v in another type; in fp16 within its range: over the length of a column of zeros it is infinite, and times these NaN. What
-    is not finite to begin with becomes NaN, so that it is seen in the gradients."""
+def cast_in_range(v, dtype: tl.constexpr):
+    """Cast v to dtype, clamping to +-65504 for fp16.
+
+    Dividing by the norm of an all-zero column gives inf, and inf * 0 would give NaN. A v that is already inf becomes NaN, so it
+    shows in the gradients.
+    """
     if dtype == tl.float16:
         v += 0.0 * v
         v = tl.maximum(v, -65504.0, propagate_nan=tl.PropagateNan.ALL)
@@ -45,170 +50,195 @@ def in_range(v, dtype: tl.constexpr):
 
 
 @triton.jit
-def scaled(g, lengths, column, H: tl.constexpr, HP: tl.constexpr, BOTH: tl.constexpr, OPERAND: tl.constexpr):
-    """g over the lengths of the columns of W2, as the products take it: both gradients want it so, and no unit W2."""
+def scaled(g, lengths, column, H: tl.constexpr, H_PADDED: tl.constexpr, BOTH: tl.constexpr, OPERAND: tl.constexpr):
+    """Return g over the column norms of W2, as an operand of products. Both gradients need this, and neither a normalised W2."""
     if BOTH:
-        g *= load_vector(lengths, column, H, HP != H)[None, :]
-    return in_range(g, OPERAND)
+        g *= load_vector(lengths, column, H, H_PADDED != H)[None, :]
+    return cast_in_range(g, OPERAND)
 
 
 @triton.jit(do_not_specialize=["first", "depth", "sums"])
 def backward_kernel(
-    weights, gains, states, later, norms, scales, grad_weights, partials, grads, raw, first, depth, sums,
-    H: tl.constexpr, HP: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, BAND: tl.constexpr, P: tl.constexpr,
+    weights,  # (B N, L, 2 r Hx^2): W1 (Hx, r Hx), then W2 (r Hx, Hx) of each block
+    gains,  # (L, Hx)
+    states, later,  # normalised states before the blocks, see state_before
+    norms,  # (n, L, p^2) fp32: 1 / rms of the states
+    scales,  # (n, L, r Hx + Hx) fp32: reciprocal column norms of the weights
+    grad_weights,  # as weights
+    partials,  # (B N, sums) fp32: a row of partial sums per patch, see forward_kernel
+    grads,  # (n, p^2, Hx): gradient of the state, after the last block on entry and before the first on return
+    raw,  # (n, 2 r Hx^2) fp32: sums over pixels, if a patch has several tiles
+    # first patch of the launch, L, length of a row of `partials`
+    first, depth, sums,
+    H: tl.constexpr, H_PADDED: tl.constexpr, INNER: tl.constexpr, SLICE: tl.constexpr, BAND: tl.constexpr, P: tl.constexpr,
     ROWS: tl.constexpr, BOTH: tl.constexpr, RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, TANH: tl.constexpr, LENT: tl.constexpr,
+    UPCAST: tl.constexpr, TANH: tl.constexpr, ALIASED: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the generated weights, and of the state: `grads` (n, p^2, Hx), after the last block, becomes that before the
-    first. A patch's share of the gradient of the gains begins its row of `partials`, of `sums` numbers (forward_kernel).
+    """Compute the gradients of the generated weights and of the state, patch by patch, and partial sums for the gains.
 
-    `raw` (n, 2 r Hx^2) holds the sums over pixels between the tiles of a patch; of one tile, they lie in grad_weights. There they
-    are taken up again, BAND columns of W1 and rows of W2 at a time, for what the lengths of the columns add."""
+    The loop over a block's weights leaves sums over pixels in `raw`, or in grad_weights if the patch is one tile. A second loop
+    reads them back, BAND columns of W1 and rows of W2 at a time, and adds the term that comes from the column norms.
+
+    The kernel is one long function because g and the products' operands stay in registers across all of its steps.
+    """
     TILES: tl.constexpr = (P * P + ROWS - 1) // ROWS
-    SHAVED: tl.constexpr = HP != H or WIDE % SLICE != 0
-    BARRED: tl.constexpr = HP != H or WIDE % BAND != 0
-    PARTIAL: tl.constexpr = HP != H or P * P % ROWS != 0
+    MASK_SLICES: tl.constexpr = H_PADDED != H or INNER % SLICE != 0
+    MASK_BANDS: tl.constexpr = H_PADDED != H or INNER % BAND != 0
+    MASK_ROWS: tl.constexpr = H_PADDED != H or P * P % ROWS != 0
     local = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, HP)
+    column = tl.arange(0, H_PADDED)
     norms += local * depth * (P * P)
-    scales += local * depth * (WIDE + H)
+    scales += local * depth * (INNER + H)
     grads += local * (P * P * H)
-    raw += local * (2 * WIDE * H)
+    raw += local * (2 * INNER * H)
 
-    g = load_tile(grads, tl.arange(0, ROWS), column, P * P, H, PARTIAL).to(tl.float32)
-    # Carried into the loop, not made where it is used: of an operand that a loop carries, products read shared memory whichever way
-    # it lies; what was computed beside them takes registers, and twice.
-    g_in = scaled(g, scales + (depth - 1) * (WIDE + H) + WIDE, column, H, HP, BOTH, OPERAND)
+    g = load_tile(grads, tl.arange(0, ROWS), column, P * P, H, MASK_ROWS).to(tl.float32)
+    # Computed before the loop and carried through it: Triton keeps a loop-carried dot operand in shared memory and can read it
+    # plain and transposed. Computed at the point of use it would occupy registers twice.
+    g_in = scaled(g, scales + (depth - 1) * (INNER + H) + INNER, column, H, H_PADDED, BOTH, OPERAND)
     for step in range(depth * TILES):
         level = depth - 1 - step // TILES
         tile = step % TILES
         row = tile * ROWS + tl.arange(0, ROWS)
-        lengths = scales + level * (WIDE + H)
-        at = ((first + local) * depth + level) * (2 * WIDE * H)
+        lengths = scales + level * (INNER + H)
+        at = ((first + local) * depth + level) * (2 * INNER * H)
         block = weights + at
         into_block = grad_weights + at
-        if LENT:
-            normals = state_before(states, grad_weights, local, level, depth, at, H, WIDE, P, True)
+        if ALIASED:
+            normals = state_before(states, grad_weights, local, level, depth, at, H, INNER, P, True)
         else:
-            normals = state_before(states, later, local, level, depth, at, H, WIDE, P, False)
+            normals = state_before(states, later, local, level, depth, at, H, INNER, P, False)
         if TILES > 1:
-            held = raw
+            sums_over_pixels = raw
         else:
-            held = into_block
-        normal = load_tile(normals, row, column, P * P, H, PARTIAL)
+            sums_over_pixels = into_block
+        normal = load_tile(normals, row, column, P * P, H, MASK_ROWS)
         into = tl.zeros_like(g)
         if RESIDUAL:
-            gain = load_vector(gains + level * H, column, H, HP != H)
-            # The sum of the products starts at g in its units, so that registers need not hold g beside it.
-            scale = load_vector(norms + level * (P * P), row, P * P, PARTIAL)
-            if PARTIAL:
+            gain = load_vector(gains + level * H, column, H, H_PADDED != H)
+            # Start the sum of products at g, in the sum's units. Then registers need not keep g as well.
+            scale = load_vector(norms + level * (P * P), row, P * P, MASK_ROWS)
+            if MASK_ROWS:
                 scale = tl.where(row < P * P, scale, 1.0)
             into = g * (1 / scale)[:, None]
             along_g = tl.sum(into * normal.to(tl.float32), 1)
         normal = rounded(normal, OPERAND)
-        for start in range(0, WIDE, SLICE):
-            wide = start + tl.arange(0, SLICE)
-            # Lengths and gains go into the weights, which are fewer than the products; half, as silu_and_slope wants z.
-            half1 = 0.5 * load_vector(lengths, wide, WIDE, WIDE % SLICE != 0)[None, :]
-            w1 = load_tile(block, column, wide, H, WIDE, SHAVED).to(tl.float32) * half1
+        for start in range(0, INNER, SLICE):
+            inner = start + tl.arange(0, SLICE)
+            # Scale the weights by column norms and gains: they are fewer than the products. Half, as silu_and_slope takes z / 2.
+            half1 = 0.5 * load_vector(lengths, inner, INNER, INNER % SLICE != 0)[None, :]
+            w1 = load_tile(block, column, inner, H, INNER, MASK_SLICES).to(tl.float32) * half1
             if RESIDUAL:
                 w1 *= gain[:, None]
             w1 = rounded(w1, OPERAND)
-            w2 = load_tile(block + H * WIDE, wide, column, WIDE, H, SHAVED).to(OPERAND)
+            w2 = load_tile(block + H * INNER, inner, column, INNER, H, MASK_SLICES).to(OPERAND)
             y = product(normal, w1, PRECISION, UPCAST)
-            g_wide = product(g_in, tl.trans(w2), PRECISION, UPCAST)
+            g_inner = product(g_in, tl.trans(w2), PRECISION, UPCAST)
             u, slope = silu_and_slope(y, TANH)
             u = rounded(u, OPERAND)
-            g_wide = in_range(g_wide * slope + g_wide, OPERAND)
-            into += product(g_wide, tl.trans(w1), PRECISION, UPCAST)
-            into1 = product(tl.trans(normal), g_wide, PRECISION, UPCAST)
-            # Transposed, as then both sums have Hx rows, enough for the widest matrix instruction.
+            g_inner = cast_in_range(g_inner * slope + g_inner, OPERAND)
+            into += product(g_inner, tl.trans(w1), PRECISION, UPCAST)
+            into1 = product(tl.trans(normal), g_inner, PRECISION, UPCAST)
+            # Transposed, so both sums have Hx rows, enough for the widest matrix instruction.
             into2 = product(tl.trans(g_in), u, PRECISION, UPCAST)
             if TILES > 1:
                 if tile > 0:
-                    into1 += load_tile(held, column, wide, H, WIDE, SHAVED)
-                    into2 += tl.trans(load_tile(held + H * WIDE, wide, column, WIDE, H, SHAVED))
-            store_tile(held, column, wide, into1, H, WIDE, SHAVED)
-            into2 = tl.trans(rounded(into2, held.dtype.element_ty))
-            store_tile(held + H * WIDE, wide, column, into2, WIDE, H, SHAVED)
+                    into1 += load_tile(sums_over_pixels, column, inner, H, INNER, MASK_SLICES)
+                    into2 += tl.trans(load_tile(sums_over_pixels + H * INNER, inner, column, INNER, H, MASK_SLICES))
+            store_tile(sums_over_pixels, column, inner, into1, H, INNER, MASK_SLICES)
+            into2 = tl.trans(rounded(into2, sums_over_pixels.dtype.element_ty))
+            store_tile(sums_over_pixels + H * INNER, inner, column, into2, INNER, H, MASK_SLICES)
         if tile == TILES - 1:
-            # A thread may read what another one of this program wrote, here and below.
+            # Below, threads read values that other threads of this program wrote.
             tl.debug_barrier()
-            along_gain = tl.zeros((HP,), tl.float32)
-            along2 = tl.zeros((HP,), tl.float32)
-            for start in range(0, WIDE, BAND):
-                wide = start + tl.arange(0, BAND)
-                scale1 = load_vector(lengths, wide, WIDE, WIDE % BAND != 0)[None, :]
-                unit = load_tile(block, column, wide, H, WIDE, BARRED).to(tl.float32) * scale1
-                into1 = 0.5 * load_tile(held, column, wide, H, WIDE, BARRED).to(tl.float32)
+            along_gain = tl.zeros((H_PADDED,), tl.float32)
+            along2 = tl.zeros((H_PADDED,), tl.float32)
+            for start in range(0, INNER, BAND):
+                inner = start + tl.arange(0, BAND)
+                scale1 = load_vector(lengths, inner, INNER, INNER % BAND != 0)[None, :]
+                unit = load_tile(block, column, inner, H, INNER, MASK_BANDS).to(tl.float32) * scale1
+                into1 = 0.5 * load_tile(sums_over_pixels, column, inner, H, INNER, MASK_BANDS).to(tl.float32)
                 if RESIDUAL:
                     along_gain += tl.sum(into1 * unit, 1)
                     into1 *= gain[:, None]
                 into1 = scale1 * (into1 - unit * tl.sum(into1 * unit, 0)[None, :])
-                store_tile(into_block, column, wide, into1, H, WIDE, BARRED)
-                into2 = load_tile(held + H * WIDE, wide, column, WIDE, H, BARRED).to(tl.float32)
+                store_tile(into_block, column, inner, into1, H, INNER, MASK_BANDS)
+                into2 = load_tile(sums_over_pixels + H * INNER, inner, column, INNER, H, MASK_BANDS).to(tl.float32)
                 if BOTH:
-                    raw2 = load_tile(block + H * WIDE, wide, column, WIDE, H, BARRED).to(tl.float32)
+                    raw2 = load_tile(block + H * INNER, inner, column, INNER, H, MASK_BANDS).to(tl.float32)
                     along2 += tl.sum(into2 * raw2, 0)
                 elif TILES > 1:
-                    store_tile(into_block + H * WIDE, wide, column, into2, WIDE, H, BARRED)
+                    store_tile(into_block + H * INNER, inner, column, into2, INNER, H, MASK_BANDS)
             if BOTH:
-                # A column of W2 runs through all bands: its sum is known only now.
-                scale2 = load_vector(lengths + WIDE, column, H, HP != H)
+                # A column of W2 runs through all bands, so its sum is known only now.
+                scale2 = load_vector(lengths + INNER, column, H, H_PADDED != H)
                 along2 *= scale2 * scale2
-                for start in range(0, WIDE, BAND):
-                    wide = start + tl.arange(0, BAND)
-                    into2 = load_tile(held + H * WIDE, wide, column, WIDE, H, BARRED).to(tl.float32)
-                    raw2 = load_tile(block + H * WIDE, wide, column, WIDE, H, BARRED).to(tl.float32)
-                    store_tile(into_block + H * WIDE, wide, column, into2 - raw2 * along2[None, :], WIDE, H, BARRED)
+                for start in range(0, INNER, BAND):
+                    inner = start + tl.arange(0, BAND)
+                    into2 = load_tile(sums_over_pixels + H * INNER, inner, column, INNER, H, MASK_BANDS).to(tl.float32)
+                    raw2 = load_tile(block + H * INNER, inner, column, INNER, H, MASK_BANDS).to(tl.float32)
+                    store_tile(
+                        into_block + H * INNER, inner, column, into2 - raw2 * along2[None, :], INNER, H, MASK_BANDS
+                    )
             if RESIDUAL:
                 tl.store(partials + (first + local) * sums + level * H + column, along_gain, mask=column < H)
         if RESIDUAL:
-            # Read again rather than held in registers through the products.
-            normal = load_tile(normals, row, column, P * P, H, PARTIAL).to(tl.float32)
+            # Loaded again, to free its registers during the products.
+            normal = load_tile(normals, row, column, P * P, H, MASK_ROWS).to(tl.float32)
             along = (tl.sum(into * normal, 1) - along_g) / H
-            g = load_vector(norms + level * (P * P), row, P * P, PARTIAL)[:, None] * (into - normal * along[:, None])
+            g = load_vector(norms + level * (P * P), row, P * P, MASK_ROWS)[:, None] * (into - normal * along[:, None])
         else:
             g = into
         if TILES > 1:
-            store_tile(grads, row, column, g, P * P, H, PARTIAL)
+            store_tile(grads, row, column, g, P * P, H, MASK_ROWS)
             tl.debug_barrier()
             row = ((step + 1) % TILES) * ROWS + tl.arange(0, ROWS)
-            g = load_tile(grads, row, column, P * P, H, PARTIAL)
-        elif LENT:
-            # The next block's gradients overwrite the state that another thread may still read.
+            g = load_tile(grads, row, column, P * P, H, MASK_ROWS)
+        elif ALIASED:
+            # The next block's gradients overwrite a state that other threads may still be reading.
             tl.debug_barrier()
-        coming = tl.maximum(depth - 1 - (step + 1) // TILES, 0)
-        g_in = scaled(g, scales + coming * (WIDE + H) + WIDE, column, H, HP, BOTH, OPERAND)
+        next_level = tl.maximum(depth - 1 - (step + 1) // TILES, 0)
+        g_in = scaled(g, scales + next_level * (INNER + H) + INNER, column, H, H_PADDED, BOTH, OPERAND)
     if TILES == 1:
-        store_tile(grads, tl.arange(0, ROWS), column, g, P * P, H, PARTIAL)
+        store_tile(grads, tl.arange(0, ROWS), column, g, P * P, H, MASK_ROWS)
 
 
 @triton.jit(
     do_not_specialize=[
-        "first", "columns", "per_image", "features", "sb", "sc", "sh", "sw", "patches", "shares", "together"
+        "first", "columns", "per_image", "features", "sb", "sc", "sh", "sw", "patches", "groups_before", "patches_per_group"
     ]
 )  # fmt: skip
 def enter_kernel(
-    x, embed, grads, grad_x, partials,
-    first, columns, per_image, features, sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64, patches, shares, together,
-    H: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    x,  # (B, C, H, W)
+    embed,  # (Hx, C + F^2)
+    grads,  # (n, p^2, Hx): gradient of the state before the first block
+    grad_x,  # (B, C, H, W), contiguous
+    partials,  # (groups, p^2 Hx + TILES Hx C) fp32, a row of partial sums per group of patches
+    # first patch of the round, patches per row of an image and per image, C + F^2
+    first, columns, per_image, features,
+    # strides of x
+    sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64,
+    # patches of the round, groups of earlier rounds
+    patches, groups_before, patches_per_group,
+    H: tl.constexpr, H_PADDED: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
+    C_PADDED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of x from that of the embedding's result. A program takes the same pixels of `together` patches one after another.
-    Their row of `partials`, `shares` rows after those of earlier rounds, has their share of the gradient's sum over patches
-    (p^2, Hx), then of each tile that of the gradient of the embedding's weights on the channels (Hx, C)."""
+    """Compute the gradient of x from `grads`, the gradient of the embedding's result, and sum over groups of patches.
+
+    A program takes the same pixels of all patches of a group in turn. The group's row of `partials` has the sum of `grads` over its
+    patches (p^2, Hx), then per tile the gradient of the embedding's weights on the channels (Hx, C).
+    """
     TILES: tl.constexpr = (P * P + ROWS - 1) // ROWS
-    PARTIAL: tl.constexpr = HP != H or P * P % ROWS != 0
-    share = tl.program_id(0) // TILES
+    MASK_ROWS: tl.constexpr = H_PADDED != H or P * P % ROWS != 0
+    group = tl.program_id(0) // TILES
     row = (tl.program_id(0) % TILES) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, HP)
-    channel = tl.arange(0, CP)
+    column = tl.arange(0, H_PADDED)
+    channel = tl.arange(0, C_PADDED)
     from_embed = tl.trans(load_embedding(embed, column, channel, features, H, C).to(OPERAND))
-    by_position = tl.zeros((ROWS, HP), tl.float32)
-    by_pixel = tl.zeros((HP, CP), tl.float32)
-    for local in range(share * together, tl.minimum((share + 1) * together, patches)):
-        g = load_tile(grads + tl.cast(local, tl.int64) * (P * P * H), row, column, P * P, H, PARTIAL)
+    by_position = tl.zeros((ROWS, H_PADDED), tl.float32)
+    by_pixel = tl.zeros((H_PADDED, C_PADDED), tl.float32)
+    for local in range(group * patches_per_group, tl.minimum((group + 1) * patches_per_group, patches)):
+        g = load_tile(grads + tl.cast(local, tl.int64) * (P * P * H), row, column, P * P, H, MASK_ROWS)
         by_position += g.to(tl.float32)
         g_in = rounded(g, OPERAND)
         patch = first + local
@@ -218,26 +248,36 @@ def enter_kernel(
         at, exists = dense_places(patch, row, channel, columns, per_image, P, C)
         into = rounded(product(g_in, from_embed, PRECISION, UPCAST), grad_x.dtype.element_ty)
         tl.store(grad_x + at, into, mask=exists)
-    into = partials + (shares + share).to(tl.int64) * (P * P * H + TILES * (H * C))
-    store_tile(into, row, column, by_position, P * P, H, PARTIAL)
+    into = partials + (groups_before + group).to(tl.int64) * (P * P * H + TILES * (H * C))
+    store_tile(into, row, column, by_position, P * P, H, MASK_ROWS)
     into += P * P * H + (tl.program_id(0) % TILES) * (H * C)
     store_tile(into, column, channel, by_pixel, H, C, True)
 
 
 @triton.jit(do_not_specialize=["freqs", "depth"])
 def finish_kernel(
-    by_patch, by_share, waves, grad_embed, grad_bias, grad_gains, grad_out_gain, grad_out_weight, grad_out_bias,
+    by_patch,  # row of forward_kernel's and backward_kernel's partial sums, summed over patches, fp32
+    by_group,  # row of enter_kernel's partial sums, summed over groups, fp32
+    waves,  # (p^2, F^2) fp32
+    grad_embed,  # (Hx, C + F^2)
+    grad_bias,  # (Hx,)
+    grad_gains,  # (L, Hx)
+    grad_out_gain,  # (Hx,)
+    grad_out_weight,  # (C, Hx)
+    grad_out_bias,  # (C,)
     freqs, depth,
-    H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, LEAVING: tl.constexpr, ENTERING: tl.constexpr,
-    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, C_PADDED: tl.constexpr,
+    FORWARD_TILES: tl.constexpr, ENTER_TILES: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what patches share, from the sums over the rows that forward_kernel and backward_kernel (`by_patch`, LEAVING
-    tiles) and enter_kernel (`by_share`, ENTERING tiles) left. A program takes one of the Hx hidden units.
+    """Compute the gradients of the shared tensors. A program takes one of the Hx hidden units.
 
-    Sums over pixels are in fp64, as the feature of frequency 0 is one everywhere: in fp32 its sum over pixels had up to 2.2 times
-    PyTorch's error."""
+    FORWARD_TILES, ENTER_TILES: tiles per patch in forward_kernel and in enter_kernel.
+
+    Sums over pixels use fp64: the feature of frequency 0 is 1 everywhere, and its fp32 sum over pixels had up to 2.2 times
+    PyTorch's error.
+    """
     unit = tl.program_id(0)
-    channel = tl.arange(0, CP)
+    channel = tl.arange(0, C_PADDED)
     count = freqs * freqs
     embed = grad_embed + unit * (C + count)
     for start in range(0, count, BLOCK):
@@ -245,7 +285,7 @@ def finish_kernel(
         found = tl.zeros((BLOCK,), tl.float64)
         for first in range(0, P * P, BLOCK):
             pixel = first + tl.arange(0, BLOCK)
-            g = tl.load(by_share + pixel * H + unit, mask=pixel < P * P, other=0.0).to(tl.float64)
+            g = tl.load(by_group + pixel * H + unit, mask=pixel < P * P, other=0.0).to(tl.float64)
             exists = (pixel < P * P)[:, None] & (feature < count)[None, :]
             wave = tl.load(waves + pixel[:, None] * count + feature[None, :], mask=exists, other=0.0)
             found += tl.sum(g[:, None] * wave.to(tl.float64), 0)
@@ -254,23 +294,23 @@ def finish_kernel(
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, P * P, BLOCK):
         pixel = first + tl.arange(0, BLOCK)
-        total += tl.load(by_share + pixel * H + unit, mask=pixel < P * P, other=0.0).to(tl.float64)
+        total += tl.load(by_group + pixel * H + unit, mask=pixel < P * P, other=0.0).to(tl.float64)
     tl.store(grad_bias + unit, rounded(tl.sum(total, 0).to(tl.float32), grad_bias.dtype.element_ty))
 
-    by_pixel = tl.zeros((CP,), tl.float32)
-    for tile in range(ENTERING):
-        by_pixel += load_vector(by_share + P * P * H + tile * (H * C) + unit * C, channel, C, True)
+    by_pixel = tl.zeros((C_PADDED,), tl.float32)
+    for tile in range(ENTER_TILES):
+        by_pixel += load_vector(by_group + P * P * H + tile * (H * C) + unit * C, channel, C, True)
     tl.store(embed + channel, rounded(by_pixel, grad_embed.dtype.element_ty), mask=channel < C)
 
     by_gain = 0.0
-    by_weight = tl.zeros((CP,), tl.float32)
-    by_bias = tl.zeros((CP,), tl.float32)
-    for tile in range(LEAVING):
-        leaving = by_patch + depth * H + tile * ((1 + C) * H + C)
+    by_weight = tl.zeros((C_PADDED,), tl.float32)
+    by_bias = tl.zeros((C_PADDED,), tl.float32)
+    for tile in range(FORWARD_TILES):
+        tile_sums = by_patch + depth * H + tile * ((1 + C) * H + C)
         if RESIDUAL:
-            by_gain += tl.load(leaving + unit)
-        by_weight += tl.load(leaving + H + channel * H + unit, mask=channel < C, other=0.0)
-        by_bias += load_vector(leaving + (1 + C) * H, channel, C, True)
+            by_gain += tl.load(tile_sums + unit)
+        by_weight += tl.load(tile_sums + H + channel * H + unit, mask=channel < C, other=0.0)
+        by_bias += load_vector(tile_sums + (1 + C) * H, channel, C, True)
     tl.store(
         grad_out_weight + channel * H + unit, rounded(by_weight, grad_out_weight.dtype.element_ty), mask=channel < C
     )

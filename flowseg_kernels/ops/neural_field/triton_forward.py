@@ -1,19 +1,23 @@
 """Triton forward of the neural field: a program takes some pixels of one patch through all blocks, on chip.
 
-The generated weights stream over their wide axis in slices, so the registers a program needs do not grow with r Hx. The lengths of
-their columns scale the products, and no normalised weight is ever stored; a program finds the lengths once for several tiles of a
-patch, as in each tile anew they would cost as many instructions as all the rest.
+- Generated weights are loaded in slices along their inner axis (r Hx), so registers do not grow with r Hx.
+- No normalised weight is stored: the products are scaled by the reciprocal column norms ("lengths").
+- A program computes the column norms once and then takes several tiles of a patch. Once per tile, the norms would cost as many
+  instructions as everything else.
+
+Names: H = Hx hidden units, INNER = r Hx, P = pixels along a side of a patch, C = channels, n = patches of the launch,
+L = blocks. *_PADDED is the next power of two. A "row" is a pixel, a "column" a hidden unit.
 """
 
 import triton
 import triton.language as tl
 
-from ..triton_pixels import _INTERPRETED, rounded
+from ..shared.triton_pixels import INTERPRETED, rounded
 
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    # The interpreter multiplies 16-bit matrices wrongly (bf16) or with 16-bit sums (fp16); fp32 copies of them are exact.
+    # The interpreter multiplies bf16 matrices wrongly and sums fp16 products in 16 bits. Products of fp32 copies are exact.
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -22,10 +26,10 @@ def product(a, b, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def silu_and_tanh(y, TANH: tl.constexpr):
-    """SiLU of z = 2 y, and tanh(y). Whoever scales z halves its scale; y tanh(y) + y is one fused step."""
-    # One instruction of the special-function unit instead of two, which bound the whole chain at 16 bit. Its relative error, 2^-11,
-    # is one of 2^-12 |z| in SiLU. The interpreter errs by that much one way, so that what passes there holds for it.
-    if TANH and _INTERPRETED:
+    """Return SiLU(z) for z = 2 y, and tanh(y). SiLU(z) is y tanh(y) + y: one fused multiply-add. Callers halve the scale of z."""
+    # tanh.approx is one special-function instruction, not two; those two were the bottleneck in 16 bits. Its relative error of
+    # 2^-11 becomes 2^-12 |z| in SiLU. The interpreter adds exactly that error, so tests that pass there cover the GPU.
+    if TANH and INTERPRETED:
         t = (2 / (1 + tl.exp(-2 * y)) - 1) * (1 + 2.0**-11)
         return y * t + y, t
     elif TANH:
@@ -38,7 +42,7 @@ def silu_and_tanh(y, TANH: tl.constexpr):
 
 @triton.jit
 def load_tile(base, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
-    """Rows and columns of a contiguous (HEIGHT, WIDTH) matrix, zero outside it."""
+    """Load rows and columns of a contiguous (HEIGHT, WIDTH) matrix; zero outside it."""
     at = base + row[:, None] * WIDTH + column[None, :]
     if MASKED:
         return tl.load(at, mask=(row < HEIGHT)[:, None] & (column < WIDTH)[None, :], other=0.0)
@@ -64,8 +68,8 @@ def load_vector(base, index, SIZE: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def image_places(patch, row, channel, columns, per_image, sb, sc, sh, sw, P: tl.constexpr, C: tl.constexpr):
-    """Offsets (rows, channels) of pixels of a patch in an image tensor of any strides, and which of them exist."""
-    # A count of patches fits 32 bits, in which a division is a third as long.
+    """Return the offsets (rows, channels) of a patch's pixels in x (B, C, H, W) of any strides, and a mask of those that exist."""
+    # Patch numbers fit in 32 bits, where a division takes a third of the instructions.
     image = tl.cast(patch, tl.int32) // per_image
     cell = tl.cast(patch, tl.int32) - image * per_image
     down = (cell // columns) * P + row // P
@@ -77,7 +81,7 @@ def image_places(patch, row, channel, columns, per_image, sb, sc, sh, sw, P: tl.
 
 @triton.jit
 def dense_places(patch, row, channel, columns, per_image, P: tl.constexpr, C: tl.constexpr):
-    """The same in a contiguous image."""
+    """Return the same as image_places, for a contiguous image tensor."""
     width = columns * P
     plane = tl.cast(per_image, tl.int64) * (P * P)
     return image_places(patch, row, channel, columns, per_image, plane * C, plane, width, 1, P, C)
@@ -85,7 +89,7 @@ def dense_places(patch, row, channel, columns, per_image, P: tl.constexpr, C: tl
 
 @triton.jit
 def load_embedding(embed, column, channel, features, H: tl.constexpr, C: tl.constexpr):
-    """(CP, HP): the embedding's weights on the C channels of a pixel, transposed."""
+    """Load the embedding's weights for the C channels of a pixel, transposed: (C_PADDED, H_PADDED)."""
     at = embed + column[None, :] * features + channel[:, None]
     return tl.load(at, mask=(channel < C)[:, None] & (column < H)[None, :], other=0.0)
 
@@ -93,25 +97,27 @@ def load_embedding(embed, column, channel, features, H: tl.constexpr, C: tl.cons
 @triton.jit
 def embedded(
     pixels, embed, table, row, column, channel, features,
-    H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, PARTIAL: tl.constexpr,
+    H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, MASK_ROWS: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     into = load_embedding(embed, column, channel, features, H, C).to(OPERAND)
-    return product(pixels, into, PRECISION, UPCAST) + load_tile(table, row, column, P * P, H, PARTIAL)
+    return product(pixels, into, PRECISION, UPCAST) + load_tile(table, row, column, P * P, H, MASK_ROWS)
 
 
 @triton.jit
 def root_mean_square(h, eps, H: tl.constexpr):
-    """1 / rms of each row."""
+    """Return 1 / rms of each row."""
     return tl.rsqrt(tl.sum(h * h, 1) / H + eps)
 
 
 @triton.jit
-def reciprocal_lengths(matrix, found, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BAND: tl.constexpr, WP: tl.constexpr):
-    """Into `found`, 1 over the lengths of the columns of a contiguous matrix, of which BAND rows are taken at a time."""
-    MASKED: tl.constexpr = WP != WIDTH or HEIGHT % BAND != 0
-    column = tl.arange(0, WP)
-    squares = tl.zeros((BAND, WP), tl.float32)
+def reciprocal_lengths(
+    matrix, found, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BAND: tl.constexpr, W_PADDED: tl.constexpr
+):
+    """Store the reciprocal column norms of a contiguous (HEIGHT, WIDTH) matrix in `found`. Load BAND rows at a time."""
+    MASKED: tl.constexpr = W_PADDED != WIDTH or HEIGHT % BAND != 0
+    column = tl.arange(0, W_PADDED)
+    squares = tl.zeros((BAND, W_PADDED), tl.float32)
     for top in range(0, HEIGHT, BAND):
         part = load_tile(matrix, top + tl.arange(0, BAND), column, HEIGHT, WIDTH, MASKED).to(tl.float32)
         squares += part * part
@@ -120,18 +126,21 @@ def reciprocal_lengths(matrix, found, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 
 @triton.jit
 def block_lengths(
-    block, found, H: tl.constexpr, HP: tl.constexpr, WIDE: tl.constexpr, WIDEP: tl.constexpr, AREA: tl.constexpr,
+    block, found, H: tl.constexpr, H_PADDED: tl.constexpr, INNER: tl.constexpr, INNER_PADDED: tl.constexpr, AREA: tl.constexpr,
     BOTH: tl.constexpr,
 ):  # fmt: skip
-    """Into `found` (r Hx + Hx), those of W1 and, where BOTH are normalised, of W2 of one block, AREA elements at a time."""
-    reciprocal_lengths(block, found, H, WIDE, min(HP, AREA // WIDEP), WIDEP)
+    """Store the reciprocal column norms of one block in `found` (r Hx + Hx): those of W1 and, if BOTH are normalised, of W2.
+
+    AREA: elements per step.
+    """
+    reciprocal_lengths(block, found, H, INNER, min(H_PADDED, AREA // INNER_PADDED), INNER_PADDED)
     if BOTH:
-        reciprocal_lengths(block + H * WIDE, found + WIDE, WIDE, H, min(WIDEP, AREA // HP), HP)
+        reciprocal_lengths(block + H * INNER, found + INNER, INNER, H, min(INNER_PADDED, AREA // H_PADDED), H_PADDED)
 
 
 @triton.jit
 def normalised(h, eps, H: tl.constexpr, RESIDUAL: tl.constexpr):
-    """h over its root mean square by rows, and 1 over that; h itself in the plain form."""
+    """Return each row of h over its root mean square, and the scale 1 / rms(h). In the plain form return h itself."""
     if RESIDUAL:
         scale = root_mean_square(h, eps, H)
         return h * scale[:, None], scale
@@ -141,28 +150,28 @@ def normalised(h, eps, H: tl.constexpr, RESIDUAL: tl.constexpr):
 
 @triton.jit
 def norm_backward(grad, normal, scale, H: tl.constexpr):
-    """Gradient of h from that of normal = h * scale, scale = 1 / rms(h)."""
+    """Return the gradient of h from the gradient of normal = h * scale, where scale = 1 / rms(h)."""
     return scale[:, None] * (grad - normal * (tl.sum(grad * normal, 1) / H)[:, None])
 
 
 @triton.jit
 def block_step(
     h, entered, block, lengths, column,
-    H: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, SHAVED: tl.constexpr, BOTH: tl.constexpr,
+    H: tl.constexpr, INNER: tl.constexpr, SLICE: tl.constexpr, MASK_SLICES: tl.constexpr, BOTH: tl.constexpr,
     RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
-    """h after one block that `entered` goes into; its weights begin at `block`, their reciprocal column lengths at `lengths`."""
+    """Return h after one block with input `entered`. `block` points to its weights, `lengths` to their reciprocal column norms."""
     entered = rounded(entered, OPERAND)
     out = tl.zeros_like(h)
-    for start in range(0, WIDE, SLICE):
-        wide = start + tl.arange(0, SLICE)
-        half1 = 0.5 * load_vector(lengths, wide, WIDE, WIDE % SLICE != 0)
-        w1 = load_tile(block, column, wide, H, WIDE, SHAVED).to(OPERAND)
+    for start in range(0, INNER, SLICE):
+        inner = start + tl.arange(0, SLICE)
+        half1 = 0.5 * load_vector(lengths, inner, INNER, INNER % SLICE != 0)
+        w1 = load_tile(block, column, inner, H, INNER, MASK_SLICES).to(OPERAND)
         u = silu_and_tanh(product(entered, w1, PRECISION, UPCAST) * half1[None, :], TANH)[0]
-        w2 = load_tile(block + H * WIDE, wide, column, WIDE, H, SHAVED).to(OPERAND)
+        w2 = load_tile(block + H * INNER, inner, column, INNER, H, MASK_SLICES).to(OPERAND)
         out += product(rounded(u, OPERAND), w2, PRECISION, UPCAST)
     if BOTH:
-        out = out * load_vector(lengths + WIDE, column, H, SHAVED)[None, :]
+        out = out * load_vector(lengths + INNER, column, H, MASK_SLICES)[None, :]
     if RESIDUAL:
         out += h
     return out
@@ -170,13 +179,16 @@ def block_step(
 
 @triton.jit
 def state_before(
-    states, later, local, level, depth, at, H: tl.constexpr, WIDE: tl.constexpr, P: tl.constexpr, LENT: tl.constexpr
+    states, later, local, level, depth, at, H: tl.constexpr, INNER: tl.constexpr, P: tl.constexpr, ALIASED: tl.constexpr
 ):  # fmt: skip
-    """Where the state of a patch before block `level` lies: the first in `states` (n, p^2, Hx), the others in `later`, of the round
-    (n, L - 1, p^2, Hx) or, LENT, in the gradients of the generated weights: there each in the place of the block before its own,
-    whose gradients are written when the state has been read for the last time. Those of its own begin at `at`."""
-    if LENT:
-        found = later + (at - 2 * WIDE * H)
+    """Return the address of a patch's state before block `level`.
+
+    The state before the first block is in `states` (n, p^2, Hx), the others are in `later` (n, L - 1, p^2, Hx). If ALIASED, `later`
+    is the buffer of the weights' gradients, where this block's gradients start at `at`; the state is stored in the place of the
+    block before. That block's gradients are written only after this state was read for the last time.
+    """
+    if ALIASED:
+        found = later + (at - 2 * INNER * H)
     else:
         found = later + (local * (depth - 1) + (level - 1)) * (P * P * H)
     if level == 0:
@@ -190,86 +202,113 @@ def state_before(
     ]
 )  # fmt: skip
 def forward_kernel(
-    x, weights, embed, table, gains, out_gain, out_weight, out_bias, out, grad, states, later, norms, scales, grads, partials,
+    x,  # (B, C, H, W)
+    weights,  # (B N, L, 2 r Hx^2): W1 (Hx, r Hx), then W2 (r Hx, Hx) of each block
+    embed,  # (Hx, C + F^2)
+    table,  # (p^2, Hx) fp32, from table_kernel
+    gains,  # (L, Hx)
+    out_gain,  # (Hx,)
+    out_weight,  # (C, Hx)
+    out_bias,  # (C,)
+    out,  # (B, C, H, W), contiguous
+    # with KEEP:
+    grad,  # gradient of out (B, C, H, W)
+    states, later,  # see state_before
+    norms,  # (n, L, p^2) fp32: 1 / rms of the states
+    scales,  # (n, L, r Hx + Hx) fp32: reciprocal column norms
+    grads,  # (n, p^2, Hx): gradient of the state after the last block
+    partials,  # (B N, sums) fp32: partial sums per patch, see below
+    # first patch of the launch, patches per row of an image and per image, L, C + F^2, length of a row of `partials`
     first, columns, per_image, depth, features, sums,
+    # strides of x and of grad
     sb: tl.int64, sc: tl.int64, sh: tl.int64, sw: tl.int64, gb: tl.int64, gc: tl.int64, gh: tl.int64, gw: tl.int64, eps,
-    H: tl.constexpr, HP: tl.constexpr, WIDE: tl.constexpr, SLICE: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
-    TOGETHER: tl.constexpr, WIDEP: tl.constexpr, AREA: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    H: tl.constexpr, H_PADDED: tl.constexpr, INNER: tl.constexpr, SLICE: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    TILES_PER_PROGRAM: tl.constexpr, INNER_PADDED: tl.constexpr, AREA: tl.constexpr, C: tl.constexpr, C_PADDED: tl.constexpr,
     BOTH: tl.constexpr, RESIDUAL: tl.constexpr, KEEP: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr, LENT: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr, ALIASED: tl.constexpr,
 ):  # fmt: skip
-    """Velocity of patches from `first`; with KEEP instead what their backward starts from: the states (state_before) before the
-    blocks, normalised, what normalised them (n, L, p^2), and `grads` (n, p^2, Hx), the gradient of the state after the last, from
-    `grad` of the velocity. A patch's row of `partials`, `sums` numbers, then has the share of the gradients of the gains (L, Hx),
-    which backward_kernel writes, then of each tile those of out_gain (Hx), out_weight (C, Hx) and out_bias (C).
+    """Compute the velocity of patches from `first` on. With KEEP, compute what their backward starts from instead.
 
-    A program takes TOGETHER tiles of a patch one by one, and leaves the reciprocal lengths (n, L, r Hx + Hx) in `scales`."""
-    SHARES: tl.constexpr = (P * P + ROWS * TOGETHER - 1) // (ROWS * TOGETHER)
-    SHAVED: tl.constexpr = HP != H or WIDE % SLICE != 0
-    PARTIAL: tl.constexpr = HP != H or P * P % ROWS != 0
-    local = (tl.program_id(0) // SHARES).to(tl.int64)
+    KEEP stores the normalised states before the blocks, their `norms`, and in `grads` the gradient of the state after the last
+    block. A row of `partials` has partial sums of gradients: of the gains (L, Hx), which backward_kernel writes, then per tile of
+    out_gain (Hx), out_weight (C, Hx) and out_bias (C).
+
+    A program takes TILES_PER_PROGRAM tiles of a patch in turn. The kernel is one long function, as its values stay in registers.
+    """
+    PROGRAMS_PER_PATCH: tl.constexpr = (P * P + ROWS * TILES_PER_PROGRAM - 1) // (ROWS * TILES_PER_PROGRAM)
+    MASK_SLICES: tl.constexpr = H_PADDED != H or INNER % SLICE != 0
+    MASK_ROWS: tl.constexpr = H_PADDED != H or P * P % ROWS != 0
+    local = (tl.program_id(0) // PROGRAMS_PER_PATCH).to(tl.int64)
     patch = first + local
-    column = tl.arange(0, HP)
-    channel = tl.arange(0, CP)
-    # Programs that share a patch write the same numbers here.
+    column = tl.arange(0, H_PADDED)
+    channel = tl.arange(0, C_PADDED)
+    # All programs of a patch write the same numbers.
     for level in range(depth):
-        block = weights + (patch * depth + level) * (2 * WIDE * H)
-        block_lengths(block, scales + (local * depth + level) * (WIDE + H), H, HP, WIDE, WIDEP, AREA, BOTH)
+        block = weights + (patch * depth + level) * (2 * INNER * H)
+        block_lengths(
+            block, scales + (local * depth + level) * (INNER + H), H, H_PADDED, INNER, INNER_PADDED, AREA, BOTH
+        )
     tl.debug_barrier()
-    for tile in range(TOGETHER):
-        place = (tl.program_id(0) % SHARES) * TOGETHER + tile
+    for tile in range(TILES_PER_PROGRAM):
+        place = (tl.program_id(0) % PROGRAMS_PER_PATCH) * TILES_PER_PROGRAM + tile
         row = place * ROWS + tl.arange(0, ROWS)
         at, exists = image_places(patch, row, channel, columns, per_image, sb, sc, sh, sw, P, C)
         pixels = tl.load(x + at, mask=exists, other=0.0).to(OPERAND)
-        h = embedded(pixels, embed, table, row, column, channel, features, H, P, C, PARTIAL, OPERAND, PRECISION, UPCAST)
+        h = embedded(
+            pixels, embed, table, row, column, channel, features, H, P, C, MASK_ROWS, OPERAND, PRECISION, UPCAST
+        )
         for level in range(depth):
             entered, scale = normalised(h, eps, H, RESIDUAL)
             if KEEP:
-                begin = (patch * depth + level) * (2 * WIDE * H)
-                state = state_before(states, later, local, level, depth, begin, H, WIDE, P, LENT)
-                store_tile(state, row, column, entered, P * P, H, PARTIAL)
+                begin = (patch * depth + level) * (2 * INNER * H)
+                state = state_before(states, later, local, level, depth, begin, H, INNER, P, ALIASED)
+                store_tile(state, row, column, entered, P * P, H, MASK_ROWS)
                 if RESIDUAL:
                     tl.store(norms + (local * depth + level) * (P * P) + row, scale, mask=row < P * P)
             if RESIDUAL:
-                entered = entered * load_vector(gains + level * H, column, H, HP != H)[None, :]
-            block = weights + (patch * depth + level) * (2 * WIDE * H)
-            lengths = scales + (local * depth + level) * (WIDE + H)
+                entered = entered * load_vector(gains + level * H, column, H, H_PADDED != H)[None, :]
+            block = weights + (patch * depth + level) * (2 * INNER * H)
+            lengths = scales + (local * depth + level) * (INNER + H)
             h = block_step(
                 h, entered, block, lengths, column,
-                H, WIDE, SLICE, SHAVED, BOTH, RESIDUAL, OPERAND, PRECISION, UPCAST, TANH,
+                H, INNER, SLICE, MASK_SLICES, BOTH, RESIDUAL, OPERAND, PRECISION, UPCAST, TANH,
             )  # fmt: skip
         last, scale = normalised(h, eps, H, RESIDUAL)
         if KEEP:
             at, exists = image_places(patch, row, channel, columns, per_image, gb, gc, gh, gw, P, C)
             g_out = tl.load(grad + at, mask=exists, other=0.0).to(OPERAND)
-            leaving = load_tile(out_weight, channel, column, C, H, True)
-            # Rows beyond the patch have a zero gradient, so they add nothing here, whatever their states hold.
+            out_w = load_tile(out_weight, channel, column, C, H, True)
+            # Rows beyond the patch have a zero gradient, so they add nothing, whatever is in their states.
             by_out = product(tl.trans(g_out), rounded(last, OPERAND), PRECISION, UPCAST)
-            g = product(g_out, leaving.to(OPERAND), PRECISION, UPCAST)
+            g = product(g_out, out_w.to(OPERAND), PRECISION, UPCAST)
             into = partials + patch * sums + depth * H + place * ((1 + C) * H + C)
             tl.store(into + (1 + C) * H + channel, tl.sum(g_out.to(tl.float32), 0), mask=channel < C)
             if RESIDUAL:
-                last_gain = load_vector(out_gain, column, H, HP != H)[None, :]
-                # d(out_gain) is read off the same sum over pixels: with M = dv^T n(h), the sum of M's rows times out_weight's.
-                tl.store(into + column, tl.sum(by_out * leaving.to(tl.float32), 0), mask=column < H)
+                last_gain = load_vector(out_gain, column, H, H_PADDED != H)[None, :]
+                # The gradient of out_gain needs no sum over pixels of its own: with M = dv^T n(h), it is the column sum of
+                # M * out_weight.
+                tl.store(into + column, tl.sum(by_out * out_w.to(tl.float32), 0), mask=column < H)
                 by_out *= last_gain
                 g = norm_backward(g * last_gain, last, scale, H)
             store_tile(into + H, channel, column, by_out, C, H, True)
-            store_tile(grads + local * (P * P * H), row, column, g, P * P, H, PARTIAL)
+            store_tile(grads + local * (P * P * H), row, column, g, P * P, H, MASK_ROWS)
         else:
             if RESIDUAL:
-                last = last * load_vector(out_gain, column, H, HP != H)[None, :]
+                last = last * load_vector(out_gain, column, H, H_PADDED != H)[None, :]
             last = rounded(last, OPERAND)
-            leaving = tl.trans(load_tile(out_weight, channel, column, C, H, True).to(OPERAND))
-            velocity = product(last, leaving, PRECISION, UPCAST) + load_vector(out_bias, channel, C, True)[None, :]
+            out_w = tl.trans(load_tile(out_weight, channel, column, C, H, True).to(OPERAND))
+            velocity = product(last, out_w, PRECISION, UPCAST) + load_vector(out_bias, channel, C, True)[None, :]
             at, exists = dense_places(patch, row, channel, columns, per_image, P, C)
             tl.store(out + at, rounded(velocity, out.dtype.element_ty), mask=exists)
 
 
 @triton.jit
 def cosine_of_turns(part, turn):
-    """cos(2 pi part / turn), 0 <= part <= turn / 2: the sine of pi/2 less that, by its Taylor polynomial of degree 11, within 6e-8.
-    tl.cos reduces arguments of any size, and keeps local memory for it."""
+    """Return cos(2 pi part / turn) for 0 <= part <= turn / 2, within 6e-8.
+
+    It is the sine of pi/2 minus the angle, as a Taylor polynomial of degree 11. tl.cos reduces arguments of any size, for which it
+    takes local memory.
+    """
     t = (turn - 4 * part) * (1.5707963267948966 / turn)
     q = t * t
     return t * (
@@ -279,9 +318,9 @@ def cosine_of_turns(part, turn):
 
 @triton.jit
 def cosine_features(pixel, feature, freqs, P: tl.constexpr):
-    """reference.cosine_features at some pixels of a patch, in fp32."""
+    """Return reference.cosine_features at some pixels of a patch, in fp32."""
     i, j = feature // freqs, feature % freqs
-    # u f is a fraction of integers, so whole turns leave the argument of the cosine before it is rounded.
+    # u f is a fraction of integers, so whole turns are removed from the cosine's argument before any rounding.
     turn = 2 * tl.maximum((P - 1) * (freqs - 1), 1)
     along = ((pixel % P) * i * freqs) % turn
     across = ((pixel // P) * j * freqs) % turn
@@ -294,14 +333,18 @@ def cosine_features(pixel, feature, freqs, P: tl.constexpr):
 
 @triton.jit(do_not_specialize=["freqs"])
 def table_kernel(
-    embed, bias, table, waves, freqs, H: tl.constexpr, HP: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
+    embed,  # (Hx, C + F^2)
+    bias,  # (Hx,)
+    table,  # (p^2, Hx) fp32
+    waves,  # (p^2, F^2) fp32, or None
+    freqs, H: tl.constexpr, H_PADDED: tl.constexpr, P: tl.constexpr, C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the embedding adds at each pixel of every patch (p^2, Hx), in fp32; and, unless it is None, `waves` (p^2, F^2)."""
+    """Fill `table` with what the embedding adds at each pixel of every patch, and `waves` with the cosine features."""
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.arange(0, HP)
+    column = tl.arange(0, H_PADDED)
     count = freqs * freqs
-    found = tl.zeros((BLOCK, HP), tl.float32) + load_vector(bias, column, H, HP != H)[None, :]
+    found = tl.zeros((BLOCK, H_PADDED), tl.float32) + load_vector(bias, column, H, H_PADDED != H)[None, :]
     for start in range(0, count, BLOCK):
         feature = start + tl.arange(0, BLOCK)
         wave = cosine_features(pixel[:, None], feature[None, :], freqs, P)

@@ -11,7 +11,7 @@ import torch
 import flowseg_kernels as fk
 
 from ...host_cuda import kernels as host_kernels
-from ..samples import decode_tables, image_batch
+from ...support.samples import decode_tables, image_batch
 
 NO_RESERVE = 0x4000  # MAP_NORESERVE of Linux: a page takes memory only once it is written
 BEYOND = 2**31 + 8

@@ -3,7 +3,7 @@ import torch
 
 import flowseg_kernels as fk
 
-from ..samples import LABEL_DTYPES, image_batch, layouts
+from ...support.samples import LABEL_DTYPES, image_batch, layouts
 
 
 def count_pairs(truth, prediction, classes):
@@ -28,10 +28,10 @@ def test_equals_counting_one_by_one(backend, channels, spread):
         assert torch.equal(fk.decode_confusion(view, target, book), want), name
 
 
-@pytest.mark.parametrize("classes", [19, 200], ids=["counts_of_their_own", "counts_of_all"])
+@pytest.mark.parametrize("classes", [19, 200], ids=["counts_per_thread", "shared_counts"])
 @pytest.mark.parametrize("side", [1, 30], ids=["single_pixels", "areas"])
 def test_threads_count_every_pixel_once(backend, classes, side):
-    """Fewer classes than pixels would fill: each thread counts for itself; else all add to one array, neighbours at once."""
+    """Each thread has its own counts if there are few classes. Else all add to one array, equal neighbours in one addition."""
     book = fk.Codebook(fk.kronecker_centroids(classes, 3))
     height, width = (90, 150) if backend != "triton" else (30, 60)
     target = torch.randint(0, classes, (1, -(-height // side), -(-width // side)))

@@ -3,8 +3,9 @@ import torch
 
 import flowseg_kernels as fk
 from flowseg_kernels.ops.distance_correction.reference import TRANSFORMS, potential
+from flowseg_kernels.runtime.triton import INTERPRETED
 
-from ..samples import (
+from ...support.samples import (
     FLOAT_DTYPES,
     LABEL_DTYPES,
     exact_correction,
@@ -52,7 +53,7 @@ def test_fp32_error_is_at_most_twice_plain_pytorch(backend, transform, tau, spre
     exact = exact_correction(x, labels, book.centroids, tau=tau, **options)
     plain = naive_correction(x, labels, book.centroids, tau=tau, **options)
     got = fk.distance_correction(x, labels, book, temperature=tau, **options)
-    # 1e-30: where every rival is below exp(-60) the answer is made of numbers at the end of fp32's range.
+    # 1e-30: if every other class has a probability below exp(-60), the result is near the end of fp32's range.
     floor = 1e-30 + 4 * torch.finfo(torch.float32).eps * float(exact.abs().max())
     assert largest_error(got, exact) <= max(2 * largest_error(plain, exact), floor)
 
@@ -69,14 +70,14 @@ def test_half_precision_error_is_at_most_twice_plain_pytorch(backend, dtype, tra
     plain = naive_correction(x, labels, codes150.centroids, tau=tau, **options)
     got = fk.distance_correction(x, labels, codes150, temperature=tau, transform=transform)
     assert got.dtype == dtype
-    # 1e-30: as in fp32 above.
+    # 1e-30: as in the fp32 test above.
     assert largest_error(got, exact) <= max(2 * largest_error(plain, exact), 1e-30)
-    # And no more than rounding the exact answer to the dtype costs.
+    # The error is also at most that of rounding the exact result to the dtype.
     assert largest_error(got, exact) <= 1.01 * largest_error(exact.to(dtype), exact) + 1e-5
 
 
 def test_own_weights_that_dominate_leave_the_rest_exact(backend, codes150):
-    """Pixels on their centroids, whose own weight is 1 / eps, below others that lie between centroids."""
+    """The lower half of the image lies on its centroids, where the own weight is 1 / eps; the upper half lies between centroids."""
     labels = torch.randint(0, 150, (1, 24, 32))
     noise = torch.randn(1, 3, 24, 32)
     noise[:, :, :12] *= 0.3
@@ -90,7 +91,11 @@ def test_own_weights_that_dominate_leave_the_rest_exact(backend, codes150):
 
 
 @pytest.mark.parametrize("classes", [1, 2, 255, 256, 257, 3000])
-def test_sums_stay_accurate_for_any_number_of_classes(backend, classes):
+def test_sums_stay_accurate_for_any_number_of_classes(backend, classes, request):
+    if backend == "triton" and INTERPRETED and not request.config.getoption("--every-variant"):
+        classes = min(
+            classes, 1040
+        )  # the interpreter is slow; 65 runs of 16 classes already wrap the kernel's mask of 64 runs
     book = fk.Codebook(fk.kronecker_centroids(classes, 3), ignore_index=-1)
     labels = torch.randint(0, classes, (1, 16, 20))
     x = book.encode(labels) + 0.05 * torch.randn(1, 3, 16, 20)
@@ -106,7 +111,7 @@ def test_sums_stay_accurate_for_any_number_of_classes(backend, classes):
 @pytest.mark.parametrize(
     "scale, eps", [(1e-30, 1e-2), (1e3, 1e-2), (1e6, 1e-2), (1e12, 1.0), (1.0, 1e-14), (1.0, 1e-30)]
 )
-def test_far_points_and_tiny_eps_stay_finite_and_right(backend, scale, eps):
+def test_far_points_and_tiny_eps_give_finite_and_accurate_results(backend, scale, eps):
     mu = fk.kronecker_centroids(40, 3)
     x = torch.randn(1, 3, 12, 15) * scale
     labels = torch.randint(0, 40, (1, 12, 15))
@@ -157,5 +162,5 @@ def test_nan_stays_in_its_pixel_and_ignored_pixels_are_zero(backend, codes19):
     assert got[0, :, 2, 3].isnan().all() and not got[1, :, 0, 0].any()
     same = torch.ones_like(labels, dtype=torch.bool)
     same[0, 2, 3] = same[1, 0, 0] = False
-    # A NaN sends its block through the general formula, so the others agree to rounding.
+    # A NaN makes its block use the general formula, so the other pixels agree only to rounding.
     torch.testing.assert_close(got.movedim(1, -1)[same], want.movedim(1, -1)[same], rtol=1e-4, atol=1e-4)

@@ -6,18 +6,20 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.ops.distance_correction.reference import potential
 
-from ..samples import FLOAT_DTYPES, image_batch, largest_error, layouts, naive_loss
+from ...support.samples import FLOAT_DTYPES, image_batch, largest_error, layouts, naive_loss
 
-FORMS = list(itertools.product(("velocity", "endpoint"), ("velocity", "endpoint"), ("static", "annealed"), (0.0, 0.7)))
+OPTIONS = list(
+    itertools.product(("velocity", "endpoint"), ("velocity", "endpoint"), ("static", "annealed"), (0.0, 0.7))
+)
 
 
 @pytest.mark.many_forms(5)
-@pytest.mark.parametrize("predicts, space, schedule, weight", FORMS)
+@pytest.mark.parametrize("predicts, space, schedule, weight", OPTIONS)
 @pytest.mark.parametrize("channels", [1, 3, 6])
 def test_value_and_gradient_equal_plain_autograd_in_fp64(backend, predicts, space, schedule, weight, channels):
     mu = fk.kronecker_centroids(21, channels, dtype=torch.float64)
     x, source, labels, _ = image_batch(mu, dtype=torch.float64)
-    t = torch.tensor([0.3, 0.99], dtype=torch.float64)  # the second lies beyond 1 - t_min
+    t = torch.tensor([0.3, 0.99], dtype=torch.float64)  # the second time is beyond 1 - t_min
     x.requires_grad_()
     want = naive_loss(
         x, source, labels, t, mu, predicts=predicts, space=space, weight=weight, schedule=schedule, eps=0.02
@@ -32,7 +34,7 @@ def test_value_and_gradient_equal_plain_autograd_in_fp64(backend, predicts, spac
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_changing_a_gradient_leaves_the_next_one_right(backend, codes19, dtype, reduction):
+def test_changing_a_gradient_in_place_does_not_change_the_next_one(backend, codes19, dtype, reduction):
     x, source, labels, t = image_batch(codes19.centroids, dtype=dtype)
     x.requires_grad_()
     loss = fk.flow_loss(x, source, labels, t, codes19, reduction=reduction)
@@ -52,7 +54,7 @@ def test_changing_a_gradient_leaves_the_next_one_right(backend, codes19, dtype, 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_batch_of_incoming_gradients(backend, codes19, keep):
-    """What torch.autograd.functional.jacobian(vectorize=True) asks for: the residual must not become one gradient of several."""
+    """torch.autograd.functional.jacobian(vectorize=True) passes such a batch. The residual must not become one of its gradients."""
     x, source, labels, t = image_batch(codes19.centroids)
     x = x.float().requires_grad_()
     loss = fk.flow_loss(x, source.float(), labels, t, codes19)
@@ -65,7 +67,7 @@ def test_a_batch_of_incoming_gradients(backend, codes19, keep):
 
 @pytest.mark.parametrize("transform", ["neg_log", "neg_sq", "neg_dist", "inverse"])
 def test_the_correction_is_an_auxiliary_cross_entropy(backend, transform):
-    """grad of the reshaped loss = grad of |v - v_gt|^2 + 2 lambda w / (1-t) Phi(xhat), method section 7."""
+    """grad of the corrected loss = grad of |v - v_gt|^2 + 2 lambda w / (1-t) Phi(xhat): see docs/method.md."""
     mu = fk.kronecker_centroids(12, 3, dtype=torch.float64)
     v, source, labels, t = image_batch(mu, dtype=torch.float64)
     t = 0.8 * t
@@ -89,9 +91,9 @@ def test_the_correction_is_an_auxiliary_cross_entropy(backend, transform):
     "tau, spread", [(1.0, 0.2), (1.0, 1e-2), (1.0, 1e-4), (0.5, 1e-2), (2.0, 1e-2), (0.5, 1e-4), (2.0, 1e-4)]
 )
 def test_error_is_at_most_twice_plain_pytorch(backend, dtype, predicts, tau, spread, codes150):
-    """An end-point prediction is near its code itself; a velocity's end point spreads by the source besides."""
+    """`spread` is the distance of an endpoint prediction from its code. A velocity's endpoint also varies with the source."""
     x, source, labels, t = image_batch(codes150.centroids, 2, 20, 24, spread, dtype)
-    form = {
+    options = {
         "predicts": predicts,
         "space": predicts,
         "weight": 1.0,
@@ -100,9 +102,9 @@ def test_error_is_at_most_twice_plain_pytorch(backend, dtype, predicts, tau, spr
         "tau": tau,
     }
     results = []
-    for kind in (torch.float64, dtype):
-        leaf = x.to(kind).requires_grad_()
-        loss = naive_loss(leaf, source.to(kind), labels, t, codes150.centroids, **form)
+    for each in (torch.float64, dtype):
+        leaf = x.to(each).requires_grad_()
+        loss = naive_loss(leaf, source.to(each), labels, t, codes150.centroids, **options)
         results.append((loss, torch.autograd.grad(loss, leaf)[0]))
     leaf = x.clone().requires_grad_()
     loss = fk.flow_loss(leaf, source, labels, t, codes150, predicts=predicts, temperature=tau)
@@ -167,7 +169,7 @@ def test_source_may_have_another_dtype(backend, codes150):
 
 
 def test_fp16_gradients_do_not_vanish_in_large_batches(backend):
-    """1 / number of pixels is below fp16's range; it must meet the loss scale in fp32 first."""
+    """1 / number of pixels underflows in fp16, so it must be multiplied by the loss scale in fp32."""
     codes2 = fk.Codebook(torch.tensor([[-0.5, 0.0, 0.5], [0.5, 0.5, -0.5]]))
     x, source, labels, t = image_batch(codes2.centroids, 2, 400, 500, dtype=torch.float16, ignored=0)
     x.requires_grad_()
@@ -177,7 +179,7 @@ def test_fp16_gradients_do_not_vanish_in_large_batches(backend):
 
 def test_all_ignored_gives_zero(backend, codes19):
     x, source, labels, t = image_batch(codes19.centroids)
-    x[0, 0, 0, 0] = torch.nan  # even where the prediction is not a number
+    x[0, 0, 0, 0] = torch.nan  # even if the prediction is NaN
     x.requires_grad_()
     labels = torch.full_like(labels, 255)
     for reduction in ("mean", "sum"):
@@ -206,7 +208,7 @@ def test_bitwise_repeatable_over_threads(backend, codes19):
     torch.testing.assert_close(results[0], results[2])
 
 
-def test_module_holds_options(backend, codes150):
+def test_module_keeps_its_options(backend, codes150):
     x, source, labels, t = image_batch(codes150.centroids)
     module = fk.FlowLoss(codes150, predicts="endpoint", correction_weight=0.5)
     want = fk.flow_loss(x, source, labels, t, codes150, predicts="endpoint", correction_weight=0.5)

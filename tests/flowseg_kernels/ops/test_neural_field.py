@@ -4,24 +4,24 @@ import pytest
 import torch
 
 import flowseg_kernels as fk
-from flowseg_kernels.runtime.triton_forms import INTERPRETED
+from flowseg_kernels.runtime.triton import INTERPRETED
 
-from ..samples import layouts
+from ...support.samples import layouts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VARIANTS = [("both", "residual"), ("first", "residual"), ("both", "plain"), ("first", "plain")]
-#: Height and width of a field of 4 x 4 patches; the interpreter takes some 50 ms for each patch, forward and backward.
+#: Height and width of images with 4 x 4 patches. The interpreter takes some 50 ms per patch for forward and backward.
 HEIGHT, WIDTH = (8, 4) if INTERPRETED else (8, 12)
 
 
 @pytest.fixture
 def brief(backend, request):
-    """Whether a test takes smaller fields and fewer of them, as only --every-variant makes the slow interpreter take all."""
+    """Whether to test fewer and smaller fields: with the slow interpreter, unless --every-variant is given."""
     return backend == "triton" and INTERPRETED and not request.config.getoption("--every-variant")
 
 
 def pixnerd_field(x, s_weights, embed_w, embed_b, norms, out_norm, out_w, out_b, p, r, variant=VARIANTS[0], eps=1e-6):
-    """PixNerd's decoder written from its formulas (method section 5), patch by patch and pixel by pixel of a patch."""
+    """PixNerd's decoder written from its formulas (docs/ops/neural_field.md), per patch and per pixel of a patch."""
     normalise, form = variant
     batch, channels, height, width = x.shape
     hidden = embed_b.shape[0]
@@ -121,7 +121,7 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("variant", VARIANTS, ids="-".join)
 def test_second_and_forward_derivatives_are_those_of_the_formula(backend, variant):
-    inputs = field_inputs(1, 4, 1, 1, 2, 2, batch=1, height=2, width=4, form=variant[1])
+    inputs = field_inputs(1, 2, 1, 1, 2, 2, batch=1, height=2, width=4, form=variant[1])
     leaves = [v for v in inputs if v is not None]
 
     def run(*values):
@@ -143,10 +143,10 @@ def test_second_and_forward_derivatives_are_those_of_the_formula(backend, varian
 
 
 def values_and_gradients(call, inputs, dtype):
-    """call(*leaves) in a dtype, and its gradient in every leaf for a fixed weighting of the output."""
+    """Return call(*leaves) in a dtype, and the gradients of all leaves for a fixed weighting of the output."""
     leaves = [v if v is None else v.detach().to(dtype).requires_grad_() for v in inputs]
     out = call(*leaves)
-    # Not around zero, where the bias' gradient of one number would be all cancellation.
+    # The weights are not centred on zero: the gradient of a bias of one number would be all cancellation.
     weighting = (1.5 + torch.arange(out.numel(), dtype=torch.float64).cos()).view(out.shape).to(dtype)
     return [out, *torch.autograd.grad(out, [v for v in leaves if v is not None], weighting)]
 
@@ -160,7 +160,7 @@ SIZES = {  # channels, hidden, depth, ratio, p, freqs
 
 
 def assert_errors_at_most_twice_plain_pytorch(made, dtype, p, ratio, variant):
-    """Output and every gradient against fp64, in the root mean square of each; of a few numbers four ulp are chance."""
+    """Compare the norms of the errors of the output and of every gradient, against fp64. Four ulp are always allowed."""
     inputs = [v if v is None else v.to(dtype) for v in made]
     options = {"patch_size": p, "mlp_ratio": ratio, "normalise": variant[0], "form": variant[1]}
 
@@ -181,7 +181,7 @@ def assert_errors_at_most_twice_plain_pytorch(made, dtype, p, ratio, variant):
 @pytest.mark.parametrize("size", SIZES)
 def test_errors_are_at_most_twice_plain_pytorch(brief, size, dtype, variant):
     if brief:
-        # PixNerd's sizes in its own variant, each other size and dtype in one of the four.
+        # PixNerd's sizes run in PixNerd's variant, every other size and dtype in one of the four variants.
         turn = 0 if size == "pixnerd" else list(SIZES).index(size) + DTYPES.index(dtype)
         if VARIANTS.index(variant) != turn % len(VARIANTS):
             pytest.skip("the interpreter is slow: another variant is tested for this size and dtype")
@@ -196,25 +196,27 @@ def test_errors_are_at_most_twice_plain_pytorch(brief, size, dtype, variant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("p, tiles, together", [(16, (8, 4), (4, 4)), (24, (18, 9), (2, 1))])
 def test_several_tiles_in_a_program(backend, monkeypatch, p, tiles, together, dtype):
-    """As programs of a large image take them; nine tiles are no whole number of twos, so they stay apart."""
+    """Programs take several tiles, as for a large image. Nine tiles do not divide by two, so programs take one each."""
     if backend != "triton":
-        pytest.skip("only the Triton kernels take tiles")
-    from flowseg_kernels.ops.neural_field import triton_kernels
+        pytest.skip("only the Triton kernels have tiles")
+    from flowseg_kernels.ops.neural_field import triton_settings
 
-    monkeypatch.setattr(triton_kernels, "_PROGRAMS_AT_ONCE", 2)
+    monkeypatch.setattr(triton_settings, "_PROGRAMS_AT_ONCE", 2)
     made = field_inputs(2, 16, 1, 1, p, 2, batch=1, height=p, width=2 * p)
     place = (torch.float32, torch.bfloat16).index(dtype)
     for kernel in ("forward", "states"):
-        rows = triton_kernels.launch_settings(kernel, 16, 16, p * p, dtype).rows
-        assert -(-p * p // rows) == tiles[place] and triton_kernels.tiles_together(2, p * p, rows) == together[place]
+        rows = triton_settings.launch_settings(kernel, 16, 16, p * p, dtype).rows
+        assert (
+            -(-p * p // rows) == tiles[place] and triton_settings.tiles_per_program(2, p * p, rows) == together[place]
+        )
     assert_errors_at_most_twice_plain_pytorch(made, dtype, p, 1, VARIANTS[0])
 
 
 @pytest.mark.parametrize("channels, hidden, ratio, p", [(1, 8, 1, 2), (5, 24, 1, 3), (3, 7, 3, 5), (3, 16, 2, 32)])
 def test_odd_sizes(brief, channels, hidden, ratio, p):
-    """Widths and patches that fill no vector, and patches of many panels."""
+    """Widths and patches that do not fill a vector, and patches of many panels."""
     if brief and p == 32:
-        pytest.skip("the interpreter is slow: test_several_tiles_in_a_program takes patches of many tiles")
+        pytest.skip("the interpreter is slow: test_several_tiles_in_a_program has patches of many tiles")
     inputs = field_inputs(channels, hidden, 2, ratio, p, 2, batch=1, height=2 * p, width=p)
     exact = values_and_gradients(lambda *v: pixnerd_field(*v, p, ratio), inputs, torch.float64)
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 0.1)):
@@ -234,7 +236,7 @@ def test_any_layout_of_pixels_and_weights(backend):
         strided = weighting.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
         for a, b in zip((out, *torch.autograd.grad(out, leaves, strided)), want):
             torch.testing.assert_close(a, b, msg=name)
-    # A sum hands backward a gradient without strides of its own.
+    # The gradient of a sum is expanded: its strides are zero.
     leaves = [v.requires_grad_() for v in inputs]
     expanded = torch.autograd.grad(fk.neural_field(*leaves, patch_size=4).sum(), leaves)
     ones = torch.autograd.grad(fk.neural_field(*leaves, patch_size=4), leaves, torch.ones_like(leaves[0]))
@@ -254,9 +256,9 @@ def test_no_patches_and_no_blocks(backend):
 
 
 def test_results_do_not_depend_on_threads(backend):
-    """150 patches: chunks of three for the shared gradients, the last one short."""
+    """Shared gradients of 150 patches are summed in groups of three; the last group is short."""
     if backend == "triton":
-        pytest.skip("its kernels use no CPU threads; test_rounds_of_the_triton_backward repeats a run")
+        pytest.skip("Triton kernels use no CPU threads; test_rounds_of_the_triton_backward repeats a run")
     inputs = field_inputs(3, 16, 1, 1, 4, 2, torch.float32, batch=2, height=12, width=100)
     threads, found = torch.get_num_threads(), []
     try:
@@ -268,16 +270,16 @@ def test_results_do_not_depend_on_threads(backend):
     finally:
         torch.set_num_threads(threads)
     if backend == "reference":
-        pytest.skip("PyTorch's own sums may depend on threads")
+        pytest.skip("PyTorch's sums may depend on the number of threads")
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other))
 
 
 def test_rounds_of_the_triton_backward(backend, monkeypatch):
-    """9 patches in one round, twice, and in rounds of two, the last one short."""
+    """Run 9 patches in one round twice, then in rounds of two, of which the last is short."""
     if backend != "triton":
         pytest.skip("only the Triton backward takes patches in rounds")
-    from flowseg_kernels.ops.neural_field import triton_kernels
+    from flowseg_kernels.ops.neural_field import triton_settings
 
     inputs = field_inputs(3, 16, 1, 1, 4, 2, torch.float32, batch=1, height=4, width=36)
 
@@ -286,15 +288,15 @@ def test_rounds_of_the_triton_backward(backend, monkeypatch):
 
     want = run()
     assert all(torch.equal(a, b) for a, b in zip(run(), want))
-    monkeypatch.setattr(triton_kernels, "_PATCHES_AT_ONCE", 2)
-    assert triton_kernels.patches_at_once(9, 1) == 2
+    monkeypatch.setattr(triton_settings, "_PATCHES_PER_ROUND", 2)
+    assert triton_settings.patches_per_round(9, 1) == 2
     got = run()
     for place, (a, b) in enumerate(zip(got, want)):
         torch.testing.assert_close(a, b, msg=str(place))
-    assert all(torch.equal(got[place], want[place]) for place in (0, 1, 2))  # what no sum over patches enters
+    assert all(torch.equal(got[place], want[place]) for place in (0, 1, 2))  # these have no sum over patches
 
 
-def test_a_bad_patch_stays_in_its_place(backend):
+def test_a_nan_stays_in_its_pixel(backend):
     inputs = [v.detach() for v in field_inputs(dtype=torch.float32)]
     want = fk.neural_field(*inputs, patch_size=4)
     inputs[0][0, 1, 5, 2] = float("nan")
@@ -317,7 +319,7 @@ def test_zero_weights_have_finite_gradients(backend, brief, dtype, normalise):
 
 @pytest.mark.parametrize("again", [False, True])
 def test_second_derivatives_where_inputs_depend_on_each_other(backend, again):
-    """As in a gradient penalty: the incoming gradient depends on x, and the weights on what else the loss sees."""
+    """As in a gradient penalty, the incoming gradient depends on x, and the weights depend on another input of the loss."""
 
     def penalty(field):
         torch.manual_seed(3)
@@ -335,8 +337,8 @@ def test_second_derivatives_where_inputs_depend_on_each_other(backend, again):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_bad_gradient_is_seen_in_those_of_its_patch_alone(backend, brief, dtype, bad):
-    """What scales a loss must see that it was too large, in the gradients of the weights too, which may be all that is trained."""
+def test_a_bad_incoming_gradient_reaches_only_the_weights_of_its_patch(backend, brief, dtype, bad):
+    """A loss scaler must see an overflow in the gradients of the weights too: they may be the only ones in training."""
     inputs = field_inputs(dtype=dtype, batch=1, depth=1)
     out = fk.neural_field(*inputs, patch_size=4)
     incoming = torch.full_like(out, 0.1)
@@ -348,19 +350,22 @@ def test_a_bad_gradient_is_seen_in_those_of_its_patch_alone(backend, brief, dtyp
     assert torch.isfinite(grad).all()
 
 
-def decoder_and_inputs(batch=3, **options):
+def decoder_and_inputs(batch=3, height=12, width=8, **options):
+    """A decoder with patches of 4 x 4 pixels, an image x and its patches' features s."""
     torch.manual_seed(1)
     decoder = fk.NeuralFieldDecoder(10, hidden=16, depth=2, patch_size=4, max_freqs=3, **options)
     torch.nn.init.normal_(decoder.final_layer.linear.weight)
-    return decoder, torch.randn(batch, 3, 12, 8, requires_grad=True), torch.randn(batch, 6, 10, requires_grad=True)
+    patches = (height // 4) * (width // 4)
+    x = torch.randn(batch, 3, height, width, requires_grad=True)
+    return decoder, x, torch.randn(batch, patches, 10, requires_grad=True)
 
 
 @pytest.mark.parametrize("form", ["residual", "plain"])
 @pytest.mark.parametrize("patch_chunk", [1, 4, 7, 100])
 def test_chunks_of_patches_change_nothing(brief, patch_chunk, form):
-    """1: a row of two patches a chunk; 4: two rows; 7: one image of six; 100: all."""
+    """Patches per chunk: 1 gives chunks of one row of two, 4 of two rows, 7 of one image of six, 100 of everything."""
     if brief and (patch_chunk, form) not in ((4, "residual"), (7, "plain")):
-        pytest.skip("chunks are made before a backend is chosen")
+        pytest.skip("chunks do not depend on the backend")
     found = []
     for chunk in (None, patch_chunk):
         decoder, x, s = decoder_and_inputs(2 if brief else 3, patch_chunk=chunk, form=form)
@@ -372,9 +377,10 @@ def test_chunks_of_patches_change_nothing(brief, patch_chunk, form):
 
 def test_chunks_compile_whole_cast_and_honour_frozen_inputs(brief):
     torch._dynamo.reset()
-    batch = 1 if brief else 3
-    decoder, x, s = decoder_and_inputs(batch, patch_chunk=4)
-    whole, _, _ = decoder_and_inputs(batch)
+    # Chunks are two rows and one row of each image; the slow interpreter takes two patches as two chunks.
+    sizes, chunk = ({"batch": 1, "height": 8, "width": 4}, 1) if brief else ({"batch": 3}, 4)
+    decoder, x, s = decoder_and_inputs(**sizes, patch_chunk=chunk)
+    whole, _, _ = decoder_and_inputs(**sizes)
     compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
     outs = compiled(x, s), whole(x, s)
     torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
@@ -393,7 +399,7 @@ def test_chunks_compile_whole_cast_and_honour_frozen_inputs(brief):
 
 
 def test_a_denser_grid_agrees_where_points_are_shared(backend):
-    """At 2 p - 1 pixels a side, every second pixel sits where a pixel of the trained grid does."""
+    """At 2 p - 1 pixels per side, every second pixel is at the position of a pixel of the trained grid."""
     decoder, x, s = decoder_and_inputs()
     coarse = decoder(x, s)
     patches = x.view(3, 3, 3, 4, 2, 4)
@@ -446,10 +452,11 @@ def test_bad_arguments_are_named(change, words):
 
 @pytest.mark.parametrize("side", [-1, 1])
 def test_error_of_the_approximate_tanh(side):
-    """SiLU and its derivative as the bf16 kernels on NVIDIA GPUs form them, which the interpreter cannot run.
+    """SiLU and its derivative as the bf16 kernels compute them on NVIDIA GPUs, where the interpreter cannot run.
 
-    PTX bounds the relative error of tanh.approx.f32 by 2^-11 (PTX ISA 9.7.3.22). Here it is at that bound, one way, for every z.
-    Around zero that is within bf16's own error; where SiLU of a negative z vanishes the sigmoid's error stays, in proportion to z.
+    PTX bounds the relative error of tanh.approx.f32 by 2^-11 (PTX ISA 9.7.3.22). Here every z has that error, always to the same
+    side. Around zero the result is within bf16's own error. For large negative z, SiLU vanishes but the error stays, in proportion
+    to z.
     """
 
     def errors(z):
@@ -473,5 +480,5 @@ def test_error_of_the_approximate_tanh(side):
     z = torch.linspace(-12, -4, 1 << 14, dtype=torch.float64)
     (silu, ratio), (slope, slope_ratio) = errors(z)
     assert (silu <= z.abs() * 2.0**-12 * 1.001).all() and (slope <= (1 + z.abs()) * 2.0**-12 * 1.001).all()
-    # What docs/ops/neural_field.md says of it.
+    # docs/ops/neural_field.md quotes these two ratios.
     assert (round(ratio), round(slope_ratio)) == (14, 17)

@@ -1,17 +1,17 @@
-"""Tensors whose elements lie more than 2^32 apart, in memory of which next to nothing is touched."""
+"""Tensors with elements more than 2^32 apart. Their memory is reserved but hardly touched."""
 
 import torch
 
 import flowseg_kernels as fk
 
-from ..samples import image_batch
+from ...support.samples import image_batch
 
-# In 32 bits it is 24: a wrong number where the memory is ours, not a crash.
+# Truncated to 32 bits this offset is 24, which is inside the tensor: a truncated offset gives a wrong number, not a crash.
 FAR = 2**32 + 24
 
 
 def far_apart(x):
-    """x (2, ...) with its two entries FAR elements from each other."""
+    """Return x (2, ...) with its two entries FAR elements apart."""
     memory = torch.empty(FAR + x[0].numel(), dtype=x.dtype)
     view = memory.as_strided(x.shape, (FAR, *x[0].contiguous().stride()))
     view.copy_(x)

@@ -1,4 +1,4 @@
-"""Notes that the machine code of the Triton kernels is looked at."""
+"""Records that this run inspects the machine code of the Triton kernels."""
 
 import pytest
 
@@ -6,6 +6,6 @@ from ...conftest import proof
 
 
 @pytest.fixture(autouse=True)
-def _noted(request):
+def _recorded(request):
     if request.module.__name__.endswith("test_triton"):
         proof("triton_code")

@@ -1,8 +1,9 @@
-"""What a call of the field costs the host on a GPU: its launches, its calls of PyTorch, and its time with the launches left out.
+"""Host cost of a call of the field on a GPU: its launches, its calls of PyTorch, and its time without the launches.
 
-`python -m tests.flowseg_kernels.static.field_host` prints a table in half a minute. Tensors are on the meta device, so that calls
-of PyTorch take the time of their own host code alone. "With Triton" adds what Triton does before a launch, which the column before
-leaves out. What is around that host code, whatever the size, is measured with the op on small tensors and no kernel at all.
+`python -m tests.flowseg_kernels.static.field_host` prints a table in half a minute. Tensors are on the meta device, so a call of
+PyTorch takes only the time of its host code. The column "host" leaves the launches out; "with Triton" adds what Triton does before
+each launch. The last line is the cost of the op around the kernels' host code, measured on small tensors without any kernel; it
+does not depend on the size.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import flowseg_kernels as fk
 from bench import field_plain
 from bench.memory import without_kernels
-from flowseg_kernels.ops.neural_field import triton_kernels
+from flowseg_kernels.ops.neural_field import triton_launch
 
 from . import pretended_gpu
 
-#: PixNerd's.
+#: PixNerd's sizes.
 PATCH, HIDDEN, RATIO = 16, 64, 2
 DEPTHS = {"L": 2, "XL": 4}
 OPTIONS = (PATCH, RATIO, 1e-6, "both", "residual")
@@ -38,11 +39,11 @@ def arguments(
 
 
 def forward(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return triton_kernels.neural_field(*tensors, *OPTIONS)
+    return triton_launch.neural_field(*tensors, *OPTIONS)
 
 
 def backward(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    return triton_kernels.neural_field_bwd(tensors[0], *tensors, *OPTIONS, [True] * len(tensors))
+    return triton_launch.neural_field_bwd(tensors[0], *tensors, *OPTIONS, [True] * len(tensors))
 
 
 class Calls(NamedTuple):
@@ -61,7 +62,7 @@ class _Noted(TorchDispatchMode):
 
 
 def calls(run, tensors: list[torch.Tensor]) -> Calls:
-    """What a run launches and calls of PyTorch, by name and in order."""
+    """Names of the kernels that a run launches and of the PyTorch ops it calls, in order."""
     launched = []
     with without_kernels(launched), torch.no_grad(), _Noted() as noted:
         run(tensors)
@@ -69,7 +70,7 @@ def calls(run, tensors: list[torch.Tensor]) -> Calls:
 
 
 def microseconds(run, *args, seconds: float = 1.0) -> float:
-    """The median of as many runs as fit."""
+    """Median time of the runs that fit in `seconds`."""
     run(*args)
     run(*args)
     times, end = [], time.perf_counter() + seconds
@@ -82,17 +83,17 @@ def microseconds(run, *args, seconds: float = 1.0) -> float:
 
 @contextlib.contextmanager
 def _op_without_kernels():
-    """Inside, fk.neural_field on the CPU reaches two functions in place of the host code of the Triton kernels."""
+    """Inside the block fk.neural_field, on CPU tensors, calls two stubs instead of the host code of the Triton kernels."""
     both = {
         "neural_field": lambda x, *rest: torch.empty_like(x),
         "neural_field_bwd": lambda grad, *rest: tuple(map(torch.empty_like, rest[:8])),
     }
-    with pretended_gpu.launches(), unittest.mock.patch.multiple(triton_kernels, **both):
+    with pretended_gpu.launches(), unittest.mock.patch.multiple(triton_launch, **both):
         yield
 
 
 def wrapped() -> tuple[float, float]:
-    """Microseconds of the op's forward, and of its forward and backward, without those of the host code of its kernels."""
+    """Microseconds of the op's forward, and of forward and backward together, without the host code of its kernels."""
     tensors = [v.requires_grad_() for v in arguments(1, 4, device="cpu")]
 
     def both():

@@ -1,8 +1,11 @@
-"""Predicts the neural field's Triton kernels on an H200 from their machine code, beside the roofs. No GPU confirms it.
+"""Predicts the time of the neural field's Triton kernels on an H200 from their machine code, with their roofs.
 
-`python -m tests.flowseg_kernels.static.field_roof` writes what it finds to field_budget.json and prints the tables of
-docs/notes/performance.md (a minute): bf16, Hx = 64, r = 2, p = 16, C = 3. Loops' lengths times their trips give the warp
-instructions; a kernel takes as long as the longest of instructions, products, operands of products in shared memory, and bytes.
+`python -m tests.flowseg_kernels.static.field_roof` writes the results to field_budget.json and prints the tables of
+docs/notes/performance.md (a minute). The sizes: bf16, Hx = 64, r = 2, p = 16, C = 3.
+
+Lengths of loops times their trip counts give the warp instructions. A kernel's time is the longest of four: warp instructions,
+matrix products, reads of their operands from shared memory, and bytes of global memory. Measurements on an H100 refuted these
+predictions: the kernels take three to five times as long (docs/notes/h100.md).
 """
 
 from __future__ import annotations
@@ -16,19 +19,17 @@ import re
 from typing import NamedTuple
 
 import triton
-from triton import compile as compile_kernel
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from bench.field_plain import products
-from flowseg_kernels.ops.neural_field.triton_kernels import form, patches_together
+from flowseg_kernels.ops.neural_field.triton_settings import patches_per_group
 
+from ...support.aot import compiled, field_variant
 from . import sass
 from .cuda_budget import REGISTERS
 
 PATH = pathlib.Path(__file__).with_name("field_budget.json")
-#: Of an H200: floating-point operations of bf16 products, bytes and warp instructions in a nanosecond; four warp instructions
-#: take a clock of a multiprocessor, which reads 128 bytes of its shared memory.
+#: Throughput of an H200 per nanosecond: floating-point operations of bf16 products, bytes of global memory, warp instructions.
+#: A multiprocessor issues four warp instructions per clock and reads 128 bytes of shared memory.
 PRODUCTS, BYTES, ISSUED = 790e3, 4300.0, 1030.0
 SHARED = ISSUED / 4 * 128
 HIDDEN, WIDE, PIXELS, CHANNELS, TILES = 64, 128, 256, 3, 4
@@ -40,30 +41,17 @@ _STATE = PIXELS * HIDDEN * 2
 _PIXELS = PIXELS * CHANNELS * 2
 
 
-def compiled(variant, target):
-    """A form of a kernel for "sm_90", "gfx942" and so on. Pointers are declared aligned, as tensors are."""
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(variant.signature.values()) if kind[0] == "*"}
-    constants, options = dict(variant.constants), dict(variant.options)
-    if target.startswith("gfx"):
-        gpu = GPUTarget("hip", target, 64)
-        if "TANH" in constants:  # NVIDIA's instruction
-            constants["TANH"] = False
-    else:
-        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    return compile_kernel(ASTSource(variant.kernel, variant.signature, constants, aligned), target=gpu, options=options)
-
-
 @functools.cache
 def machine_code(name: str, patches: int = 1024):
-    """A kernel's form for sm_90, its compiled kernel and its instructions."""
-    variant = form(name, patches=patches)
+    """Return a kernel's variant, its compiled kernel for sm_90 and its instructions."""
+    variant = field_variant(name, patches=patches)
     kernel = compiled(variant, "sm_90")
     (code,) = sass.disassemble(kernel.asm["cubin"]).values()
     return variant, kernel, code
 
 
 class Cost(NamedTuple):
-    """Nanoseconds a patch."""
+    """Nanoseconds per patch."""
 
     instructions: float
     products: float
@@ -72,24 +60,26 @@ class Cost(NamedTuple):
 
 
 def trips(name: str, constants: dict, depth: int, patches: int) -> list[int]:
-    """How often each loop of a kernel runs, in the order of the code."""
+    """Return the trip count of each loop of a kernel, in the order of the code."""
     if name == "enter":
-        return [patches_together(patches)]
+        return [patches_per_group(patches)]
     slices = WIDE // constants["SLICE"]
     if name == "backward":
-        return [depth, slices, WIDE // constants["BAND"]]  # of two loops over bands one is unrolled
-    return [depth, constants["TOGETHER"], depth, slices]
+        return [depth, slices, WIDE // constants["BAND"]]  # one of the two loops over bands is unrolled
+    return [depth, constants["TILES_PER_PROGRAM"], depth, slices]
 
 
 def operand_bytes(product: sass.Instruction) -> int:
-    """What a warp-group product reads of shared memory: (64, 16) unless that is in registers, and (16, N), of 16 bits."""
-    wide, both = re.search(r"64x(\d+)x16\S* R\d+, (gdesc)?", product.text).groups()
-    return 2 * 16 * (int(wide) + (64 if both else 0))
+    """Return the bytes that a warp-group product reads from shared memory: a 16-bit (16, N), and a (64, 16) if not in registers."""
+    columns, both = re.search(r"64x(\d+)x16\S* R\d+, (gdesc)?", product.text).groups()
+    return 2 * 16 * (int(columns) + (64 if both else 0))
 
 
 def warp_totals(code: list[sass.Instruction], counts: list[int]) -> tuple[int, int]:
-    """Instructions that one warp of a program issues, and bytes of shared memory that products read for a warp group; code
-    that is branched around counts once."""
+    """Return the instructions that a warp issues, and the bytes of shared memory that products read for a warp group.
+
+    Code inside a branch counts as if the branch were always taken.
+    """
     loops = sorted(sass.loops(code), key=lambda loop: (loop.first, -loop.last))
     assert len(loops) == len(counts), "a loop was unrolled or split: the trips no longer describe this code"
     times = [math.prod(n for n, loop in zip(counts, loops) if loop.first <= i.address <= loop.last) for i in code]
@@ -98,7 +88,7 @@ def warp_totals(code: list[sass.Instruction], counts: list[int]) -> tuple[int, i
 
 def costs(name: str, depth: int, patches: int) -> Cost:
     variant, _, code = machine_code(name, patches)
-    together = patches_together(patches) if name == "enter" else variant.constants.get("TOGETHER", TILES)
+    together = patches_per_group(patches) if name == "enter" else variant.constants.get("TILES_PER_PROGRAM", TILES)
     programs = TILES / together
     warps = programs * variant.options["num_warps"]
     issued, read = warp_totals(code, trips(name, variant.constants, depth, patches))
@@ -108,14 +98,14 @@ def costs(name: str, depth: int, patches: int) -> Cost:
         "forward": depth * _MATRIX + 2 * _PIXELS,
         "states": depth * _MATRIX + 2 * _PIXELS + states + _STATE,
         "backward": 2 * depth * _MATRIX + states + 2 * _STATE,
-        # A program of `enter` leaves the sum over its patches in fp32, which is read once more.
+        # A program of `enter` writes the fp32 sum over its patches, which is read once.
         "enter": _STATE + 2 * _PIXELS + 4 * _STATE / together,
     }[name]
     return Cost(warps * issued / ISSUED, multiplied * _PRODUCT / PRODUCTS, warps / 4 * read / SHARED, traffic / BYTES)
 
 
 def roofs(depth: int, backward: int = products("backward", "cuda")) -> tuple[float, float]:
-    """Forward's and backward's longer one of needed products and needed bytes, in nanoseconds a patch."""
+    """Return the roofs of forward and backward in nanoseconds per patch: the longer of necessary products and necessary bytes."""
     return (
         max(products("forward", "cuda") * depth * _PRODUCT / PRODUCTS, (depth * _MATRIX + 2 * _PIXELS) / BYTES),
         max(backward * depth * _PRODUCT / PRODUCTS, (2 * depth * _MATRIX + 3 * _PIXELS) / BYTES),
@@ -123,7 +113,7 @@ def roofs(depth: int, backward: int = products("backward", "cuda")) -> tuple[flo
 
 
 def predicted(depth: int, patches: int) -> tuple[float, float]:
-    """Forward's and backward's nanoseconds a patch: the sum of each kernel's longest cost."""
+    """Return the nanoseconds per patch of forward and backward: the sum of each kernel's longest cost."""
     return tuple(sum(max(costs(name, depth, patches)) for name in names) for names in (KERNELS[:1], KERNELS[1:]))
 
 
@@ -144,7 +134,7 @@ def resources(name: str) -> dict[str, int | None]:
 
 
 def counted() -> dict:
-    """All that field_budget.json holds. Costs are nanoseconds a patch of 1,024, predictions microseconds an image."""
+    """Return the content of field_budget.json. Costs are nanoseconds per patch of 1,024, predictions microseconds per image."""
     networks = [(network, depth, patches) for network, depth in DEPTHS.items() for patches in (256, 1024)]
     return {
         "compiler": f"Triton {triton.__version__}",
@@ -161,7 +151,7 @@ def counted() -> dict:
             f"{network}, {patches} patches": [round(v * patches / 1e3) for v in roofs(depth)]
             for network, depth, patches in networks
         },
-        # The last: of a backward that keeps z on chip, so finds it once.
+        # The third share is that of a backward which keeps z on chip and so computes it once.
         "shares": {
             f"{network}, {patches} patches": [
                 round(100 * roof / time)
@@ -176,13 +166,13 @@ def counted() -> dict:
 
 
 def table(budget: dict) -> str:
-    """The figures of the notes, in Markdown."""
+    """Return the figures of the notes, in Markdown."""
     lines = [
         "| kernel | pixels x slice, warps | registers | shared | programs of an SM | products | innermost loop with products |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in budget["resources"].items():
-        variant = form(name)
+        variant = field_variant(name)
         step = " x ".join(str(variant.constants[k]) for k in ("ROWS", "SLICE") if k in variant.constants)
         step += f", {variant.options['num_warps']}"
         lines.append(
@@ -210,7 +200,7 @@ def table(budget: dict) -> str:
 def main() -> None:
     budget = counted()
     text = json.dumps(budget, indent=1)
-    # One line a kernel.
+    # Write one line per kernel.
     PATH.write_text(
         re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: "[" + re.sub(r"\s*\n\s*", " ", m[1]) + "]", text) + "\n"
     )

@@ -1,8 +1,8 @@
-"""Calls ops as on a machine with an sm_90 GPU, up to the launch of their Triton kernels.
+"""Runs ops as on a machine with an sm_90 GPU, up to the launch of their Triton kernels.
 
-Triton itself runs: it binds the arguments of a launch, chooses the kernel's form by them, compiles that with ptxas and sees whether
-it fits the GPU. Only its driver is pretended, which notes the launch instead of making it. Tensors are on the CPU; what a kernel
-would have written holds whatever memory held.
+Triton itself is real: it binds the arguments of a launch, selects the kernel's variant, compiles it with ptxas and checks that it
+fits the GPU. Only the driver is a stub: it records the launch instead of making it. Tensors are on the CPU; a kernel's results are
+uninitialised memory.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from flowseg_kernels.runtime import registry
 __all__ = ["SHARED_MEMORY", "TARGET", "Launch", "launches"]
 
 TARGET = GPUTarget("cuda", 90, 32)
-#: Bytes that a program may have of an H100's shared memory: 227 KiB.
+#: Bytes of shared memory per program on an H100: 227 KiB.
 SHARED_MEMORY = 227 * 1024
-#: No number, as a real GPU has: by it Triton keeps the kernels that it compiled.
+#: Triton caches compiled kernels by device. A real GPU's device is a number, so this one never hits its cache.
 DEVICE = "a pretended one"
 
 
 class Launch(NamedTuple):
-    """What a GPU would have been given."""
+    """One recorded launch."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -38,11 +38,11 @@ class Launch(NamedTuple):
     cubin: bytes
 
 
-_noted: list[Launch] = []
+_recorded: list[Launch] = []
 
 
 class _Launcher:
-    """In place of the function that Triton writes in C for each form of a kernel."""
+    """Stub of the C function that Triton generates per variant of a kernel."""
 
     def __init__(self, source, metadata):
         self.source, self.metadata = source, metadata
@@ -50,11 +50,11 @@ class _Launcher:
     def __call__(self, x, y, z, stream, cubin, packed, described, enter, leave, *arguments):
         kernel = self.source.fn
         named = dict(zip(kernel.arg_names, arguments, strict=True))
-        _noted.append(Launch(kernel.__name__, (x, y, z), named, self.metadata, cubin))
+        _recorded.append(Launch(kernel.__name__, (x, y, z), named, self.metadata, cubin))
 
 
 class _Driver:
-    """What Triton 3.6 and 3.9 ask of a driver."""
+    """Stub of the driver, as far as Triton 3.6 and 3.9 use it."""
 
     launcher_cls = _Launcher
     utils = types.SimpleNamespace(
@@ -75,11 +75,11 @@ class _Driver:
 
 @contextlib.contextmanager
 def launches() -> Iterator[list[Launch]]:
-    """Inside the block ops run on Triton with CPU tensors; gives the list of the kernels launched so far."""
-    _noted.clear()
+    """Inside the block ops run on Triton with CPU tensors. Yields the list of launches so far."""
+    _recorded.clear()
     driver.set_active(_Driver())
     try:
         with mock.patch.object(registry, "why_no_triton", lambda device: None), fk.use_backend("triton"):
-            yield _noted
+            yield _recorded
     finally:
         driver.set_active(None)

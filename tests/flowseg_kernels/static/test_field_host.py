@@ -1,4 +1,4 @@
-"""What the host does for one call of the field, counted with the launches left out: field_host.py prints it with times."""
+"""Launches and calls of PyTorch per call of the field. field_host.py prints them with their times."""
 
 import importlib.util
 
@@ -9,14 +9,14 @@ if importlib.util.find_spec("triton") is None:
 
 import torch
 
-from flowseg_kernels.ops.neural_field import triton_kernels
+from flowseg_kernels.ops.neural_field import triton_settings
 
 from . import field_host
 
 
 @pytest.mark.parametrize("depth", field_host.DEPTHS.values())
 def test_launches_and_calls_of_pytorch_do_not_grow_up_to_4096_patches(depth):
-    """Beyond that each round of the backward adds its three launches."""
+    """Beyond 4,096 patches each further round of the backward adds three launches."""
     small, large, larger = (field_host.arguments(depth, patches) for patches in (256, 4096, 16384))
     forward = field_host.calls(field_host.forward, small)
     assert forward == field_host.calls(field_host.forward, larger)
@@ -30,12 +30,12 @@ def test_launches_and_calls_of_pytorch_do_not_grow_up_to_4096_patches(depth):
     assert rounds.launches == ["table_kernel", *one * 4, "finish_kernel"] and rounds.torch == backward.torch
 
 
-def test_what_a_launch_takes_is_found_once():
+def test_settings_of_a_launch_are_computed_once():
     tensors = field_host.arguments(2, 256, torch.float32)
     with torch.no_grad(), field_host.without_kernels():
         field_host.forward(tensors)
         field_host.backward(tensors)
-        found = triton_kernels.launch_of.cache_info().misses
+        found = triton_settings.launch_of.cache_info().misses
         field_host.forward(tensors)
         field_host.backward(tensors)
-    assert triton_kernels.launch_of.cache_info().misses == found
+    assert triton_settings.launch_of.cache_info().misses == found

@@ -1,12 +1,13 @@
-"""Every Triton kernel compiles ahead of time for every target, without spills, at the cost in triton_budget.json.
+"""Every Triton kernel compiles ahead of time for every target, without spills, at the cost recorded in triton_budget.json.
 
-Registers are bounded by maxnreg itself: what is left to check is that nothing spills for it.
+maxnreg bounds the registers, so the tests only check that this bound causes no spills.
 
-`pytest tests/flowseg_kernels/static --every-variant` compiles every variant for every target (minutes); by default all
-variants are compiled for sm_90 and one of each kernel for the others.
+By default all variants are compiled for sm_90, and one variant per kernel for the other targets.
+`pytest tests/flowseg_kernels/static --every-variant` compiles all variants for all targets (minutes).
 """
 
 import ast
+import importlib
 import importlib.util
 import json
 import pathlib
@@ -14,7 +15,7 @@ import re
 
 import pytest
 
-from flowseg_kernels.runtime.triton_forms import INTERPRETED
+from flowseg_kernels.runtime.triton import INTERPRETED
 
 from . import sass
 
@@ -25,17 +26,18 @@ if INTERPRETED:
 
 from triton.runtime import JITFunction
 
-from flowseg_kernels.ops.neural_field import triton_kernels as field
-from flowseg_kernels.ops.neural_field.triton_kernels import form
-
+from ...support import aot
 from . import triton_budget
 from .triton_budget import VARIANTS, compiled
 
 FIRST_OF_KERNEL = {v.kernel.__name__: name for name, v in reversed(VARIANTS.items())}
-FIELD = {name: form(name) for name in ("forward", "states", "backward", "enter")}
+FIELD = {name: aot.field_variant(name) for name in ("forward", "states", "backward", "enter")}
+#: Variants of all kernels that a module launches, by module.
+LAUNCHED = {f"{op}.triton_kernels": variants for op, variants in aot.PIXEL_OPS.items()}
+LAUNCHED["neural_field.triton_launch"] = aot.field_variants
 TARGETS = ("sm_80", "sm_100", "sm_120", "gfx942")
 BUDGET = json.loads(triton_budget.PATH.read_text())
-#: For a Triton other than the one that BUDGET names: registers, and a share of the instructions.
+#: Tolerance for another version of Triton than the budget's: registers, and a fraction of the instructions.
 SLACK = {"registers": 16, "instructions": 0.03}
 
 
@@ -60,10 +62,10 @@ def test_every_kernel_compiles_for_every_target(target, request):
         assert_no_spills(compiled(name, target), target)
 
 
-@pytest.mark.parametrize("name", triton_budget.FORMS)
+@pytest.mark.parametrize("name", triton_budget.COUNTED)
 def test_costs_are_those_of_the_budget(name):
     found, budget = triton_budget.counted(name), BUDGET["counted"][name]
-    if triton_budget.compiler() == BUDGET["compiler"]:
+    if aot.compiler() == BUDGET["compiler"]:
         assert found == budget, "run python -m tests.flowseg_kernels.static.triton_budget"
     assert found["threads"] == budget["threads"]
     assert found["registers"] <= budget["registers"] + SLACK["registers"]
@@ -72,8 +74,8 @@ def test_costs_are_those_of_the_budget(name):
 
 
 def test_the_budget_keeps_what_was_promised():
-    """The inner loop of the correction in at most 14 instructions a pair, decoding in at most 12 a candidate."""
-    assert list(BUDGET["counted"]) == list(triton_budget.FORMS)
+    """The correction's inner loop takes at most 14 instructions per pair, decoding at most 12 per candidate."""
+    assert list(BUDGET["counted"]) == list(triton_budget.COUNTED)
     for name, costs in BUDGET["counted"].items():
         assert max(costs["instructions"].values()) <= (12 if "nearest" in name else 14), name
 
@@ -84,8 +86,10 @@ def test_the_notes_show_the_budget():
 
 @pytest.mark.parametrize("name", [*FIRST_OF_KERNEL.values(), *FIELD])
 def test_new_shapes_do_not_recompile(name):
-    """Triton compiles anew when a size becomes 1 or a multiple of 16, unless told not to look at it. What is left are the few forms
-    that host code chooses by shape: how planes are loaded (three), and how many tiles a program of the field takes (1, 2 or 4)."""
+    """By default Triton compiles a new variant when a size becomes 1 or a multiple of 16; do_not_specialize prevents that.
+
+    Then only choices of the host code depend on shapes: one of three layouts of planes, 1, 2 or 4 tiles per program of the field.
+    """
     variant = VARIANTS.get(name) or FIELD[name]
     kernel = variant.kernel
     sizes = [p for p in kernel.params if variant.signature[p.name] in ("i32", "i64") and not p.is_constexpr]
@@ -94,22 +98,23 @@ def test_new_shapes_do_not_recompile(name):
 
 
 def test_every_kernel_that_is_launched_is_compiled_ahead_of_time():
-    for module in (*triton_budget.MODULES, field):
+    for name, variants in LAUNCHED.items():
+        module = importlib.import_module(f"flowseg_kernels.ops.{name}")
         tree = ast.parse(pathlib.Path(module.__file__).read_text())
         calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
         launched = {
             call.value.id for call in calls if isinstance(call, ast.Subscript) and isinstance(call.value, ast.Name)
         }
         kernels = {name for name in launched if isinstance(getattr(module, name, None), JITFunction)}
-        assert kernels == {variant.kernel.__name__ for variant in module.variants()} & set(vars(module)), (
-            module.__name__
-        )
-        assert kernels or module.__name__.endswith("decode_confusion.triton_kernels")
+        assert kernels and kernels == {variant.kernel.__name__ for variant in variants()}, name
 
 
 @pytest.mark.parametrize("name, loads", [("flow_interpolate C=3 bf16", 3), ("flow_loss_bwd C=3 bf16", 3)])
 def test_whole_planes_move_16_bytes_at_a_time(name, loads):
-    """Every channel, in and out: a mask or an offset whose multiple of 16 is lost makes loads of one number each."""
+    """Every channel is loaded and stored by 16-byte vectors.
+
+    If the compiler does not know that a mask or an offset is a multiple of 16, it loads single numbers.
+    """
     (code,) = sass.disassemble(compiled(name, "sm_90").asm["cubin"]).values()
     for access in ("LDG.E.128", "STG.E.128"):
         assert sum(access in i.text for i in code) == loads

@@ -1,12 +1,11 @@
-"""Every op's host code up to the launch of its Triton kernels, for sm_90 and without a GPU: pretended_gpu.py says how.
+"""Every op's host code up to the launch of its Triton kernels, for sm_90 and without a GPU (pretended_gpu.py explains how).
 
-By default a part of the calls, in which every option occurs; `--every-variant` makes all (2 minutes). With another Triton, such as
-that of a GPU machine's torch, from an environment with torch, numpy, pytest and pytest-benchmark:
+By default a sample of the calls runs that has every option; `--every-variant` runs all calls (2 minutes). To test another Triton,
+such as that of a GPU machine's torch, use an environment with torch, numpy, pytest and pytest-benchmark:
 `OTHER/bin/python -m pytest --every-variant tests/flowseg_kernels/static/test_triton_launch.py`.
 """
 
 import functools
-import importlib
 import importlib.util
 import itertools
 import math
@@ -17,9 +16,10 @@ import pytest
 import torch
 
 import flowseg_kernels as fk
-from flowseg_kernels.runtime.triton_forms import INTERPRETED, compile_options, over_blocks
+from flowseg_kernels.ops.shared.triton_launch import compile_options, over_blocks
+from flowseg_kernels.runtime.triton import INTERPRETED
 
-from ..samples import image_batch, layouts
+from ...support.samples import image_batch, layouts
 from . import sass
 
 if importlib.util.find_spec("triton") is None:
@@ -27,24 +27,25 @@ if importlib.util.find_spec("triton") is None:
 if INTERPRETED:
     pytest.skip("interpreted kernels do not compile", allow_module_level=True)
 if torch.cuda.is_available():
-    pytest.skip("a GPU is there, and host code asks it for its own form of a kernel", allow_module_level=True)
+    pytest.skip("there is a GPU, so host code selects the kernel variants of that GPU", allow_module_level=True)
 
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
+from flowseg_kernels.ops.distance_correction import triton_kernels as distance_correction
+
+from ...support import aot
 from . import pretended_gpu
 from .pretended_gpu import SHARED_MEMORY, TARGET, launches
 
-OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion", "neural_field")
-MODULES = {op: importlib.import_module(f"flowseg_kernels.ops.{op}.triton_kernels") for op in OPS}
-#: Threads times registers that a multiprocessor has; bytes that a thread may spill.
+#: Registers of a multiprocessor; most bytes that a thread may spill.
 REGISTERS, SPILLED = 65536, 64
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 INTEGERS = {"uint8": torch.uint8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
 
 
 class Call(NamedTuple):
-    """A call of an op with what it launches, in order. pixels: of each image, where programs take blocks of them."""
+    """A call of an op, and the kernels it launches in order. images, pixels: their numbers, if programs take blocks of pixels."""
 
     run: functools.partial
     kernels: list[str]
@@ -68,7 +69,7 @@ def inputs(dtype="bf16", channels=3, size=(2, 32, 32), layout="contiguous", labe
 def interpolate(image, need_t=True, one_time=False):
     v = inputs(**image)
     t = v.t[:1].expand(len(v.t)) if one_time else v.t.requires_grad_(need_t)
-    # x lies as the image does, so that the gradient does too.
+    # x has the image's layout, so the gradient has it too.
     fk.flow_interpolate(v.source.requires_grad_(), v.labels, t, v.codes).backward(v.x)
 
 
@@ -81,7 +82,7 @@ def lose(image, need_grad=True, **options):
     v = inputs(**image)
     loss = fk.flow_loss(v.x.requires_grad_(need_grad), v.source, v.labels, v.t, v.codes, **options)
     if need_grad:
-        # Not 1, for which the residual would be the gradient already; expanded, as that of a sum is.
+        # Not 1: then the residual already is the gradient. Expanded, like the gradient of a sum.
         loss.backward(torch.full((), 2.0, dtype=loss.dtype).expand(loss.shape))
 
 
@@ -99,13 +100,13 @@ def field(
     dtype="bf16", shape=(1, 3, 32, 32), p=16, hidden=64, ratio=2, depth=2, normalise="both", form="residual",
     shared=None, layout="contiguous", needs=range(8), autocast=False, precision="none",
 ):  # fmt: skip
-    """shared: dtype of the tensors that patches share; needs: places of the arguments that need a gradient."""
+    """shared: dtype of the tensors that patches share; needs: positions of the arguments that require a gradient."""
     batch, channels, height, width = shape
     weights = (batch, height * width // p**2, depth, 2 * ratio * hidden * hidden)
     sizes = (weights, (hidden, channels + 64), (hidden,), (depth, hidden), (hidden,), (channels, hidden), (channels,))
     dtypes = (FLOATS[dtype], *[FLOATS[shared or dtype]] * 6)
     tensors = [dict(layouts(torch.zeros(shape, dtype=FLOATS[dtype])))[layout]]
-    tensors += [torch.zeros(size, dtype=kind) for size, kind in zip(sizes, dtypes)]
+    tensors += [torch.zeros(size, dtype=each) for size, each in zip(sizes, dtypes)]
     for i in needs:
         tensors[i].requires_grad_()
     if form == "plain":
@@ -133,12 +134,12 @@ IMAGES = [
     {"dtype": "fp16", "layout": "reversed_dims", "channels": 1, "labels": "int16"},
     {"dtype": "fp32", "layout": "every_second", "size": (1, 1, 17), "labels": "int64"},
 ]
-#: Images that no program is needed for.
+#: Images without pixels.
 EMPTY = [{"size": (0, 32, 32)}, {"size": (2, 0, 32)}]
 
 
 def per_pixel(run, kernels, images=IMAGES, options=({},)):
-    """A Call of each option on each image; kernels: their names, or a function of the option that gives them."""
+    """Yield a Call of each option on each image. kernels: names, or a function from the option to names."""
     for image, option in itertools.product(images, options):
         batch, height, width = image.get("size", (2, 32, 32))
         found = kernels(option) if callable(kernels) else kernels
@@ -146,7 +147,7 @@ def per_pixel(run, kernels, images=IMAGES, options=({},)):
 
 
 def every(**options):
-    """Each combination of the options' values."""
+    """Return every combination of the options' values."""
     return [dict(zip(options, values)) for values in itertools.product(*options.values())]
 
 
@@ -155,7 +156,7 @@ def losses(option):
 
 
 def fields(options):
-    """A Call of the field for each option."""
+    """Yield a Call of the field per option."""
     for option in options:
         patches, needs = option.get("shape", (1,))[0], option.get("needs", range(8))
         round_ = ["forward_kernel", *(["backward_kernel"] if option.get("depth", 2) else []), "enter_kernel"]
@@ -164,7 +165,7 @@ def fields(options):
         yield Call(functools.partial(field, **option), kernels)
 
 
-#: By op: calls, of which one in n is made by default.
+#: By op: n and its calls. One call in n runs by default.
 GROUPS = {
     "flow_interpolate": (1, per_pixel(interpolate, ["_interpolate", "_interpolate_backward"])),
     "flow_interpolate, options": (
@@ -250,7 +251,10 @@ def resources(cubin):
 
 
 def assert_spills_little(launch):
-    """A few words, none in an innermost loop. test_triton.py and test_field_forms.py see that common forms spill nothing."""
+    """A kernel spills a few words at most, none in an innermost loop.
+
+    test_triton.py and test_field_variants.py check that common variants spill nothing.
+    """
     used = resources(launch.cubin)
     assert used["STACK"] + used["LOCAL"] <= SPILLED, f"{launch.kernel}: {used}"
     if used["STACK"] + used["LOCAL"]:
@@ -277,14 +281,14 @@ def test_launches(call):
 
 
 def test_every_kernel_is_launched():
-    """By default too."""
+    """The default sample of calls launches every kernel."""
     launched = {kernel for one_in, calls in CALLS.values() for call in calls[::one_in] for kernel in call.kernels}
-    assert launched == {variant.kernel.__name__ for module in MODULES.values() for variant in module.variants()}
+    assert launched == {variant.kernel.__name__ for variant in aot.every_variant()}
 
 
 def _without_last_stride(*args, **inputs):
-    grid, sizes, layouts = over_blocks(*args, **inputs)
-    return grid, sizes[:-1], layouts
+    programs, sizes, layouts = over_blocks(*args, **inputs)
+    return programs, sizes[:-1], layouts
 
 
 def _without_layouts(*args, **inputs):
@@ -303,16 +307,14 @@ def _without_layouts(*args, **inputs):
     ],
 )  # fmt: skip
 def test_a_wrong_launch_is_an_error(name, wrong, error, monkeypatch):
-    monkeypatch.setattr(MODULES["distance_correction"], name, wrong)
+    monkeypatch.setattr(distance_correction, name, wrong)
     with launches() as found, pytest.raises(error):
         correct({})
     assert not found
 
 
-def test_a_form_that_spills_is_an_error(monkeypatch):
-    monkeypatch.setattr(
-        MODULES["distance_correction"], "compile_options", lambda *args: compile_options(2, registers=24)
-    )
+def test_a_variant_that_spills_is_an_error(monkeypatch):
+    monkeypatch.setattr(distance_correction, "compile_options", lambda *args: compile_options(2, registers=24))
     with launches() as found:
         correct({})
     with pytest.raises(AssertionError, match="_distance_correction"):

@@ -1,27 +1,25 @@
-"""What the per-pixel Triton kernels cost by the machine code for sm_90: registers, and instructions of the inner loops.
+"""Cost of the per-pixel Triton kernels in machine code for sm_90: registers, and instructions of the inner loops.
 
-`python -m tests.flowseg_kernels.static.triton_budget` writes what it counts to triton_budget.json and prints the table of
-docs/notes/performance.md (10 s). No GPU is needed.
+`python -m tests.flowseg_kernels.static.triton_budget` writes the counts to triton_budget.json and prints the table of
+docs/notes/performance.md (10 s). It needs no GPU.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import pathlib
 import re
 
+from ...support import aot
 from . import sass
 from .cuda_budget import MOST_THREADS, NOTES, REGISTERS
 
-__all__ = ["FORMS", "NOTES", "PATH", "VARIANTS", "compiled", "compiler", "counted", "table"]
+__all__ = ["COUNTED", "NOTES", "PATH", "VARIANTS", "compiled", "counted", "table"]
 
 PATH = pathlib.Path(__file__).with_name("triton_budget.json")
-OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
-MODULES = [importlib.import_module(f"flowseg_kernels.ops.{op}.triton_kernels") for op in OPS]
-VARIANTS = {v.name: v for module in MODULES for v in module.variants()}
-#: Of the forms that are counted: what there is one of for each pixel and centroid, and what the loop has most of.
-FORMS = {
+VARIANTS = {v.name: v for v in aot.pixel_variants()}
+#: Variants whose inner loop is counted: an instruction that occurs once per pixel and centroid, and one that marks the loop.
+COUNTED = {
     "distance_correction C=3 neg_log fp32": ("MUFU.RCP", "MUFU.RCP"),
     "distance_correction C=3 neg_log bf16": ("MUFU.RCP", "MUFU.RCP"),
     "flow_loss C=3 velocity 0 bf16": ("MUFU.RCP", "MUFU.RCP"),
@@ -31,36 +29,16 @@ FORMS = {
 }
 
 
-def compiler() -> str:
-    """Such as "triton 3.9.0"."""
-    return f"triton {importlib.import_module('triton').__version__}"
-
-
 def compiled(name: str, target: str):
-    """Triton's kernel of a form for sm_80, ..., gfx942."""
-    from triton import compile as compile_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    v = VARIANTS[name]
-    # Pointers are declared aligned, as tensors are: a launch compiles that form.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(v.signature.values()) if kind[0] == "*"}
-    constants, options = dict(v.constants), dict(v.options)
-    if target.startswith("gfx"):
-        gpu = GPUTarget("hip", target, 64)
-        constants = {k: "gcn" if value == "ptx" else value for k, value in constants.items()}
-    else:
-        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    if target in ("sm_100", "gfx942"):  # as compile_options has it
-        options.pop("maxnreg", None)
-    return compile_kernel(ASTSource(v.kernel, v.signature, constants, aligned), target=gpu, options=options)
+    """Triton's compiled kernel of one of VARIANTS, for sm_80, ..., gfx942."""
+    return aot.compiled(VARIANTS[name], target)
 
 
-def _instructions_a_candidate(code, mark, loop_mark):
-    """Instructions for each `mark` in the loop that has most of `loop_mark`.
+def _instructions_per_candidate(code, mark, loop_mark):
+    """Return the instructions per `mark` in the loop with the most `loop_mark`, on its shorter and on its longer way.
 
-    Where the loop goes one of two ways, with the search for a pixel's own class (runs of centroids that hold the class of one of
-    the block's pixels) or without: those of the shorter way, and of the longer.
+    A run of centroids that contains the own class of one of the block's pixels takes the longer way. A loop without two ways
+    gives the same number twice.
     """
     loop = max(sass.loops(code), key=lambda loop: sum(loop_mark in i.text for i in loop.body) - len(loop) / 1e6)
     targets = {i.target for i in code if i.target is not None}
@@ -80,18 +58,18 @@ def _instructions_a_candidate(code, mark, loop_mark):
 
 
 def counted(name: str) -> dict[str, float]:
-    """Registers and threads of a program of one of FORMS, and instructions a pixel and centroid, of the shorter and longer way."""
+    """Registers per thread, threads per program, and instructions per pixel and centroid on the shorter and the longer way."""
     kernel = compiled(name, "sm_90")
     (used,) = sass.resources(kernel.asm["cubin"]).values()
     (code,) = sass.disassemble(kernel.asm["cubin"]).values()
-    shorter, longer = _instructions_a_candidate(code, *FORMS[name])
+    shorter, longer = _instructions_per_candidate(code, *COUNTED[name])
     found = {"rivals": round(shorter, 2), "rivals and own class": round(longer, 2)}
-    found = found if FORMS[name][0] == "MUFU.RCP" else {"candidate": round(longer, 2)}
+    found = found if COUNTED[name][0] == "MUFU.RCP" else {"candidate": round(longer, 2)}
     return {"registers": used["REG"], "threads": 32 * kernel.metadata.num_warps, "instructions": found}
 
 
 def table(budget: dict) -> str:
-    """The static figures of the notes, in Markdown."""
+    """Return the static figures of the notes, in Markdown."""
     lines = [
         "| form of the kernel | | instructions | registers | threads of a multiprocessor in use |",
         "|---|---|---|---|---|",
@@ -107,9 +85,9 @@ def table(budget: dict) -> str:
 
 
 def main() -> None:
-    budget = {"compiler": compiler(), "counted": {name: counted(name) for name in FORMS}}
+    budget = {"compiler": aot.compiler(), "counted": {name: counted(name) for name in COUNTED}}
     text = json.dumps(budget, indent=1)
-    # The ways of a loop on one line.
+    # Write the ways of a loop on one line.
     PATH.write_text(re.sub(r'\{\s+("[^{}]*?)\s+\}', lambda m: "{" + re.sub(r"\s*\n\s*", " ", m[1]) + "}", text) + "\n")
     print(table(budget))
 

@@ -1,22 +1,23 @@
-"""Device functions over a block of pixels that the Triton kernels of several ops share.
+"""Device functions over a block of pixels, shared by the Triton kernels of the per-pixel ops.
 
-A block is BLOCK consecutive pixels of one image; a value with C channels is a tuple of C blocks, so that every channel stays in
-its own register whatever C is. Strides are in elements; `layout` is STRIDED, PLANE or VECTOR of runtime.triton_forms.
+A block is BLOCK consecutive pixels of one image. A value with C channels is a tuple of C blocks, so every channel has its own
+registers for any C. Strides are in elements. `layout` is STRIDED, PLANE or VECTOR (0, 1, 2) of triton_launch.py; ASSEMBLY is the
+inline assembly that may be used, as its `assembly_for` returns it.
 """
 
 import triton
 import triton.language as tl
 
-from ..runtime import triton_forms
+from ...runtime import triton as availability
 
-# A module-level value must be a constexpr for kernels to read it.
-_INTERPRETED: tl.constexpr = tl.constexpr(triton_forms.INTERPRETED)
+# Kernels can only read a module-level value that is a constexpr.
+INTERPRETED: tl.constexpr = tl.constexpr(availability.INTERPRETED)
 
 
 @triton.jit
 def rounded(v, dtype: tl.constexpr):
-    """v in another type, rounded to nearest even. The interpreter cuts fp32 down to bf16 instead of rounding it."""
-    if _INTERPRETED and dtype == tl.bfloat16:
+    """Cast v, rounding to nearest even. The interpreter truncates fp32 to bf16, so there the rounding is written out."""
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = v.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         bits = tl.where(v != v, 0x7FC0, bits)
@@ -27,16 +28,20 @@ def rounded(v, dtype: tl.constexpr):
 
 @triton.jit
 def block_of_program(pixels, blocks, layout: tl.constexpr, BLOCK: tl.constexpr):
-    """Image and first pixel of this program's block, `blocks` of them an image, and which of its pixels (BLOCK,) are inside."""
+    """Return this program's image, the first pixel of its block, and a mask (BLOCK,) of the pixels inside the image.
+
+    pixels, blocks: numbers of pixels and blocks per image.
+    """
     if layout == 2:
-        pixels = pixels // 16 * 16  # the same number: without it the compiler must ask pixel by pixel, and load so
+        # The value does not change. It tells the compiler that the mask is constant over 16 pixels, so it can use vector loads.
+        pixels = pixels // 16 * 16
     start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
     return (tl.program_id(0) // blocks).to(tl.int64), start, start + tl.arange(0, BLOCK) < pixels
 
 
 @triton.jit
 def pixel_offsets(start, stride_h, stride_w, width, layout: tl.constexpr, BLOCK: tl.constexpr):
-    """Offsets (BLOCK,) of the pixels start, start + 1, ... within a plane."""
+    """Return the offsets (BLOCK,) of the pixels start, start + 1, ... within a plane."""
     i = tl.arange(0, BLOCK)
     if layout == 2:
         return tl.multiple_of(start, 16) + i
@@ -50,7 +55,7 @@ def pixel_offsets(start, stride_h, stride_w, width, layout: tl.constexpr, BLOCK:
 @triton.jit
 def image_offset(image, stride, layout: tl.constexpr):
     if layout == 2:
-        # The same number, in a form that keeps its multiple of 16 through all simplifications; a hint on a product with 1 is lost.
+        # The value does not change. Written so, "multiple of 16" survives all simplifications; a hint on a product with 1 is lost.
         return tl.cast(stride, tl.int64) // 16 * 16 * image
     else:
         return tl.cast(stride, tl.int64) * image
@@ -61,7 +66,7 @@ def load_pixels(
     x, image, stride_b, stride_c, stride_h, stride_w, start, width, inside,
     layout: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The C channels of a block, in the type the kernel computes in; 0 outside the image."""
+    """Load the C channels of a block of x (B, C, H, W), cast to the dtype ACC that the kernel computes in; 0 outside the image."""
     at = x + image_offset(image, stride_b, layout) + pixel_offsets(start, stride_h, stride_w, width, layout, BLOCK)
     values = ()
     for c in tl.static_range(C):
@@ -71,7 +76,7 @@ def load_pixels(
 
 @triton.jit
 def store_pixels(out, values, image, start, pixels, inside, layout: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
-    """Write a block to a contiguous (B, C, H, W). layout VECTOR promises that a plane is a multiple of 16 pixels."""
+    """Store a block in a contiguous out (B, C, H, W). Layout VECTOR promises that `pixels` per plane is a multiple of 16."""
     at = start + tl.arange(0, BLOCK)
     for c in tl.static_range(C):
         tl.store(
@@ -86,7 +91,10 @@ def load_classes(
     labels, image, stride_b, stride_h, stride_w, start, width, inside, classes, ignore_index,
     layout: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Classes (BLOCK,) int32; -1 where the label is ignored, no class at all, or outside the image."""
+    """Load the classes (BLOCK,) int32 of a block of labels (B, H, W).
+
+    The class is -1 where the label is ignored or out of range, and outside the image.
+    """
     at = labels + image_offset(image, stride_b, layout) + pixel_offsets(start, stride_h, stride_w, width, layout, BLOCK)
     label = tl.load(at, mask=inside, other=0)
     if label.dtype != tl.int64:
@@ -97,7 +105,7 @@ def load_classes(
 
 @triton.jit
 def gather_codes(centroids, y, C: tl.constexpr):
-    """The codes of classes (BLOCK,); 0 for class -1."""
+    """Load the codes of classes y (BLOCK,) from centroids (K, C); 0 for class -1."""
     at = centroids + y.to(tl.int64) * C
     code = ()
     for c in tl.static_range(C):
@@ -138,11 +146,14 @@ def squared_norm(v, C: tl.constexpr):
 
 
 @triton.jit
-def load_row(at, N: tl.constexpr, FORM: tl.constexpr):
-    """N neighbouring floats with as few loads as their boundary allows: for FORM "ptx" 16 bytes and whole fours, else 8 bytes if N
-    is even. Triton's own loads of single numbers take 8 bytes at most."""
+def load_row(at, N: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Load N consecutive floats with the widest loads that their alignment permits.
+
+    ASSEMBLY "ptx": 16-byte vectors (N a multiple of 4). Otherwise 8-byte pairs for even N. Triton alone never emits a load of more
+    than 8 bytes here.
+    """
     row = ()
-    if FORM == "ptx":
+    if ASSEMBLY == "ptx":
         for i in tl.static_range(N // 4):
             row = row + tl.inline_asm_elementwise(
                 "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [at.to(tl.int64) + 16 * i],
@@ -160,19 +171,21 @@ def load_row(at, N: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.jit
-def load_code(centroid, j, before, C: tl.constexpr, FORM: tl.constexpr):
-    """The code of centroid j after the pointer `centroid`, and the codes it was read with: as many as end at a 16-byte boundary.
-    `before` are those read for j - 1."""
-    TOGETHER: tl.constexpr = 1 if C % 4 == 0 else 2 if C % 2 == 0 else 4
-    codes = before
-    if j % TOGETHER == 0:
-        codes = load_row(centroid + j * C, TOGETHER * C, FORM)
-    return codes[j % TOGETHER * C : (j % TOGETHER + 1) * C], codes
+def load_code(centroid, j, previous, C: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Return the code of the j-th centroid after the pointer `centroid`, and all codes that the same wide load returned.
+
+    A load covers as many codes as end at a 16-byte boundary. `previous` are the codes that the call for j - 1 returned.
+    """
+    CODES_PER_LOAD: tl.constexpr = 1 if C % 4 == 0 else 2 if C % 2 == 0 else 4
+    codes = previous
+    if j % CODES_PER_LOAD == 0:
+        codes = load_row(centroid + j * C, CODES_PER_LOAD * C, ASSEMBLY)
+    return codes[j % CODES_PER_LOAD * C : (j % CODES_PER_LOAD + 1) * C], codes
 
 
 @triton.jit
 def difference_from(x, centroid, C: tl.constexpr):
-    """x - mu for the centroid that the pointer `centroid` is at."""
+    """Return x - mu for the centroid mu that the pointer `centroid` points to."""
     return subtract(x, load_row(centroid, C, "plain"), C)
 
 
@@ -185,6 +198,6 @@ def any_nan(x, C: tl.constexpr):
 
 
 @triton.jit
-def wide(high, low, ACC: tl.constexpr):
-    """The number that runtime.triton_forms.two_floats split."""
+def combined(high, low, ACC: tl.constexpr):
+    """Return the number that `two_floats` of triton_launch.py split."""
     return tl.cast(high, ACC) + tl.cast(low, ACC)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.checks import check_label_values
+from ...runtime.checks import check_label_values
 
 __all__ = ["compute_dtype", "encode_labels", "squared_distances", "valid_mask"]
 

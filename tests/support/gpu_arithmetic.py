@@ -1,9 +1,9 @@
-"""Makes interpreted Triton kernels err as a GPU may: NumPy rounds correctly, the GPU's fast instructions do not.
+"""Gives interpreted Triton kernels the rounding errors of a GPU: NumPy rounds correctly, a GPU's fast instructions do not.
 
-Triton compiles fp32 `/`, exp and sqrt of NVIDIA GPUs to div.full, ex2.approx of the rounded product with log2(e), and
-sqrt.approx.ftz; logarithms come from libdevice. Each result is moved by up to the largest error that the PTX ISA (and libdevice)
-documents, up for some values and down for others: what passes does not rest on luck with the interpreter's arithmetic. Where it
-is the interpreter that is wrong, in conversions of bf16, it is set right.
+On NVIDIA GPUs Triton compiles fp32 `/` to div.full, exp to ex2.approx of the rounded product with log2(e), and sqrt to
+sqrt.approx.ftz; logarithms come from libdevice. Each result is moved by the largest error that the PTX ISA or libdevice documents,
+up for some values and down for others. So a test that passes does not rely on the interpreter's exact arithmetic. The
+interpreter's own errors, in conversions of bf16, are corrected.
 """
 
 import numpy as np
@@ -14,28 +14,29 @@ _SMALLEST = np.finfo(np.float32).tiny
 
 
 def _side(v):
-    """-1, 0 or 1 for each number, by its bits."""
+    """Return -1, 0 or 1 per number, derived from its bits."""
     return (v.view(np.uint32) * np.uint32(2654435769) >> np.uint32(16)).astype(np.int32) % 3 - 1
 
 
-def _moved(v, steps=0, share=0.0):
-    """v, moved by so many units in the last place or by this share of it; zeros, NaN and infinities stay."""
+def _moved(v, steps=0, relative=0.0):
+    """Return v moved by `steps` ulp and by the relative error `relative`. Zeros, NaN and infinities stay."""
     v = np.asarray(v, np.float32)
     side = _side(v)
     away = (v.view(np.int32) + np.int32(steps) * side).view(np.float32)
-    away = (away * (1.0 + share * side.astype(np.float64))).astype(np.float32)
+    away = (away * (1.0 + relative * side.astype(np.float64))).astype(np.float32)
     return np.where(np.isfinite(v) & (np.abs(v) > 2 * _SMALLEST), away, v)
 
 
 def _quotient(a, b):
-    # By the machine code: a reciprocal, off by 1 ulp, of a divisor scaled by a power of two, then the product. Above 2^126 it is 0.
+    # The machine code scales the divisor by a power of two, takes its reciprocal (error 1 ulp) and multiplies. Divisors above 2^126
+    # give 0.
     reciprocal = 1 / b
     found = np.where(np.isfinite(reciprocal), a * _moved(reciprocal, steps=1), a / b)
     return np.where(np.isfinite(a) & (np.abs(b) > 2.0**126), np.float32(0), found)
 
 
 def _exp2(x):
-    return np.where(x == 0, np.float32(1), _moved(np.exp2(x), share=2.0**-22))
+    return np.where(x == 0, np.float32(1), _moved(np.exp2(x), relative=2.0**-22))
 
 
 def _exp(x):
@@ -43,7 +44,7 @@ def _exp(x):
 
 
 def _root(x):
-    return _moved(np.sqrt(np.where(np.abs(x) < _SMALLEST, np.float32(0), x)), share=2.0**-23)
+    return _moved(np.sqrt(np.where(np.abs(x) < _SMALLEST, np.float32(0), x)), relative=2.0**-23)
 
 
 def _log(x):
@@ -55,7 +56,7 @@ def _log2(x):
 
 
 def convert_bf16_as_gpus_do():
-    """Exactly from bf16, to the nearest one into it: the interpreter loses subnormal numbers and cuts digits off."""
+    """Convert from bf16 exactly, and to bf16 by rounding to nearest. The interpreter loses subnormal numbers and truncates."""
     import torch
     from triton import language as tl
     from triton.runtime import interpreter
@@ -74,7 +75,7 @@ def convert_bf16_as_gpus_do():
 
 
 def install():
-    """From now on, in this process."""
+    """Install these errors for the rest of the process."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     convert_bf16_as_gpus_do()
@@ -93,7 +94,9 @@ def install():
         ("sqrt", _root, np.sqrt),
     ):
         op = on_fp32(inexact, exact)
-        getattr(InterpreterBuilder, f"create_{name}")  # a Triton that names it otherwise would stay exact
+        getattr(
+            InterpreterBuilder, f"create_{name}"
+        )  # fails if Triton has renamed the method, which would then stay exact
         setattr(InterpreterBuilder, f"create_{name}", lambda self, arg, op=op: self.unary_op(arg, op))
     divide = on_fp32(_quotient, np.divide)
     InterpreterBuilder.create_fdiv = lambda self, a, b: self.binary_op(a, b, divide)
