@@ -79,7 +79,7 @@ struct CodeTile {
   static constexpr int kRows = kCodeTileBytes / static_cast<int>(sizeof(CodeRow<T, C>));
   CodeRow<T, C>* rows;
 
-  // Returns a copy, so that the row is read in 16-byte loads.
+  // A copy: the compiler then reads the row in 16-byte loads.
   __device__ __forceinline__ CodeRow<T, C> operator[](int k) const { return rows[k]; }
 };
 

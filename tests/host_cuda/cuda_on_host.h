@@ -49,7 +49,7 @@ struct Block {
   }
 };
 inline Block* block = nullptr;
-// Only this many blocks at the end of each launch run: tests of huge images look at the end of the image alone.
+// The number of blocks at the end of a launch that run. Tests of huge images compute only the end of the image.
 inline int64_t last_blocks = int64_t{1} << 62;
 
 // Every thread that waits at `barrier` publishes `own`. Each thread then returns use(value), where value(i) is the value that

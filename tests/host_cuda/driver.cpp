@@ -1,5 +1,5 @@
 // Runs the kernels of every op of csrc/cuda on the host, for three channels and fp32 arithmetic, under a sanitizer. It is a program
-// without Python, so that the sanitizer watches nothing but the kernels.
+// without Python: the sanitizer watches only the kernels.
 //
 // It runs them with odd sizes (partly filled blocks, rows with gaps, planes that do not start at 16 bytes, a codebook that takes
 // two parts), in each half precision with sizes that are read in 16-byte vectors, and with the decode grid.
@@ -23,8 +23,7 @@ using namespace flowseg::host;
 
 constexpr double kInfinite = std::numeric_limits<double>::infinity();
 
-// Values in [-reach, reach] from a hash. Each array has a heap block of its exact size, so that AddressSanitizer sees every
-// overrun.
+// Values in [-reach, reach] from a hash. Each array has a heap block of its exact size: AddressSanitizer sees every overrun.
 template <class S>
 std::vector<S> values(int64_t count, unsigned seed, float reach = 1) {
   std::vector<S> v(static_cast<size_t>(count));
@@ -113,7 +112,7 @@ struct Octants {
       for (int c = 0; c < 3; ++c) mu.push_back(octant >> c & 1 ? at : -at);
     };
     for (int octant = 0; octant < 8; ++octant) add(octant, 0.5f), cells.push_back(octant);
-    // More codes per octant. They lie deeper in it, by a third or more, so that they are nearest to no point of another octant.
+    // More codes per octant. They lie deeper in it, by a third or more: they are nearest to no point of another octant.
     for (int i = 0; i < kMore; ++i) add(7, 0.84f + 0.01f * static_cast<float>(i));
     add(3, 0.9f);
     add(2, 0.9f);

@@ -26,12 +26,12 @@ struct HostLaunch {
     (*this)(all...);
   }
 
-  // Room for one block at once, so that each block processes as many tiles as a block ever does.
+  // Room for one block at a time: each block then processes as many tiles as possible.
   Device device() const {
     return {.multiprocessors = 1, .threads = cuda::kThreads, .shared_block = 48 * 1024, .shared_multiprocessor = 64 * 1024};
   }
 
-  // Three, so that blocks loop over several tiles. One block per tile if only the last blocks run.
+  // Three blocks: each then loops over several tiles. One block per tile if only the last blocks run.
   template <class Kernel>
   int64_t resident_blocks(Kernel, int64_t tiles) const {
     return tiles < 3 || last_blocks < tiles ? tiles : 3;

@@ -1,6 +1,6 @@
 """Sizes that would overflow 32-bit arithmetic or a histogram in shared memory, in the CUDA kernels on the host.
 
-The huge tensors lie in memory of which only the written pages exist, and only the last blocks of a launch run.
+The huge tensors take memory only for the pages that are written. In the largest image only the last blocks of a launch run.
 """
 
 import mmap
