@@ -21,6 +21,11 @@ NOTES = ROOT / "docs" / "notes" / "performance.md"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 #: Threads per block: kThreads and kGridThreads of csrc/cuda/block.cuh.
 THREADS, GRID_THREADS = 128, 512
+#: The kernels whose machine code is read, by short name.
+READ = (
+    *("correct float 3", "loss float 3", "decode_by_grid", "decode_by_search float 3"),
+    *("interpolate float", "interpolate_backward float", "scale float"),
+)
 #: Limits of a multiprocessor of sm_90, and the lane-instructions per second that we assume for an H200.
 REGISTERS, MAX_THREADS, LANE_INSTRUCTIONS = 65536, 2048, 33e12
 
@@ -71,8 +76,9 @@ def resources(architecture: int, every: bool) -> dict[str, dict[str, int]]:
 
 @functools.cache
 def code() -> dict[str, list[sass.Instruction]]:
-    """The machine code of every kernel for sm_90, by mangled name."""
-    return sass.disassemble(cubin(90, every=True))
+    """The machine code for sm_90 of the kernels that tests look at, by mangled name."""
+    binary = cubin(90, every=True)
+    return sass.disassemble(binary, [name for name in sass.resources(binary) if short_name(name) in READ])
 
 
 def _loops(kernel: str) -> list[sass.Loop]:

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 
 __all__ = ["Instruction", "Loop", "disassemble", "find_tool", "innermost_loops", "loops", "parse", "resources"]
 
@@ -98,14 +99,18 @@ def parse(listing: str) -> dict[str, list[Instruction]]:
     return functions
 
 
-def disassemble(binary: str | os.PathLike | bytes) -> dict[str, list[Instruction]]:
-    """Instructions by kernel name of a cubin, an object or a library: a path, or the bytes of a cubin (Triton's `asm["cubin"]`)."""
+def disassemble(binary: str | os.PathLike | bytes, names: Iterable[str] = ()) -> dict[str, list[Instruction]]:
+    """Instructions by kernel name of a cubin, an object or a library: a path, or the bytes of a cubin (Triton's `asm["cubin"]`).
+
+    names: disassemble only these kernels.
+    """
     if isinstance(binary, bytes):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary)
             file.flush()
-            return disassemble(file.name)
-    return parse(_run("cuobjdump", "-sass", os.fspath(binary)))
+            return disassemble(file.name, names)
+    chosen = ["-fun", ",".join(names)] if names else []
+    return parse(_run("cuobjdump", "-sass", *chosen, os.fspath(binary)))
 
 
 def loops(instructions: list[Instruction]) -> list[Loop]:
