@@ -11,7 +11,6 @@ import torch
 
 from . import __version__
 from .runtime import backend, extension
-from .runtime.preferences import gpu_preference
 from .runtime.triton_forms import why_no_triton
 
 __all__ = ["report"]
@@ -59,7 +58,7 @@ def _orders(ops: list[str]) -> list[str]:
     """Which GPU backend each op tries first, with or without a GPU here; ops with one reason on one line."""
     grounds: dict[tuple, list[str]] = {}
     for op in ops:
-        order, because = gpu_preference(op)
+        order, because = backend.gpu_preference(op)
         if order:
             grounds.setdefault((order, because), []).append(op)
     return [f"  {', '.join(found)}: {' before '.join(order)}; {because}" for (order, because), found in grounds.items()]

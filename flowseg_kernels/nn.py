@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .bare_layers import any_global_hook, bare_linear, bare_norm, is_bare_linear, is_bare_norm, is_exactly, is_silent
-from .codes import Codebook
+from .codebook import Codebook
 from .ops.neural_field.chunked import autocast_dtype, chunked_calls, chunked_field
 from .ops.neural_field.reference import (
     FORMS,

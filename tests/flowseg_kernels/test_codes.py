@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flowseg_kernels as fk
-from flowseg_kernels.codes import smallest_distance
+from flowseg_kernels.derived import smallest_distance
 
 from ..support.samples import decode_tables
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from flowseg_kernels.runtime import extension, installation, notice, settings
+from flowseg_kernels.runtime import backend, extension
 
 
 @pytest.fixture
@@ -21,10 +21,10 @@ def installed_without(monkeypatch, tmp_path):
     for name in ("CPU", "CUDA"):
         library = getattr(extension, name)
         monkeypatch.setattr(extension, name, dataclasses.replace(library, path=tmp_path / library.path.name))
-    for name in ("FLOWSEG_NOTICE", *notice._RANKS):
+    for name in ("FLOWSEG_NOTICE", *extension._RANKS):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(settings, "DEFAULT_BACKEND", "")
-    monkeypatch.setattr(settings, "DISABLE_EXTENSION", False)
+    monkeypatch.setattr(backend, "DEFAULT_BACKEND", "")
+    monkeypatch.setattr(extension, "DISABLE_EXTENSION", False)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(extension, "_has_gpu", lambda: False)
     return tmp_path
@@ -38,7 +38,7 @@ def said(capsys):
 def test_missing_kernels_are_one_line_with_the_reason_and_the_command_and_not_said_again(installed_without, capsys):
     line = said(capsys)
     assert line.count("\n") == 1 and line.startswith("flowseg-kernels: the C++ kernels were not compiled")
-    assert "(no compiler)" in line and installation.compile_command("cpu") in line and "FLOWSEG_NOTICE=0" in line
+    assert "(no compiler)" in line and extension.compile_command("cpu") in line and "FLOWSEG_NOTICE=0" in line
     assert said(capsys) == ""
 
 
@@ -52,9 +52,11 @@ def test_a_variable_silences_it_and_only_the_first_of_several_processes_speaks(
     assert said(capsys) == ""
 
 
-@pytest.mark.parametrize("name, value", [("DEFAULT_BACKEND", "reference"), ("DISABLE_EXTENSION", True)])
-def test_who_chose_a_backend_is_not_told(installed_without, monkeypatch, capsys, name, value):
-    monkeypatch.setattr(settings, name, value)
+@pytest.mark.parametrize(
+    "module, name, value", [(backend, "DEFAULT_BACKEND", "reference"), (extension, "DISABLE_EXTENSION", True)]
+)
+def test_a_user_who_chose_a_backend_gets_no_notice(installed_without, monkeypatch, capsys, module, name, value):
+    monkeypatch.setattr(module, name, value)
     assert said(capsys) == ""
 
 
@@ -106,8 +108,8 @@ def test_the_command_installs_from_where_the_package_came_from_with_the_tool_tha
     text = json.dumps(origin).replace("FOLDER", str(tmp_path)) if origin else None
     distribution = Distribution(INSTALLER=f"{installer}\n", direct_url=text)
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: distribution)
-    monkeypatch.setattr(installation, "_PACKAGE", tmp_path / "site-packages" / "flowseg_kernels")
-    command, python = installation.compile_command("cuda"), shlex.quote(sys.executable)
+    monkeypatch.setattr(extension, "_PACKAGE", tmp_path / "site-packages" / "flowseg_kernels")
+    command, python = extension.compile_command("cuda"), shlex.quote(sys.executable)
     pip = f"uv pip install --python {python}" if installer == "uv" else f"{python} -m pip install"
     assert command.startswith(f"{pip} 'setuptools>=77' ninja && FLOWSEG_BUILD=cuda {pip} --no-build-isolation ")
     assert command.endswith(f" --no-deps {source.replace('FOLDER', str(tmp_path))}")
@@ -116,5 +118,5 @@ def test_the_command_installs_from_where_the_package_came_from_with_the_tool_tha
 def test_the_command_installs_the_checkout_that_is_imported(monkeypatch, tmp_path):
     (tmp_path / "csrc").mkdir()
     (tmp_path / "setup.py").touch()
-    monkeypatch.setattr(installation, "_PACKAGE", tmp_path / "flowseg_kernels")
-    assert installation.compile_command("cpu").endswith(f" --no-deps -e {tmp_path}")
+    monkeypatch.setattr(extension, "_PACKAGE", tmp_path / "flowseg_kernels")
+    assert extension.compile_command("cpu").endswith(f" --no-deps -e {tmp_path}")

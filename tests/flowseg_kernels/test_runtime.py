@@ -15,7 +15,7 @@ import flowseg_kernels as fk
 from bench import preferences
 from flowseg_kernels.info import report
 from flowseg_kernels.runtime import extension
-from flowseg_kernels.runtime.preferences import gpu_preference
+from flowseg_kernels.runtime.backend import gpu_preference
 
 from ..support.samples import image_batch
 
@@ -97,7 +97,7 @@ def test_load_failures_are_readable(tmp_path):
     assert "were not compiled" in library.load()
     library.path.write_bytes(b"not a library")
     reason = library.load()
-    assert "is not a whole library" in reason and "rebuild it with" in reason
+    assert "is truncated or is not an ELF shared library" in reason and "rebuild it with" in reason
     library.path.with_suffix(".json").write_text('{"torch_target": "99.0"}')
     assert "needs torch 99.0 or newer" in library.load()
 
