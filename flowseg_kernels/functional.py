@@ -28,6 +28,7 @@ from .runtime.checks import (
     check_device,
     check_image,
     check_index,
+    check_label_dtype,
     check_labels,
     check_tensor,
     check_time,
@@ -106,6 +107,20 @@ def _check_eps(eps: object, codes: Tensor | Codebook) -> None:
             "eps: wanted a number above 0 for bare centroids, about 0.2 * (smallest code distance)**2; got None. "
             "A Codebook in place of the centroids sets it by itself"
         )
+
+
+def check_loss_choices(*, predicts: str, loss_space: str | None, schedule: str, transform: str, reduction: str) -> None:
+    """Check the options of flow_loss that are a choice of words.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    check_choice("predicts", predicts, KINDS)
+    if loss_space is not None:
+        check_choice("loss_space", loss_space, KINDS)
+    check_choice("schedule", schedule, SCHEDULES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("transform", transform, TRANSFORMS)
 
 
 def encode_labels(labels: Tensor, codebook: Tensor | Codebook, *, ignore_index: int | None = None) -> Tensor:
@@ -279,12 +294,9 @@ def flow_loss(
     check_image("source", source, like=like)
     check_labels("labels", labels, like)
     check_time("t", t, like)
-    check_choice("predicts", predicts, KINDS)
-    space = predicts if loss_space is None else loss_space
-    check_choice("loss_space", space, KINDS)
-    check_choice("schedule", schedule, SCHEDULES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_choice("transform", transform, TRANSFORMS)
+    check_loss_choices(
+        predicts=predicts, loss_space=loss_space, schedule=schedule, transform=transform, reduction=reduction
+    )
     check_no_forward_mode("flow_loss", prediction, source, t)
     if isinstance(correction_weight, Tensor) or correction_weight != 0:
         # Vanilla flow matching does not use eps.
@@ -300,7 +312,7 @@ def flow_loss(
         t.detach(),
         mu,
         predicts,
-        space,
+        predicts if loss_space is None else loss_space,
         correction_weight,
         schedule,
         temperature,
@@ -346,8 +358,7 @@ def nearest_centroid(
         TypeError, ValueError: as flow_interpolate; ValueError when out_dtype cannot hold the labels.
     """
     mu, ignored = _resolve("x", x, codebook, "codebook")
-    if out_dtype not in LABEL_DTYPES:
-        raise TypeError(f"out_dtype: wanted uint8, int16, int32 or int64; got {out_dtype}")
+    check_label_dtype("out_dtype", out_dtype)
     if ignore_index is None and ignored is None:
         ignore_index = _IGNORE_INDEX if mu.shape[0] <= _IGNORE_INDEX else -1
     found = call(

@@ -21,8 +21,10 @@ __all__ = [
     "check_device",
     "check_image",
     "check_index",
+    "check_label_dtype",
     "check_label_values",
     "check_labels",
+    "check_numbers",
     "check_positive",
     "check_tensor",
     "check_time",
@@ -89,6 +91,11 @@ def check_device(name: str, value: Tensor, like: tuple[str, Tensor]) -> None:
 def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: wanted one of {', '.join(repr(c) for c in choices)}; got {value!r}")
+
+
+def check_label_dtype(name: str, value) -> None:
+    if value not in LABEL_DTYPES:
+        raise TypeError(f"{name}: wanted uint8, int16, int32 or int64; got {value}")
 
 
 def check_index(name: str, value) -> int:
@@ -174,6 +181,17 @@ def pack(**values: float | Tensor | None) -> tuple[list[float | None], Tensor | 
     floats = [_as_float(name, v) for name, v in values.items()]
     _check_ranges(dict(zip(values, floats)))
     return floats, None
+
+
+def check_numbers(**values: float | Tensor | None) -> None:
+    """Check numbers of later calls: types, and the ranges of Python numbers. Tensors may change, so `unpack` checks their values.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    for name, value in values.items():
+        _check_number(name, value)
+    _check_ranges({name: _as_float(name, v) for name, v in values.items() if not isinstance(v, Tensor)})
 
 
 def _plain(values: dict[str, object]) -> list[float | None] | None:

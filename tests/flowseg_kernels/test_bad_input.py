@@ -142,3 +142,22 @@ def test_more_channels_than_kernels_take_fall_back_or_say_so():
             pytest.raises(fk.BackendUnavailable, match="at most 16 code channels, these have 20"),
         ):
             book.decode(book.encode(labels))
+
+
+@pytest.mark.parametrize(
+    "change, error, words", [c for c in CASES if not {*c[0]} & {"prediction", "source", "labels", "t", "centroids"}]
+)
+def test_flow_loss_as_a_module_names_the_argument_when_it_is_made(codes19, change, error, words):
+    with pytest.raises(error, match=words):
+        fk.FlowLoss(codes19, **change)
+
+
+def test_modules_take_the_keywords_of_their_functions_and_no_other(codes19):
+    assert fk.FlowLoss.__init__.__kwdefaults__ == fk.flow_loss.__kwdefaults__
+    assert fk.CentroidDecoder.__init__.__kwdefaults__ == fk.nearest_centroid.__kwdefaults__
+    for module in (fk.FlowLoss, fk.CentroidDecoder):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'weight'"):
+            module(codes19, weight=1.0)
+    with pytest.raises(TypeError, match="out_dtype: wanted uint8, int16, int32 or int64; got torch.float32"):
+        fk.CentroidDecoder(codes19, out_dtype=torch.float32)
+    assert repr(fk.FlowLoss(codes19, max_norm=2.0)).startswith("FlowLoss(\n  max_norm=2.0\n")
