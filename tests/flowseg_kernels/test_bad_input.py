@@ -158,6 +158,6 @@ def test_modules_take_the_keywords_of_their_functions_and_no_other(codes19):
     for module in (fk.FlowLoss, fk.CentroidDecoder):
         with pytest.raises(TypeError, match="unexpected keyword argument 'weight'"):
             module(codes19, weight=1.0)
-    with pytest.raises(TypeError, match="out_dtype: wanted uint8, int16, int32 or int64; got torch.float32"):
+    with pytest.raises(TypeError, match=r"out_dtype: wanted uint8, int16, int32 or int64; got torch\.float32"):
         fk.CentroidDecoder(codes19, out_dtype=torch.float32)
     assert repr(fk.FlowLoss(codes19, max_norm=2.0)).startswith("FlowLoss(\n  max_norm=2.0\n")

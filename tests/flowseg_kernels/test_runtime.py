@@ -1,6 +1,5 @@
-"""Backend choice, loading, `info`, and the direction of imports."""
+"""Backend choice, loading of compiled libraries, and `info`."""
 
-import ast
 import dataclasses
 import os
 import pathlib
@@ -121,30 +120,6 @@ def test_every_instruction_set_passes_the_op_tests(isa):
         FLOWSEG_CPU_ISA=isa,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-
-
-def test_imports_point_one_way():
-    """flowseg takes public names of flowseg_kernels only; inside it: functional -> ops -> runtime, never back."""
-    order = {"runtime": 0, "bare_layers": 0, "ops": 1, "decode_grid": 0, "derived": 0, "functional": 2, "codes": 2, "nn": 3,
-             "info": 3, "__init__": 4}  # fmt: skip
-    for file in sorted((ROOT / "flowseg_kernels").rglob("*.py")):
-        place = file.relative_to(ROOT / "flowseg_kernels").with_suffix("").parts
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                base = place[: len(place) - node.level]
-                target = (*base, *(node.module or "").split(".")) if node.module else base
-                names = [target[0]] if target and target[0] else [a.name for a in node.names]
-                for name in names:
-                    if name in order and place[0] in order and node.level and place[0] != name:
-                        assert order[name] <= order[place[0]], f"{file}: imports {name}"
-            if isinstance(node, ast.ImportFrom):
-                assert not (node.module or "").split(".")[0] == "flowseg", f"{file}: imports flowseg"
-    public = set(fk.__all__)
-    for file in sorted((ROOT / "flowseg").rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flowseg_kernels"):
-                assert node.module == "flowseg_kernels", f"{file}: imports {node.module}"
-                assert {a.name for a in node.names} <= public, f"{file}: imports names that are not public"
 
 
 @pytest.mark.parametrize(
