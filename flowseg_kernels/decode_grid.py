@@ -28,7 +28,7 @@ _LEVELS = 6
 _SIZE = 2**_LEVELS  # cells per axis
 _PAIRS_AT_ONCE = 1 << 16
 _MOST_PAIRS = 1 << 23  # 65,536 well spread codes need 4 million
-#: With at most _WORD_CLASSES classes, a word holds three class numbers and the sign (csrc/shared/decode_grid.h).
+#: A word holds three class numbers of _WORD_BITS bits and the sign, for up to _WORD_CLASSES classes (csrc/shared/decode_grid.h).
 _WORD_BITS = 10
 _WORD_CLASSES = 2**_WORD_BITS
 
