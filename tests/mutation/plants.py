@@ -53,7 +53,7 @@ PLANTS = (
     ),
     Plant(
         "swapped stride",
-        "flowseg_kernels/ops/triton_pixels.py",
+        "flowseg_kernels/ops/shared/triton_pixels.py",
         (
             (
                 "return (p // width) * stride_h + (p % width) * stride_w",
@@ -65,7 +65,7 @@ PLANTS = (
     ),
     Plant(
         "missing mask",
-        "flowseg_kernels/ops/triton_pixels.py",
+        "flowseg_kernels/ops/shared/triton_pixels.py",
         (("valid = inside & (label >= 0)", "valid = (label >= 0)"),),
         "Triton",
         (f"{OPS}/test_flow_loss.py", "-k", "reductions_agree or all_ignored"),
@@ -81,8 +81,8 @@ PLANTS = (
         "missing max subtraction",
         "flowseg_kernels/ops/distance_correction/triton_kernels.py",
         (
-            ("_exponential(own_logit - largest, KIND)", "_exponential(own_logit, KIND)"),
-            ("_exponential(logit - largest, KIND)", "_exponential(logit, KIND)"),
+            ("_exponential(own_logit - largest, TRANSFORM)", "_exponential(own_logit, TRANSFORM)"),
+            ("_exponential(logit - largest, TRANSFORM)", "_exponential(logit, TRANSFORM)"),
         ),
         "Triton",
         (f"{OPS}/test_distance_correction.py", "-k", "far_points or half_precision"),
