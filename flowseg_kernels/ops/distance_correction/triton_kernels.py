@@ -322,7 +322,7 @@ def _distance_correction(
 
 @dataclasses.dataclass(frozen=True)
 class LaunchSettings:
-    """block: pixels per program; run: centroids that are summed before their sum is added to the total; options: of the compiler."""
+    """block: pixels per program; run: centroids per partial sum; options: compiler options."""
 
     block: int
     run: int
