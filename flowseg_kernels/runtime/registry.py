@@ -21,6 +21,9 @@ __all__ = ["COMPILED_CHANNELS", "cpu_kernel", "cuda_kernel", "define_op", "no_se
 #: The most code channels that compiled kernels take. The reference takes any number.
 COMPILED_CHANNELS = 16
 
+#: The message of a check in csrc, without torch's stack trace.
+_CHECK_MESSAGE = re.compile(r"flowseg: (.*?)(?:\nException raised|$)", re.DOTALL)
+
 _LIBRARY = torch.library.Library("flowseg", "FRAGMENT")
 _COMPILED = {name: torch.library.Library(name, "FRAGMENT") for name in ("flowseg_cpu", "flowseg_cuda")}
 _COMPILED["flowseg_cpu"].define("instruction_set() -> int")
@@ -87,7 +90,14 @@ def define_op(
         else:
             requested = backend.requested_backend()
         chosen = backend.select(name, args[0].device.type, channels(*args), requested)
-        return chosen.run(*args)
+        try:
+            return chosen.run(*args)
+        except RuntimeError as error:
+            # A compiled kernel reports a bad value, such as a label out of range, by a RuntimeError.
+            found = _CHECK_MESSAGE.search(str(error))
+            if found:
+                raise ValueError(found.group(1).strip()) from None
+            raise
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flowseg::{name}", fake, lib=_LIBRARY)
@@ -127,34 +137,16 @@ def no_second_derivative(name: str) -> dict[str, Callable]:
     return {"backward": backward, "setup_context": lambda ctx, inputs, output: None}
 
 
-_CHECK_MESSAGE = re.compile(r"flowseg: (.*?)(?:\nException raised|$)", re.DOTALL)
-
-
 def cpu_kernel(schema: str) -> Callable:
-    """Define `flowseg_cpu::NAME`, which csrc/cpu implements, and return a function that calls it.
-
-    The function raises ValueError for a bad value that only the kernel sees, such as a label out of range.
-    """
-    return _compiled_kernel("flowseg_cpu", schema)
+    """Define `flowseg_cpu::NAME`, which csrc/cpu implements, and return the op."""
+    return _compiled_op("flowseg_cpu", schema)
 
 
 def cuda_kernel(schema: str) -> Callable:
-    """Define `flowseg_cuda::NAME`, which csrc/cuda implements, and return a function that calls it."""
-    return _compiled_kernel("flowseg_cuda", schema)
+    """Define `flowseg_cuda::NAME`, which csrc/cuda implements, and return the op."""
+    return _compiled_op("flowseg_cuda", schema)
 
 
-def _compiled_kernel(library: str, schema: str) -> Callable:
-    name = schema[: schema.index("(")]
+def _compiled_op(library: str, schema: str) -> Callable:
     _COMPILED[library].define(schema)
-    op = getattr(getattr(torch.ops, library), name).default
-
-    def call(*args):
-        try:
-            return op(*args)
-        except RuntimeError as error:
-            found = _CHECK_MESSAGE.search(str(error))
-            if found:
-                raise ValueError(found.group(1).strip()) from None
-            raise
-
-    return call
+    return getattr(getattr(torch.ops, library), schema[: schema.index("(")]).default
