@@ -3,7 +3,7 @@
 A program takes one block of pixels of one image and loops over the centroids, which every thread reads from the cache. Its state
 is C + 1 sums per pixel; no array over K is ever stored.
 
-"Own" is the pixel's labelled class y; "rivals" are all other classes.
+"Own" is the pixel's labelled class y; "rivals" are all other classes. TRANSFORM is an index of reference.TRANSFORMS.
 """
 
 from __future__ import annotations
@@ -322,7 +322,7 @@ def _distance_correction(
 
 @dataclasses.dataclass(frozen=True)
 class LaunchSettings:
-    """block: pixels per program; run: centroids per run of `_by_reciprocals`; options: compiler options."""
+    """block: pixels per program; run: centroids per partial sum; options: compiler options."""
 
     block: int
     run: int

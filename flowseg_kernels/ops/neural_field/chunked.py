@@ -1,6 +1,6 @@
-"""The neural field by chunks of patches: generate the weights of a chunk, apply them, free them; generate them again in backward.
+"""The neural field in chunks of patches: generate the weights of a chunk, apply them, drop them, generate them again in backward.
 
-Only one chunk's weights and their gradient are in memory. The price is one more product of the generator.
+Memory holds the generated weights and their gradient for one chunk only. The price is one more product of the generator.
 """
 
 from __future__ import annotations
@@ -21,15 +21,12 @@ _SHARED = 6  # embed_weight, embed_bias, norm_weight, out_norm_weight, out_weigh
 
 
 def generate(s: Tensor, generators: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return weights (B, N, L, S) from features s (B, N, D), by one linear map (weight (S, D), bias (S,)) per block."""
+    """Weights (B, N, L, S) from features s (B, N, D); `generators` are the weight (S, D) and bias (S,) of each of L blocks."""
     return torch.stack([F.linear(s, weight, bias) for weight, bias in generators], dim=2)
 
 
 def _chunks(batch: int, rows: int, columns: int, size: int):
-    """Yield chunks of at most `size` patches as slices: (images, rows of patches, patches).
-
-    A chunk is whole images if at least one image fits, else whole rows of patches, at least one row.
-    """
+    """Yield chunks as slices (images, rows of patches, patches). A chunk is whole images if `size` allows, else whole rows."""
     images = max(1, size // max(1, rows * columns))
     step = rows if size >= rows * columns else max(1, size // columns)
     for image in range(0, batch, images):
@@ -39,7 +36,7 @@ def _chunks(batch: int, rows: int, columns: int, size: int):
 
 
 class _ChunkedField(torch.autograd.Function):
-    """Inputs: size, options of neural_field, backend, x, s, the six shared tensors (None if absent), flat list of generators."""
+    """Arguments: size, options of neural_field, backend, x, s, six shared tensors or None, and the generators as a flat list."""
 
     @staticmethod
     def forward(ctx, size, options, backend, x, s, *rest):
@@ -57,7 +54,7 @@ class _ChunkedField(torch.autograd.Function):
             out[images, :, lines.start * p : lines.stop * p] = part
         ctx.save_for_backward(x, s, *rest)
         ctx.size, ctx.options, ctx.backend = size, options, backend
-        # Backward runs outside autocast. If forward ran under autocast, backward must cast to the same dtype.
+        # Backward runs outside of autocast, but must use the dtype that forward had under autocast.
         ctx.dtype = out.dtype if autocast_dtype(x.device.type) else None
         return out
 
@@ -65,12 +62,12 @@ class _ChunkedField(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         dtype = ctx.dtype
-        # Non-reentrant checkpointing and hooks on saved tensors allow only one read.
+        # Read once: non-reentrant checkpointing and hooks on saved tensors allow only one read.
         saved = ctx.saved_tensors
         tensors = [v if v is None or dtype is None or v.dtype == torch.float64 else v.to(dtype) for v in saved]
         x, s, *rest = tensors
         shared, generators = rest[:_SHARED], list(zip(rest[_SHARED::2], rest[_SHARED + 1 :: 2]))
-        # The op takes no None.
+        # The op takes tensors only.
         field = [x.new_empty(0) if v is None else v for v in shared]
         needs = list(ctx.needs_input_grad[3:])
         need_weights = needs[1] or any(needs[2 + _SHARED :])
@@ -110,17 +107,17 @@ def _sum_dtype(v: Tensor) -> torch.dtype:
 
 
 def _backend_when_compiled() -> str:
-    # torch.compile cannot trace a ContextVar. Like every op's backward, this one's backend is fixed at compile time.
+    # torch.compile cannot trace a ContextVar. So the backend is read at compile time, as for the backward of every op.
     return requested_backend()
 
 
 def _has_autocast(device: str) -> bool:
-    # torch.compile of torch 2.10 cannot trace this call. Its answer never changes within a process.
+    # torch.compile of torch 2.10 cannot trace this call. Its result never changes in a process.
     return torch.amp.is_autocast_available(device)
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """Return the dtype that autocast casts to on this type of device, or None if autocast is off."""
+    """The dtype that autocast casts to on this type of device, or None if autocast is off."""
     enabled = _has_autocast(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if enabled else None
 
@@ -137,18 +134,18 @@ def chunked_field(
     generators: list[tuple[Tensor, Tensor]],
     options: dict,
 ) -> Tensor:
-    """Return neural_field(x, generate(s, generators), *shared, **options), computed `size` patches at a time.
+    """neural_field(x, generate(s, generators), *shared, **options), computed for `size` patches at a time.
 
-    It is differentiable once, in every tensor.
+    Differentiable once in every tensor.
     """
     flat = [v for pair in generators for v in pair]
     return _ChunkedField.apply(size, options, _backend_when_compiled(), x, s, *shared, *flat)
 
 
 def chunked_calls(size: int, x: Tensor, s: Tensor, p: int, decode: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return decode(x, s), computed `size` patches of p x p pixels at a time. Backward runs decode again per chunk.
+    """decode(x, s), computed for `size` patches of p x p pixels at a time. Backward runs decode again per chunk.
 
-    `decode` may call any modules. Their hooks run again per chunk in backward, with the same random numbers.
+    `decode` may call any modules. In backward their hooks run again per chunk, with the same random numbers.
     """
     if torch.is_grad_enabled():
         decode = _checkpointed(decode)
@@ -156,7 +153,7 @@ def chunked_calls(size: int, x: Tensor, s: Tensor, p: int, decode: Callable[[Ten
     for images, lines, patches in _chunks(x.shape[0], x.shape[2] // p, x.shape[3] // p, size):
         pixels = x[images, :, lines.start * p : lines.stop * p]
         parts.setdefault(images.start, []).append(decode(pixels, s[images, patches]))
-    # Without patches there are no chunks.
+    # An empty batch has no chunks.
     return torch.cat([torch.cat(rows, dim=2) for rows in parts.values()]) if parts else decode(x, s)
 
 
@@ -166,7 +163,7 @@ def _checkpointed(decode: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tenso
     def run(x, s):
         if not backend:
             return decode(x, s)
-        # Backward may run outside the use_backend block of forward.
+        # Backward may run outside of the use_backend block of the forward.
         with use_backend(backend):
             return decode(x, s)
 

@@ -105,7 +105,7 @@ def embedded(
 
 
 @triton.jit
-def root_mean_square(h, eps, H: tl.constexpr):
+def reciprocal_rms(h, eps, H: tl.constexpr):
     """Return 1 / rms of each row."""
     return tl.rsqrt(tl.sum(h * h, 1) / H + eps)
 
@@ -142,7 +142,7 @@ def block_lengths(
 def normalised(h, eps, H: tl.constexpr, RESIDUAL: tl.constexpr):
     """Return each row of h over its root mean square, and the scale 1 / rms(h). In the plain form return h itself."""
     if RESIDUAL:
-        scale = root_mean_square(h, eps, H)
+        scale = reciprocal_rms(h, eps, H)
         return h * scale[:, None], scale
     else:
         return h, 1.0
@@ -210,14 +210,13 @@ def forward_kernel(
     out_gain,  # (Hx,)
     out_weight,  # (C, Hx)
     out_bias,  # (C,)
-    out,  # (B, C, H, W), contiguous
-    # with KEEP:
-    grad,  # gradient of out (B, C, H, W)
-    states, later,  # see state_before
-    norms,  # (n, L, p^2) fp32: 1 / rms of the states
-    scales,  # (n, L, r Hx + Hx) fp32: reciprocal column norms
-    grads,  # (n, p^2, Hx): gradient of the state after the last block
-    partials,  # (B N, sums) fp32: partial sums per patch, see below
+    out,  # (B, C, H, W), contiguous; None with KEEP
+    grad,  # with KEEP: gradient of out, (B, C, H, W)
+    states, later,  # with KEEP: see state_before
+    norms,  # with KEEP: 1 / rms of the states, (n, L, p^2) fp32
+    scales,  # reciprocal column norms, (n, L, r Hx + Hx) fp32
+    grads,  # with KEEP: gradient of the state after the last block, (n, p^2, Hx)
+    partials,  # with KEEP: partial sums per patch, (B N, sums) fp32, see below
     # first patch of the launch, patches per row of an image and per image, L, C + F^2, length of a row of `partials`
     first, columns, per_image, depth, features, sums,
     # strides of x and of grad

@@ -167,13 +167,13 @@ def fields(options):
 
 #: By op: n and its calls. One call in n runs by default.
 GROUPS = {
-    "flow_interpolate": (1, per_pixel(interpolate, ["_interpolate", "_interpolate_backward"])),
+    "flow_interpolate": (2, per_pixel(interpolate, ["_interpolate", "_interpolate_backward"])),
     "flow_interpolate, options": (
         1, per_pixel(interpolate, ["_interpolate", "_interpolate_backward"], [{}], [{"need_t": False}, {"one_time": True}]),
     ),
     "distance_correction": (2, per_pixel(correct, ["_distance_correction"])),
     "distance_correction, options": (
-        3,
+        5,
         per_pixel(
             correct, ["_distance_correction"], [{}],
             every(transform=("neg_log", "neg_sq", "neg_dist", "inverse"), temperature=(1.0, 0.3), max_norm=(None, 2.0),
