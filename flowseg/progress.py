@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flowseg.evaluate import Scores
+from flowseg.inference.evaluate import Scores
 from flowseg.terminal import printable, say
 
 LINE_SECONDS = 30.0

@@ -17,21 +17,20 @@ from flowseg.codes import build_codebook
 from flowseg.config import Config
 from flowseg.data.datasets import resolve_labels
 from flowseg.data.pictures import Reading, as_picture, stored_values
-from flowseg.data.transforms import model_size, prepare, resized, to_tensor
+from flowseg.data.transforms import model_size, pad_to, prepare, resized, to_tensor
 from flowseg.flow import integrate, make_source
-from flowseg.model import FlowSegModel, build_model
-from flowseg.model.sizes import check_sizes
-from flowseg.views import (
+from flowseg.inference.views import (
     WindowRows,
     class_probabilities,
     enlarge_labels,
     interpolated_columns,
     likeliest,
     mean_over_windows,
-    pad_to,
     resize_labels,
     windows,
 )
+from flowseg.model import FlowSegModel, build_model
+from flowseg.model.sizes import check_sizes
 from flowseg_kernels import Codebook, nearest_centroid
 
 

@@ -41,7 +41,7 @@ from flowseg.config import Config, OptimConfig, load_config, save_config
 from flowseg.data import open_data, resolve_labels, training_batches
 from flowseg.data.label_table import tell_labels
 from flowseg.errors import PeerError, UserError
-from flowseg.evaluate import Scores, chosen_indices, evaluate
+from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
 from flowseg.memory import is_out_of_memory, keep_freed_memory
 from flowseg.metrics import log_to_trackers, open_metrics, read_metrics, truncate_metrics
 from flowseg.model import FlowSegModel, build_model, load_pixnerd

@@ -14,7 +14,7 @@ from flowseg.hub import from_pretrained, is_shared, save_pretrained
 from flowseg.segment import Segmenter
 from flowseg.train import train
 
-from .test_cli import run
+from .support.commands import run
 from .tiny import folder_section, tiny_config
 
 

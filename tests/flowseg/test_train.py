@@ -21,7 +21,7 @@ from flowseg.codes import build_codebook
 from flowseg.config import save_config
 from flowseg.data import open_data, training_batches
 from flowseg.errors import UserError
-from flowseg.evaluate import evaluate
+from flowseg.inference.evaluate import evaluate
 from flowseg.segment import Segmenter
 from flowseg.train import Ema, learning_rate, train
 from flowseg_kernels import flow_loss
