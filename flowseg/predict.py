@@ -16,7 +16,7 @@ from torch import Tensor
 from flowseg.data.files import IMAGE_SUFFIXES, by_suffix, list_files, name_left_out
 from flowseg.data.pictures import Reading, read_picture, turn_back
 from flowseg.errors import DataWarning, UserError
-from flowseg.memory import is_out_of_memory
+from flowseg.runs.memory import is_out_of_memory
 from flowseg.segment import Segmenter
 
 OUTPUTS = ("mask", "overlay", "margin")
