@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from flowseg.config import Config, load_config, override
 from flowseg.errors import UserError
-from flowseg.parallel import sharded_like, whole
+from flowseg.runs.files import replacing
+from flowseg.runs.parallel import sharded_like, whole
 
 PREFIX = "step-"
 CHECKSUM = "sha256"
@@ -111,13 +112,10 @@ def save_state(run: Path, state: TrainState) -> None:
     if not path.parent.is_dir():
         # Somebody has removed the checkpoint; the next one holds the state.
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        _write_state(temporary, state)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            _write_state(temporary, state)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error}); free disk space. The checkpoint is intact") from None
 
 
@@ -165,12 +163,11 @@ def load_checkpoint(
 
 def save_weights(path: Path, model: nn.Module, **facts: Any) -> None:
     """Write the weights of ``model`` as one file with ``facts`` in its header, through a temporary name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    tensors = _plain(model.state_dict())
     try:
-        _write(temporary, _plain(model.state_dict()), {key: str(value) for key, value in facts.items()})
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            _write(temporary, tensors, {key: str(value) for key, value in facts.items()})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error}); free disk space. An earlier one is as it was") from None
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from flowseg.data_names import DATA_NAMES
 from flowseg.errors import UserError
-from flowseg.terminal import decoded
+from flowseg.runs.terminal import decoded
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]

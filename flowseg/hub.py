@@ -16,8 +16,8 @@ from flowseg.data.datasets import resolve_labels
 from flowseg.errors import UserError
 from flowseg.model import build_model
 from flowseg.model.sizes import check_sizes
+from flowseg.runs.terminal import printable
 from flowseg.segment import Segmenter, default_device
-from flowseg.terminal import printable
 
 WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
 

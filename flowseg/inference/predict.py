@@ -16,7 +16,7 @@ from torch import Tensor
 from flowseg.data.files import IMAGE_SUFFIXES, counts_by_suffix, list_files, warn_of_other_suffixes
 from flowseg.data.pictures import Reading, read_picture, turn_back
 from flowseg.errors import DataWarning, UserError
-from flowseg.memory import is_out_of_memory
+from flowseg.runs.memory import is_out_of_memory
 from flowseg.segment import Segmenter
 
 # Number of rows to colour at a time: a whole photograph in floats would take many times its size.

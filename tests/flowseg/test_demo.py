@@ -10,8 +10,8 @@ import torch
 
 from flowseg.data.digits import DigitScenes
 from flowseg.data.presets import DIGITS
-from flowseg.demo import run_demo, verdict
 from flowseg.errors import UserError
+from flowseg.experiments.demo import run_demo, verdict
 from flowseg.report import figures
 from flowseg.report.speed import measure_kernels
 

@@ -21,15 +21,15 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import flowseg.checkpoint as checkpoint
-import flowseg.metrics as metrics
-import flowseg.train as training
+import flowseg.runs.metrics as metrics
+import flowseg.training.trainer as training
 from flowseg import cli
 from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, read_tensors, save_checkpoint
 from flowseg.config import save_config
 from flowseg.errors import UserError
-from flowseg.metrics import read_metrics
 from flowseg.model import build_model
-from flowseg.train import Ema, train
+from flowseg.runs.metrics import read_metrics
+from flowseg.training.trainer import Ema, train
 
 from .tiny import folder_section, tiny_config
 

@@ -12,7 +12,7 @@ from flowseg.data import open_data
 from flowseg.errors import UserError
 from flowseg.hub import from_pretrained, is_shared, save_pretrained
 from flowseg.segment import Segmenter
-from flowseg.train import train
+from flowseg.training.trainer import train
 
 from .support.commands import run
 from .tiny import folder_section, tiny_config

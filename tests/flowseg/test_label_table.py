@@ -12,7 +12,7 @@ from flowseg.config import DataConfig
 from flowseg.data import label_table, open_data
 from flowseg.data.label_table import count_labels, findings, tell_labels
 from flowseg.errors import DataWarning, UserError
-from flowseg.train import train
+from flowseg.training.trainer import train
 
 from .support.benchmarks import CASES
 from .tiny import folder_section, tiny_config

@@ -15,13 +15,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 import flowseg.checkpoint as checkpoint
-import flowseg.train as training
+import flowseg.training.trainer as training
 from flowseg import cli
 from flowseg.checkpoint import list_checkpoints, read_facts, read_run_config
 from flowseg.config import save_config
 from flowseg.errors import UserError
 from flowseg.segment import Segmenter
-from flowseg.train import train
+from flowseg.training.trainer import train
 
 from .tiny import TINY_MODEL, folder_section, tiny_config
 

@@ -12,7 +12,7 @@ from flowseg.errors import UserError
 from flowseg.report import figures, names
 from flowseg.report.run import _class_table, write_report
 from flowseg.segment import Segmenter
-from flowseg.train import train
+from flowseg.training.trainer import train
 
 from .support.commands import run
 from .tiny import folder_section, tiny_config

@@ -20,9 +20,9 @@ from flowseg.codes import build_codebook
 from flowseg.config import load_config, save_config
 from flowseg.data import open_data, training_batches
 from flowseg.errors import UserError
-from flowseg.objective import flow_step
-from flowseg.study import Run, folder_name, folder_names, load_study, run_study
-from flowseg.train import train
+from flowseg.experiments.study import Run, folder_name, folder_names, load_study, run_study
+from flowseg.training.objective import flow_step
+from flowseg.training.trainer import train
 from flowseg_kernels import nearest_centroid
 
 from .tiny import folder_section, tiny_config

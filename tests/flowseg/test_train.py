@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import flowseg.objective as objective
-import flowseg.train as training
+import flowseg.training.objective as objective
+import flowseg.training.trainer as training
 from flowseg.checkpoint import find_weights, list_checkpoints, read_facts, read_run_config
 from flowseg.codes import build_codebook
 from flowseg.config import save_config
@@ -23,7 +23,7 @@ from flowseg.data import open_data, training_batches
 from flowseg.errors import UserError
 from flowseg.inference.evaluate import evaluate
 from flowseg.segment import Segmenter
-from flowseg.train import Ema, learning_rate, train
+from flowseg.training.trainer import Ema, learning_rate, train
 from flowseg_kernels import flow_loss
 
 from .tiny import TINY_MODEL, folder_section, tiny_config

@@ -24,11 +24,12 @@ from rich.console import Console
 from flowseg.checkpoint import list_checkpoints
 from flowseg.config import Config, Count, Section, load_config, parse_section, read_yaml
 from flowseg.errors import UserError
-from flowseg.metrics import read_metrics
-from flowseg.progress import counting_view
 from flowseg.report.names import captioned, drawable, font_families
-from flowseg.signals import exit_on_signal
-from flowseg.terminal import printable
+from flowseg.runs.files import replacing, write_whole
+from flowseg.runs.metrics import read_metrics
+from flowseg.runs.progress import counting_view
+from flowseg.runs.signals import exit_on_signal
+from flowseg.runs.terminal import printable
 
 # Arms of a picture that have a colour of their own.
 COLORED_ARMS = 5
@@ -249,10 +250,9 @@ def write_results(study: Study, runs: list[Run], out: Path) -> Path:
         best = _best(scored)
         accuracy = _spread([one[best]["pixel_accuracy"] for one in scored if best in one])
         lines.append(f"| {_in_cell(arm)} | {len(members)} | " + " | ".join(cells) + f" | {accuracy} ({best}) |")
-    _replace(out / "table.md", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
-
-    _draw(by_arm).savefig(out / ".curves.png", dpi=110)
-    os.replace(out / ".curves.png", out / "curves.png")
+    write_whole(out / "table.md", "\n".join(lines) + "\n", errors="backslashreplace")
+    with replacing(out / "curves.png") as temporary:
+        _draw(by_arm).savefig(temporary, format="png", dpi=110)
     return out / "table.md"
 
 
@@ -302,9 +302,3 @@ def _spread(values: list[float]) -> str:
     if not values:
         return ""
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

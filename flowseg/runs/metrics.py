@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from flowseg.errors import UserError
+from flowseg.runs.files import write_whole
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -30,9 +30,7 @@ def truncate_metrics(path: Path, *, step: int, validated: int) -> None:
     if path.is_file():
         until = {"validation": validated}
         kept = [line for line in read_metrics(path) if line["step"] <= until.get(line["event"], step)]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowseg.inference.evaluate import Scores
-from flowseg.terminal import printable, say
+from flowseg.runs.terminal import printable, say
 
 LINE_SECONDS = 30.0
 """Shortest time between two lines of a log that only say how far the work is."""

@@ -26,7 +26,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flowseg.align import ImageFeatures
 from flowseg.checkpoint import (
     TrainState,
     check_meaning,
@@ -42,16 +41,17 @@ from flowseg.data import open_data, resolve_labels, training_batches
 from flowseg.data.label_table import tell_labels
 from flowseg.errors import PeerError, UserError
 from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
-from flowseg.memory import is_out_of_memory, keep_freed_memory
-from flowseg.metrics import log_to_trackers, open_metrics, read_metrics, truncate_metrics
 from flowseg.model import FlowSegModel, build_model, load_pixnerd
 from flowseg.model.sizes import check_sizes
-from flowseg.objective import Objective, flow_step, squared_error
-from flowseg.parallel import Peers, shard, whole
-from flowseg.progress import training_view
+from flowseg.runs.memory import is_out_of_memory, keep_freed_memory
+from flowseg.runs.metrics import log_to_trackers, open_metrics, read_metrics, truncate_metrics
+from flowseg.runs.parallel import Ranks, shard, whole
+from flowseg.runs.progress import training_view
+from flowseg.runs.signals import stop_on_signal
+from flowseg.runs.terminal import printable, say
 from flowseg.segment import Segmenter, autocast, default_device, resolve_precision
-from flowseg.signals import stop_on_signal
-from flowseg.terminal import printable, say
+from flowseg.training.alignment import ImageFeatures
+from flowseg.training.objective import Objective, flow_step, squared_error
 
 
 @dataclasses.dataclass
@@ -145,9 +145,9 @@ def train(
         log_with=config.train.trackers or None,
         project_dir=out,
     )
-    peers = Peers(accelerator.num_processes, accelerator.process_index)
+    ranks = Ranks(accelerator.num_processes, accelerator.process_index)
     with contextlib.ExitStack() as stack:
-        with peers.together():
+        with ranks.together():
             resume = _goes_on(out, resume)
             if accelerator.is_main_process:
                 stack.enter_context(_occupied(out))
@@ -156,7 +156,7 @@ def train(
                     f"--out {out}: holds a run already; add --resume to go on with it, or give another folder"
                 )
         training = _Training(
-            config, out, accelerator, peers, resume=resume, console=console, title=title, on_validation=on_validation
+            config, out, accelerator, ranks, resume=resume, console=console, title=title, on_validation=on_validation
         )
         return training.run()
 
@@ -169,17 +169,17 @@ class _Training:
         config: Config,
         out: Path,
         accelerator: Accelerator,
-        peers: Peers,
+        ranks: Ranks,
         *,
         resume: bool,
         console: Console | None,
         title: str,
         on_validation: Callable[[int, Scores], None] | None,
     ):
-        self.config, self.out, self.accelerator, self.peers = config, out, accelerator, peers
+        self.config, self.out, self.accelerator, self.ranks = config, out, accelerator, ranks
         self.main, self.device = accelerator.is_main_process, accelerator.device
         self.console, self.title, self.on_validation = console if self.main else None, title, on_validation
-        with peers.together():
+        with ranks.together():
             if resume:
                 _check_codes(config, out)
             self.data = open_data(config.data, seed=config.train.seed, check=self.main)
@@ -213,7 +213,7 @@ class _Training:
 
     def _build_optimizer(self) -> None:
         config = self.config
-        self.sharded = config.train.strategy == "fsdp" and self.peers.world > 1
+        self.sharded = config.train.strategy == "fsdp" and self.ranks.world > 1
         if self.sharded:
             shard(self.bare_model)
         self.ema = Ema(self.bare_model, config.optim.ema_decay)
@@ -236,7 +236,7 @@ class _Training:
         if state.draws is None:
             before = self.out / "config.yaml"
             old = load_config(before) if before.is_file() else self.config
-            state.draws = _draws_before(old, state.step, self.peers.world)
+            state.draws = _draws_before(old, state.step, self.ranks.world)
         # A process must not write its settings before the others have read the old ones.
         self.accelerator.wait_for_everyone()
         return state
@@ -289,7 +289,7 @@ class _Training:
             self._validate_unless_stopped()
         while state.step < config.steps and self._step():
             # Alone, a signal is seen at once; of several processes each waits for the others to see it.
-            if self.stop and self.peers.world == 1:
+            if self.stop and self.ranks.world == 1:
                 result.stopped_by = self.stop[0]
                 break
             if state.step % config.checkpoint_every == 0:
@@ -303,7 +303,7 @@ class _Training:
 
     def _keep_steps(self) -> None:
         """Save after an error of any kind. Several processes would wait for each other, so they keep their last checkpoint."""
-        if self.peers.world > 1 or self.updating or self.state.step <= max(self.saved, 0):
+        if self.ranks.world > 1 or self.updating or self.state.step <= max(self.saved, 0):
             return
         with contextlib.suppress(Exception):
             self.save()
@@ -316,13 +316,13 @@ class _Training:
 
     def _step(self) -> bool:
         """One optimiser step, or False where the run ends before it."""
-        config, state, peers = self.config, self.state, self.peers
+        config, state, ranks = self.config, self.state, self.ranks
         now = config.at_step(state.step)
         batch, failure = self._next_batches(now)
         valid = sum(int((labels != IGNORE_INDEX).sum()) for _, labels, _ in batch)
         # Times differ between processes; the first one's decides, or learning rates would differ too.
         elapsed = time.monotonic() - self.started if self.main else 0.0
-        elapsed, valid, stopping, failed = peers.add_up(elapsed, valid, len(self.stop), failure is not None)
+        elapsed, valid, stopping, failed = ranks.add_up(elapsed, valid, len(self.stop), failure is not None)
         if failed:
             self._leave_with(failure)
         if stopping:
@@ -342,7 +342,7 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.bare_model, state.step)
         state.step += 1
-        state.draws += now.train.batch_size * config.train.accumulation * peers.world
+        state.draws += now.train.batch_size * config.train.accumulation * ranks.world
         self.updating = False
         if state.step % config.train.log_every == 0 or state.step == config.train.steps:
             self.check_finite(total, norm)
@@ -361,8 +361,8 @@ class _Training:
                     train.batch_size,
                     seed=train.seed,
                     first_draw=self.state.draws,
-                    rank=self.peers.rank,
-                    world=self.peers.world,
+                    rank=self.ranks.rank,
+                    world=self.ranks.world,
                 )
                 self.batches_of = now.data, train.batch_size
             return [next(self.batches) for _ in range(train.accumulation)], None
@@ -375,7 +375,7 @@ class _Training:
             self.save()
             if isinstance(failure, UserError):
                 failure = UserError(f"{failure}; {self._how_to_go_on()}")
-        self.peers.agree(failure)
+        self.ranks.agree(failure)
         raise AssertionError("no process has an error")
 
     def _how_to_go_on(self) -> str:
@@ -393,21 +393,21 @@ class _Training:
                 with autocast(config.train.mixed_precision, device):
                     step = flow_step(self.model, self.codebook, config, images, labels, draws, encoder)
                 # Processes' gradients are averaged, so each counts its share of the sum as many times as there are.
-                value = step.flow * (self.peers.world / max(valid, 1.0))
+                value = step.flow * (self.ranks.world / max(valid, 1.0))
                 total += value.detach()
                 if encoder:
                     aligned += step.align.detach() / len(batch)
                     value = value + step.align * (config.repa.weight / len(batch))
                 self.accelerator.backward(value)
-            self.window_images += images.shape[0] * self.peers.world
+            self.window_images += images.shape[0] * self.ranks.world
         return step, total, aligned
 
     def _log_step(
         self, step: Objective, total: Tensor, aligned: Tensor, norm: Tensor, rate: float, progress: float
     ) -> None:
         error = squared_error(step, self.codebook, self.config)
-        sums = self.peers.add_up(float(total), float(error), float(aligned))
-        loss, error, align = (value / self.peers.world for value in sums)
+        sums = self.ranks.add_up(float(total), float(error), float(aligned))
+        loss, error, align = (value / self.ranks.world for value in sums)
         speed = self.window_images / max(time.monotonic() - self.window_start, 1e-9)
         self.window_start, self.window_images = time.monotonic(), 0
         self.log(
@@ -426,7 +426,7 @@ class _Training:
     def check_finite(self, *values: Tensor) -> None:
         """Raise UserError in all processes if one of them holds a value that is no number."""
         wrong = not all(bool(torch.isfinite(_own_part(value)).all()) for value in values)
-        if self.peers.add_up(wrong)[0]:
+        if self.ranks.add_up(wrong)[0]:
             raise UserError(
                 f"the loss is no longer finite at step {self.state.step}; lower optim.lr or raise loss.eps, then "
                 f"--resume from the last checkpoint"
@@ -439,7 +439,7 @@ class _Training:
             # The newest checkpoint is what a run goes on from: it must not hold weights that are not numbers.
             self.check_finite(*self.bare_model.parameters())
         state.seconds = time.monotonic() - self.started
-        with self.peers.together():
+        with self.ranks.together():
             if new and (self.main or self.sharded):
                 path = save_checkpoint(
                     self.out,
@@ -475,7 +475,7 @@ class _Training:
         self.segmenter.config = config.at_step(state.step - 1)
         result.scores = scores = self._scores()
         best = max(state.best_miou, scores.miou)
-        with self.peers.together():
+        with self.ranks.together():
             if self.main and state.validated < state.step:
                 result.curve.append((state.step, scores.miou))
                 self.log(event="validation", step=state.step, miou=scores.miou, pixel_accuracy=scores.pixel_accuracy)
@@ -490,25 +490,25 @@ class _Training:
 
     def _scores(self) -> Scores:
         """Scores of the validation split; an error names the step that is saved."""
-        config, peers, seen = self.config, self.peers, 0
+        config, ranks, seen = self.config, self.ranks, 0
         count = len(chosen_indices(len(self.data.val), config.train.eval_images))
 
         def seen_more(images: int) -> None:
             nonlocal seen
-            seen += images * peers.world
+            seen += images * ranks.world
             self.view.validating(seen, count)
             # Several processes would not leave together: they finish the validation first.
-            if self.stop and peers.world == 1:
+            if self.stop and ranks.world == 1:
                 raise _Interrupted
 
         try:
-            with peers.adding_up() as add_up:
+            with ranks.adding_up() as add_up:
                 return evaluate(
                     self.segmenter,
                     self.data.val,
                     limit=config.train.eval_images,
-                    rank=peers.rank,
-                    world=peers.world,
+                    rank=ranks.rank,
+                    world=ranks.world,
                     add_up=add_up,
                     on_batch=seen_more,
                 )

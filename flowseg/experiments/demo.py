@@ -18,15 +18,15 @@ from flowseg.config import Config
 from flowseg.data import open_data
 from flowseg.errors import UserError
 from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
-from flowseg.metrics import read_metrics
-from flowseg.progress import counting_view
 from flowseg.report import figures
 from flowseg.report.blocks import environment, speed_blocks
 from flowseg.report.page import Page, folded, paragraph, picture, table
 from flowseg.report.speed import measure_kernels
+from flowseg.runs.metrics import read_metrics
+from flowseg.runs.progress import counting_view
+from flowseg.runs.terminal import say
 from flowseg.segment import Segmenter
-from flowseg.terminal import say
-from flowseg.train import train
+from flowseg.training.trainer import train
 from flowseg_kernels import nearest_centroid
 
 ARMS = {"vanilla": 0.0, "FlowSeg": 1.0}

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowseg.align import ImageFeatures, alignment_loss
 from flowseg.codes import IGNORE_INDEX
 from flowseg.config import Config
 from flowseg.flow import make_source, sample_times
+from flowseg.training.alignment import ImageFeatures, alignment_loss
 from flowseg_kernels import Codebook, flow_interpolate, flow_loss
 
 

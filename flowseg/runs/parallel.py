@@ -38,7 +38,7 @@ def sharded_like(value: Tensor, wanted: Tensor) -> Tensor:
     return value
 
 
-class Peers:
+class Ranks:
     """Sums over the processes of a few numbers on the host.
 
     They have a group of their own on gloo: a sum on the accelerator would make the host wait for all work queued there.
