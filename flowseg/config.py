@@ -109,7 +109,7 @@ class RepaConfig(Section):
 
 
 class DataConfig(Section):
-    """Where images and labels come from, and the size the network sees."""
+    """The data set, the size at which the network sees it, and the augmentation."""
 
     name: Literal[DATA_NAMES] = "digits"
     root: Path | None = None
@@ -119,8 +119,8 @@ class DataConfig(Section):
     """The data set's own name of the training split; ``None``: the usual name, such as ``training`` for ADE20K."""
     val_split: str | None = None
     check: Literal["full", "headers", "none"] | None = None
-    """What to check before training: label values (``full``), sizes (``headers``) or nothing. ``None``: values of up to
-    6000 pairs, sizes of more."""
+    """Check of the files before training: label values (``full``), sizes (``headers``) or nothing. ``None``: ``full`` for up
+    to 6000 pairs, else ``headers``."""
     classes: list[str] | None = None
     palette: list[tuple[int, int, int]] | None = None
     values: list[Annotated[int, Field(ge=0, le=65535)]] | None = None

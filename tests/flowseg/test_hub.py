@@ -8,14 +8,13 @@ import torch
 import yaml
 from PIL import Image
 
+from flowseg.checkpoint import read_run_config
 from flowseg.data import open_data
 from flowseg.errors import UserError
 from flowseg.hub import from_pretrained, is_shared, save_pretrained
 from flowseg.segment import Segmenter
-from flowseg.training.trainer import train
 
 from .support.commands import run
-from .tiny import folder_section, tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +26,8 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture
-def trained(folder_data, tmp_path):
-    config = tiny_config(data=folder_section(folder_data), train={"steps": 4})
-    train(config, tmp_path / "run")
-    return Segmenter.from_run(tmp_path / "run", config)
+def trained(trained_run):
+    return Segmenter.from_run(trained_run, read_run_config(trained_run))
 
 
 def test_a_folder_gives_the_same_labels(trained, tmp_path):

@@ -12,19 +12,17 @@ from flowseg.errors import UserError
 from flowseg.report import figures, names
 from flowseg.report.run import _class_table, write_report
 from flowseg.segment import Segmenter
-from flowseg.training.trainer import train
 
 from .support.commands import run
-from .tiny import folder_section, tiny_config
 
 
-def test_report_of_a_run_is_one_file_with_every_part(tmp_path, folder_data, monkeypatch, capsys):
-    train(tiny_config(data=folder_section(folder_data), train={"steps": 6}), tmp_path / "run")
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+def test_report_of_a_run_is_one_file_with_every_part(trained_run, monkeypatch, capsys):
+    # A killed process may leave half a line.
+    with (trained_run / "metrics.jsonl").open("a") as file:
         file.write('{"event": "tr')
-    status, out, err = run(monkeypatch, capsys, "report", tmp_path / "run", "--no-speed")
+    status, out, err = run(monkeypatch, capsys, "report", trained_run, "--no-speed")
     assert status == 0 and "report.html" in out, err
-    text = (tmp_path / "run" / "report.html").read_text()
+    text = (trained_run / "report.html").read_text()
     for title in (
         "Convergence",
         "Scores by class",
@@ -40,13 +38,11 @@ def test_report_of_a_run_is_one_file_with_every_part(tmp_path, folder_data, monk
     assert "correction_weight: 1.0" in text and "on 2 validation images" in text
 
 
-def test_report_needs_metrics(tmp_path, folder_data):
-    config = tiny_config(data=folder_section(folder_data), train={"steps": 1})
-    train(config, tmp_path / "run")
-    (tmp_path / "run" / "metrics.jsonl").unlink()
-    segmenter = Segmenter.from_run(tmp_path / "run", read_run_config(tmp_path / "run"))
+def test_report_needs_metrics(trained_run, tmp_path):
+    (trained_run / "metrics.jsonl").unlink()
+    segmenter = Segmenter.from_run(trained_run, read_run_config(trained_run))
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be read"):
-        write_report(tmp_path / "run", segmenter, tmp_path / "r.html")
+        write_report(trained_run, segmenter, tmp_path / "r.html")
 
 
 def test_confusion_rows_are_shares_of_the_true_class():
