@@ -1,4 +1,4 @@
-"""The command line from end to end: train, resume, evaluate, predict, and one-line errors with status 2."""
+"""The command line from end to end: train, resume, evaluate, predict, and errors of one line with status 2."""
 
 import ast
 import json
@@ -45,7 +45,7 @@ def test_train_resume_evaluate(trained_run, tmp_path, monkeypatch, capsys):
         assert run(monkeypatch, capsys, "evaluate", "--run", trained_run, "--checkpoint", checkpoint)[0] == 0
 
 
-def test_predict_writes_all_kinds(trained_run, folder_data, tmp_path, monkeypatch, capsys):
+def test_predict_writes_masks_overlays_and_margins(trained_run, folder_data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "masks"
     pattern = folder_data / "images" / "train" / "[ab].jpg"
     status, _, _ = run(
@@ -78,7 +78,7 @@ def test_a_warning_about_data_is_one_line(trained_run, folder_data, tmp_path, mo
     assert "1 .heic (such as [b]x.heic)" in line
 
 
-def test_predict_goes_on_after_a_bad_file(trained_run, folder_data, tmp_path, monkeypatch, capsys):
+def test_predict_continues_after_a_damaged_file(trained_run, folder_data, tmp_path, monkeypatch, capsys):
     inputs = folder_data / "images" / "val"
     (inputs / "bad.png").write_bytes(b"nothing")
     status, _, err = run(monkeypatch, capsys, "predict", inputs, "--run", trained_run, "--out", tmp_path / "m")
@@ -86,7 +86,7 @@ def test_predict_goes_on_after_a_bad_file(trained_run, folder_data, tmp_path, mo
     assert (tmp_path / "m" / "f.mask.png").is_file() and not (tmp_path / "m" / "bad.mask.png").exists()
 
 
-def test_same_stems_get_their_folder(trained_run, folder_data, tmp_path, monkeypatch, capsys):
+def test_results_of_files_with_equal_stems_get_distinct_names(trained_run, folder_data, tmp_path, monkeypatch, capsys):
     other = tmp_path / "other"
     other.mkdir()
     Image.new("RGB", (20, 20)).save(other / "e.png")
@@ -111,13 +111,13 @@ def test_same_stems_get_their_folder(trained_run, folder_data, tmp_path, monkeyp
         (["predict", "a.jpg", "--run", "nowhere", "--out", "y"], "no config.yaml"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, words):
+def test_errors_of_the_user_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     status, _, err = run(monkeypatch, capsys, *arguments)
     assert status == 2 and words in err and len(err.strip().splitlines()) <= 2 and "Traceback" not in err
 
 
-def test_places_that_cannot_be_written_are_named_before_the_work(
+def test_outputs_that_cannot_be_written_are_errors_before_the_work(
     trained_run, folder_data, tmp_path, monkeypatch, capsys
 ):
     file, image = tmp_path / "file", folder_data / "images" / "val" / "e.jpg"
@@ -141,14 +141,14 @@ def test_places_that_cannot_be_written_are_named_before_the_work(
     assert run(monkeypatch, capsys, "evaluate", "--run", trained_run, "--json", target)[0] == 0 and target.is_file()
 
 
-def test_missing_checkpoint_and_input(trained_run, monkeypatch, capsys):
+def test_a_missing_checkpoint_or_input_is_an_error(trained_run, monkeypatch, capsys):
     status, _, err = run(monkeypatch, capsys, "evaluate", "--run", trained_run, "--checkpoint", "99")
     assert status == 2 and "steps kept: 3" in err
     status, _, err = run(monkeypatch, capsys, "predict", "no/such/*.png", "--run", trained_run, "--out", "m")
     assert status == 2 and "no/such" in err
 
 
-def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path, folder_data, monkeypatch, capsys):
+def test_resume_auto_starts_a_run_and_later_continues_it(tmp_path, folder_data, monkeypatch, capsys):
     save_config(tiny_config(data=folder_section(folder_data)), tmp_path / "c.yaml")
     words = ["train", "--config", tmp_path / "c.yaml", "--out", tmp_path / "run"]
     status, _, err = run(monkeypatch, capsys, *words, "--resume", "--steps", 2)
@@ -156,7 +156,7 @@ def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path, folder_data, mon
     for resume, steps in ((["--resume=auto"], 1), (["--resume", "auto"], 2), (["--resume"], 3)):
         status, _, err = run(monkeypatch, capsys, *words, *resume, "--steps", steps)
         assert status == 0 and f"starts at step {steps - 1} of {steps}" in err, err
-    # Without --config it has the settings that lie there, even if the run never came to a checkpoint.
+    # Without --config it uses the settings in --out, even if the run has no checkpoint.
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     status, _, err = run(monkeypatch, capsys, "train", "--out", tmp_path / "run", "--resume=auto", "--steps", 1)
     assert status == 0 and "starts at step 0 of 1" in err and "  folder  " in err, err
@@ -166,7 +166,7 @@ def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path, folder_data, mon
 NAMES = ["[red]a[/]", "基线 {b}", "$c|<i>_"]
 
 
-def test_names_of_any_text_reach_every_output(tmp_path, folder_data, monkeypatch, capsys):
+def test_class_names_of_any_text_reach_every_output(tmp_path, folder_data, monkeypatch, capsys):
     config = tiny_config(data=folder_section(folder_data, classes=NAMES), train={"steps": 1})
     save_config(config, tmp_path / "c.yaml")
     place = tmp_path / "run [b]{0}"
@@ -188,12 +188,12 @@ def test_names_of_any_text_reach_every_output(tmp_path, folder_data, monkeypatch
 def test_scores_are_written_before_anything_is_printed(trained_run, tmp_path, monkeypatch, capsys):
     def broken(**options):
         if not options.get("stderr", True):
-            raise OSError("nobody listens")
+            raise OSError("standard output is closed")
         return original(**options)
 
     original = cli.make_console
     monkeypatch.setattr(cli, "make_console", broken)
-    with pytest.raises(OSError, match="nobody listens"):
+    with pytest.raises(OSError, match="standard output is closed"):
         run(monkeypatch, capsys, "evaluate", "--run", trained_run, "--json", tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["images"] == 2
 
@@ -201,8 +201,8 @@ def test_scores_are_written_before_anything_is_printed(trained_run, tmp_path, mo
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 
 
-def test_a_locale_without_unicode_ends_no_command(tmp_path, folder_data):
-    """Three commands in one process, with names in the settings file, on the command line and in a path."""
+def test_commands_work_in_a_locale_without_unicode(tmp_path, folder_data):
+    """Three commands in one process, with non-ASCII names in the settings file, on the command line and in a path."""
     config = tiny_config(data=folder_section(folder_data, classes=["x", *NAMES[1:]]), train={"steps": 1})
     save_config(config, tmp_path / "c.yaml")
     readable = (tmp_path / "c.yaml").read_text().replace('"\\u57FA\\u7EBF {b}"', "'基线 {b}'")
@@ -236,7 +236,7 @@ while words:
 
 
 def test_every_text_file_is_opened_as_utf_8():
-    """The encoding of the locale would make a file unreadable on another machine."""
+    """A file in the encoding of the locale may be unreadable on another machine."""
     modes = re.compile(r"[rwax+]*b[rwax+]*")
     for path in sorted(Path(flowseg.__file__).parent.rglob("*.py")):
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
@@ -255,7 +255,7 @@ def test_module_entry_prints_the_version():
     assert result.stdout.startswith("flowseg ")
 
 
-def test_scores_are_shown_although_their_file_cannot_be_written(trained_run, tmp_path, monkeypatch, capsys):
+def test_scores_are_shown_even_if_their_file_cannot_be_written(trained_run, tmp_path, monkeypatch, capsys):
     def full(*paths):
         raise OSError(28, "No space left on device")
 
