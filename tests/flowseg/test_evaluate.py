@@ -159,7 +159,7 @@ def test_labels_agree_with_evaluation_and_the_margin_is_the_gap_to_the_next_code
     labels, margin = segmenter.labels(image, with_margin=True)
     assert torch.equal(labels, segmenter.labels(image)) and labels.dtype == torch.uint8
     assert margin.shape == labels.shape and float(margin.min()) >= 0
-    # The oracle's fields are exact codes, where the margin is at least the smallest squared distance between codes.
+    # The oracle's fields are exact codes, where the margin is at least the smallest distance between two codes.
     assert float(margin.min()) >= segmenter.codebook.min_distance * 0.999
     valid = torch.from_numpy(np.array(target)) != 255
     hits = (labels == torch.from_numpy(np.array(target)))[valid].double().mean()
