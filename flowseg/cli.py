@@ -218,7 +218,7 @@ def train(
     result = run_training(settings, out, resume=go_on, console=console)
     if isinstance(result.stopped_by, int):
         command = f"flowseg train --out {shlex.quote(str(out))} --resume"
-        say(console, f"stopped by signal at step {result.state.step}; go on with: {command}")
+        say(console, f"stopped by signal at step {result.state.step}; continue with: {command}")
         raise typer.Exit(128 + result.stopped_by)
     scores = result.scores
     say(

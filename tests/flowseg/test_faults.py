@@ -29,7 +29,8 @@ from flowseg.config import save_config
 from flowseg.errors import UserError
 from flowseg.model import build_model
 from flowseg.runs.metrics import read_metrics
-from flowseg.training.trainer import Ema, train
+from flowseg.training.ema import Ema
+from flowseg.training.trainer import train
 
 from .tiny import folder_section, tiny_config
 
@@ -327,7 +328,7 @@ def test_a_validation_that_fails_costs_no_step(tmp_path, monkeypatch, fault, ste
     with monkeypatch.context() as patch, pytest.raises(seen, match=words) as error:
         patch.setattr(training, "evaluate", fail)
         train(config, tmp_path / "part", console=Console(file=said))
-    assert "step 3 is saved; go on with: flowseg train --out" in f"{error.value}{said.getvalue()}"
+    assert "step 3 is saved; continue with: flowseg train --out" in f"{error.value}{said.getvalue()}"
     assert [step_of(path) for path in list_checkpoints(tmp_path / "part")] == [3]
     train(config, tmp_path / "part", resume=True)
     same_files(*(list_checkpoints(tmp_path / name)[-1] for name in ("part", "whole")))

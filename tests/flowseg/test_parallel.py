@@ -202,7 +202,7 @@ def test_a_bad_file_of_one_of_two_processes_keeps_the_steps_and_is_said_once(
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"step-{saved:08d}"]
     said = [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)]
     assert "error:" not in said[0] and said[1].count("error:") == 1 and "Traceback" not in "".join(said)
-    assert f"a file of the {split} split; step {saved} is saved; go on with: flowseg train" in said[1].replace(
+    assert f"a file of the {split} split; step {saved} is saved; continue with: flowseg train" in said[1].replace(
         "\n", " "
     )
     # One process goes on with the next example, whatever its batch size.

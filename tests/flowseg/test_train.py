@@ -23,7 +23,10 @@ from flowseg.data import open_data, training_batches
 from flowseg.errors import UserError
 from flowseg.evaluate import evaluate
 from flowseg.segment import Segmenter
-from flowseg.training.trainer import Ema, learning_rate, train
+from flowseg.training.ema import Ema
+from flowseg.training.run_folder import locked
+from flowseg.training.schedule import learning_rate
+from flowseg.training.trainer import train
 from flowseg_kernels import flow_loss
 
 from .tiny import TINY_MODEL, folder_section, tiny_config
@@ -92,7 +95,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, accumulation, mo
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(training, "flow_step", stop)
         # Nor may the run save what it has done so far: a process that is killed cannot.
-        patch.setattr(training._Training, "_keep_steps", lambda self: None)
+        patch.setattr(training.Trainer, "_save_after_error", lambda self: None)
         train(first, tmp_path / "part")
     assert list_checkpoints(tmp_path / "part")[-1].name == "step-00000003"
     torch.rand(5)
@@ -210,7 +213,7 @@ def test_two_trainers_do_not_share_a_folder(tmp_path):
 
 
 def trainer_that_dies(run, worker_lives):
-    with training._occupied(run):
+    with locked(run):
         multiprocessing.get_context("fork").Process(target=worker_lives.wait).start()
         os._exit(9)
 
@@ -224,7 +227,7 @@ def test_a_worker_that_outlives_its_trainer_keeps_nobody_out(tmp_path):
     assert trainer.exitcode == 9
     try:
         time.sleep(0.5)
-        with training._occupied(tmp_path / "run"):
+        with locked(tmp_path / "run"):
             pass
     finally:
         worker_lives.set()
@@ -360,7 +363,7 @@ def test_errors_at_the_start(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         train(config, tmp_path / "run", resume=True)
     train(config, tmp_path / "run")
-    with pytest.raises(UserError, match="holds a run already; add --resume"):
+    with pytest.raises(UserError, match="already contains a run; add --resume"):
         train(config, tmp_path / "run")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
