@@ -116,7 +116,7 @@ def test_resuming_from_a_damaged_checkpoint_says_what_to_do(run):
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"damaged checkpoint .*optimizer.*remove it to go on from the one before"):
+    with pytest.raises(UserError, match=r"damaged checkpoint .*optimizer.*delete it to continue from the one before"):
         train(tiny_config(train={"steps": 6}), run, resume=True)
     shutil.rmtree(path.parent)
     assert train(tiny_config(train={"steps": 6}), run, resume=True).state.step == 6
