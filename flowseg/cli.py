@@ -21,6 +21,7 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from flowseg import __version__
+from flowseg.data_names import DATA_NAMES
 from flowseg.errors import DataWarning, PeerError, UserError
 from flowseg.runs.terminal import make_console, printable, say, speak_any_text
 
@@ -37,17 +38,7 @@ Sets = Annotated[
 ]
 
 
-class DataName(str, Enum):
-    """Data sets known by name."""
-
-    digits = "digits"
-    paints = "paints"
-    camvid = "camvid"
-    ade20k = "ade20k"
-    cocostuff = "cocostuff"
-    cityscapes = "cityscapes"
-    voc = "voc"
-    folder = "folder"
+DataName = Enum("DataName", {name: name for name in DATA_NAMES}, type=str)
 
 
 class Resume(str, Enum):
@@ -250,8 +241,8 @@ def evaluate(
 
     from flowseg.checkpoint import read_run_config
     from flowseg.data import open_data
-    from flowseg.evaluate import chosen_indices
-    from flowseg.evaluate import evaluate as score
+    from flowseg.inference.evaluate import chosen_indices
+    from flowseg.inference.evaluate import evaluate as score
     from flowseg.runs.parallel import Ranks
     from flowseg.runs.progress import counting_view
     from flowseg.segment import Segmenter
@@ -378,8 +369,8 @@ def predict(
     from flowseg.checkpoint import read_run_config
     from flowseg.data.datasets import resolve_labels
     from flowseg.hub import from_pretrained, is_shared
-    from flowseg.predict import find_inputs
-    from flowseg.predict import predict as segment_files
+    from flowseg.inference.predict import find_inputs
+    from flowseg.inference.predict import predict as segment_files
     from flowseg.runs.progress import counting_view
     from flowseg.segment import Segmenter
 

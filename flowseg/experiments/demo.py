@@ -17,7 +17,7 @@ from rich.console import Console
 from flowseg.config import Config
 from flowseg.data import open_data
 from flowseg.errors import UserError
-from flowseg.evaluate import Scores, chosen_indices, evaluate
+from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
 from flowseg.report import figures
 from flowseg.report.blocks import environment, speed_blocks
 from flowseg.report.page import Page, folded, paragraph, picture, table

@@ -138,10 +138,8 @@ def _digest(arm: str) -> str:
 
 
 def _settings(config: Config) -> dict[str, object]:
-    """Dotted settings, less those of a place and a machine."""
-    tree = config.model_dump(mode="json")
-    flat = {f"{section}.{leaf}": value for section, fields in tree.items() for leaf, value in fields.items()}
-    return {key: value for key, value in flat.items() if key not in ("data.root", "train.mixed_precision")}
+    """Settings as ``{"section.name": value}``, without those that depend on the machine."""
+    return {key: value for key, value in config.flat().items() if key not in ("data.root", "train.mixed_precision")}
 
 
 def load_study(path: Path) -> Study:

@@ -12,7 +12,7 @@ import yaml
 from flowseg.config import Config
 from flowseg.data import SegmentationData, open_data
 from flowseg.errors import UserError
-from flowseg.evaluate import Scores, chosen_indices, evaluate
+from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
 from flowseg.report import figures
 from flowseg.report.blocks import environment, speed_blocks
 from flowseg.report.names import captioned

@@ -38,8 +38,7 @@ def start_trackers(accelerator: Accelerator, config: Config, step: int) -> None:
     """Start the trackers of a run at ``step`` and give them the settings."""
     # A killed process may have logged steps after its last checkpoint: TensorBoard drops everything from this step on.
     options = {"tensorboard": {"purge_step": step}}
-    settings = _flat(config.model_dump(mode="json"))
-    accelerator.init_trackers(config.train.project, config=settings, init_kwargs=options)
+    accelerator.init_trackers(config.train.project, config=_settings(config), init_kwargs=options)
 
 
 def repeat_step(accelerator: Accelerator, metrics: Path, step: int) -> None:
@@ -50,13 +49,12 @@ def repeat_step(accelerator: Accelerator, metrics: Path, step: int) -> None:
                 log_to_trackers(accelerator, line)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings as dotted keys with numbers and texts, the values that trackers accept."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            text = printable(value) if isinstance(value, str) else json.dumps(value)
-            flat[prefix + key] = value if isinstance(value, bool | int | float) else text
-    return flat
+def _settings(config: Config) -> dict[str, bool | int | float | str]:
+    """Settings by dotted name, as the numbers and texts that trackers accept."""
+    return {name: _as_tracked(value) for name, value in config.flat().items()}
+
+
+def _as_tracked(value: Any) -> bool | int | float | str:
+    if isinstance(value, bool | int | float):
+        return value
+    return printable(value) if isinstance(value, str) else json.dumps(value)

@@ -36,7 +36,7 @@ from flowseg.config import Config, DataConfig, OptimConfig, SampleConfig, TrainC
 from flowseg.data import open_data
 from flowseg.data.label_table import tell_labels
 from flowseg.errors import PeerError, UserError
-from flowseg.evaluate import Scores, chosen_indices, evaluate
+from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
 from flowseg.model import load_pixnerd
 from flowseg.runs.memory import is_out_of_memory, keep_freed_memory
 from flowseg.runs.metrics import open_metrics, truncate_metrics

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flowseg.data.digits import DigitScenes
-from flowseg.data.presets import PRESETS
+from flowseg.data.presets import DIGITS
 from flowseg.errors import UserError
 from flowseg.experiments.demo import run_demo, verdict
 from flowseg.report import figures
@@ -56,7 +56,7 @@ def test_figures_draw():
     arms = ("vanilla", "FlowSeg")
     made = [
         figures.flow_figure(
-            torch.zeros(3, 32, 32), truth, dict.fromkeys(arms, path), dict.fromkeys(arms, truth), PRESETS["digits"]
+            torch.zeros(3, 32, 32), truth, dict.fromkeys(arms, path), dict.fromkeys(arms, truth), DIGITS
         ),
         figures.curve_figure({arm: [(1, 2.0), (2, 3.0)] for arm in arms}, {arm: [(1, 0.5), (2, 0.4)] for arm in arms}),
         figures.speed_figure([{"name": "op", "ours_ms": 1.0, "eager_ms": 9.0}]),

@@ -21,7 +21,7 @@ from flowseg.codes import build_codebook
 from flowseg.config import save_config
 from flowseg.data import open_data, training_batches
 from flowseg.errors import UserError
-from flowseg.evaluate import evaluate
+from flowseg.inference.evaluate import evaluate
 from flowseg.segment import Segmenter
 from flowseg.training.ema import Ema
 from flowseg.training.run_folder import locked
