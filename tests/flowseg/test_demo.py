@@ -29,7 +29,7 @@ def test_quick_demo(tmp_path):
     stranger = tmp_path / "other"
     (stranger / "vanilla").mkdir(parents=True)
     (stranger / "vanilla" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="in the way"):
+    with pytest.raises(UserError, match="exists and is not a run of an earlier demo"):
         run_demo(stranger, quick=True)
 
 
