@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def folder_data(tmp_path):
-    """Six 40x24 pairs with classes 0..2 and some 255, under ``images`` and ``labels``."""
+    """A folder with six pairs of 40x24 pixels under ``images`` and ``labels``: classes 0..2, and 255 in the first rows."""
     return write_folder_data(tmp_path / "data")
 
 

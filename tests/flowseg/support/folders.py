@@ -5,7 +5,7 @@ from PIL import Image
 
 
 def write_folder_data(root):
-    """Write six 40x24 pairs with classes 0..2 and some 255; return their folder."""
+    """Write six pairs of 40x24 pixels under ``images`` and ``labels``; return ``root``. Classes 0..2, and 255 in the first rows."""
     rng = np.random.default_rng(0)
     for split, names in (("train", "abcd"), ("val", "ef")):
         (root / "images" / split).mkdir(parents=True)
