@@ -297,6 +297,7 @@ def check_meaning(before: Config, after: Config, run: Path) -> None:
     Raises:
         UserError: naming the setting.
     """
+    old, new = before.flat(), after.flat()
     for key in (
         "codes.channels",
         "codes.sequence",
@@ -305,8 +306,7 @@ def check_meaning(before: Config, after: Config, run: Path) -> None:
         "loss.kind",
         "model.condition_on_image",
     ):
-        section, leaf = key.split(".")
-        was, now = (getattr(getattr(config, section), leaf) for config in (before, after))
+        was, now = old[key], new[key]
         if was != now:
             raise UserError(f"{key}: {run} was trained with {was!r}, got {now!r}; train another run for that")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from flowseg.data_names import DATA_NAMES
 from flowseg.errors import UserError
+from flowseg.runs.files import write_whole
 from flowseg.runs.terminal import decoded
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -109,7 +109,7 @@ class RepaConfig(Section):
 
 
 class DataConfig(Section):
-    """Where images and labels come from, and the size the network sees."""
+    """The data set, the size at which the network sees it, and the augmentation."""
 
     name: Literal[DATA_NAMES] = "digits"
     root: Path | None = None
@@ -119,8 +119,8 @@ class DataConfig(Section):
     """The data set's own name of the training split; ``None``: the usual name, such as ``training`` for ADE20K."""
     val_split: str | None = None
     check: Literal["full", "headers", "none"] | None = None
-    """What to check before training: label values (``full``), sizes (``headers``) or nothing. ``None``: values of up to
-    6000 pairs, sizes of more."""
+    """Check of the files before training: label values (``full``), sizes (``headers``) or nothing. ``None``: ``full`` for up
+    to 6000 pairs, else ``headers``."""
     classes: list[str] | None = None
     palette: list[tuple[int, int, int]] | None = None
     values: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
@@ -366,13 +366,7 @@ def parse_section(section: type[Parsed], tree: dict[str, Any], origin: str) -> P
 
 def save_config(config: Config, path: Path) -> None:
     """Write all settings as YAML, from which :func:`load_config` reads the same values."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # On a full disk the settings that were there stay.
-    try:
-        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 class _OnceLoader(yaml.SafeLoader):

@@ -1,4 +1,4 @@
-"""The table of data sets: what their labels mean, where their files are, and what their splits are called."""
+"""The table of data sets: meaning of their labels, places of their files, and names of their splits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Scenes:
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """What is known about a data set by its name.
+    """Facts about a data set that is known by name.
 
     Attributes:
         labels: meaning of its label values; ``None`` if only the settings can tell.

@@ -133,7 +133,7 @@ class FolderPairs:
 
     def _check(self, index: int, large: threading.Lock) -> tuple[Shape, tuple[np.ndarray, np.ndarray]]:
         """Check one pair. Return the shape of the image, and the label values with their counts if the check is full."""
-        # Of the image only the header is read; training decodes it.
+        # The header of the image suffices; training decodes it.
         shape = read_shape(self.images[index], "an image", self._reading)
         label = read_shape(self.labels[index], "a label map", self._reading)
         none = np.zeros(0, np.int64)

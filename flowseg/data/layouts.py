@@ -1,4 +1,4 @@
-"""Where a data set keeps the images and label maps of a split, once it is unpacked."""
+"""Find the images and label maps of a split in the folders of an unpacked data set."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def voc(root, values):
         (root / f"ImageSets/Segmentation/{split}.txt").write_text("2007_1\n")
 
 
-#: Data set to a function that writes it, label values, the class indices that these become, and the number of classes.
+#: Per data set: a function that writes it, label values, the expected class indices, the number of classes.
 CASES = {
     "ade20k": (ade20k, [[0, 1], [150, 2]], [[255, 0], [149, 1]], 150),
     "cocostuff": (cocostuff, [[0, 10, 12], [181, 255, 91]], [[0, 10, 11], [170, 255, 80]], 171),

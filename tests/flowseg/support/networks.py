@@ -11,7 +11,7 @@ from ..tiny import tiny_config
 
 
 class Oracle(nn.Module):
-    """Reads the label from the red channel: ``label = round(12 * (red + 1))``; wrong where green is high."""
+    """Reads the label from the red channel, ``label = round(12 * (red + 1) / 2)``; wrong where green is high."""
 
     condition_on_image = True
 
@@ -27,7 +27,7 @@ class Oracle(nn.Module):
 
 
 class Waves(nn.Module):
-    """Fields that vary from pixel to pixel and with the place in the image, so that every interpolation shows."""
+    """Fields that vary with every pixel and its place in the image: any error of an interpolation changes the labels."""
 
     condition_on_image = True
 
@@ -43,5 +43,5 @@ class Waves(nn.Module):
 
 @functools.cache
 def codebook_of(channels):
-    # Its decode grid takes a second.
+    # Cached: building the decode grid takes a second.
     return build_codebook(tiny_config(codes={"channels": channels}).codes, 11)

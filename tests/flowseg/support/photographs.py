@@ -18,7 +18,7 @@ STORE = {
 
 
 def stored(picture, orientation):
-    """The pixels of a file that a viewer shows as ``picture``."""
+    """The pixels that a file of this orientation stores if a viewer shows it as ``picture``."""
     return picture.transpose(STORE[orientation]) if orientation in STORE else picture
 
 
@@ -33,7 +33,16 @@ def photo(shown):
 
 
 def write_pair(root, orientation, *, shown=SHOWN, suffix="jpg", labels="upright", own=1):
-    """A photograph that a viewer shows as ``shown``, with labels drawn on that or on the stored pixels, in both splits."""
+    """Write a photograph that a viewer shows as ``shown`` and its label map, to both splits; return ``root``.
+
+    Args:
+        root: folder of the data set.
+        orientation: EXIF orientation of the photograph.
+        shown: labels as a viewer shows the photograph.
+        suffix: file type of the photograph.
+        labels: ``"upright"`` or ``"stored"``, the pixels on which the label map is drawn.
+        own: EXIF orientation of an upright label map.
+    """
     for split in ("train", "val"):
         for kind in ("images", "labels"):
             (root / kind / split).mkdir(parents=True, exist_ok=True)
