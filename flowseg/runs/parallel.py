@@ -6,13 +6,12 @@ A *collective* is a call that every process must make, or the others wait for it
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flowseg.errors import PeerError
 
@@ -22,6 +21,8 @@ def shard(model: nn.Module) -> None:
 
     This calls ``fully_shard`` of torch: Accelerate's plugin does not shard on CPUs.
     """
+    from torch.distributed.fsdp import fully_shard
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
     for block in model.blocks:
@@ -29,19 +30,28 @@ def shard(model: nn.Module) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    # Importing torch.distributed.tensor takes a second. Where nothing has imported it, there is no DTensor.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Gather a tensor that may be sharded. A collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """This process's shard of a sharded tensor; any other tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def sharded_like(value: Tensor, wanted: Tensor) -> Tensor:
     """Shard the whole tensor ``value`` in the way ``wanted`` is sharded."""
-    if isinstance(wanted, DTensor) and value.shape == wanted.shape:
+    if is_sharded(wanted) and value.shape == wanted.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         return distribute_tensor(value.to(wanted.device), wanted.device_mesh, wanted.placements)
     return value
 

@@ -316,11 +316,11 @@ def test_a_validation_that_fails_loses_no_step(tmp_path, monkeypatch, fault, ste
     def fail(*arguments, **others):
         raise raised
 
-    said = io.StringIO()
+    output = io.StringIO()
     with monkeypatch.context() as patch, pytest.raises(seen, match=words) as error:
         patch.setattr(training, "evaluate", fail)
-        train(config, tmp_path / "part", console=Console(file=said))
-    assert "step 3 is saved; continue with: flowseg train --out" in f"{error.value}{said.getvalue()}"
+        train(config, tmp_path / "part", console=Console(file=output))
+    assert "step 3 is saved; continue with: flowseg train --out" in f"{error.value}{output.getvalue()}"
     assert [step_of(path) for path in list_checkpoints(tmp_path / "part")] == [3]
     train(config, tmp_path / "part", resume=True)
     assert_same_weights(tmp_path / "part", tmp_path / "whole")
