@@ -1,19 +1,20 @@
-"""The error classes for mistakes that a user can mend, and the one warning about data."""
+"""Exceptions for errors that a user can correct, and a warning about data."""
 
 
 class UserError(Exception):
-    """A wrong argument, file or setting; its message is one line: what was wanted, what came, what to do.
+    """A wrong argument, file or setting.
 
-    The command line prints the message without a traceback and leaves with status 2.
+    The message is one line: what was wanted, what was given, what to do. The command line prints it without a traceback
+    and exits with status 2.
     """
 
 
 class PeerError(UserError):
-    """Another process of the same run has failed. The command line leaves with status 2 and prints nothing."""
+    """Another process of the same run has failed. The command line exits with status 2 and prints nothing."""
 
 
 class DataWarning(UserWarning):
-    """Something about files or labels that is probably not meant; its message is one line.
+    """Files or labels that are probably a mistake; the message is one line.
 
-    The command line prints the message alone; a program can turn it into an error with :mod:`warnings`.
+    The command line prints only the message. A program can turn the warning into an error with :mod:`warnings`.
     """

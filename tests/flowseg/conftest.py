@@ -1,25 +1,34 @@
 """Fixtures of the tests of the stack."""
 
-import numpy as np
+import shutil
+
 import pytest
 import torch
-from PIL import Image
+
+from .support.folders import write_folder_data
+from .tiny import folder_section, tiny_config
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture
 def folder_data(tmp_path):
-    """Six 40x24 pairs with classes 0..2 and some 255, under ``images`` and ``labels``."""
-    root = tmp_path / "data"
-    rng = np.random.default_rng(0)
-    for split, names in (("train", "abcd"), ("val", "ef")):
-        (root / "images" / split).mkdir(parents=True)
-        (root / "labels" / split).mkdir(parents=True)
-        for name in names:
-            labels = rng.integers(0, 3, (3, 5)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-            pixels = np.stack([labels * 80, 255 - labels * 80, labels * 40], -1)
-            labels[:2] = 255
-            Image.fromarray(pixels).save(root / "images" / split / f"{name}.jpg", quality=95)
-            Image.fromarray(labels).save(root / "labels" / split / f"{name}.png")
-    return root
+    """A folder with six pairs of 40x24 pixels under ``images`` and ``labels``: classes 0..2, and 255 in the first rows."""
+    return write_folder_data(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def shared_run(tmp_path_factory):
+    """A run of three steps on its own copy of the folder data. Tests must not change it."""
+    from flowseg.training.trainer import train
+
+    place = tmp_path_factory.mktemp("shared")
+    config = tiny_config(data=folder_section(write_folder_data(place / "data")), train={"steps": 3})
+    train(config, place / "run")
+    return place / "run"
+
+
+@pytest.fixture
+def trained_run(shared_run, tmp_path):
+    """A copy of the shared run, at ``tmp_path / "run"``."""
+    return shutil.copytree(shared_run, tmp_path / "run")

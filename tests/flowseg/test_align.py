@@ -1,15 +1,14 @@
-"""REPA: features that lie on our patches, a projector that learns, an encoder that does not; and trackers."""
-
-import json
+"""REPA: features match our patches, the projector learns, the encoder does not; and trackers."""
 
 import pytest
 import torch
 
-from flowseg.align import ImageFeatures, alignment_loss
 from flowseg.errors import UserError
 from flowseg.segment import Segmenter
-from flowseg.train import train
+from flowseg.training.alignment import ImageFeatures, alignment_loss
+from flowseg.training.trainer import train
 
+from .support.runs import metrics
 from .tiny import tiny_config
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[repa]'")
@@ -24,13 +23,13 @@ def encoder_folder(tmp_path_factory):
     return folder
 
 
-def test_features_lie_on_our_patches(encoder_folder):
+def test_features_match_our_patches(encoder_folder):
     encoder = ImageFeatures.from_pretrained(str(encoder_folder))
     assert (encoder.dim, encoder.patch_size, encoder.leading) == (24, 14, 1)
     image = torch.rand(1, 3, 32, 64) * 2 - 1
     features = encoder(image, 2, 4)
     assert features.shape == (1, 8, 24) and not features.requires_grad
-    # By hand: pixels in [0, 1] normalised as ImageNet's, at 14 pixels a patch.
+    # The same by hand: pixels in [0, 1], normalised like ImageNet, 14 pixels per patch.
     pixels = torch.nn.functional.interpolate(image, size=(28, 56), mode="bicubic", antialias=True).clamp(-1, 1)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     pixels = ((pixels + 1) / 2 - mean[:, None, None]) / std[:, None, None]
@@ -40,7 +39,7 @@ def test_features_lie_on_our_patches(encoder_folder):
     assert not encoder.train().encoder.training and not any(p.requires_grad for p in encoder.parameters())
 
 
-def test_registers_are_left_out():
+def test_register_tokens_are_left_out():
     sizes = {
         "hidden_size": 8,
         "num_hidden_layers": 1,
@@ -61,15 +60,14 @@ def test_loss_is_one_minus_the_cosine():
     torch.testing.assert_close(alignment_loss(a, b), expected)
 
 
-def test_training_aligns_and_the_projector_stays_behind(encoder_folder, tmp_path):
+def test_training_aligns_and_the_result_has_no_projector(encoder_folder, tmp_path):
     config = tiny_config(
         repa={"weight": 0.5, "encoder": str(encoder_folder), "block": 1},
         train={"steps": 30, "eval_every": 100, "trackers": ["tensorboard"]},
         optim={"lr": 3e-3},
     )
     train(config, tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["align"] for line in lines if line["event"] == "train"]
+    losses = [line["align"] for line in metrics(tmp_path / "run", "train")]
     assert losses[0] > 0.8 and sum(losses[-5:]) / 5 < 0.7 * losses[0]
     assert Segmenter.from_run(tmp_path / "run", config).model.projector is None
     config.train.steps = 31
@@ -80,7 +78,7 @@ def test_training_aligns_and_the_projector_stays_behind(encoder_folder, tmp_path
     assert logged[:30] == pytest.approx(losses) and read.Scalars("validation/miou")[0].step == 30
 
 
-def test_mistakes_are_named(tmp_path, encoder_folder):
+def test_wrong_encoders_and_blocks_are_errors(tmp_path, encoder_folder):
     with pytest.raises(UserError, match="cannot be loaded"):
         ImageFeatures.from_pretrained(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match=r"repa.block must be at most the 2 blocks of the model, got 8"):

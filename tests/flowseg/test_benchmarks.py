@@ -1,4 +1,4 @@
-"""The benchmarks' data sets: their layouts and label values on made-up trees, and on real samples where there are some."""
+"""Public benchmarks: folder layouts and label values, on tiny copies and on real samples if there are any."""
 
 from pathlib import Path
 
@@ -14,51 +14,9 @@ from flowseg.data.presets import voc_palette
 from flowseg.data.transforms import augment, distort
 from flowseg.errors import UserError
 
+from .support.benchmarks import CASES, voc
+
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-
-
-def write(root, image, label, values, palette=None):
-    for path in (root / image, root / label):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    values = np.array(values, np.uint8)
-    picture = Image.fromarray(values)
-    if palette:
-        picture = picture.convert("P")
-        picture.putpalette([v for color in palette for v in color])
-    picture.save(root / label)
-    Image.new("RGB", values.shape[::-1], (10, 200, 30)).save(root / image)
-
-
-def ade20k(root, values):
-    for split in ("training", "validation"):
-        write(root, f"images/{split}/a.jpg", f"annotations/{split}/a.png", values)
-
-
-def cocostuff(root, values):
-    for split in ("train2017", "val2017"):
-        write(root, f"images/{split}/000001.jpg", f"annotations/{split}/000001.png", values)
-
-
-def cityscapes(root, values):
-    for split in ("train", "val"):
-        stem = "ulm/ulm_000000_000019"
-        write(root, f"leftImg8bit/{split}/{stem}_leftImg8bit.png", f"gtFine/{split}/{stem}_gtFine_labelIds.png", values)
-
-
-def voc(root, values):
-    write(root, "JPEGImages/2007_1.jpg", "SegmentationClass/2007_1.png", values, voc_palette(256))
-    (root / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
-    for split in ("train", "val"):
-        (root / f"ImageSets/Segmentation/{split}.txt").write_text("2007_1\n")
-
-
-# Raw values and the classes they stand for.
-CASES = {
-    "ade20k": (ade20k, [[0, 1], [150, 2]], [[255, 0], [149, 1]], 150),
-    "cocostuff": (cocostuff, [[0, 10, 12], [181, 255, 91]], [[0, 10, 11], [170, 255, 80]], 171),
-    "cityscapes": (cityscapes, [[7, 33, 0], [11, 26, 8]], [[0, 18, 255], [2, 13, 1]], 19),
-    "voc": (voc, [[0, 20], [255, 15]], [[0, 20], [255, 15]], 21),
-}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -81,20 +39,20 @@ def test_layout_and_label_values(name, tmp_path):
         ("voc", 21, "values 21 are neither a class (0..20)"),
     ],
 )
-def test_foreign_values_are_named_with_their_file(name, bad, words, tmp_path):
+def test_an_error_names_unknown_values_and_their_file(name, bad, words, tmp_path):
     CASES[name][0](tmp_path, [[bad, 255]])
     with pytest.raises(UserError) as error:
         open_data(DataConfig(name=name, root=tmp_path))
     assert words in str(error.value) and str(tmp_path) in str(error.value) and ".png" in str(error.value)
-    # A large set is not decoded at the start; the value is an error all the same once it is read, never a silent 255.
+    # Without a full check the value is an error when the file is read; it never becomes 255 silently.
     lazy = open_data(DataConfig(name=name, root=tmp_path, check="headers"))
     with pytest.raises(UserError, match=f"values {bad}"):
         lazy.train[0]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_missing_files_are_named(name, tmp_path):
-    with pytest.raises(UserError, match=r"data.root .* no such folder; it should hold"):
+def test_errors_name_missing_and_damaged_files(name, tmp_path):
+    with pytest.raises(UserError, match=r"data.root .* no such folder; it must contain"):
         open_data(DataConfig(name=name, root=tmp_path / "no"))
     CASES[name][0](tmp_path, [[8, 8]])
     with pytest.raises(UserError, match="data split 'tests'"):
@@ -108,7 +66,7 @@ def test_missing_files_are_named(name, tmp_path):
         open_data(DataConfig(name=name, root=tmp_path))
 
 
-def test_voc_images_that_a_list_names_must_be_there(tmp_path):
+def test_images_that_a_list_of_voc_names_must_exist(tmp_path):
     voc(tmp_path, [[0]])
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("2007_1\n2007_2\n")
     with pytest.raises(UserError, match=r"2007_2.jpg: no such image; .*val.txt names it"):
@@ -126,8 +84,8 @@ def test_class_lists_have_their_published_sizes():
     assert voc_palette(22)[:3] == ((0, 0, 0), (128, 0, 0), (0, 128, 0)) and voc_palette(22)[15] == (192, 128, 128)
 
 
-def test_a_class_may_not_cover_more_than_its_share():
-    # Left three quarters one class, the rest another: most crops hold one class alone.
+def test_crops_of_mostly_one_class_are_drawn_again():
+    # One class covers the left three quarters, another the rest, so most crops contain a single class.
     labels = np.zeros((40, 160), np.uint8)
     labels[:, 120:] = 1
     image = Image.new("RGB", (160, 40))
@@ -139,13 +97,13 @@ def test_a_class_may_not_cover_more_than_its_share():
     assert shares[1.0] < 0.4 and shares[0.75] > 0.8
 
 
-def test_photometric_distortion_moves_colours_and_no_labels():
+def test_photometric_distortion_changes_colours_but_not_labels():
     rng = np.random.default_rng(0)
     pixels = rng.integers(60, 190, (24, 24, 3)).astype(np.uint8)
     image = Image.fromarray(pixels)
     results = [np.asarray(distort(image, np.random.default_rng(seed))).astype(int) for seed in range(60)]
     untouched = sum((result == pixels).all() for result in results)
-    # Four coins of one half.
+    # Each of four changes is skipped with probability one half.
     assert 0 < untouched < 15 and len({result.tobytes() for result in results}) > 40
     means = np.array([result.mean() for result in results])
     assert means.min() < 100 and means.max() > 150
@@ -164,7 +122,7 @@ def test_photometric_distortion_moves_colours_and_no_labels():
 def test_real_samples(name, folder, some):
     root = SHARED / folder
     if not root.is_dir():
-        pytest.skip(f"no samples of {name} beside the checkout ({root})")
+        pytest.skip(f"no samples of {name} in {root}")
     section = {"name": name, "root": root, "height": 64, "width": 64, "scale_max": 2.0, "max_class_share": 0.75}
     config = DataConfig(**section, photometric=True, flip=True)
     data = open_data(config, ("val",))

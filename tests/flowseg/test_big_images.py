@@ -1,4 +1,4 @@
-"""Photographs and aerial images: memory that is bounded by the pixels of one image, and the limit of pixels."""
+"""Photographs and aerial images: bounded memory, and the limit of pixels."""
 
 import os
 import pathlib
@@ -18,16 +18,16 @@ from flowseg.errors import UserError
 from .tiny import folder_section
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# A process of its own: the peak of a process never comes down.
+# Runs in a new process: the peak memory of a process never decreases.
 PEAK = """
 import numpy as np
 from PIL import Image
 import torch
 torch.set_num_threads(1)
 from flowseg.codes import build_codebook
-from flowseg.evaluate import evaluate
+from flowseg.inference.evaluate import evaluate
 from flowseg.segment import Segmenter
-from tests.flowseg.test_evaluate import Waves
+from tests.flowseg.support.networks import Waves
 from tests.flowseg.tiny import tiny_config
 
 class Photos:
@@ -66,19 +66,19 @@ for job, options in jobs:
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="the peak is read from /proc")
-def test_the_peak_does_not_hold_a_map_of_numbers_for_each_pixel():
-    # Large arrays get pages of their own, which go back to the system when they are freed: the peak varies by 1 MB, not by 50.
+def test_peak_memory_does_not_include_maps_at_native_size():
+    # Make glibc map each large array separately and unmap it when freed: the peak then varies by 1 MB instead of 50.
     steady = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     done = subprocess.run(
         [sys.executable, "-c", PEAK], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **steady}
     )
     assert done.returncode == 0, done.stderr
-    # Megabytes that are not to be held: C native maps of each image of a batch, and K native maps of one image.
+    # Bounds in MB are shares of the maps to avoid: C maps at native size per image of a batch, or K maps of one image.
     validate, codes, slide = map(float, done.stdout.split())
     assert validate < 0.25 * 4 * 16 * 6.4 and codes < 0.45 * 4 * 16 * 6.4 and slide < 0.4 * 80 * 6.4
 
 
-def test_the_limit_of_pixels_is_a_setting_and_no_global(folder_data, tmp_path, monkeypatch):
+def test_the_limit_of_pixels_is_a_setting_and_pillows_own_limit_stays(folder_data, tmp_path, monkeypatch):
     Image.new("RGB", (1500, 1000)).save(tmp_path / "large.png")
     Image.new("L", (1500, 1000)).save(tmp_path / "labels.png")
     words = r"large\.png: 1500x1000 is 1\.5 megapixels, more than data\.max_megapixels \(1\); .*data\.max_megapixels=2"
@@ -88,7 +88,7 @@ def test_the_limit_of_pixels_is_a_setting_and_no_global(folder_data, tmp_path, m
         read_values(tmp_path / "labels.png", Reading(max_megapixels=1))
     with pytest.raises(UserError, match=r"data\.max_megapixels"):
         open_data(DataConfig(**folder_section(folder_data), max_megapixels=0.0005))
-    # Pillow warns above its own limit and raises at twice that, in some decoders once more.
+    # Pillow warns above its own limit and raises an error above twice that; some decoders check it again.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for suffix in ("png", "jpg", "tif", "webp"):
         with pytest.MonkeyPatch.context() as patch:
@@ -104,7 +104,7 @@ def test_the_limit_of_pixels_is_a_setting_and_no_global(folder_data, tmp_path, m
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 
-def test_a_large_label_map_is_read_band_by_band(tmp_path):
+def test_a_label_map_of_several_bands_is_read_correctly(tmp_path):
     values = np.random.default_rng(0).integers(0, 3, (1100, 1200)).astype(np.uint8)
     for split in ("train", "val"):
         for kind in ("images", "labels"):

@@ -1,4 +1,4 @@
-"""The command line from end to end: train, resume, evaluate, predict, and one-line errors with status 2."""
+"""The command line from end to end: train, resume, evaluate, predict, and errors of one line with status 2."""
 
 import ast
 import json
@@ -18,38 +18,19 @@ import flowseg
 from flowseg import cli
 from flowseg.config import save_config
 
+from .support.commands import run
 from .tiny import folder_section, tiny_config
 
 
-def run(monkeypatch, capsys, *arguments):
-    """Status, standard output and standard error of ``flowseg ARGUMENTS``."""
-    monkeypatch.setattr(sys, "argv", ["flowseg", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-        raise SystemExit(0)
-    captured = capsys.readouterr()
-    return left.value.code or 0, captured.out, captured.err
-
-
-@pytest.fixture
-def trained(tmp_path, folder_data, monkeypatch, capsys):
-    config = tiny_config(data=folder_section(folder_data), train={"steps": 3})
-    save_config(config, tmp_path / "c.yaml")
-    status, _, err = run(monkeypatch, capsys, "train", "--config", tmp_path / "c.yaml", "--out", tmp_path / "run")
-    assert status == 0, err
-    return tmp_path / "run"
-
-
-def test_train_resume_evaluate(trained, tmp_path, monkeypatch, capsys):
-    status, _, err = run(monkeypatch, capsys, "train", "--out", trained, "--resume", "--steps", 5)
+def test_train_resume_evaluate(trained_run, tmp_path, monkeypatch, capsys):
+    status, _, err = run(monkeypatch, capsys, "train", "--out", trained_run, "--resume", "--steps", 5)
     assert status == 0 and "step 5" in err
     status, out, _ = run(
         monkeypatch,
         capsys,
         "evaluate",
         "--run",
-        trained,
+        trained_run,
         "--json",
         tmp_path / "s.json",
         "--steps",
@@ -60,11 +41,11 @@ def test_train_resume_evaluate(trained, tmp_path, monkeypatch, capsys):
     assert status == 0 and "mIoU" in out and "pixel accuracy" in out
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores["images"] == 2 and set(scores["iou"]) == {"a", "b", "c"} and scores["sample"]["steps"] == 3
-    for checkpoint in ("best", "5", trained / "best.safetensors"):
-        assert run(monkeypatch, capsys, "evaluate", "--run", trained, "--checkpoint", checkpoint)[0] == 0
+    for checkpoint in ("best", "5", trained_run / "best.safetensors"):
+        assert run(monkeypatch, capsys, "evaluate", "--run", trained_run, "--checkpoint", checkpoint)[0] == 0
 
 
-def test_predict_writes_all_kinds(trained, folder_data, tmp_path, monkeypatch, capsys):
+def test_predict_writes_masks_overlays_and_margins(trained_run, folder_data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "masks"
     pattern = folder_data / "images" / "train" / "[ab].jpg"
     status, _, _ = run(
@@ -74,7 +55,7 @@ def test_predict_writes_all_kinds(trained, folder_data, tmp_path, monkeypatch, c
         folder_data / "images" / "val",
         pattern,
         "--run",
-        trained,
+        trained_run,
         "--out",
         out,
         "--margin",
@@ -86,32 +67,34 @@ def test_predict_writes_all_kinds(trained, folder_data, tmp_path, monkeypatch, c
     assert Image.open(out / "e.overlay.png").mode == "RGB" and Image.open(out / "e.margin.png").mode == "L"
 
 
-def test_a_warning_about_data_is_one_line(trained, folder_data, tmp_path, monkeypatch, capsys):
+def test_a_warning_about_data_is_one_line(trained_run, folder_data, tmp_path, monkeypatch, capsys):
     (folder_data / "images" / "val" / "[b]x.heic").write_bytes(b"x")
     out = tmp_path / "[red]m"
-    status, _, err = run(monkeypatch, capsys, "predict", folder_data / "images" / "val", "--run", trained, "--out", out)
+    status, _, err = run(
+        monkeypatch, capsys, "predict", folder_data / "images" / "val", "--run", trained_run, "--out", out
+    )
     assert status == 0 and "DataWarning" not in err and "2 of 2 images -> " in err and str(out) in err
     (line,) = [line for line in err.splitlines() if "warning:" in line]
     assert "1 .heic (such as [b]x.heic)" in line
 
 
-def test_predict_goes_on_after_a_bad_file(trained, folder_data, tmp_path, monkeypatch, capsys):
+def test_predict_continues_after_a_damaged_file(trained_run, folder_data, tmp_path, monkeypatch, capsys):
     inputs = folder_data / "images" / "val"
     (inputs / "bad.png").write_bytes(b"nothing")
-    status, _, err = run(monkeypatch, capsys, "predict", inputs, "--run", trained, "--out", tmp_path / "m")
+    status, _, err = run(monkeypatch, capsys, "predict", inputs, "--run", trained_run, "--out", tmp_path / "m")
     assert status == 1 and "2 of 3 images" in err and "bad.png" in err
     assert (tmp_path / "m" / "f.mask.png").is_file() and not (tmp_path / "m" / "bad.mask.png").exists()
 
 
-def test_same_stems_get_their_folder(trained, folder_data, tmp_path, monkeypatch, capsys):
+def test_results_of_files_with_equal_stems_get_distinct_names(trained_run, folder_data, tmp_path, monkeypatch, capsys):
     other = tmp_path / "other"
     other.mkdir()
     Image.new("RGB", (20, 20)).save(other / "e.png")
     inputs = (folder_data / "images" / "val" / "e.jpg", other)
-    assert run(monkeypatch, capsys, "predict", *inputs, "--run", trained, "--out", tmp_path / "m")[0] == 0
+    assert run(monkeypatch, capsys, "predict", *inputs, "--run", trained_run, "--out", tmp_path / "m")[0] == 0
     assert (tmp_path / "m" / "val_e.mask.png").is_file() and (tmp_path / "m" / "other_e.mask.png").is_file()
     Image.new("RGB", (20, 20)).save(other / "e.jpg")
-    assert run(monkeypatch, capsys, "predict", other, "--run", trained, "--out", tmp_path / "m")[0] == 0
+    assert run(monkeypatch, capsys, "predict", other, "--run", trained_run, "--out", tmp_path / "m")[0] == 0
     assert (tmp_path / "m" / "e.jpg.mask.png").is_file() and (tmp_path / "m" / "e.png.mask.png").is_file()
 
 
@@ -128,42 +111,44 @@ def test_same_stems_get_their_folder(trained, folder_data, tmp_path, monkeypatch
         (["predict", "a.jpg", "--run", "nowhere", "--out", "y"], "no config.yaml"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, words):
+def test_errors_of_the_user_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     status, _, err = run(monkeypatch, capsys, *arguments)
     assert status == 2 and words in err and len(err.strip().splitlines()) <= 2 and "Traceback" not in err
 
 
-def test_places_that_cannot_be_written_are_named_before_the_work(trained, folder_data, tmp_path, monkeypatch, capsys):
+def test_outputs_that_cannot_be_written_are_errors_before_the_work(
+    trained_run, folder_data, tmp_path, monkeypatch, capsys
+):
     file, image = tmp_path / "file", folder_data / "images" / "val" / "e.jpg"
     file.write_text("[1]")
     for arguments, words in (
-        (["evaluate", "--run", trained, "--json", tmp_path], "is a folder; give a file"),
-        (["report", trained, "--out", file / "r.html"], "its folder cannot be made"),
-        (["predict", image, "--run", trained, "--out", file], "is a file; give a folder"),
-        (["export", "--run", trained, "--out", file], "is a file; give a folder"),
+        (["evaluate", "--run", trained_run, "--json", tmp_path], "is a folder; give a file"),
+        (["report", trained_run, "--out", file / "r.html"], "its folder cannot be created"),
+        (["predict", image, "--run", trained_run, "--out", file], "is a file; give a folder"),
+        (["export", "--run", trained_run, "--out", file], "is a file; give a folder"),
         (
-            ["export", "--run", trained, "--out", tmp_path / "x", "--scores", file],
-            "not what 'flowseg evaluate --json' writes",
+            ["export", "--run", trained_run, "--out", tmp_path / "x", "--scores", file],
+            "not a file that 'flowseg evaluate --json' writes",
         ),
-        (["evaluate", "--run", trained, "--set", "data.height=20"], "multiple of the patch size"),
+        (["evaluate", "--run", trained_run, "--set", "data.height=20"], "multiple of the patch size"),
         (["train", "--out", tmp_path / "y", "--set", "model.patch_size=12"], "must be a power of two"),
     ):
         status, _, err = run(monkeypatch, capsys, *arguments)
         assert status == 2 and words in err and "Traceback" not in err, arguments
     assert file.read_text() == "[1]"
     target = tmp_path / "new" / "scores.json"
-    assert run(monkeypatch, capsys, "evaluate", "--run", trained, "--json", target)[0] == 0 and target.is_file()
+    assert run(monkeypatch, capsys, "evaluate", "--run", trained_run, "--json", target)[0] == 0 and target.is_file()
 
 
-def test_missing_checkpoint_and_input(trained, monkeypatch, capsys):
-    status, _, err = run(monkeypatch, capsys, "evaluate", "--run", trained, "--checkpoint", "99")
+def test_a_missing_checkpoint_or_input_is_an_error(trained_run, monkeypatch, capsys):
+    status, _, err = run(monkeypatch, capsys, "evaluate", "--run", trained_run, "--checkpoint", "99")
     assert status == 2 and "steps kept: 3" in err
-    status, _, err = run(monkeypatch, capsys, "predict", "no/such/*.png", "--run", trained, "--out", "m")
+    status, _, err = run(monkeypatch, capsys, "predict", "no/such/*.png", "--run", trained_run, "--out", "m")
     assert status == 2 and "no/such" in err
 
 
-def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path, folder_data, monkeypatch, capsys):
+def test_resume_auto_starts_a_run_and_later_continues_it(tmp_path, folder_data, monkeypatch, capsys):
     save_config(tiny_config(data=folder_section(folder_data)), tmp_path / "c.yaml")
     words = ["train", "--config", tmp_path / "c.yaml", "--out", tmp_path / "run"]
     status, _, err = run(monkeypatch, capsys, *words, "--resume", "--steps", 2)
@@ -171,7 +156,7 @@ def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path, folder_data, mon
     for resume, steps in ((["--resume=auto"], 1), (["--resume", "auto"], 2), (["--resume"], 3)):
         status, _, err = run(monkeypatch, capsys, *words, *resume, "--steps", steps)
         assert status == 0 and f"starts at step {steps - 1} of {steps}" in err, err
-    # Without --config it has the settings that lie there, even if the run never came to a checkpoint.
+    # Without --config it uses the settings in --out, even if the run has no checkpoint.
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     status, _, err = run(monkeypatch, capsys, "train", "--out", tmp_path / "run", "--resume=auto", "--steps", 1)
     assert status == 0 and "starts at step 0 of 1" in err and "  folder  " in err, err
@@ -181,7 +166,7 @@ def test_resume_auto_starts_a_run_and_goes_on_with_it(tmp_path, folder_data, mon
 NAMES = ["[red]a[/]", "基线 {b}", "$c|<i>_"]
 
 
-def test_names_of_any_text_reach_every_output(tmp_path, folder_data, monkeypatch, capsys):
+def test_class_names_of_any_text_reach_every_output(tmp_path, folder_data, monkeypatch, capsys):
     config = tiny_config(data=folder_section(folder_data, classes=NAMES), train={"steps": 1})
     save_config(config, tmp_path / "c.yaml")
     place = tmp_path / "run [b]{0}"
@@ -200,24 +185,24 @@ def test_names_of_any_text_reach_every_output(tmp_path, folder_data, monkeypatch
     assert card.rstrip().endswith("\\[red\\]a\\[/\\], 基线 \\{b\\}, \\$c\\|\\<i\\>\\_")
 
 
-def test_scores_are_written_before_anything_is_printed(trained, tmp_path, monkeypatch, capsys):
+def test_scores_are_written_before_anything_is_printed(trained_run, tmp_path, monkeypatch, capsys):
     def broken(**options):
         if not options.get("stderr", True):
-            raise OSError("nobody listens")
+            raise OSError("standard output is closed")
         return original(**options)
 
     original = cli.make_console
     monkeypatch.setattr(cli, "make_console", broken)
-    with pytest.raises(OSError, match="nobody listens"):
-        run(monkeypatch, capsys, "evaluate", "--run", trained, "--json", tmp_path / "s.json")
+    with pytest.raises(OSError, match="standard output is closed"):
+        run(monkeypatch, capsys, "evaluate", "--run", trained_run, "--json", tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["images"] == 2
 
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 
 
-def test_a_locale_without_unicode_ends_no_command(tmp_path, folder_data):
-    """Three commands in one process, with names in the settings file, on the command line and in a path."""
+def test_commands_work_in_a_locale_without_unicode(tmp_path, folder_data):
+    """Three commands in one process, with non-ASCII names in the settings file, on the command line and in a path."""
     config = tiny_config(data=folder_section(folder_data, classes=["x", *NAMES[1:]]), train={"steps": 1})
     save_config(config, tmp_path / "c.yaml")
     readable = (tmp_path / "c.yaml").read_text().replace('"\\u57FA\\u7EBF {b}"', "'基线 {b}'")
@@ -251,7 +236,7 @@ while words:
 
 
 def test_every_text_file_is_opened_as_utf_8():
-    """The encoding of the locale would make a file unreadable on another machine."""
+    """A file in the encoding of the locale may be unreadable on another machine."""
     modes = re.compile(r"[rwax+]*b[rwax+]*")
     for path in sorted(Path(flowseg.__file__).parent.rglob("*.py")):
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
@@ -270,14 +255,14 @@ def test_module_entry_prints_the_version():
     assert result.stdout.startswith("flowseg ")
 
 
-def test_scores_are_shown_although_their_file_cannot_be_written(trained, tmp_path, monkeypatch, capsys):
+def test_scores_are_shown_even_if_their_file_cannot_be_written(trained_run, tmp_path, monkeypatch, capsys):
     def full(*paths):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("flowseg.cli.os.replace", full)
-        status, out, error = run(patch, capsys, "evaluate", "--run", trained, "--json", tmp_path / "s.json")
+        status, out, error = run(patch, capsys, "evaluate", "--run", trained_run, "--json", tmp_path / "s.json")
     assert status == 2 and "mIoU" in out and "the scores are in the table above" in error
     assert not [path for path in tmp_path.iterdir() if "s.json" in path.name]
-    status, _, error = run(monkeypatch, capsys, "evaluate", "--run", trained, "--json", "/proc/s.json")
+    status, _, error = run(monkeypatch, capsys, "evaluate", "--run", trained_run, "--json", "/proc/s.json")
     assert status == 2 and "--json /proc/s.json: /proc cannot be written to" in error

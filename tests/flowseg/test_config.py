@@ -1,4 +1,4 @@
-"""Settings: layering, checks, and messages that say what to do."""
+"""Settings: order of the sources, checks, and error messages that say what to do."""
 
 import typing
 from pathlib import Path
@@ -10,14 +10,14 @@ from flowseg.errors import UserError
 from flowseg.model.sizes import resolve_size
 
 
-def test_layers_file_flags_pairs(tmp_path):
+def test_pairs_override_flags_and_flags_override_the_file(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("optim: {lr: 0.1, warmup: 7}\ntrain: {steps: 5}\n")
     config = load_config(file, ["optim.lr=3e-4", "loss.eps=null"], {"train.steps": 9, "train.seed": None})
     assert (config.optim.lr, config.optim.warmup, config.train.steps, config.train.seed) == (3e-4, 7, 9, 0)
 
 
-def test_defaults_are_the_measured_ones():
+def test_defaults_are_the_documented_ones():
     config = Config()
     assert (config.flow.predicts, config.flow.zero_fraction, config.flow.time_sampler) == ("endpoint", 0.5, "uniform")
     assert (config.loss.correction_weight, config.loss.temperature, config.loss.eps) == (1.0, 1.0, None)
@@ -44,10 +44,11 @@ def test_saved_settings_read_back(tmp_path):
         ("sample.method=rk4", ["sample.method", "euler", "rk4"]),
         ("codes.channels=2", ["codes.channels", "flow.source=noise"]),
         ("data.scale_min=3", ["scale_min", "scale_max"]),
+        ("data.classes=background", ["valid list", "write a list, such as data.classes=[background]"]),
         ("nonsense", ["KEY=VALUE"]),
     ],
 )
-def test_wrong_settings_name_the_key_and_the_cure(pair, words):
+def test_the_error_about_a_wrong_setting_names_the_key_and_a_remedy(pair, words):
     with pytest.raises(UserError) as error:
         load_config(None, [pair])
     message = str(error.value)
@@ -56,7 +57,7 @@ def test_wrong_settings_name_the_key_and_the_cure(pair, words):
         assert word in message
 
 
-def test_bad_files(tmp_path):
+def test_unreadable_files_and_repeated_keys_are_errors(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
@@ -70,7 +71,7 @@ def test_bad_files(tmp_path):
         load_config(tmp_path / "twice.yaml")
 
 
-def test_noise_needs_the_image_at_the_patch_embedding():
+def test_a_noise_source_needs_the_image_as_condition():
     with pytest.raises(UserError, match="condition_on_image"):
         load_config(None, ["flow.source=noise", "model.condition_on_image=false"])
 
@@ -84,7 +85,7 @@ def test_shipped_settings_are_valid_and_build_a_model(file):
 RECIPES = Path(__file__).parents[2] / "configs"
 
 
-def test_the_published_recipe_is_the_papers():
+def test_the_recipes_have_the_settings_of_the_paper():
     config = load_config(RECIPES / "ade20k_l16.yaml")
     assert (config.flow.predicts, config.flow.time_sampler, config.loss.schedule) == (
         "velocity",
@@ -118,32 +119,32 @@ def test_every_field_can_be_set_from_the_command_line():
             got = getattr(getattr(load_config(None, [f"{key}={text}", *with_it]), section), leaf)
             assert got != value, key
             if words:
-                assert got == text, "an unquoted word is that word"
+                assert got == text, "an unquoted word must stay a string"
 
 
 def _literals(annotation):
-    """The words of a Literal, also of one that may be None."""
+    """The values of a Literal, also if None is allowed too."""
     parts = typing.get_args(annotation)
     if typing.get_origin(annotation) is typing.Literal:
         return parts
     return [word for part in parts for word in _literals(part)]
 
 
-def test_a_section_without_settings_is_the_default(tmp_path):
+def test_an_empty_section_keeps_the_defaults(tmp_path):
     (tmp_path / "c.yaml").write_text("optim:\ntrain:\n  mixed_precision: no\n")
     config = load_config(tmp_path / "c.yaml")
     assert config.optim == Config().optim and config.train.mixed_precision == "no"
 
 
 def test_stages_must_come_in_order():
-    with pytest.raises(UserError, match="one after the other"):
+    with pytest.raises(UserError, match="at increasing steps"):
         load_config(None, ["train.stages=[{at: 9, height: 16, width: 16}, {at: 4, height: 16, width: 16}]"])
     with pytest.raises(UserError, match=r"train.stages.0.hieght'; did you mean 'train.stages: height'"):
         load_config(None, ["train.stages=[{at: 9, hieght: 16, width: 16}]"])
 
 
 @pytest.mark.parametrize("pair", ["sample.steps=2", "sample.method=heun"])
-def test_a_network_trained_at_t_0_alone_takes_one_euler_step(pair):
+def test_a_network_trained_only_at_t_0_allows_only_one_euler_step(pair):
     assert load_config(None, ["flow.zero_fraction=1"]).sample.steps == 1
     with pytest.raises(UserError, match=r"must be 1 and sample\.method euler when flow\.zero_fraction is 1"):
         load_config(None, ["flow.zero_fraction=1", pair])

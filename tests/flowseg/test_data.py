@@ -1,4 +1,4 @@
-"""Embedded scenes, folders, augmentation, and batches that depend on the seed alone."""
+"""Generated scenes, folders of images and labels, augmentation, and reproducible batches."""
 
 import unicodedata
 
@@ -9,18 +9,20 @@ from PIL import Image
 
 from flowseg.config import DataConfig
 from flowseg.data import open_data, training_batches
+from flowseg.data.catalog import DATA_SETS
 from flowseg.data.datasets import resolve_labels
 from flowseg.data.digits import DigitScenes, _digits
 from flowseg.data.folder import read_image
 from flowseg.data.paints import PAINTS, PaintScenes
 from flowseg.data.transforms import augment, model_size, prepare
+from flowseg.data_names import DATA_NAMES
 from flowseg.errors import DataWarning, UserError
 
 from .tiny import folder_section, tiny_config
 
 
 @pytest.mark.parametrize(("kind", "classes"), [(DigitScenes, 11), (PaintScenes, 48)])
-def test_scenes_are_repeatable_and_labelled(kind, classes):
+def test_scenes_are_reproducible_and_contain_most_classes(kind, classes):
     scenes = kind("train", 40, 64, 48, seed=3)
     image, labels = scenes[4]
     again, labels_again = kind("train", 99, 64, 48, seed=3)[4]
@@ -32,8 +34,8 @@ def test_scenes_are_repeatable_and_labelled(kind, classes):
     assert seen.max() < classes and len(seen) > 0.8 * classes
 
 
-def test_a_paint_is_told_by_its_mean_color():
-    # Nearest mean of other scenes: the classes can be learnt, and are no clearer than that they must be.
+def test_the_mean_color_tells_most_paints_apart():
+    # Classify regions by the nearest mean colour of other scenes: the task must be learnable but not trivial.
     def means(split, count):
         found = {}
         for image, labels in (PaintScenes(split, count, 48, 48)[index] for index in range(count)):
@@ -50,7 +52,7 @@ def test_a_paint_is_told_by_its_mean_color():
     assert 0.7 < np.mean(right) < 1
 
 
-def test_digits_of_the_splits_are_disjoint():
+def test_the_splits_share_no_digits():
     train, val = ({digit.tobytes() for digit in _digits(split)[0]} for split in ("train", "val"))
     assert not train & val and len(val) > 300
 
@@ -63,7 +65,7 @@ def test_folder_pairs(folder_data):
     assert set(np.unique(labels)) <= {0, 1, 2, 255} and 255 in np.unique(labels)
 
 
-def test_16_bit_grey_keeps_its_shades_and_a_photograph_is_turned(tmp_path):
+def test_read_image_reduces_16_bit_grey_and_turns_only_on_request(tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     read = np.asarray(read_image(tmp_path / "deep.png"))[..., 0]
@@ -84,8 +86,18 @@ def test_ignored_values_become_255(folder_data):
     assert (np.array(data.train[0][1]) == 255).all()
 
 
+def test_the_table_of_data_sets_has_every_name_of_the_settings():
+    assert tuple(DATA_SETS) == DATA_NAMES
+
+
 def _missing_label(root):
     (root / "labels" / "train" / "b.png").unlink()
+
+
+def _jpeg_label(root):
+    path = root / "labels" / "train" / "b.png"
+    Image.open(path).save(path.with_suffix(".jpg"))
+    path.unlink()
 
 
 def _other_size(root):
@@ -115,9 +127,10 @@ def _empty(root):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("damage", "words"),
     [
         (_missing_label, ["b.jpg", "no label map", "b.png"]),
+        (_jpeg_label, ["b.jpg", "no label map", "b.png", "JPEG changes label values; save label maps as PNG"]),
         (_other_size, ["b.png", "40x23", "40x24"]),
         (_unknown_value, ["b.png", "values 7", "0..2", "data.ignore"]),
         (_colour_labels, ["b.png", "one channel", "3"]),
@@ -126,15 +139,15 @@ def _empty(root):
         (_empty, ["no images"]),
     ],
 )
-def test_spoilt_folders_are_named_at_the_start(folder_data, spoil, words):
-    spoil(folder_data)
+def test_opening_the_data_names_a_damaged_file(folder_data, damage, words):
+    damage(folder_data)
     with pytest.raises(UserError) as error:
         open_data(DataConfig(**folder_section(folder_data)))
     for word in words:
         assert word in str(error.value)
 
 
-def test_wrong_places_and_class_lists(folder_data, tmp_path):
+def test_wrong_folders_and_class_lists_are_errors(folder_data, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         open_data(DataConfig(**folder_section(tmp_path / "nowhere")))
     with pytest.raises(UserError, match=r"split 'test'.*found train, val"):
@@ -161,7 +174,7 @@ def _copies(root, name, *suffixes, kind="images"):
     return first
 
 
-def test_hidden_files_and_rubbish_of_systems_are_passed_over(folder_data):
+def test_hidden_files_and_index_files_of_systems_are_skipped(folder_data):
     for kind in ("images", "labels"):
         folder = folder_data / kind / "train"
         (folder / "._a.png").write_bytes(b"\0\5\26\7")
@@ -174,7 +187,7 @@ def test_hidden_files_and_rubbish_of_systems_are_passed_over(folder_data):
     assert data.train.names == ["a", "b", "c", "d"]
 
 
-def test_images_and_label_maps_of_every_kind_are_found(folder_data):
+def test_images_and_label_maps_of_every_suffix_are_found(folder_data):
     for name, suffix in zip("abcd", (".tif", ".webp", ".BMP", ".TIFF")):
         _copies(folder_data, name, suffix).unlink()
     for name, suffix in zip("ab", (".tif", ".bmp")):
@@ -185,13 +198,13 @@ def test_images_and_label_maps_of_every_kind_are_found(folder_data):
     assert all(len(data.train[index]) == 2 for index in range(4))
 
 
-def test_sub_folders_that_the_labels_have_too(folder_data):
+def test_sub_folders_are_read_if_the_labels_have_them_too(folder_data):
     for kind in ("images", "labels"):
         folder = folder_data / kind / "train"
         (folder / "ulm").mkdir()
         for path in folder.glob("[ab].*"):
             path.rename(folder / "ulm" / path.name)
-    # The same name in two folders is two examples.
+    # Files of the same name in two folders are two examples.
     for kind, suffix in (("images", "jpg"), ("labels", "png")):
         path = folder_data / kind / "train" / f"a.{suffix}"
         path.write_bytes((path.parent / "ulm" / path.name).read_bytes())
@@ -221,22 +234,22 @@ def _lonely_label(root):
         (_lonely_label, r"label maps without an image in .*images/train: 1, such as b\.png", 3),
     ],
 )
-def test_what_is_left_out_of_a_folder_is_named(folder_data, change, words, count):
+def test_a_warning_names_files_that_are_left_out(folder_data, change, words, count):
     change(folder_data)
     with pytest.warns(DataWarning, match=words):
         assert len(open_data(DataConfig(**folder_section(folder_data))).train) == count
 
 
 @pytest.mark.parametrize("kind", ["images", "labels"])
-def test_two_files_of_one_name_are_an_error(folder_data, kind):
+def test_two_files_with_the_same_name_are_an_error(folder_data, kind):
     _copies(folder_data, "b", ".tif", kind=kind)
-    words = rf"{kind}/train/b\.(jpg|png) and .*b\.tif: two .* of one name"
+    words = rf"{kind}/train/b\.(jpg|png) and .*b\.tif: two .* with the same name"
     with pytest.raises(UserError, match=words):
         open_data(DataConfig(**folder_section(folder_data)))
 
 
 @pytest.mark.parametrize("name", ["[x] {y} %s #1", "漢字 ü", "a.b.c"])
-def test_any_text_in_the_name_of_a_pair(folder_data, name):
+def test_the_name_of_a_pair_may_be_any_text(folder_data, name):
     for kind, suffix, form in (("images", "jpg", "NFD"), ("labels", "png", "NFC")):
         path = folder_data / kind / "train" / f"a.{suffix}"
         path.rename(path.with_name(unicodedata.normalize(form, f"{name}.{suffix}")))
@@ -245,7 +258,7 @@ def test_any_text_in_the_name_of_a_pair(folder_data, name):
     assert sorted(found) == sorted([name, "b", "c", "d"]) and all(data.train[index] for index in range(4))
 
 
-def test_values_of_the_classes_can_be_named(folder_data):
+def test_settings_can_give_the_label_value_of_each_class(folder_data):
     for path in (folder_data / "labels").rglob("*.png"):
         values = np.asarray(Image.open(path))
         Image.fromarray(np.choose(values % 4, [0, 255, 7, 9]).astype(np.uint8)).save(path)
@@ -268,7 +281,7 @@ def test_camvid_preset():
 
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, 2.0), (0.4, 0.9)])
 def test_augmentation_keeps_pixels_and_labels_together(scales):
-    # Every label value has its own grey, so the picture tells which label each pixel must have.
+    # Each label value has its own grey, so a pixel shows which label it must have.
     labels = np.kron(np.arange(12).reshape(3, 4), np.ones((20, 20))).astype(np.uint8)
     image = Image.fromarray(np.repeat((labels * 20)[..., None], 3, -1))
     config = DataConfig(height=24, width=32, scale_min=scales[0], scale_max=scales[1], flip=True)
@@ -278,7 +291,7 @@ def test_augmentation_keeps_pixels_and_labels_together(scales):
         inside = target != 255
         grey = (pixels[0] + 1) * 127.5
         close = (grey - 20.0 * target).abs() < 3
-        # Bilinear pixels on a border between two greys are neither.
+        # Bilinear resampling mixes the greys at borders.
         assert close[inside].float().mean() > 0.55 and set(target[inside].tolist()) <= set(range(12))
         assert inside.all() == (scales[0] >= 1.0)
 
@@ -292,7 +305,7 @@ def test_inference_size_keeps_proportions_and_pads_to_patches():
     assert pixels.shape == (3, 64, 64) and (pixels[0] == 1).all() and (pixels[1] == -1).all()
 
 
-def test_batches_depend_on_seed_and_place_alone():
+def test_batches_are_a_function_of_the_seed_and_the_number_of_earlier_draws():
     config = tiny_config(data={"color_jitter": 0.3, "flip": True, "scale_max": 2.0})
     pairs = open_data(config.data).train
 
@@ -306,13 +319,13 @@ def test_batches_depend_on_seed_and_place_alone():
         assert all(torch.equal(a, b) for a, b in zip(first, second))
     other = next(training_batches(pairs, config.data, 4, seed=8))
     assert not torch.equal(straight[0][0], other[0])
-    # Two processes take turns, so together they see what one with their batches in turn would have seen.
+    # Two processes take turns: together they draw the same batches as a single process.
     first, second = take(2, rank=0, world=2), take(2, rank=1, world=2)
     for ours, theirs in zip((first[0], second[0], first[1], second[1]), straight):
         assert torch.equal(ours[0], theirs[0])
 
 
-def test_a_broken_file_is_named_by_a_worker_too(folder_data):
+def test_the_error_of_a_worker_process_names_the_damaged_file(folder_data):
     config = DataConfig(**folder_section(folder_data), check="none", workers=1)
     (folder_data / "labels" / "train" / "b.png").write_bytes(b"no")
     with pytest.raises(UserError) as error:
@@ -322,7 +335,7 @@ def test_a_broken_file_is_named_by_a_worker_too(folder_data):
     )
 
 
-def test_worker_processes_change_nothing():
+def test_worker_processes_give_the_same_batches():
     config = tiny_config()
     pairs = open_data(config.data).train
     alone = next(training_batches(pairs, config.data, 4, seed=0))

@@ -1,4 +1,4 @@
-"""The demo in its short form: one self-contained report, numbers beside it, and text that follows the numbers."""
+"""The short demo: one self-contained report, a file of its numbers, and a verdict that agrees with the numbers."""
 
 import json
 import re
@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from flowseg.data.digits import DigitScenes
-from flowseg.data.presets import PRESETS
-from flowseg.demo import run_demo, verdict
+from flowseg.data.presets import DIGITS
 from flowseg.errors import UserError
+from flowseg.experiments.demo import run_demo, verdict
 from flowseg.report import figures
 from flowseg.report.speed import measure_kernels
 
 
-def test_quick_demo(tmp_path):
-    report = run_demo(tmp_path / "demo", quick=True)
+def test_the_quick_demo_writes_its_report_and_touches_no_other_files(tmp_path):
+    report = run_demo(tmp_path / "demo", quick=True, steps=6)
     text = report.read_text()
     assert "http" not in re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text).replace("http-equiv", "")
     assert text.count("data:image/png;base64,") >= 5 and "numbers mean nothing" in text
@@ -25,12 +25,11 @@ def test_quick_demo(tmp_path):
     numbers = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert set(numbers["arms"]) == {"vanilla", "FlowSeg"}
     assert f"{numbers['arms']['FlowSeg']['miou']:.1f} %" in text
-    # Again into the same folder: earlier runs of the demo are replaced, other things are not touched.
-    stranger = tmp_path / "other"
-    (stranger / "vanilla").mkdir(parents=True)
-    (stranger / "vanilla" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="in the way"):
-        run_demo(stranger, quick=True)
+    other = tmp_path / "other"
+    (other / "vanilla").mkdir(parents=True)
+    (other / "vanilla" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and is not a run of an earlier demo"):
+        run_demo(other, quick=True)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +55,7 @@ def test_figures_draw():
     arms = ("vanilla", "FlowSeg")
     made = [
         figures.flow_figure(
-            torch.zeros(3, 32, 32), truth, dict.fromkeys(arms, path), dict.fromkeys(arms, truth), PRESETS["digits"]
+            torch.zeros(3, 32, 32), truth, dict.fromkeys(arms, path), dict.fromkeys(arms, truth), DIGITS
         ),
         figures.curve_figure({arm: [(1, 2.0), (2, 3.0)] for arm in arms}, {arm: [(1, 0.5), (2, 0.4)] for arm in arms}),
         figures.speed_figure([{"name": "op", "ours_ms": 1.0, "eager_ms": 9.0}]),

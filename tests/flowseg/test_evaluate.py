@@ -1,6 +1,4 @@
-"""Scores against torchmetrics and by hand, and what the whole path from image to confusion matrix does."""
-
-import functools
+"""Scores compared with torchmetrics and by hand, and the whole path from an image to the confusion matrix."""
 
 import numpy as np
 import pytest
@@ -8,19 +6,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from flowseg.codes import build_codebook
 from flowseg.data.transforms import to_tensor
-from flowseg.evaluate import chosen_indices, evaluate, scores_from_confusion
+from flowseg.inference.evaluate import chosen_indices, evaluate, scores_from_confusion
+from flowseg.inference.views import WindowRows, interpolated_columns, resize_labels, window_starts
 from flowseg.model.sizes import resolve_size
 from flowseg.segment import Segmenter
-from flowseg.views import WindowRows, interpolated_columns, resize_labels, window_starts
 from flowseg_kernels import decode_confusion, nearest_centroid
 
+from .support.networks import Oracle, Waves, codebook_of
 from .tiny import tiny_config
 
 
 def test_scores_by_hand():
-    # Class 0: 3 right, 1 missed to class 1. Class 1: 2 right. Class 2: nowhere. Class 3: predicted once, never true.
+    # Class 0: 3 right, 1 taken for class 1, 1 for class 3. Class 1: 2 right. Class 2 never occurs. Class 3 is never true.
     confusion = torch.tensor([[3, 1, 0, 1], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     scores = scores_from_confusion(confusion)
     assert scores.iou == [pytest.approx(60), pytest.approx(200 / 3), None, 0.0]
@@ -28,22 +26,6 @@ def test_scores_by_hand():
     assert scores.pixel_accuracy == pytest.approx(500 / 7)
     assert scores.summary(("a", "b", "c", "d"))["iou"]["c"] is None
     assert scores_from_confusion(torch.zeros(2, 2)).miou == 0.0
-
-
-class Oracle(nn.Module):
-    """Reads the label from the red channel: ``label = round(12 * (red + 1))``; wrong where green is high."""
-
-    condition_on_image = True
-
-    def __init__(self, codebook, patch_size=8):
-        super().__init__()
-        self.codes = codebook
-        self.size = type("Size", (), {"patch_size": patch_size})()
-
-    def forward(self, x, t, image):
-        labels = (12 * (image[:, 0] + 1) / 2).round().long().clamp(0, 10)
-        labels = torch.where(image[:, 1] > 0, (labels + 1) % 11, labels)
-        return self.codes.centroids[labels].movedim(-1, 1)
 
 
 class Pairs(list):
@@ -62,12 +44,6 @@ def make_pairs(sizes, seed=0):
         target[:, -3:] = 255
         pairs.append((Image.fromarray(pixels), Image.fromarray(target)))
     return pairs
-
-
-@functools.cache
-def codebook_of(channels):
-    # Its decode grid takes a second.
-    return build_codebook(tiny_config(codes={"channels": channels}).codes, 11)
 
 
 def make_segmenter(**sections):
@@ -98,7 +74,7 @@ def test_evaluation_agrees_with_torchmetrics():
 
 
 class Drifting(nn.Module):
-    """Answers with the state it is given and the image, so that every draw of the source matters."""
+    """Returns a mix of its state and the image, so the result depends on the noise of the source."""
 
     condition_on_image = True
 
@@ -111,7 +87,7 @@ class Drifting(nn.Module):
 
 
 def official_ade20k(predictions, truths, classes):
-    """The challenge's own sums: areas of intersection and union, values 1..K, 0 left out, prediction masked where truth is 0."""
+    """Sums of the challenge's own code: intersections, unions and pixel accuracy. Classes are 1..K; truth 0 is ignored."""
     intersection, union, right, labelled = np.zeros(classes), np.zeros(classes), 0, 0
     for predicted, truth in zip(predictions, truths):
         predicted = predicted * (truth > 0)
@@ -134,11 +110,11 @@ def test_evaluation_agrees_with_the_official_formula_of_ade20k():
         assert (value is None) == (union[k] == 0)
         assert value is None or value == pytest.approx(100 * intersection[k] / union[k])
     assert scores.pixel_accuracy == pytest.approx(100 * accuracy)
-    # The official mean takes a class that occurs nowhere for 0; on the whole validation set there is none.
+    # The official mean counts a class that never occurs as 0; in the whole validation set every class occurs.
     assert scores.miou == pytest.approx(100 * (intersection / np.maximum(union, 1))[union > 0].mean())
 
 
-def test_noise_gives_the_same_scores_in_any_batches():
+def test_scores_with_a_noise_source_do_not_depend_on_the_batch_size():
     pairs = make_pairs([(32, 32)] * 5, seed=5)
     found = []
     for size in (1, 2, 5):
@@ -146,12 +122,12 @@ def test_noise_gives_the_same_scores_in_any_batches():
         segmenter.model = Drifting()
         found.append(evaluate(segmenter, pairs).confusion)
     assert all(torch.equal(one, found[0]) for one in found)
-    # Another draw of the noise would show.
+    # Other noise would change the result.
     moved = segmenter.sample(torch.zeros(2, 3, 32, 32), seed=0) - segmenter.sample(torch.zeros(2, 3, 32, 32), seed=1)
     assert moved.abs().max() > 0.1
 
 
-def test_processes_add_up_counts_not_scores():
+def test_processes_sum_counts_not_scores():
     pairs = make_pairs([(32, 32)] * 3 + [(64, 64)] * 2 + [(32, 48)] * 2)
     segmenter = make_segmenter(sample={"batch_size": 2})
     alone = evaluate(segmenter, pairs)
@@ -166,8 +142,8 @@ def test_processes_add_up_counts_not_scores():
 
 
 @pytest.mark.parametrize("upsample", ["codes", "labels", "probabilities"])
-def test_native_resolution_of_mixed_sizes(upsample):
-    # Twice the model's size, and a size that needs padding to whole patches.
+def test_images_of_mixed_sizes_are_scored_at_native_resolution(upsample):
+    # Twice the training size, and a size that needs padding to whole patches.
     pairs = make_pairs([(64, 64), (64, 64), (64, 40), (32, 32)])
     segmenter = make_segmenter(sample={"upsample": upsample})
     scores = evaluate(segmenter, pairs)
@@ -177,26 +153,26 @@ def test_native_resolution_of_mixed_sizes(upsample):
         assert segmenter.labels(image).shape == np.array(target).shape
 
 
-def test_labels_agree_with_evaluation_and_margin_is_a_gap():
+def test_labels_agree_with_evaluation_and_the_margin_is_the_gap_to_the_next_code():
     (image, target), *_ = make_pairs([(64, 64)])
     segmenter = make_segmenter()
     labels, margin = segmenter.labels(image, with_margin=True)
     assert torch.equal(labels, segmenter.labels(image)) and labels.dtype == torch.uint8
     assert margin.shape == labels.shape and float(margin.min()) >= 0
-    # The oracle lands on codes, where the gap to the next is at least the squared smallest distance.
+    # The oracle's fields are exact codes, where the margin is at least the smallest distance between two codes.
     assert float(margin.min()) >= segmenter.codebook.min_distance * 0.999
     valid = torch.from_numpy(np.array(target)) != 255
     hits = (labels == torch.from_numpy(np.array(target)))[valid].double().mean()
     assert evaluate(segmenter, Pairs([(image, target)])).pixel_accuracy == pytest.approx(100 * float(hits))
 
 
-def test_limit_spreads_over_the_split():
+def test_a_limit_chooses_images_evenly_over_the_split():
     assert chosen_indices(10, 3) == [0, 4, 9] and chosen_indices(3, 10) == [0, 1, 2] and chosen_indices(9, 1) == [0]
     assert evaluate(make_segmenter(), make_pairs([(32, 32)] * 6), limit=2).images == 2
 
 
 @pytest.mark.parametrize("sample", [{}, {"upsample": "codes"}, {"upsample": "probabilities"}, {"flip": True}])
-def test_pixels_that_are_not_numbers_count_as_wrong(sample):
+def test_nan_pixels_count_as_wrong(sample):
     pairs = make_pairs([(64, 64)] * 2)
     segmenter = make_segmenter(sample=sample)
     before = evaluate(segmenter, pairs)
@@ -227,7 +203,7 @@ def test_pixels_that_are_not_numbers_count_as_wrong(sample):
 )
 @pytest.mark.parametrize("size", [(72, 40), (40, 24), (33, 70)])
 def test_views_of_a_pixelwise_network_change_nothing(sample, size):
-    # The oracle answers every pixel by itself, so windows, mirrors and scales must bring each answer back to its pixel.
+    # The oracle looks at each pixel alone: windows, mirrors and scales must return every label to its pixel.
     labels = np.kron(np.arange(6).reshape(2, 3), np.ones((size[0] // 2 + 1, size[1] // 3 + 1)))[: size[0], : size[1]]
     pixels = np.zeros((*size, 3), np.uint8)
     pixels[..., 0] = np.round(labels * (255 / 12))
@@ -236,7 +212,7 @@ def test_views_of_a_pixelwise_network_change_nothing(sample, size):
     seen = []
     segmenter.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-2:]))
     found = segmenter.labels(image).numpy()
-    # Where an edge falls when sizes change is a matter of a pixel or two.
+    # Resizing may move an edge between classes by a pixel or two: compare only pixels away from edges.
     inner = np.ones(size, bool)
     for axis in (0, 1):
         changes = np.flatnonzero(np.diff(labels, axis=axis).any(1 - axis))
@@ -249,7 +225,7 @@ def test_views_of_a_pixelwise_network_change_nothing(sample, size):
         assert all(height % 8 == 0 and width % 8 == 0 for height, width in seen)
 
 
-def test_windows_cover_everything_with_the_last_at_the_edge():
+def test_windows_cover_the_axis_and_the_last_one_ends_with_it():
     for length in range(1, 90):
         starts = window_starts(length, 32, 21)
         covered = {place for start in starts for place in range(start, start + 32)}
@@ -257,12 +233,12 @@ def test_windows_cover_everything_with_the_last_at_the_edge():
         assert len(set(starts)) == len(starts)
 
 
-def test_views_are_averaged_as_probabilities_and_the_mean_decides():
+def test_views_are_averaged_as_probabilities():
     segmenter = make_segmenter(sample={"flip": True})
     codes, eps = segmenter.codebook.centroids, segmenter.codebook.default_eps
 
     class TwoMinds(Oracle):
-        # Close to class 2 when it sees the picture, nearly undecided between 5 and 2 when it sees it mirrored.
+        # Certain of class 2 for the image, nearly undecided between 5 and 2 for the mirror image.
         def forward(self, x, t, image):
             point = codes[2] if image[0, 0, 0, 0] < 0 else 0.55 * codes[5] + 0.45 * codes[2]
             return point[None, :, None, None].expand(len(x), -1, *x.shape[-2:])
@@ -277,7 +253,7 @@ def test_views_are_averaged_as_probabilities_and_the_mean_decides():
     torch.testing.assert_close(mean, sum(part / part.sum() for part in parts) / 2)
 
 
-def test_labels_of_strips_are_those_of_the_whole():
+def test_labels_do_not_depend_on_the_size_of_the_strips():
     probabilities = torch.rand(5, 9, 7)
     whole = torch.nn.functional.interpolate(probabilities[None], size=(31, 20), mode="bilinear")[0].argmax(0)
     for strip in (1, 5 * 20 * 4, 10**9):
@@ -286,26 +262,11 @@ def test_labels_of_strips_are_those_of_the_whole():
 
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
 @pytest.mark.parametrize("steps", [1, 100])
-def test_every_solver_and_step_count_segments(method, steps):
+def test_every_solver_and_step_count_gives_the_same_scores_for_an_end_point(method, steps):
     pairs = make_pairs([(32, 32)])
     segmenter = make_segmenter(sample={"method": method, "steps": steps})
-    # The oracle's end point does not depend on x, so every solver must land on it.
+    # The oracle's end point does not depend on x, so every solver must reach it.
     assert evaluate(segmenter, pairs).confusion.equal(evaluate(make_segmenter(), pairs).confusion)
-
-
-class Waves(nn.Module):
-    """Fields that vary from pixel to pixel and with the place in the image, so that every interpolation shows."""
-
-    condition_on_image = True
-
-    def __init__(self, patch_size=8):
-        super().__init__()
-        self.size = type("Size", (), {"patch_size": patch_size})()
-
-    def forward(self, x, t, image):
-        place = torch.arange(image[0, 0].numel(), dtype=torch.float32).reshape(image.shape[-2:])
-        waves = torch.stack([torch.sin(place * (0.37 + channel / 10)) for channel in range(x.shape[1])])
-        return 0.8 * waves + 0.4 * image.mean(1, keepdim=True)
 
 
 def speckled(height, width, seed=0):
@@ -315,7 +276,7 @@ def speckled(height, width, seed=0):
 @pytest.mark.parametrize("channels", [3, 8])
 @pytest.mark.parametrize("upsample", ["codes", "labels", "probabilities"])
 @pytest.mark.parametrize("views", [{}, {"flip": True}, {"scales": [1.0, 0.5]}, {"window": "slide", "resize": "cover"}])
-def test_labels_are_those_of_the_whole_native_field(channels, upsample, views):
+def test_labels_and_scores_equal_those_of_the_native_field(channels, upsample, views):
     segmenter = make_segmenter(sample={"upsample": upsample, **views}, codes={"channels": channels})
     segmenter.model = Waves()
     image = speckled(190, 411)
@@ -332,7 +293,7 @@ def test_labels_are_those_of_the_whole_native_field(channels, upsample, views):
 
 @pytest.mark.parametrize("size", [(97, 150), (33, 20), (32, 32), (20, 300)])
 @pytest.mark.parametrize("sample", [{}, {"flip": True}, {"stride": 1.0}, {"stride": 0.3, "flip": True}])
-def test_windows_in_bands_give_the_labels_of_all_windows_at_once(size, sample):
+def test_windows_in_bands_give_the_same_labels_as_all_windows_at_once(size, sample):
     segmenter = make_segmenter(sample={"window": "slide", "resize": "native", **sample})
     segmenter.model = Waves()
     image = speckled(*size)
@@ -348,7 +309,7 @@ def test_windows_in_bands_give_the_labels_of_all_windows_at_once(size, sample):
     assert bool(sizes) == large and max((part.numel() for part in sizes), default=0) <= segmenter.MOST_NUMBERS // 8
 
 
-def test_columns_of_an_interpolated_field_are_those_of_the_whole():
+def test_interpolating_some_columns_at_a_time_gives_the_same_field():
     field = torch.randn(5, 30, 50)
     whole = torch.nn.functional.interpolate(field[None], size=(170, 333), mode="bilinear")[0]
     for numbers in (1, 5 * 170 * 20, 10**9):

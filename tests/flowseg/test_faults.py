@@ -1,4 +1,4 @@
-"""Damaged files, full disks and killed processes: one clear error, nothing lost, the last good checkpoint intact."""
+"""Damaged files, full disks and killed processes: one clear error, no lost step, the last good checkpoint intact."""
 
 import errno
 import io
@@ -9,8 +9,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -21,16 +19,19 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import flowseg.checkpoint as checkpoint
-import flowseg.metrics as metrics
-import flowseg.train as training
+import flowseg.runs.metrics as metrics
+import flowseg.training.trainer as training
 from flowseg import cli
 from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, read_tensors, save_checkpoint
 from flowseg.config import save_config
 from flowseg.errors import UserError
-from flowseg.metrics import read_metrics
 from flowseg.model import build_model
-from flowseg.train import Ema, train
+from flowseg.runs.metrics import read_metrics
+from flowseg.training.ema import Ema
+from flowseg.training.trainer import train
 
+from .support.processes import start_command, wait_until
+from .support.runs import TENSOR_FILES, assert_same_weights, checkpoint_names
 from .tiny import folder_section, tiny_config
 
 STEPS = {"train": {"steps": 4, "checkpoint_every": 2, "keep": 2}}
@@ -51,7 +52,7 @@ def run(trained, tmp_path):
 
 
 def parts():
-    """What a checkpoint is read into."""
+    """A new network, average and optimiser, which a checkpoint is loaded into."""
     model = build_model(tiny_config())
     return model, Ema(model, 0.9).tensors, torch.optim.AdamW(model.parameters())
 
@@ -60,17 +61,11 @@ def step_of(path):
     return load_checkpoint(path, *parts()).step
 
 
-def same_files(first, second):
-    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
-        a, b = load_file(first / name), load_file(second / name)
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
-
-
-FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+FILES = (*TENSOR_FILES, "state.json")
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_cut_short_are_named(run, name):
+def test_truncated_files_are_named(run, name):
     newest, before = list_checkpoints(run)[::-1]
     whole = (newest / name).read_bytes()
     for length in (0, 1, 9, len(whole) // 2, len(whole) - 1):
@@ -82,7 +77,7 @@ def test_files_cut_short_are_named(run, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_is_found_or_changes_nothing(run, name):
-    """Anywhere in a file: in numbers, which no reader would notice by itself, as in headers."""
+    """Bits are flipped in headers and in numbers, where only the checksum can tell."""
     newest = list_checkpoints(run)[-1]
     whole = (newest / name).read_bytes()
     draw = random.Random(0)
@@ -115,23 +110,23 @@ def test_resuming_from_a_damaged_checkpoint_says_what_to_do(run):
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"damaged checkpoint .*optimizer.*remove it to go on from the one before"):
+    with pytest.raises(UserError, match=r"damaged checkpoint .*optimizer.*delete it to continue from the one before"):
         train(tiny_config(train={"steps": 6}), run, resume=True)
     shutil.rmtree(path.parent)
     assert train(tiny_config(train={"steps": 6}), run, resume=True).state.step == 6
 
 
 def test_files_without_a_checksum_are_read(run):
-    """Weights from elsewhere, and checkpoints of earlier versions."""
+    """Weights of other programs and checkpoints of earlier versions have none."""
     newest = list_checkpoints(run)[-1]
-    for name in FILES[:3]:
+    for name in TENSOR_FILES:
         checkpoint.save_file(load_file(newest / name), newest / name)
     assert step_of(newest) == 4
 
 
 @pytest.mark.parametrize("place", range(4))
-def test_a_full_disk_leaves_the_last_checkpoint_and_no_rubbish(run, monkeypatch, place):
-    """No space at the first, second ... of the four files."""
+def test_a_full_disk_leaves_the_earlier_checkpoints_and_no_temporary_file(run, monkeypatch, place):
+    """The disk is full at the first, second, third or fourth file."""
     calls = itertools.count()
     to_disk = checkpoint._to_disk
 
@@ -144,12 +139,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_rubbish(run, monkeypatch,
     model, ema, optimizer = parts()
     with pytest.raises(UserError, match=r"step-00000007: cannot be written \(.*No space left.*step-00000004 is intact"):
         save_checkpoint(run, model, ema, optimizer, TrainState(step=7), keep=2)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [p.name for p in list_checkpoints(run)]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == checkpoint_names(run)
     assert [step_of(path) for path in list_checkpoints(run)] == [2, 4]
 
 
 def test_a_file_that_may_not_grow_ends_training_and_resuming_is_exact(trained, tmp_path):
-    """The limit on file sizes stands for the full disk: the error comes from the operating system, in the middle of a write."""
+    """A limit on file sizes replaces the full disk: the operating system raises the error in the middle of a write."""
     config, run = tiny_config(train={"steps": 4, "checkpoint_every": 2}), tmp_path / "run"
     shutil.copytree(trained, run)
     shutil.rmtree(list_checkpoints(run)[-1])
@@ -161,9 +156,9 @@ def test_a_file_that_may_not_grow_ends_training_and_resuming_is_exact(trained, t
             train(config, run, resume=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in list_checkpoints(run)] == ["step-00000002"]
+    assert checkpoint_names(run) == ["step-00000002"]
     train(config, run, resume=True)
-    same_files(list_checkpoints(run)[-1], list_checkpoints(trained)[-1])
+    assert_same_weights(run, trained)
 
 
 def test_the_command_names_a_full_disk_in_one_line(monkeypatch, capsys):
@@ -177,7 +172,7 @@ def test_the_command_names_a_full_disk_in_one_line(monkeypatch, capsys):
 
 
 def in_child(work):
-    """Run in a forked process; gives its exit code, negative for a signal."""
+    """Run ``work`` in a forked process and return its exit code, which is negative for a signal."""
     child = os.fork()
     if not child:
         code = 1
@@ -190,25 +185,25 @@ def in_child(work):
 
 
 @pytest.mark.parametrize("step", [4, 5], ids=["same_step_again", "new_step"])
-def test_a_process_killed_anywhere_in_a_save_leaves_a_whole_checkpoint(run, step):
-    """Killed at its first, second ... write, rename and removal; a file that is being written is left half."""
+def test_a_process_killed_anywhere_in_a_save_leaves_a_complete_checkpoint(run, step):
+    """The process is killed at its first, second, ... write, rename or removal; a file that is being written is truncated."""
     model, ema, optimizer = parts()
 
     def save(die_at):
         calls = itertools.count()
 
-        def deadly(act, torn=None):
+        def deadly(act, written=None):
             def call(*args, **kwargs):
                 if next(calls) == die_at:
-                    if torn:
+                    if written:
                         act(*args, **kwargs)
-                        os.truncate(torn(*args), os.path.getsize(torn(*args)) // 2)
+                        os.truncate(written(*args), os.path.getsize(written(*args)) // 2)
                     os.kill(os.getpid(), signal.SIGKILL)
                 return act(*args, **kwargs)
 
             return call
 
-        checkpoint.save_file = deadly(checkpoint.save_file, torn=lambda tensors, path: path)
+        checkpoint.save_file = deadly(checkpoint.save_file, written=lambda tensors, path: path)
         checkpoint._to_disk = deadly(checkpoint._to_disk)
         checkpoint.shutil.rmtree = deadly(shutil.rmtree)
         checkpoint.Path.rename = deadly(checkpoint.Path.rename)
@@ -222,21 +217,19 @@ def test_a_process_killed_anywhere_in_a_save_leaves_a_whole_checkpoint(run, step
             break
         assert code == -signal.SIGKILL
     assert die_at >= 8 and steps[-1] == step
-    assert not list((run / "checkpoints").glob(".*")), "what killed processes left is removed by the next save"
+    assert not list((run / "checkpoints").glob(".*")), "the next save did not remove what killed processes left"
 
 
-def test_a_killed_run_goes_on(tmp_path):
+def test_a_killed_run_resumes(tmp_path):
     config = tiny_config(train={"steps": 100000, "eval_every": 100000, "checkpoint_every": 1, "keep": 2})
     save_config(config, tmp_path / "c.yaml")
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "flowseg", "train", "--config", str(tmp_path / "c.yaml"), "--out", str(run)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 60
-    while not list_checkpoints(run) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start_command(tmp_path / "output", "train", "--config", tmp_path / "c.yaml", "--out", run)
+    wait_until(lambda: list_checkpoints(run), process)
     time.sleep(random.Random().uniform(0, 0.3))
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     for path in list_checkpoints(run):
         assert f"{step_of(path):08d}" in path.name
     step = step_of(list_checkpoints(run)[-1])
@@ -244,7 +237,7 @@ def test_a_killed_run_goes_on(tmp_path):
 
 
 class Fatal:
-    """Pairs that end in a fault at one example: the process that loads it is killed, or its file is spoilt."""
+    """Pairs that call ``fault`` from the example number ``at`` on."""
 
     def __init__(self, pairs, at, fault):
         self.pairs, self.at, self.fault, self.names = pairs, at, fault, pairs.names
@@ -264,18 +257,18 @@ def kill(pairs, index):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def spoil(pairs, index):
+def damage(pairs, index):
     pairs.images[index].write_bytes(b"not a picture")
 
 
 @pytest.mark.parametrize(
     "workers, fault, words",
     [
-        (1, kill, "data.workers: a worker process died .*give fewer than 1 workers"),
-        (1, spoil, r"\.jpg: cannot be read as an image"),
-        (0, spoil, r"\.jpg: cannot be read as an image"),
+        (1, kill, "data.workers: a worker process died .*use fewer than 1 workers"),
+        (1, damage, r"\.jpg: cannot be read as an image"),
+        (0, damage, r"\.jpg: cannot be read as an image"),
     ],
-    ids=["killed_worker", "spoilt_in_worker", "spoilt"],
+    ids=["killed_worker", "damaged_file_in_worker", "damaged_file"],
 )
 def test_a_fault_in_the_data_loses_no_step(tmp_path, folder_data, monkeypatch, workers, fault, words):
     data = folder_section(folder_data, workers=workers, flip=True)
@@ -299,7 +292,7 @@ def test_a_fault_in_the_data_loses_no_step(tmp_path, folder_data, monkeypatch, w
     shutil.rmtree(folder_data)
     shutil.copytree(tmp_path / "copy", folder_data)
     train(config, tmp_path / "part", resume=True)
-    same_files(list_checkpoints(tmp_path / "part")[-1], list_checkpoints(tmp_path / "whole")[-1])
+    assert_same_weights(tmp_path / "part", tmp_path / "whole")
 
 
 VALIDATION_FAULTS = {
@@ -309,13 +302,13 @@ VALIDATION_FAULTS = {
         UserError,
         "ran out of memory .*batch_size=1",
     ),
-    "fault_of_the_program": (ZeroDivisionError("division by zero"), ZeroDivisionError, "division by zero"),
+    "bug": (ZeroDivisionError("division by zero"), ZeroDivisionError, "division by zero"),
 }
 
 
 @pytest.mark.parametrize(("fault", "steps"), [*((fault, 3) for fault in VALIDATION_FAULTS), ("unreadable_file", 5)])
-def test_a_validation_that_fails_costs_no_step(tmp_path, monkeypatch, fault, steps):
-    """It leaves a checkpoint and says how to go on; the run that goes on validates and is the one that never failed."""
+def test_a_validation_that_fails_loses_no_step(tmp_path, monkeypatch, fault, steps):
+    """It leaves a checkpoint and says how to resume. The resumed run repeats the validation and equals one that never failed."""
     raised, seen, words = VALIDATION_FAULTS[fault]
     config = tiny_config(train={"steps": steps, "eval_every": 3, "checkpoint_every": 100})
     train(config, tmp_path / "whole")
@@ -323,20 +316,20 @@ def test_a_validation_that_fails_costs_no_step(tmp_path, monkeypatch, fault, ste
     def fail(*arguments, **others):
         raise raised
 
-    said = io.StringIO()
+    output = io.StringIO()
     with monkeypatch.context() as patch, pytest.raises(seen, match=words) as error:
         patch.setattr(training, "evaluate", fail)
-        train(config, tmp_path / "part", console=Console(file=said))
-    assert "step 3 is saved; go on with: flowseg train --out" in f"{error.value}{said.getvalue()}"
+        train(config, tmp_path / "part", console=Console(file=output))
+    assert "step 3 is saved; continue with: flowseg train --out" in f"{error.value}{output.getvalue()}"
     assert [step_of(path) for path in list_checkpoints(tmp_path / "part")] == [3]
     train(config, tmp_path / "part", resume=True)
-    same_files(*(list_checkpoints(tmp_path / name)[-1] for name in ("part", "whole")))
+    assert_same_weights(tmp_path / "part", tmp_path / "whole")
     lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("part", "whole")]
     events = [[(line["event"], line["step"], line.get("miou")) for line in run] for run in lines]
     assert events[0] == events[1] and ("validation", 3) in [event[:2] for event in events[0]]
 
 
-def test_a_callback_or_a_full_disk_after_a_validation_costs_no_step(tmp_path, monkeypatch):
+def test_a_failing_callback_or_a_full_disk_after_a_validation_loses_no_step(tmp_path, monkeypatch):
     class Stop(Exception):
         pass
 
@@ -359,19 +352,15 @@ def test_a_callback_or_a_full_disk_after_a_validation_costs_no_step(tmp_path, mo
     assert train(config, tmp_path / "run", resume=True).state.validated == 3
 
 
-def test_a_checkpoint_for_a_validation_takes_no_place_of_a_scheduled_one(tmp_path):
+def test_a_checkpoint_before_a_validation_does_not_count_among_those_kept(tmp_path):
     config = tiny_config(train={"steps": 11, "checkpoint_every": 4, "eval_every": 5, "keep": 2})
-    kept = []
-    train(
-        config,
-        tmp_path / "run",
-        on_validation=lambda *_: kept.append([*map(step_of, list_checkpoints(tmp_path / "run"))]),
-    )
+    run, kept = tmp_path / "run", []
+    train(config, run, on_validation=lambda *_: kept.append([*map(step_of, list_checkpoints(run))]))
     assert kept == [[4, 5], [4, 8, 10], [8, 11]]
 
 
-@pytest.mark.parametrize("what", ["metrics", "tracker"])
-def test_steps_are_kept_whatever_ends_a_run(tmp_path, monkeypatch, what):
+@pytest.mark.parametrize("where", ["metrics", "tracker"])
+def test_an_error_while_logging_loses_no_step(tmp_path, monkeypatch, where):
     def full(line):
         if line["step"] >= 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -384,7 +373,7 @@ def test_steps_are_kept_whatever_ends_a_run(tmp_path, monkeypatch, what):
 
     config = tiny_config(train={"steps": 9, "checkpoint_every": 100, "log_every": 1})
     with monkeypatch.context() as patch:
-        if what == "metrics":
+        if where == "metrics":
             patch.setattr(metrics, "json", Json)
         else:
             patch.setattr(metrics, "log_to_trackers", lambda accelerator, line: full(line))
@@ -393,11 +382,11 @@ def test_steps_are_kept_whatever_ends_a_run(tmp_path, monkeypatch, what):
     assert step_of(list_checkpoints(tmp_path / "run")[-1]) == 3
     whole = train(config, tmp_path / "whole").state
     assert train(config, tmp_path / "run", resume=True).state.step == whole.step == 9
-    same_files(list_checkpoints(tmp_path / "run")[-1], list_checkpoints(tmp_path / "whole")[-1])
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def test_more_classes_than_the_run_has_codes_for(tmp_path, folder_data):
-    """In the label maps, or in the settings of a resumed run: an error that counts them, and the run is as it was."""
+    """In the label maps, or in the settings of a resumed run: an error counts them, and the run stays as it was."""
     config = tiny_config(data=folder_section(folder_data), train={"steps": 2})
     train(config, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -8,7 +8,7 @@ import torch
 from flowseg.flow import integrate, make_source, sample_times
 
 
-def test_image_source_is_the_image_then_zeros():
+def test_an_image_source_is_the_image_followed_by_zeros():
     image = torch.rand(2, 3, 4, 5)
     assert make_source(image, 3) is image
     padded = make_source(image, 5)
@@ -17,13 +17,13 @@ def test_image_source_is_the_image_then_zeros():
         make_source(image, 2)
 
 
-def test_noise_source_follows_its_generator():
+def test_a_noise_source_is_reproducible_from_its_generator():
     image = torch.zeros(1, 3, 8, 8)
     first, second = (make_source(image, 2, "noise", torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(first, second) and first.shape == (1, 2, 8, 8) and 0.7 < first.std() < 1.3
 
 
-def test_zero_fraction_is_exactly_zero():
+def test_zero_fraction_is_the_share_of_exact_zeros():
     t = sample_times(4000, zero_fraction=0.5, generator=torch.Generator().manual_seed(0))
     assert abs(float((t == 0).float().mean()) - 0.5) < 0.03
     assert abs(float(t[t > 0].mean()) - 0.5) < 0.03
@@ -53,12 +53,12 @@ def test_solvers_converge_at_their_order(method, order):
         )
         return abs(float(x) - math.e)
 
-    # The network's time is float32, which leaves an error near 1e-7.
+    # The float32 time of the network limits the error to about 1e-7.
     assert error(8) / error(16) == pytest.approx(2**order, rel=0.25)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 100])
-def test_last_euler_step_of_an_endpoint_prediction_lands_on_it(steps):
+def test_the_last_euler_step_returns_the_endpoint_prediction_itself(steps):
     outputs = []
 
     def network(x, t):
@@ -71,7 +71,7 @@ def test_last_euler_step_of_an_endpoint_prediction_lands_on_it(steps):
 
 @pytest.mark.parametrize("method", ["euler", "heun", "midpoint"])
 @pytest.mark.parametrize("predicts", ["endpoint", "velocity"])
-def test_straight_flow_is_exact_for_every_solver(method, predicts):
+def test_every_solver_is_exact_on_a_straight_flow(method, predicts):
     source, target = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     out = target if predicts == "endpoint" else target - source
     x, path = integrate(lambda x, t: out, source, steps=5, method=method, predicts=predicts, keep_path=True)
@@ -81,6 +81,6 @@ def test_straight_flow_is_exact_for_every_solver(method, predicts):
 
 
 @pytest.mark.parametrize("bad", [{"steps": 0}, {"steps": 101}, {"method": "rk4"}, {"predicts": "noise"}])
-def test_bad_arguments(bad):
+def test_wrong_arguments_are_errors(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         integrate(lambda x, t: x, torch.zeros(1, 1, 1, 1), **bad)

@@ -1,4 +1,4 @@
-"""Sharing a network: what is written is read back to the same labels, without a request."""
+"""Sharing a network: a saved folder loads to a network with the same labels, without a network request."""
 
 import json
 import socket
@@ -8,14 +8,13 @@ import torch
 import yaml
 from PIL import Image
 
+from flowseg.checkpoint import read_run_config
 from flowseg.data import open_data
 from flowseg.errors import UserError
 from flowseg.hub import from_pretrained, is_shared, save_pretrained
 from flowseg.segment import Segmenter
-from flowseg.train import train
 
-from .test_cli import run
-from .tiny import folder_section, tiny_config
+from .support.commands import run
 
 
 @pytest.fixture(autouse=True)
@@ -27,25 +26,23 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture
-def trained(folder_data, tmp_path):
-    config = tiny_config(data=folder_section(folder_data), train={"steps": 4})
-    train(config, tmp_path / "run")
-    return Segmenter.from_run(tmp_path / "run", config)
+def trained(trained_run):
+    return Segmenter.from_run(trained_run, read_run_config(trained_run))
 
 
-def test_a_folder_gives_the_same_labels(trained, tmp_path):
+def test_a_loaded_folder_gives_the_same_labels(trained, tmp_path):
     folder = save_pretrained(trained, tmp_path / "shared", license="cc-by-nc-4.0")
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     loaded = from_pretrained(folder)
     image = open_data(trained.config.data).val[0][0]
     assert torch.equal(loaded.labels(image), trained.labels(image))
     assert torch.equal(loaded.codebook.centroids, trained.codebook.centroids)
-    # Where the data lay is nobody's business.
+    # The folder must not reveal where the data was.
     assert str(tmp_path) not in (folder / "config.json").read_text()
     assert from_pretrained(folder, ["sample.steps=7"]).config.sample.steps == 7
 
 
-def test_the_card_says_what_is_known(trained, tmp_path):
+def test_the_card_contains_classes_scores_and_licence(trained, tmp_path):
     save_pretrained(trained, tmp_path / "a")
     card = (tmp_path / "a" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
@@ -57,8 +54,8 @@ def test_the_card_says_what_is_known(trained, tmp_path):
     assert "12.35 % mIoU" in card and yaml.safe_load(card.split("---")[1])["license"] == "mit"
 
 
-def test_what_is_not_there_or_was_edited_is_named(trained, tmp_path):
-    with pytest.raises(UserError, match="no such folder, and not to be had from the hub"):
+def test_missing_and_edited_folders_are_errors(trained, tmp_path):
+    with pytest.raises(UserError, match="no such folder, and cannot be loaded from the Hugging Face hub"):
         from_pretrained("owner/nothing-of-that-name")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="not a folder that flowseg export wrote"):

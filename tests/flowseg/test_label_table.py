@@ -1,4 +1,4 @@
-"""The table of what label maps hold, and the warnings about labels of another convention."""
+"""The table of label values, and the warnings about labels that follow another convention."""
 
 import io
 import warnings
@@ -12,9 +12,9 @@ from flowseg.config import DataConfig
 from flowseg.data import label_table, open_data
 from flowseg.data.label_table import count_labels, findings, tell_labels
 from flowseg.errors import DataWarning, UserError
-from flowseg.train import train
+from flowseg.training.trainer import train
 
-from .test_benchmarks import CASES
+from .support.benchmarks import CASES
 from .tiny import folder_section, tiny_config
 
 
@@ -24,8 +24,8 @@ def relabel(root, change, splits=("train", "val")):
             Image.fromarray(change(np.asarray(Image.open(path))).astype(np.uint8)).save(path)
 
 
-def said(config):
-    """The text that is printed, and the warnings that come without a console."""
+def printed(config):
+    """The text that is printed, and the warnings that are raised without a console."""
     data = open_data(config)
     console = Console(file=io.StringIO(), width=120)
     tell_labels(data, config.name, console)
@@ -38,9 +38,9 @@ def said(config):
     return text, messages
 
 
-def test_the_table_holds_the_share_of_each_class_and_of_what_is_ignored(folder_data):
+def test_the_table_shows_the_share_of_each_class_and_of_ignored_pixels(folder_data):
     section = folder_section(folder_data, classes=["[bold]sky[/]", "{x}", "漢字"])
-    text, messages = said(DataConfig(**section))
+    text, messages = printed(DataConfig(**section))
     assert not messages and "train, 4 maps" in text and "val, 2 maps" in text
     labels = np.stack([np.asarray(Image.open(path)) for path in (folder_data / "labels/train").iterdir()])
     for name, value in (("[bold]sky[/]", 0), ("{x}", 1), ("漢字", 2), ("ignored", 255)):
@@ -48,10 +48,10 @@ def test_the_table_holds_the_share_of_each_class_and_of_what_is_ignored(folder_d
         assert f"{100 * (labels == value).mean():.2f}" in row and f" {value} " in row
 
 
-def test_masks_of_0_and_255(folder_data):
+def test_masks_of_0_and_255_get_a_hint(folder_data):
     relabel(folder_data, lambda values: np.where(values == 0, 0, 255))
     section = folder_section(folder_data, classes=["background", "object"])
-    _, messages = said(DataConfig(**section))
+    _, messages = printed(DataConfig(**section))
     assert len(messages) == 2
     for message, split, fate in zip(messages, ("train", "val"), ("cannot be learnt", "get no score")):
         assert message.startswith(f"{split}: classes without a pixel, which {fate}: object (1 of 2)")
@@ -59,12 +59,12 @@ def test_masks_of_0_and_255(folder_data):
             "which is ignored; list it as a class's value with data.values" in message
             and "'data.values=[0, 255]'" in message
         )
-    assert said(DataConfig(**section, values=[0, 255]))[1] == []
+    assert printed(DataConfig(**section, values=[0, 255]))[1] == []
 
 
-def test_a_split_without_any_class(folder_data, tmp_path):
+def test_a_split_without_any_class_is_a_warning_and_for_training_an_error(folder_data, tmp_path):
     relabel(folder_data, lambda values: values * 0 + 255, ["val"])
-    _, messages = said(DataConfig(**folder_section(folder_data)))
+    _, messages = printed(DataConfig(**folder_section(folder_data)))
     assert len(messages) == 1 and "val: no pixel has a class, every label is ignored (values 255)" in messages[0]
     relabel(folder_data, lambda values: values * 0 + 255)
     with pytest.raises(UserError, match=r"train: no pixel has a class, every label is ignored .*data\.values"):
@@ -79,56 +79,56 @@ def test_a_split_without_any_class(folder_data, tmp_path):
         (
             "ade20k",
             [[0, 149], [7, 255]],
-            r"looks like labels that are reduced already \(0\.\.149.*'data\.values=\[0, 1, .* 149\]'",
+            r"looks like labels that are already reduced \(0\.\.149.*'data\.values=\[0, 1, .* 149\]'",
         ),
         (
             "cocostuff",
             [[0, 11], [170, 255]],
-            r"reduced already \(0\.\.170\).*values such as 11; .*'data\.values=\[0, .* 170\]'",
+            r"already reduced \(0\.\.170\).*never contain 11; .*'data\.values=\[0, .* 170\]'",
         ),
     ],
 )
-def test_another_convention_under_the_name_of_a_benchmark(tmp_path, name, values, words):
+def test_a_warning_names_the_other_convention_that_the_labels_of_a_benchmark_follow(tmp_path, name, values, words):
     CASES[name][0](tmp_path, values)
     with pytest.warns(DataWarning, match=words):
         tell_labels(open_data(DataConfig(name=name, root=tmp_path)), name, None)
     count = {"cityscapes": 19, "ade20k": 150, "cocostuff": 171}[name]
     config = DataConfig(name=name, root=tmp_path, values=list(range(count)))
     assert np.array_equal(open_data(config).train[0][1], values)
-    assert not [message for message in said(config)[1] if "looks like" in message]
+    assert not [message for message in printed(config)[1] if "looks like" in message]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_labels_that_are_meant_raise_no_suspicion(tmp_path, name):
+def test_correct_labels_give_no_warning_about_conventions(tmp_path, name):
     make, raw, *_ = CASES[name]
     make(tmp_path, raw if name != "ade20k" else [[0, 1], [150, 2]])
-    messages = said(DataConfig(name=name, root=tmp_path))[1]
+    messages = printed(DataConfig(name=name, root=tmp_path))[1]
     assert not [message for message in messages if "looks like" in message]
 
 
-def test_a_large_set_is_sampled_and_the_table_says_how_much_of_it(folder_data, monkeypatch):
+def test_a_large_split_is_sampled_and_the_table_shows_how_much(folder_data, monkeypatch):
     section = folder_section(folder_data, check="headers")
     relabel(folder_data, lambda values: np.where(values == 2, 1, values))
-    text, messages = said(DataConfig(**section))
+    text, messages = printed(DataConfig(**section))
     assert "train, 4 maps" in text and "which cannot be learnt: c" in messages[0]
     monkeypatch.setattr(label_table, "SAMPLE", 3)
-    text, messages = said(DataConfig(**section))
+    text, messages = printed(DataConfig(**section))
     assert "train, 3 of 4 maps" in text and messages[0].startswith("train (in 3 of 4 label maps): classes without")
     monkeypatch.setattr(label_table, "SECONDS", 0.0)
-    assert count_labels(open_data(DataConfig(**section)).train, "train").looked_at == 1
+    assert count_labels(open_data(DataConfig(**section)).train, "train").counted == 1
     relabel(folder_data, lambda values: values * 0 + 7)
     data = open_data(DataConfig(**section))
     counts = count_labels(data.train, "train")
     assert any("values 7 are neither a class nor ignored" in one for one in findings(data.labels, "folder", [counts]))
 
 
-def test_a_long_list_of_classes_is_cut(folder_data):
-    text, messages = said(DataConfig(**folder_section(folder_data, classes=[f"class-{k}" for k in range(100)])))
+def test_a_long_list_of_classes_is_shortened(folder_data):
+    text, messages = printed(DataConfig(**folder_section(folder_data, classes=[f"class-{k}" for k in range(100)])))
     assert len([line for line in text.splitlines() if "class-" in line and "warning" not in line]) == 40
     assert all(f"class-{k} " in text for k in range(3)) and "and 89 more (97 of 100)" in messages[0]
 
 
-def test_training_tells_before_its_first_step(folder_data, tmp_path, monkeypatch):
+def test_training_prints_the_table_before_its_first_step(folder_data, tmp_path):
     relabel(folder_data, lambda values: np.where(values == 0, 0, 255))
     config = tiny_config(data=folder_section(folder_data, classes=["a", "b"]), train={"steps": 1})
     console = Console(file=io.StringIO(), width=120)

@@ -1,4 +1,4 @@
-"""The network: shapes, sizes, conditioning, positions, and the published parameter counts."""
+"""The network: shapes, gradients, sizes, conditioning, positions, memory, and compilation."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_shapes_and_gradients(stem, channels):
     x, image, t = torch.randn(2, channels, 16, 24), torch.randn(2, 3, 16, 24), torch.tensor([0.0, 0.7])
     out = model(x, t, image)
     assert out.shape == x.shape and not out.any()
-    # Two zero-initialised layers keep gradients from the rest until they have moved.
+    # Layers that start at zero block the gradients of other layers: fill them first.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.any():
@@ -35,7 +35,7 @@ def test_shapes_and_gradients(stem, channels):
 
 @pytest.mark.parametrize("stem, chunk", [(0, None), (8, None), (0, 2)])
 def test_every_layer_is_called_as_a_module(stem, chunk):
-    """Adapters, hooks, quantised and sharded layers act through the call. The projector of REPA is one of the layers."""
+    """Adapters, hooks, quantised and sharded layers rely on the call. The layers include the projector of REPA."""
     model = build_model(tiny_config(model={**TINY_MODEL, "stem_width": stem, "field_chunk": chunk}), align_dim=5)
     layers = {name: m for name, m in model.named_modules() if not list(m.children())}
     called = set()
@@ -46,7 +46,7 @@ def test_every_layer_is_called_as_a_module(stem, chunk):
     assert called == set(layers)
 
 
-def test_time_image_and_state_all_matter():
+def test_the_output_depends_on_time_image_and_state():
     model = build_model(tiny_config())
     with torch.no_grad():
         for parameter in model.parameters():
@@ -58,19 +58,19 @@ def test_time_image_and_state_all_matter():
         assert not torch.allclose(base, model(-x, t, image))
 
 
-def test_unconditioned_model_takes_no_image():
+def test_a_model_without_condition_needs_no_image():
     model = build_model(tiny_config(model={**TINY_MODEL, "condition_on_image": False}))
     assert model(torch.zeros(1, 3, 16, 16), torch.zeros(1)).shape == (1, 3, 16, 16)
     with pytest.raises(ValueError, match="image must be given"):
         build_model(tiny_config())(torch.zeros(1, 3, 16, 16), torch.zeros(1))
 
 
-def test_size_must_be_whole_patches():
+def test_sizes_must_be_multiples_of_the_patch_size():
     with pytest.raises(ValueError, match="divisible by the patch size 8, got 16x20"):
         build_model(tiny_config())(torch.zeros(1, 3, 16, 20), torch.zeros(1), torch.zeros(1, 3, 16, 20))
 
 
-def test_wrong_size_names():
+def test_wrong_sizes_of_the_network_are_errors():
     with pytest.raises(UserError, match="did you mean 'nano'"):
         resolve_size(ModelConfig(size="nanno"))
     with pytest.raises(UserError, match=r"got 'huge'$"):
@@ -80,18 +80,18 @@ def test_wrong_size_names():
         resolve_size(ModelConfig(size="nano", dim=36, heads=6))
 
 
-def test_rotation_keeps_length_and_depends_on_offsets_alone():
+def test_rotation_keeps_length_and_scores_depend_only_on_offsets():
     table = rotary_table(5, 5, 8)
     x, y = torch.randn(8), torch.randn(8)
     at = [rotate(v.expand(1, 1, 25, 8), table)[0, 0] for v in (x, y)]
     torch.testing.assert_close(at[0].norm(dim=-1), x.norm().expand(25))
     score = at[0] @ at[1].T
-    # One row down and two columns right, from two places.
+    # The same offset (one row down, two columns right) from two positions.
     torch.testing.assert_close(score[0, 7], score[6, 13])
     assert abs(float(score[0, 7] - score[0, 11])) > 1e-4
 
 
-def test_initial_weights_follow_the_seed_and_nothing_else():
+def test_initial_weights_depend_only_on_the_seed():
     first = build_model(tiny_config()).state_dict()
     torch.rand(3)
     second = build_model(tiny_config(loss={"correction_weight": 0.0})).state_dict()
@@ -100,8 +100,8 @@ def test_initial_weights_follow_the_seed_and_nothing_else():
     assert not all(torch.equal(first[k], third[k]) for k in first)
 
 
-def lively(**model):
-    """A small network none of whose layers is zero, with inputs."""
+def network_and_inputs(**model):
+    """A small network without zero layers, and its inputs."""
     built = build_model(tiny_config(model={**TINY_MODEL, **model}))
     with torch.no_grad():
         for parameter in built.parameters():
@@ -125,10 +125,10 @@ def saved_bytes(run):
 
 
 @pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"field_chunk": 2}])
-def test_saving_memory_changes_no_gradient(options):
+def test_options_that_save_memory_keep_the_gradients(options):
     gradients, kept = [], []
     for given in ({}, options):
-        model, inputs = lively(**given, field_hidden=32)
+        model, inputs = network_and_inputs(**given, field_hidden=32)
         kept.append(saved_bytes(lambda m=model, i=inputs: m(*i)))
         model(*inputs).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
@@ -138,8 +138,8 @@ def test_saving_memory_changes_no_gradient(options):
 
 
 @pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True, "field_chunk": 4}])
-def test_compiles_as_one_graph_with_the_ops_inside(options):
-    model, (x, t, image) = lively(**options)
+def test_the_network_compiles_to_one_graph_that_contains_the_ops(options):
+    model, (x, t, image) = network_and_inputs(**options)
     codebook = Codebook(kronecker_centroids(11))
     labels = torch.randint(0, 11, (2, 16, 24))
 
@@ -167,7 +167,7 @@ def test_compiles_as_one_graph_with_the_ops_inside(options):
     )
 
 
-def test_attention_is_pytorchs_fused_one(monkeypatch):
+def test_attention_calls_pytorchs_fused_op(monkeypatch):
     shapes = []
     original = torch.nn.functional.scaled_dot_product_attention
 
@@ -176,7 +176,7 @@ def test_attention_is_pytorchs_fused_one(monkeypatch):
         return original(q, k, v)
 
     monkeypatch.setattr("flowseg.model.blocks.F.scaled_dot_product_attention", record)
-    model, inputs = lively()
+    model, inputs = network_and_inputs()
     model(*inputs)
     assert shapes == [(2, 2, 6, 16)] * 2
 
@@ -185,5 +185,5 @@ def test_positions_span_the_same_angles_at_every_resolution():
     small, large = rotary_table(4, 4, 16), rotary_table(7, 7, 16)
     corner = [table[:, [0, table.shape[1] - 1]] for table in (small, large)]
     torch.testing.assert_close(*corner)
-    # Every second position of the larger grid is one of the smaller.
+    # Every second position of the larger grid is a position of the smaller one.
     torch.testing.assert_close(large.view(2, 7, 7, 8)[:, ::2, ::2].reshape(2, 16, 8), small)

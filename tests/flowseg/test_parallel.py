@@ -1,66 +1,36 @@
-"""Several processes on gloo give the losses of one; a process killed outright goes on as if it had not been."""
+"""Several processes on gloo train like one; a run that is killed resumes exactly; stages of a run."""
 
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 import flowseg.checkpoint as checkpoint
-import flowseg.train as training
+import flowseg.training.trainer as training
 from flowseg import cli
 from flowseg.checkpoint import list_checkpoints, read_facts, read_run_config
 from flowseg.config import save_config
 from flowseg.errors import UserError
 from flowseg.segment import Segmenter
-from flowseg.train import train
+from flowseg.training.ema import Ema
+from flowseg.training.trainer import train
 
+from .support.processes import forked
+from .support.runs import assert_same_weights, checkpoint_names, metrics, steps
 from .tiny import TINY_MODEL, folder_section, tiny_config
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 
 
-def forked(target, world=1, timeout=120):
-    """Exit codes of ``target(rank)`` in ``world`` forked processes that know of each other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def run(rank):
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
-        target(rank)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-    processes = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-    return [process.exitcode for process in processes]
-
-
-def metrics(run, *names):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [[line[name] for name in names] for line in lines if line["event"] == "train"]
-
-
-def validations(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [[line["miou"], line["pixel_accuracy"]] for line in lines if line["event"] == "validation"]
+def logged(run, event, *names):
+    """Values by name from each line of one event."""
+    return [[line[name] for name in names] for line in metrics(run, event)]
 
 
 def weights(run):
@@ -68,7 +38,7 @@ def weights(run):
 
 
 def config(batch, **shape):
-    # Some pixels are ignored, so that processes have different numbers of labelled ones.
+    # Some pixels are ignored: processes have different numbers of labelled pixels.
     return tiny_config(
         train={"batch_size": batch, "steps": 5, "eval_every": 3, "checkpoint_every": 3, **shape},
         data={"scale_min": 0.5, "flip": True},
@@ -84,15 +54,20 @@ def alone(tmp_path_factory):
 
 
 def assert_same_run(run, alone, steps=5):
-    ours, theirs = (metrics(r, "loss", "grad_norm") for r in (run, alone))
-    assert len(ours) == steps
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=0)
-    torch.testing.assert_close(torch.tensor(validations(run)), torch.tensor(validations(alone)), rtol=0.02, atol=0.5)
+    """Both runs logged the same losses, gradients and scores, and have the same weights, up to the order of sums."""
+
+    def close(event, names, **tolerance):
+        ours, theirs = (torch.tensor(logged(r, event, *names)) for r in (run, alone))
+        torch.testing.assert_close(ours, theirs, **tolerance)
+        return len(ours)
+
+    assert close("train", ("loss", "grad_norm"), rtol=1e-4, atol=0) == steps
+    close("validation", ("miou", "pixel_accuracy"), rtol=0.02, atol=0.5)
     for name, value in weights(alone).items():
         torch.testing.assert_close(weights(run)[name], value, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_accumulated_batches_are_one(alone, tmp_path):
+def test_accumulated_batches_train_as_one(alone, tmp_path):
     train(config(2, accumulation=4), tmp_path / "run")
     assert_same_run(tmp_path / "run", alone)
 
@@ -102,7 +77,7 @@ def test_two_processes_train_as_one(alone, tmp_path, strategy):
     shape = {"strategy": strategy, "accumulation": 2}
     assert forked(lambda rank: train(config(2, **shape), tmp_path / "run"), world=2) == [0, 0]
     assert_same_run(tmp_path / "run", alone)
-    # What they saved is an ordinary run: one process evaluates it and goes on with it.
+    # The result is an ordinary run, which one process can evaluate and resume.
     whole = Segmenter.from_run(tmp_path / "run", config(8))
     assert all(type(p) is torch.nn.Parameter for p in whole.model.parameters())
     shutil.copytree(alone, tmp_path / "alone")
@@ -111,7 +86,7 @@ def test_two_processes_train_as_one(alone, tmp_path, strategy):
     assert_same_run(tmp_path / "run", tmp_path / "alone", steps=6)
 
 
-def test_two_sharded_processes_resume_what_they_saved(tmp_path):
+def test_two_sharded_processes_resume_their_run_exactly(tmp_path):
     def run(rank):
         def go(name, steps, **options):
             settings = config(4, steps=steps, strategy="fsdp")
@@ -161,7 +136,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_at_the_same_step(tmp_path):
 
 
 class GoodUntil:
-    """Pairs of which one more than ``count`` cannot be read."""
+    """Pairs that can be read ``count`` times; every later read is an error."""
 
     def __init__(self, pairs, count, name):
         self.pairs, self.left, self.name = pairs, count, name
@@ -177,7 +152,7 @@ class GoodUntil:
 
 
 @pytest.mark.parametrize(("split", "saved"), [("train", 2), ("val", 3)])
-def test_a_bad_file_of_one_of_two_processes_keeps_the_steps_and_is_said_once(
+def test_a_bad_file_in_one_of_two_processes_loses_no_step_and_is_reported_once(
     tmp_path, folder_data, monkeypatch, split, saved
 ):
     shape = {"steps": 6, "batch_size": 1, "eval_every": 3, "checkpoint_every": 100}
@@ -194,36 +169,34 @@ def test_a_bad_file_of_one_of_two_processes_keeps_the_steps_and_is_said_once(
             return found
 
         training.open_data = open_bad
-        sys.stderr = sys.stdout = (tmp_path / f"said{rank}").open("w")
+        sys.stderr = sys.stdout = (tmp_path / f"output{rank}").open("w")
         sys.argv = ["flowseg", "train", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")]
         cli.main()
 
     assert forked(run, world=2) == [2, 2]
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"step-{saved:08d}"]
-    said = [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)]
-    assert "error:" not in said[0] and said[1].count("error:") == 1 and "Traceback" not in "".join(said)
-    assert f"a file of the {split} split; step {saved} is saved; go on with: flowseg train" in said[1].replace(
-        "\n", " "
-    )
-    # One process goes on with the next example, whatever its batch size.
+    assert checkpoint_names(tmp_path / "run") == [f"step-{saved:08d}"]
+    output = [(tmp_path / f"output{rank}").read_text().replace("\n", " ") for rank in (0, 1)]
+    assert "error:" not in output[0] and output[1].count("error:") == 1 and "Traceback" not in "".join(output)
+    assert f"a file of the {split} split; step {saved} is saved; continue with: flowseg train" in output[1]
+    # A single process continues with the next example, whatever its batch size.
     alone, seen, original = settings.model_copy(deep=True), [], training.flow_step
     alone.train.batch_size = 3
     monkeypatch.setattr(training, "flow_step", lambda *given: (seen.extend(given[5].tolist()), original(*given))[1])
     train(alone, tmp_path / "run", resume=True)
-    assert [step for (step,) in metrics(tmp_path / "run", "step")] == [1, 2, 3, 4, 5, 6]
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
     assert seen == list(range(2 * saved, 2 * saved + 3 * (6 - saved)))
 
 
 def kill_in_a_step(step):
-    original = training.Ema.update
+    original = Ema.update
 
     def update(self, model, updates):
-        # The parameters have moved, their average has not.
+        # The parameters are updated, their average is not.
         if updates == step:
             os.kill(os.getpid(), signal.SIGKILL)
         original(self, model, updates)
 
-    training.Ema.update = update
+    Ema.update = update
 
 
 def kill_in_a_write(step):
@@ -238,21 +211,27 @@ def kill_in_a_write(step):
     checkpoint.save_file = save
 
 
-@pytest.mark.parametrize(("kill", "left"), [(lambda: kill_in_a_step(4), 4), (lambda: kill_in_a_write(4), 3)])
-def test_killed_outright_it_goes_on_to_the_same_weights(tmp_path, kill, left):
-    settings = config(4, checkpoint_every=2, steps=6)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(KILLED, run)
+    return run
 
+
+KILLED = config(4, checkpoint_every=2, steps=6)
+
+
+@pytest.mark.parametrize(("kill", "left"), [(kill_in_a_step, 4), (kill_in_a_write, 3)])
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, uninterrupted, kill, left):
     def dies(rank):
-        kill()
-        train(settings, tmp_path / "run")
+        kill(4)
+        train(KILLED, tmp_path / "run")
 
     assert forked(dies) == [-signal.SIGKILL]
-    assert list_checkpoints(tmp_path / "run")[-1].name == f"step-{left:08d}"
-    train(settings, tmp_path / "run", resume=True)
-    train(settings, tmp_path / "whole")
-    for name, value in weights(tmp_path / "whole").items():
-        assert torch.equal(weights(tmp_path / "run")[name], value), name
-    assert metrics(tmp_path / "run", "step", "loss") == metrics(tmp_path / "whole", "step", "loss")
+    assert checkpoint_names(tmp_path / "run")[-1] == f"step-{left:08d}"
+    train(KILLED, tmp_path / "run", resume=True)
+    assert_same_weights(tmp_path / "run", uninterrupted)
+    assert logged(tmp_path / "run", "train", "step", "loss") == logged(uninterrupted, "train", "step", "loss")
 
 
 def test_a_later_stage_changes_the_size_and_resumes_in_it(tmp_path):
@@ -270,13 +249,13 @@ def test_a_later_stage_changes_the_size_and_resumes_in_it(tmp_path):
     try:
         train(settings, tmp_path / "whole")
         assert [shape[2:] for shape, _ in seen] == [(16, 16)] * 2 + [(32, 24)] * 2 + [(8, 8)] * 2
-        # No example is drawn twice or left out.
+        # Every example is drawn once.
         assert [draw for _, draws in seen for draw in draws] == list(range(4 + 4 + 2 + 2 + 2 + 2))
         shorter = settings.model_copy(deep=True)
         shorter.train.steps, shorter.optim.schedule = 3, "constant"
         settings.optim.schedule = "constant"
         train(shorter, tmp_path / "part")
-        # A run that has not come to its last stage is scored at the size of the stage that it is in.
+        # A run that has not reached its last stage is scored at the size of its current stage.
         train(shorter.model_copy(deep=True), tmp_path / "scored")
         save_config(settings, tmp_path / "scored" / "config.yaml")
         heights = {2: 16, 3: 32}
@@ -287,7 +266,7 @@ def test_a_later_stage_changes_the_size_and_resumes_in_it(tmp_path):
         train(settings, tmp_path / "again")
     finally:
         training.flow_step = original
-    assert {lr for (lr,) in metrics(tmp_path / "again", "lr")[2:]} == {3e-4}
+    assert {lr for (lr,) in logged(tmp_path / "again", "train", "lr")[2:]} == {3e-4}
     for name, value in weights(tmp_path / "again").items():
         assert torch.equal(weights(tmp_path / "part")[name], value), name
     run_config = checkpoint.read_run_config(tmp_path / "again", ["sample.steps=3"])

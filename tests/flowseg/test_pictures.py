@@ -1,4 +1,4 @@
-"""Image files: EXIF orientation, damaged files, the limit of pixels, and the depth of images and label maps."""
+"""Image files: EXIF orientation, damaged files, and bit depths of images and label maps."""
 
 import random
 import struct
@@ -14,46 +14,7 @@ from flowseg.data.folder import read_image
 from flowseg.data.pictures import Reading, read_picture, read_values, turn_back, turn_values
 from flowseg.errors import DataWarning, UserError
 
-# An object at the upper left of what a viewer shows. Its 48x64 form is 64 wide.
-SHOWN = np.zeros((48, 64), np.uint8)
-SHOWN[:16, :24] = 1
-STORE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
-
-
-def stored(picture, orientation):
-    """The pixels of a file that a viewer shows as ``picture``."""
-    return picture.transpose(STORE[orientation]) if orientation in STORE else picture
-
-
-def exif(orientation):
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags
-
-
-def photo(shown):
-    return Image.fromarray(np.where(shown[..., None] == 1, [220, 30, 30], [30, 30, 220]).astype(np.uint8))
-
-
-def write_pair(root, orientation, *, shown=SHOWN, suffix="jpg", labels="upright", own=1):
-    """A photograph that a viewer shows as ``shown``, with labels drawn on that or on the stored pixels, in both splits."""
-    for split in ("train", "val"):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True, exist_ok=True)
-        options = {"quality": 95} if suffix == "jpg" else {}
-        stored(photo(shown), orientation).save(root / f"images/{split}/a.{suffix}", exif=exif(orientation), **options)
-        label = Image.fromarray(shown)
-        label = stored(label, orientation if labels == "stored" else own)
-        label.save(root / f"labels/{split}/a.png", **({"exif": exif(own)} if own != 1 else {}))
-    return root
+from .support.photographs import SHOWN, photo, write_pair
 
 
 def pair(root, **section):
@@ -64,7 +25,7 @@ def pair(root, **section):
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.filterwarnings("ignore::flowseg.errors.DataWarning")
-def test_images_are_turned_as_a_viewer_shows_them_and_labels_lie_on_them(tmp_path, orientation, suffix):
+def test_images_are_turned_as_a_viewer_shows_them_and_labels_match(tmp_path, orientation, suffix):
     for labels in ("upright", "stored"):
         red, found = pair(write_pair(tmp_path, orientation, suffix=suffix, labels=labels), exif=labels)
         assert np.array_equal(red, SHOWN == 1) and np.array_equal(found, SHOWN)
@@ -76,7 +37,7 @@ def test_images_are_turned_as_a_viewer_shows_them_and_labels_lie_on_them(tmp_pat
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_arrays_are_turned_as_pictures_are(orientation):
+def test_arrays_are_turned_like_images(orientation):
     picture = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
     saved = picture.copy()
     saved.getexif()[0x0112] = orientation
@@ -88,7 +49,7 @@ def test_arrays_are_turned_as_pictures_are(orientation):
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 @pytest.mark.parametrize("drawn", ["upright", "stored"])
 @pytest.mark.parametrize("check", ["full", "headers", "none"])
-def test_labels_whose_size_fits_the_other_view_only_are_refused(tmp_path, orientation, drawn, check):
+def test_labels_that_only_fit_the_other_setting_are_refused(tmp_path, orientation, drawn, check):
     other = {"upright": "stored", "stored": "upright"}[drawn]
     write_pair(tmp_path, orientation, labels=drawn)
     with pytest.raises(UserError, match=rf"a\.png: .*EXIF orientation {orientation}.*--set data\.exif={drawn}"):
@@ -97,7 +58,7 @@ def test_labels_whose_size_fits_the_other_view_only_are_refused(tmp_path, orient
     assert np.array_equal(red, found)
 
 
-def test_labels_whose_size_fits_both_views_follow_the_setting_and_are_named(tmp_path):
+def test_labels_that_fit_both_settings_follow_the_setting_and_give_a_warning(tmp_path):
     write_pair(tmp_path, 3, labels="stored")
     with pytest.warns(
         DataWarning, match=r"1 of 1 images, such as .*a\.jpg, have an EXIF orientation .*data\.exif=stored"
@@ -109,15 +70,15 @@ def test_labels_whose_size_fits_both_views_follow_the_setting_and_are_named(tmp_
 
 
 @pytest.mark.parametrize("setting", ["upright", "stored"])
-def test_labels_with_an_orientation_of_their_own_are_turned_by_it(tmp_path, setting):
+def test_label_maps_with_an_exif_orientation_are_turned_by_it(tmp_path, setting):
     red, found = pair(write_pair(tmp_path, 6, own=8), exif=setting)
     assert np.array_equal(red, SHOWN == 1) and np.array_equal(found, SHOWN)
-    # The image has none: a tool that turned the photograph and forgot the labels.
+    # Only the label map has an orientation, as after a tool that turned the photograph but not the labels.
     red, found = pair(write_pair(tmp_path, 1, own=6), exif=setting)
     assert np.array_equal(red, SHOWN == 1) and np.array_equal(found, SHOWN)
 
 
-def test_sizes_that_fit_no_view_are_named_with_the_orientation(tmp_path):
+def test_the_error_about_different_sizes_names_the_orientation(tmp_path):
     write_pair(tmp_path, 6)
     Image.new("L", (64, 47)).save(tmp_path / "labels/train/a.png")
     with pytest.raises(
@@ -137,7 +98,7 @@ def png(bits, color, rows, size, *, before=b""):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + before + end
 
 
-ODD_TAGS = {
+MALFORMED_EXIF = {
     "another type": b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x02a\0\0\0\0\0\0\0",
     "no number": b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\x00\x4d\0\0\0\0\0\0",
     "cut short": b"MM\0*\0\0\0\x08\0\x09\x01",
@@ -147,12 +108,12 @@ ODD_TAGS = {
 }
 
 
-@pytest.mark.parametrize("name", ODD_TAGS)
+@pytest.mark.parametrize("name", MALFORMED_EXIF)
 @pytest.mark.parametrize("kind", ["image", "label"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_odd_tags_are_passed_over_or_named(tmp_path, name, kind):
+def test_malformed_exif_is_ignored_or_an_error_that_names_the_file(tmp_path, name, kind):
     file = tmp_path / "odd.png"
-    file.write_bytes(png(8, 0, [bytes(range(4))] * 3, (4, 3), before=chunk(b"eXIf", ODD_TAGS[name])))
+    file.write_bytes(png(8, 0, [bytes(range(4))] * 3, (4, 3), before=chunk(b"eXIf", MALFORMED_EXIF[name])))
     try:
         found = (
             read_values(file, Reading())[0] if kind == "label" else np.asarray(read_picture(file, Reading())[0])[..., 0]
@@ -164,7 +125,7 @@ def test_odd_tags_are_passed_over_or_named(tmp_path, name, kind):
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "bmp", "gif", "ppm"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_whatever_a_decoder_raises_names_the_file(tmp_path, suffix):
+def test_any_error_of_a_decoder_names_the_file(tmp_path, suffix):
     file, draw = tmp_path / f"a.{suffix}", random.Random(suffix)
     photo(SHOWN).save(file)
     whole, failed = file.read_bytes(), 0
@@ -202,7 +163,7 @@ RAMP = np.linspace(0, 1, 256).reshape(16, 16)
         ((RAMP * 255).astype(np.float32), 255),
     ],
 )
-def test_deep_images_keep_their_shades(tmp_path, values, white):
+def test_images_of_more_than_8_bits_keep_their_shades(tmp_path, values, white):
     assert np.abs(image_of(tmp_path, values, white=white) - np.arange(256).reshape(16, 16)).max() <= 1
 
 
@@ -218,18 +179,18 @@ def test_deep_images_keep_their_shades(tmp_path, values, white):
         ((RAMP - 0.5).astype(np.float32), r"float values from -0\.5"),
     ],
 )
-def test_deep_images_of_another_range_are_refused_with_the_setting(tmp_path, values, words):
+def test_values_outside_the_default_range_are_an_error_that_names_the_setting(tmp_path, values, words):
     with pytest.raises(UserError, match=rf"deep\.tif: image has {words}.*data\.white"):
         image_of(tmp_path, values)
 
 
-def test_floats_that_are_no_numbers_are_refused_and_black_is_black(tmp_path):
+def test_floats_must_be_finite_and_black_stays_black(tmp_path):
     for bad in (np.nan, np.inf):
-        with pytest.raises(UserError, match=r"deep\.tif: .*no numbers"):
+        with pytest.raises(UserError, match=r"deep\.tif: .*not finite"):
             image_of(tmp_path, np.where(RAMP > 0.5, bad, RAMP).astype(np.float32), white=1.0)
     for kind in (np.uint16, np.int32, np.float32):
         assert image_of(tmp_path, np.zeros((4, 4), kind)).max() == 0
-    # Beyond the value that was named lies white, below 0 black.
+    # Values above data.white become white, negative values black.
     found = image_of(tmp_path, np.array([[-9, 0, 100, 999]], np.int32), white=100)
     assert found.tolist() == [[0, 0, 255, 255]]
 
@@ -251,7 +212,7 @@ def test_16_bit_colours_that_are_nearly_black_are_refused(tmp_path):
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("color", [0, 3])
-def test_label_values_of_few_bits_are_the_stored_numbers(tmp_path, bits, color):
+def test_label_values_of_few_bits_are_read_as_stored(tmp_path, bits, color):
     values = (np.arange(16) % 2**bits).astype(np.uint8).reshape(2, 8)
     per_byte = 8 // bits
     rows = []
@@ -265,7 +226,7 @@ def test_label_values_of_few_bits_are_the_stored_numbers(tmp_path, bits, color):
 
 
 @pytest.mark.parametrize("suffix", ["tif", "bmp", "png"])
-def test_label_maps_of_lossless_files(tmp_path, suffix):
+def test_label_maps_in_lossless_formats_are_read_exactly(tmp_path, suffix):
     values = np.arange(12, dtype=np.uint8).reshape(3, 4)
     Image.fromarray(values).save(tmp_path / f"a.{suffix}")
     assert np.array_equal(read_values(tmp_path / f"a.{suffix}", Reading())[0], values)
@@ -273,7 +234,7 @@ def test_label_maps_of_lossless_files(tmp_path, suffix):
     assert np.array_equal(read_values(tmp_path / f"b.{suffix}", Reading())[0], values > 5)
 
 
-def test_label_maps_that_cannot_hold_classes_are_refused(tmp_path):
+def test_label_maps_with_lossy_or_invalid_values_are_refused(tmp_path):
     values = np.arange(12, dtype=np.uint8).reshape(3, 4)
     Image.fromarray(values).save(tmp_path / "lossy.png", format="JPEG")
     with pytest.raises(UserError, match=r"lossy\.png: label map is a JPEG.*save it as PNG"):

@@ -1,4 +1,4 @@
-"""PixNerd's weights in our network: the same function, the published sizes, and a report of what did not fit."""
+"""PixNerd's weights in our network: the same outputs, the published sizes, and a report of tensors that do not fit."""
 
 import math
 
@@ -43,7 +43,7 @@ def rms(x, gain):
 
 
 def pixnerd_forward(w, size, x, t):
-    """PixNerd as published, without a class, in complex numbers, unfold and fold: nothing in common with ours."""
+    """PixNerd as published, without a class, written independently of our code: complex numbers, unfold and fold."""
     p, heads = size.patch_size, size.heads
     batch, _, height, width = x.shape
     rows, columns = height // p, width // p
@@ -95,7 +95,7 @@ def test_the_network_computes_what_pixnerd_computes(prefix, tmp_path):
     weights = pixnerd_weights(SIZE, prefix)
     model = FlowSegModel(SIZE, condition_on_image=False)
     if prefix:
-        # As Lightning saves it: both copies, under one key.
+        # Lightning saves both copies of the weights under one key.
         torch.save({"state_dict": weights | pixnerd_weights(SIZE, "denoiser.")}, tmp_path / "p.ckpt")
         report = load_pixnerd(model, tmp_path / "p.ckpt")
     else:
@@ -107,7 +107,7 @@ def test_the_network_computes_what_pixnerd_computes(prefix, tmp_path):
     torch.testing.assert_close(model(x, t), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_image_and_more_channels_start_with_zero_weights():
+def test_weights_of_the_image_and_of_added_channels_start_at_zero():
     weights = pixnerd_weights(SIZE)
     x, t, image = torch.randn(1, 3, 8, 8), torch.tensor([0.4]), torch.randn(1, 3, 8, 8)
     model = FlowSegModel(SIZE)
@@ -124,7 +124,7 @@ def test_an_image_and_more_channels_start_with_zero_weights():
     )
 
 
-def test_what_does_not_fit_is_named(tmp_path):
+def test_an_error_names_tensors_that_do_not_fit(tmp_path):
     weights = pixnerd_weights(SIZE)
     weights["blocks.9.strange.weight"] = torch.zeros(1)
     del weights["blocks.1.attn.k_norm.weight"]
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_named(tmp_path):
         load_pixnerd(model, tmp_path / "x.ckpt")
 
 
-def test_a_model_with_a_projector_is_as_strict(tmp_path):
+def test_a_projector_keeps_its_weights_and_the_check_stays_strict(tmp_path):
     weights = pixnerd_weights(SIZE)
     model = FlowSegModel(SIZE, align_dim=12)
     before = {name: value.clone() for name, value in model.projector.state_dict().items()}
@@ -157,7 +157,7 @@ def test_a_model_with_a_projector_is_as_strict(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "published"), [("L/16", 452.1), ("XL/16", 700.6)])
-def test_parameter_counts_are_pixnerds_less_its_class_table(size, published):
+def test_parameter_counts_equal_pixnerds_without_its_class_table(size, published):
     size = resolve_size(ModelConfig(size=size))
     with torch.device("meta"):
         theirs = pixnerd_weights(size, classes=1000)

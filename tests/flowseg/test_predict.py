@@ -1,4 +1,4 @@
-"""Prediction of files: which are taken, what the outputs are called, and what happens to one that fails."""
+"""Prediction of files: which inputs are found, names of the results, and files that fail."""
 
 import os
 import time
@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from flowseg.errors import DataWarning, UserError
-from flowseg.predict import Input, find_images, find_inputs, output_names, predict
+from flowseg.inference.predict import Input, find_images, find_inputs, output_names, predict
 from flowseg.segment import Segmenter
 
-from .test_evaluate import Oracle, codebook_of
-from .test_pictures import SHOWN, exif, photo, stored, write_pair
+from .support.networks import Oracle, codebook_of
+from .support.photographs import SHOWN, exif, photo, stored, write_pair
 from .tiny import tiny_config
 
 PALETTE = [(10 * k, 0, 255 - 10 * k) for k in range(11)]
@@ -35,7 +35,7 @@ def written(out):
     return sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
 
 
-def test_folders_are_read_with_their_sub_folders_and_mirrored(tmp_path):
+def test_results_of_sub_folders_go_to_sub_folders(tmp_path):
     for name in ("a.jpg", "one/a.tif", "one/deep er/b.webp", "two/a.BMP", ".hidden/c.png"):
         picture(tmp_path / "in" / name)
     (tmp_path / "in/._a.jpg").write_bytes(b"\0\5\26\7")
@@ -46,7 +46,7 @@ def test_folders_are_read_with_their_sub_folders_and_mirrored(tmp_path):
     assert written(tmp_path / "out") == ["a.mask.png", "one/a.mask.png", "one/deep er/b.mask.png", "two/a.mask.png"]
 
 
-def test_files_of_other_kinds_are_named(tmp_path):
+def test_a_warning_names_files_with_other_suffixes(tmp_path):
     picture(tmp_path / "in/a.jpg")
     for name in ("b.heic", "c.heic", "film.mp4", "notes"):
         (tmp_path / "in" / name).write_bytes(b"x")
@@ -62,7 +62,7 @@ def test_files_of_other_kinds_are_named(tmp_path):
             find_images([text])
 
 
-def test_predictions_are_not_taken_for_inputs(tmp_path):
+def test_earlier_results_are_not_inputs(tmp_path):
     picture(tmp_path / "a.png")
     once = None
     for inputs in ([str(tmp_path)], [str(tmp_path / "*.png")], [str(tmp_path / "a.png"), str(tmp_path / "a.mask.png")]):
@@ -78,7 +78,7 @@ def test_predictions_are_not_taken_for_inputs(tmp_path):
         find_inputs([str(tmp_path / "a.mask.png")])
 
 
-def test_names_are_distinct_and_told_apart_by_folder_then_suffix(tmp_path):
+def test_names_of_results_are_distinct_by_folder_then_by_suffix(tmp_path):
     def names(*paths):
         return [str(name) for name in output_names([Input(tmp_path / path) for path in paths])]
 
@@ -87,18 +87,18 @@ def test_names_are_distinct_and_told_apart_by_folder_then_suffix(tmp_path):
     assert names("x/a.jpg", "x/a.png", "x/b.png") == ["a.jpg", "a.png", "b"]
     assert names("x/a.jpg", "x/a.png", "y/a.png") == ["x_a.jpg", "x_a.png", "y_a.png"]
     assert names("x/cam/a.jpg", "y/cam/a.jpg") == ["x_cam_a", "y_cam_a"]
-    # A name that another file has already.
+    # x_a is already the name of another file.
     assert names("x/a.jpg", "y/a.jpg", "x_a.jpg") == ["x_a.jpg", "y_a.jpg", "x_a"]
     for case in (["x/a.jpg", "y/a.jpg", "x_a.jpg"], ["1/2/3/4/a.jpg", "9/2/3/4/a.jpg", "8/2/3/4/a.jpg"]):
         assert len(set(names(*case))) == len(case)
     many = [Input(tmp_path / f"{k % 50}/{k // 2}.jpg") for k in range(20_000)]
     begin = time.process_time()
     assert len(set(output_names(many))) == len(many)
-    # Comparing each with all others would take minutes.
+    # An algorithm with quadratic time would take minutes.
     assert time.process_time() - begin < 10
 
 
-def test_two_suffixes_of_one_name_do_not_stop_the_others(tmp_path):
+def test_files_that_differ_only_in_their_suffix_are_both_segmented(tmp_path):
     for name in ("a.jpg", "a.png", "b.png"):
         picture(tmp_path / "in" / name)
     result = predict(segmenter(), find_inputs([str(tmp_path / "in")]), tmp_path / "out", PALETTE, outputs=["mask"])
@@ -106,14 +106,14 @@ def test_two_suffixes_of_one_name_do_not_stop_the_others(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["[red]x[bold", "a{0}%s", "über 漢字", "x" * 240, "*?", "a\nb"])
-def test_any_text_in_a_name(tmp_path, name):
+def test_the_name_of_a_file_may_be_any_text(tmp_path, name):
     file = picture(tmp_path / "[in]" / f"{name}.png")
     for inputs in ([str(file)], [str(file.parent)]):
         result = predict(segmenter(), find_inputs(inputs), tmp_path / "{out}", PALETTE, outputs=["mask"])
         assert [path.name for path in result.written] == [f"{name}.mask.png"] and not result.failed
 
 
-def test_what_fails_is_noted_with_its_file_and_the_rest_goes_on(tmp_path, monkeypatch):
+def test_files_that_fail_are_reported_and_the_others_segmented(tmp_path, monkeypatch):
     files = [picture(tmp_path / f"{name}.png") for name in ("bad", "large", "long" + "x" * 247, "sound")]
     files[0].write_bytes(files[0].read_bytes()[:50])
     one = segmenter()
@@ -134,8 +134,8 @@ def test_what_fails_is_noted_with_its_file_and_the_rest_goes_on(tmp_path, monkey
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("setting", ["upright", "stored"])
-def test_masks_lie_where_label_maps_would(tmp_path, orientation, setting):
-    """The oracle reads the class from the red channel: 12 * 220 / 255 is class 10, 12 * 30 / 255 class 1."""
+def test_masks_are_turned_like_label_maps(tmp_path, orientation, setting):
+    """The oracle reads the class from the red channel: 12 * 220 / 255 is class 10, 12 * 30 / 255 is class 1."""
     write_pair(tmp_path, orientation, labels=setting, suffix="png")
     file = tmp_path / "images/val/a.png"
     one = segmenter(exif=setting)
@@ -160,7 +160,7 @@ def as_mode(mode):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "CMYK", "YCbCr", "HSV", "I;16", "I", "F"])
-def test_labels_takes_pictures_of_any_mode(mode):
+def test_labels_accepts_images_of_any_mode(mode):
     grey = np.asarray(photo(SHOWN).convert("L")).astype(np.float64) / 255
     deep = {
         "I;16": (grey * 65535).astype(np.uint16),
@@ -174,7 +174,7 @@ def test_labels_takes_pictures_of_any_mode(mode):
     assert torch.equal(one.labels(picture), one.labels(wanted))
 
 
-def test_labels_takes_arrays_and_paths(tmp_path):
+def test_labels_accepts_arrays_and_paths(tmp_path):
     one, pixels = segmenter(), np.asarray(photo(SHOWN))
     wanted = one.labels(photo(SHOWN))
     assert wanted.shape == (48, 64) and set(wanted.unique().tolist()) == {1, 10}
@@ -199,7 +199,7 @@ def test_labels_takes_arrays_and_paths(tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["upright", "stored"])
-def test_labels_of_a_path_lie_as_masks_do(tmp_path, setting):
+def test_labels_of_a_path_are_turned_like_masks(tmp_path, setting):
     write_pair(tmp_path, 6, labels=setting, suffix="png")
     found = segmenter(exif=setting).labels(tmp_path / "images/val/a.png")
     assert np.array_equal(found == 10, np.asarray(Image.open(tmp_path / "labels/val/a.png")) == 1)
@@ -218,21 +218,21 @@ def test_labels_of_a_path_lie_as_masks_do(tmp_path, setting):
         ([1, 2], "got list"),
     ],
 )
-def test_labels_names_what_it_wants(image, words):
+def test_labels_refuses_other_inputs(image, words):
     with pytest.raises(
         UserError, match=rf"image: wanted a path, a Pillow image, or a numpy array \(H, W, 3\).*{words}"
     ):
         segmenter().labels(image)
 
 
-def test_labels_names_a_file_that_is_not_there_and_values_without_a_scale(tmp_path):
+def test_labels_refuses_a_missing_file_and_values_of_unknown_scale(tmp_path):
     with pytest.raises(UserError, match=r"no\.png: cannot be read as an image"):
         segmenter().labels(tmp_path / "no.png")
     with pytest.raises(UserError, match=r"image: image has float values from 0 to 255.*data\.white"):
         segmenter().labels(np.linspace(0, 255, 64).reshape(8, 8))
 
 
-def test_an_image_that_takes_all_memory_is_noted_and_the_rest_goes_on(tmp_path, monkeypatch):
+def test_an_image_that_needs_too_much_memory_is_reported_and_the_others_segmented(tmp_path, monkeypatch):
     paths = [picture(tmp_path / f"{name}.png") for name in "abc"]
     real = Segmenter.labels
 
@@ -248,27 +248,27 @@ def test_an_image_that_takes_all_memory_is_noted_and_the_rest_goes_on(tmp_path, 
     assert written(tmp_path / "out") == ["a.mask.png", "c.mask.png"]
 
 
-def test_a_pipe_is_no_image(tmp_path):
+def test_a_pipe_is_not_an_image(tmp_path):
     picture(tmp_path / "in/a.png")
     os.mkfifo(tmp_path / "in/b.png")
     assert find_images([str(tmp_path / "in")]) == [tmp_path / "in/a.png"]
     result = predict(segmenter(), [tmp_path / "in/b.png"], tmp_path / "out", PALETTE)
-    assert "is no regular file" in result.failed[0][1]
+    assert "not a regular file" in result.failed[0][1]
 
 
-def test_one_file_by_several_paths_is_taken_once(tmp_path, monkeypatch):
+def test_a_file_named_by_several_paths_is_segmented_once(tmp_path, monkeypatch):
     path = picture(tmp_path / "in/a.png")
     monkeypatch.chdir(tmp_path)
     assert len(find_inputs(["in/a.png", "./in/a.png", str(path), "in", str(tmp_path / "in")])) == 1
 
 
-def test_names_differ_by_more_than_capitals(tmp_path):
+def test_names_of_results_differ_without_regard_to_case(tmp_path):
     names = output_names([Input(tmp_path / "a/x.png"), Input(tmp_path / "b/X.png"), Input(tmp_path / "a/y.png")])
     assert len({str(name).casefold() for name in names}) == 3
 
 
-def test_several_pages_are_said(tmp_path):
+def test_a_warning_names_a_file_of_several_pages(tmp_path):
     pages = [Image.new("RGB", (16, 8), (k, 0, 0)) for k in range(3)]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
-    with pytest.warns(DataWarning, match=r"a\.tif: has 3 pages or frames, of which the first is taken"):
+    with pytest.warns(DataWarning, match=r"a\.tif: has 3 pages or frames; only the first is used"):
         assert not predict(segmenter(), [tmp_path / "a.tif"], tmp_path / "out", PALETTE).failed

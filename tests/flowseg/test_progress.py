@@ -1,4 +1,4 @@
-"""What a command says of itself: lines in a log, a bar on a terminal, and neither a name nor a closed terminal that ends it."""
+"""Progress of a command: lines in a log, a bar on a terminal; no name and no closed terminal makes printing fail."""
 
 import errno
 import io
@@ -9,17 +9,17 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-import flowseg.progress as progress
-import flowseg.terminal as terminal
-from flowseg.progress import counting_view, has_terminal
-from flowseg.terminal import SturdyStream, make_console, printable, say
-from flowseg.train import train
+import flowseg.runs.progress as progress
+import flowseg.runs.terminal as terminal
+from flowseg.runs.progress import counting_view, has_terminal
+from flowseg.runs.terminal import SturdyStream, make_console, printable, say
+from flowseg.training.trainer import train
 
 from .tiny import tiny_config
 
 
 class Log(io.StringIO):
-    """A log that knows what had been flushed before the last write."""
+    """A log that remembers the text of the last flush."""
 
     flushed = ""
 
@@ -35,29 +35,29 @@ def trained(tmp_path, **shape):
     return log.flushed.splitlines()
 
 
-def test_a_log_without_a_terminal_has_lines_of_the_start_each_validation_and_the_end(tmp_path):
+def test_a_log_has_a_line_for_the_start_each_validation_and_the_end(tmp_path):
     lines = trained(tmp_path, log_every=2)
     assert lines[0] == "a [red]run[/]: starts at step 0 of 6"
     validations = [line for line in lines if "validation" in line]
     assert [re.search(r"step (\d+) ", line)[1] for line in validations] == ["3", "6"]
     numbers = r": mIoU \d+\.\d\d, pixel accuracy \d+\.\d\d on 6 images; best mIoU \d+\.\d\d$"
     assert all(re.search(numbers, line) for line in validations)
-    # Half a minute has not gone by: one line of numbers shows that it has begun.
+    # The run takes less than LINE_SECONDS: only its first numbers are printed.
     assert [line for line in lines if "loss" in line] == [line for line in lines if "step 2 of 6  loss" in line]
     assert re.fullmatch(r".*: ended at step 6 of 6 by steps after \d+:\d\d:\d\d", lines[-1])
 
 
-def test_a_log_without_a_terminal_has_a_line_now_and_then(tmp_path, monkeypatch):
+def test_a_log_has_a_progress_line_every_line_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     lines = trained(tmp_path, log_every=3, steps=5, eval_every=4)
-    # Slow steps between two logs are seen too, with the numbers of the last log.
+    # Steps between two logged ones are shown too, with the numbers of the last logged step.
     steps = [int(match[1]) for match in (re.search(r"step (\d) of 5  loss", line) for line in lines) if match]
     assert sorted(set(steps)) == [3, 4, 5]
     assert any(re.search(r"step 4  validation 6 of 6 images", line) for line in lines)
     assert any(re.search(r"elapsed 0:\d\d:\d\d  left 0:\d\d:\d\d", line) for line in lines)
 
 
-def test_counted_work_is_lines_in_a_log(monkeypatch):
+def test_counted_work_is_shown_as_lines_in_a_log(monkeypatch):
     log = Log()
     with counting_view(Console(file=log), "evaluate", 30) as advance:
         for _ in range(3):
@@ -76,7 +76,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_wants_a_terminal_whatever_colours_are_forced(monkeypatch):
+def test_a_bar_needs_a_terminal_even_if_colours_are_forced(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     assert not has_terminal(Console(file=io.StringIO()))
@@ -106,12 +106,12 @@ def test_any_name_is_printed_in_any_encoding(monkeypatch, encoding):
     text = raw.getvalue().decode(encoding)
     shown = [printable(name).encode(encoding, "backslashreplace").decode(encoding) for name in NAMES]
     assert text.splitlines()[: len(NAMES)] == [f"<{name}>" for name in shown]
-    assert printable("\udce5\udcb0\udcbe") == "尾", "bytes of UTF-8 that Python has read as ASCII are what they are"
+    assert printable("\udce5\udcb0\udcbe") == "尾", "UTF-8 bytes that Python has read as ASCII are decoded"
     assert shown[:4] == NAMES[:4] and shown[-2:] == ["\\x1b[31m", "\\udcff"]
     assert all(name in text.split(f"<{shown[-1]}>")[1] for name in shown)
 
 
-def test_a_closed_terminal_ends_nothing(tmp_path):
+def test_training_continues_when_its_terminal_is_closed(tmp_path):
     class Closed(io.StringIO):
         writes = 0
 

@@ -1,14 +1,15 @@
-"""Signals that ask a run to save and leave: which, how often, and those that a process was started with ignored."""
+"""Signals that ask a run to save and stop: which ones, how often, and signals that were ignored from the start."""
 
 import signal
 
 import pytest
 
-import flowseg.train as training
+import flowseg.training.trainer as training
 from flowseg.checkpoint import list_checkpoints
-from flowseg.signals import WARNED, exit_on_signal, stop_on_signal
-from flowseg.train import train
+from flowseg.runs.signals import WARNED, exit_on_signal, stop_on_signal
+from flowseg.training.trainer import train
 
+from .support.runs import checkpoint_names
 from .tiny import tiny_config
 
 
@@ -19,7 +20,7 @@ def send(*numbers):
 
 @pytest.fixture
 def handlers():
-    """Python's own handlers, whatever this process was started with."""
+    """Set the default handlers for the test, whatever handlers this process was started with."""
     numbers = (signal.SIGTERM, signal.SIGINT, *WARNED)
     before = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:
@@ -30,7 +31,9 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", WARNED, ids=lambda number: number.name)
-def test_signals_of_schedulers_and_closed_connections_save_and_leave(tmp_path, monkeypatch, handlers, number):
+def test_signals_of_schedulers_and_closed_connections_end_the_run_with_a_checkpoint(
+    tmp_path, monkeypatch, handlers, number
+):
     original = training.flow_step
 
     def step(*arguments):
@@ -40,22 +43,22 @@ def test_signals_of_schedulers_and_closed_connections_save_and_leave(tmp_path, m
     monkeypatch.setattr(training, "flow_step", step)
     result = train(tiny_config(train={"checkpoint_every": 100}), tmp_path / "run")
     assert result.stopped_by == number and result.state.step == 1
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000001"]
+    assert checkpoint_names(tmp_path / "run") == ["step-00000001"]
     assert {known: signal.getsignal(known) for known in handlers} == handlers
 
 
-def test_a_warning_may_come_again_and_be_followed_by_the_end(handlers):
+def test_a_warning_signal_may_repeat_and_sigterm_may_follow(handlers):
     with stop_on_signal() as received:
         send(signal.SIGUSR1, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM)
         assert received == [signal.SIGUSR1, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM]
-        # The next one ends the process at once.
+        # The next SIGTERM or SIGINT ends the process at once.
         assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
         assert signal.getsignal(signal.SIGHUP) != signal.SIG_DFL
     assert {known: signal.getsignal(known) for known in handlers} == handlers
 
 
 def test_a_signal_that_was_ignored_from_the_start_stays_ignored(handlers):
-    """As ``nohup`` does it with SIGHUP."""
+    """``nohup`` starts a process with SIGHUP ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with stop_on_signal() as received, exit_on_signal():
         send(signal.SIGHUP)
@@ -63,7 +66,7 @@ def test_a_signal_that_was_ignored_from_the_start_stays_ignored(handlers):
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_a_handler_of_the_program_runs_after_the_save(tmp_path, monkeypatch, handlers):
+def test_the_programs_own_handler_runs_after_the_save(tmp_path, monkeypatch, handlers):
     seen, original = [], training.flow_step
     signal.signal(signal.SIGUSR2, lambda number, frame: seen.append([number, *list_checkpoints(tmp_path / "run")]))
 
@@ -77,7 +80,7 @@ def test_a_handler_of_the_program_runs_after_the_save(tmp_path, monkeypatch, han
     assert seen == [[signal.SIGUSR2, tmp_path / "run" / "checkpoints" / "step-00000001"]]
 
 
-def test_a_command_that_starts_others_exits_on_the_first_and_ends_them_in_peace(handlers):
+def test_a_command_with_child_processes_exits_on_the_first_signal_and_then_only_on_sigterm(handlers):
     with exit_on_signal():
         with pytest.raises(SystemExit) as left:
             send(signal.SIGHUP)

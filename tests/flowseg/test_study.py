@@ -1,12 +1,10 @@
-"""Studies: what is run, what is kept, what is written, and what is refused."""
+"""Studies: which commands run, which results are kept and written, and which study files are refused."""
 
 import io
 import json
 import re
 import signal
 import subprocess
-import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -20,16 +18,27 @@ from flowseg.codes import build_codebook
 from flowseg.config import load_config, save_config
 from flowseg.data import open_data, training_batches
 from flowseg.errors import UserError
-from flowseg.objective import flow_step
-from flowseg.study import Run, folder_name, folder_names, load_study, run_study
-from flowseg.train import train
+from flowseg.experiments.study import Run, folder_name, folder_names, load_study, run_study
+from flowseg.training.objective import flow_step
+from flowseg.training.trainer import train
 from flowseg_kernels import nearest_centroid
 
+from .support.processes import start_command, wait_until
 from .tiny import folder_section, tiny_config
 
 HEAD = ["loss.kind=cross_entropy", "codes.sequence=one_hot", "codes.channels=3", "flow.zero_fraction=1"]
 HEAD += ["sample.steps=1", "flow.predicts=endpoint"]
 QUIET = Console(quiet=True)
+
+
+def finished(run, miou, accuracy=50.0):
+    """Write the files of a run that is trained and scored; ``miou`` is a function of the number of Euler steps."""
+    run.folder.mkdir(parents=True)
+    (run.folder / "trained").touch()
+    line = {"event": "validation", "step": 2, "miou": miou(1)}
+    (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    for steps in run.sample_steps:
+        run.score_file(steps).write_text(json.dumps({"miou": miou(steps), "pixel_accuracy": accuracy}))
 
 
 @pytest.fixture
@@ -44,33 +53,27 @@ def study_file(tmp_path, folder_data):
     return write
 
 
-def test_runs_scores_and_keeps_what_is_done_when_a_run_fails(study_file, tmp_path, monkeypatch):
+def test_a_study_trains_and_scores_its_arms_and_keeps_the_results_when_one_fails(study_file, tmp_path, monkeypatch):
     arms = {"softmax head": HEAD, "too large": ["data.height=999"]}
     study, out = load_study(study_file(arms=arms)), tmp_path / "out"
     with pytest.raises(UserError, match=r"1 of 2 runs failed.*too large, seed 0.*data.height must be a multiple"):
         run_study(study, out, root=None, jobs=1, console=QUIET)
     head = Run(study, "softmax head", 0, out)
-    assert list(head.scores()) == [1], "a softmax head is scored at one step"
+    assert list(head.scores()) == [1], "a softmax head is scored with one step only"
     table = (out / "table.md").read_text()
     assert f"| softmax head | 1 | {head.scores()[1]['miou']:.1f} |  |" in table and "too large" not in table
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and not [*out.glob(".*")]
 
-    # Without the arm that failed nothing is left to run.
+    # Nothing is left to run without the arm that failed.
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a finished run was started again"))
     study = load_study(study_file(arms={"softmax head": HEAD}))
     assert run_study(study, out, root=None, jobs=1, console=QUIET).read_text() == table
 
 
-def test_mean_and_spread_over_seeds(study_file, tmp_path, monkeypatch):
+def test_the_table_has_mean_and_standard_deviation_over_seeds(study_file, tmp_path, monkeypatch):
     study = load_study(study_file(seeds=[0, 1, 2]))
     for seed, miou in enumerate((10.0, 20.0, 60.0)):
-        run = Run(study, "FlowSeg", seed, tmp_path / "out")
-        run.folder.mkdir(parents=True)
-        (run.folder / "trained").touch()
-        line = {"event": "validation", "step": 2, "miou": miou}
-        (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-        for steps in study.sample_steps:
-            run.score_file(steps).write_text(json.dumps({"miou": miou + steps, "pixel_accuracy": 50.0 + seed}))
+        finished(Run(study, "FlowSeg", seed, tmp_path / "out"), lambda steps, m=miou: m + steps, accuracy=50.0 + seed)
     table = run_study(study, tmp_path / "out", root=None, jobs=1, console=QUIET).read_text()
     assert "| FlowSeg | 3 | 31.0 ± 26.5 | 32.0 ± 26.5 | 51.0 ± 1.0 (2) |" in table
 
@@ -81,13 +84,13 @@ def test_mean_and_spread_over_seeds(study_file, tmp_path, monkeypatch):
         ({"seed": [0]}, "unknown setting 'seed'; did you mean 'seeds'"),
         ({"seeds": []}, "seeds"),
         ({"seeds": [0, 1, 0]}, "seeds: 0 given more than once"),
-        ({"arms": {"a": ["train.seed=1"]}}, r"arm 'a': train.seed would make all seeds one"),
+        ({"arms": {"a": ["train.seed=1"]}}, r"arm 'a': train.seed would give all runs the same seed"),
         ({"seeds": [-1]}, r"seeds.0: .*greater than or equal to 0"),
         ({"arms": {"a": ["loss.correction_wieght=1"]}}, r"arm 'a'.*did you mean 'loss.correction_weight'"),
         ({"base": "none.yaml"}, "none.yaml: cannot be read"),
     ],
 )
-def test_a_wrong_file_is_refused_before_anything_runs(study_file, changes, wanted):
+def test_a_wrong_study_file_is_refused(study_file, changes, wanted):
     with pytest.raises(UserError, match=wanted):
         load_study(study_file(**changes))
 
@@ -95,7 +98,7 @@ def test_a_wrong_file_is_refused_before_anything_runs(study_file, changes, wante
 @pytest.mark.parametrize(
     "other", ["codes.sequence=kronecker", "flow.zero_fraction=0.5", "flow.predicts=velocity", "sample.steps=2"]
 )
-def test_a_softmax_head_wants_settings_that_have_no_flow(other):
+def test_a_softmax_head_is_refused_with_settings_of_a_flow(other):
     load_config(None, HEAD)
     with pytest.raises(UserError, match=other.partition("=")[0]):
         load_config(None, [*HEAD, other])
@@ -107,14 +110,14 @@ def test_shipped_studies_are_valid(path):
     assert len(study.seeds) >= 3 and len({folder_name(arm) for arm in study.arms}) == len(study.arms)
 
 
-def test_an_arm_that_is_given_twice_is_refused(study_file):
+def test_a_repeated_arm_is_refused(study_file):
     file = study_file(arms={"a": [], "b": []})
     file.write_text(file.read_text().replace("b: []", "a: [loss.correction_weight=0]"))
     with pytest.raises(UserError, match=r"study.yaml: cannot be read \('a' is given twice"):
         load_study(file)
 
 
-def test_arms_of_any_name_have_folders_of_their_own_below_the_study(study_file, tmp_path):
+def test_every_arm_has_its_own_folder_whatever_its_name(study_file, tmp_path):
     arms = [
         "..",
         ".",
@@ -135,67 +138,57 @@ def test_arms_of_any_name_have_folders_of_their_own_below_the_study(study_file, 
     assert all(re.fullmatch("[a-z0-9-][a-z0-9.-]{0,119}", name) for name in folders.values())
     for arm in arms:
         assert Run(study, arm, 0, tmp_path / "out").folder.parent.parent == tmp_path / "out"
-    # Names that were folders before stay the same ones.
+    # These names have given the same folders since the first version.
     assert (folders["vanilla"], folders["r1.5"], folders["C=3, λ=2"]) == ("vanilla", "r1.5", "c-3-2")
     longer = folder_names([*arms, "C=3, μ=2"])
     assert {arm: longer[arm] for arm in arms} == folders
-
-
-def finished(study, arm, out, miou):
-    run = Run(study, arm, 0, out)
-    run.folder.mkdir(parents=True)
-    (run.folder / "trained").touch()
-    line = {"event": "validation", "step": 2, "miou": miou}
-    (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    for steps in run.sample_steps:
-        run.score_file(steps).write_text(json.dumps({"miou": miou, "pixel_accuracy": 50.0}))
 
 
 def test_results_keep_the_names_of_the_arms(study_file, tmp_path):
     arms = ["a|b [red]", "$x_1$", "_hidden", "基线\nzwei", "<i>"]
     study = load_study(study_file(arms={arm: [] for arm in arms}))
     for place, arm in enumerate(arms):
-        finished(study, arm, tmp_path / "out", 10.0 * place)
-    said = io.StringIO()
+        finished(Run(study, arm, 0, tmp_path / "out"), lambda steps, p=place: 10.0 * p)
+    output = io.StringIO()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        table = run_study(study, tmp_path / "out", root=None, jobs=1, console=Console(file=said))
+        table = run_study(study, tmp_path / "out", root=None, jobs=1, console=Console(file=output))
     rows = [line for line in table.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
     assert len(rows) == len(arms)
     for row, name in zip(rows, ["a\\|b [red]", "$x_1$", "_hidden", "基线 zwei", "&lt;i>"]):
         assert row.startswith(f"| {name}"), row
-    assert "study: 5 of 5" in said.getvalue() and "a|b [red], seed 0" in said.getvalue()
+    assert "study: 5 of 5" in output.getvalue() and "a|b [red], seed 0" in output.getvalue()
 
 
-def test_results_of_other_settings_are_not_taken_for_this_studys(study_file, tmp_path):
-    out = tmp_path / "out"
-    run_study(load_study(study_file()), out, root=None, jobs=1, console=QUIET)
+def test_a_folder_trained_with_other_settings_is_refused(study_file, tmp_path):
+    study, out = load_study(study_file()), tmp_path / "out"
+    run = Run(study, "FlowSeg", 0, out)
+    train(load_config(study.base, ["train.steps=2", "train.seed=0"]), run.folder)
+    run.check()
     for changes, key in (
-        ({"steps": 3}, "train.steps = 2, the study now wants 3"),
+        ({"steps": 3}, "train.steps = 2, the study now has 3"),
         ({"arms": {"FlowSeg": ["loss.correction_weight=2"]}}, "loss.correction_weight = 1.0"),
     ):
         with pytest.raises(UserError, match=key):
             run_study(load_study(study_file(**changes)), out, root=None, jobs=1, console=QUIET)
 
 
-def test_a_run_killed_in_its_first_checkpoint_starts_again(study_file, tmp_path):
+def test_a_run_killed_in_its_first_checkpoint_starts_from_scratch(study_file, tmp_path):
     run = Run(load_study(study_file()), "FlowSeg", 0, tmp_path / "out")
     (run.folder / "checkpoints" / ".step-00000004.999").mkdir(parents=True)
     assert "--resume" not in next(run.commands(None))
 
 
-def test_sigterm_ends_the_runs_of_a_study_too(study_file, tmp_path):
+def test_sigterm_to_a_study_ends_its_runs_with_a_checkpoint(study_file, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "flowseg", "study", str(study_file(steps=100000)), "--out", str(out)]
-    study = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    metrics, deadline = out / "flowseg" / "seed0" / "metrics.jsonl", time.monotonic() + 90
-    while not (metrics.is_file() and metrics.read_text()):
-        assert time.monotonic() < deadline and study.poll() is None
-        time.sleep(0.05)
+    study = start_command(tmp_path / "output", "study", study_file(steps=100000), "--out", out)
+    metrics = out / "flowseg" / "seed0" / "metrics.jsonl"
+    wait_until(lambda: metrics.is_file() and metrics.read_text(), study, seconds=90)
     study.terminate()
-    assert study.wait(timeout=90) == 128 + signal.SIGTERM
-    assert list_checkpoints(metrics.parent), "the run has saved what it had"
-    # Nobody is left in the folder, or this would be refused.
+    study.join(90)
+    assert study.exitcode == 128 + signal.SIGTERM
+    assert list_checkpoints(metrics.parent)
+    # If the process of the run still lived, the folder would be locked.
     train(load_config(metrics.parent / "config.yaml", ["train.steps=1"]), metrics.parent, resume=True)
 
 

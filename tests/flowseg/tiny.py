@@ -1,4 +1,4 @@
-"""Small settings shared by the tests of the stack."""
+"""Small settings that the tests of the stack share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ TINY_MODEL = {"size": "nano", "patch_size": 8, "dim": 32, "heads": 2, "depth": 2
 
 
 def tiny_config(**sections) -> Config:
-    """A network of a few thousand parameters on 16x16 scenes, in float32."""
+    """Settings of a network with a few thousand parameters on 16x16 scenes, in float32."""
     tree = {
         "model": dict(TINY_MODEL),
         "codes": {"channels": 3, "sequence": "sqrt_primes"},
@@ -22,5 +22,5 @@ def tiny_config(**sections) -> Config:
 
 
 def folder_section(root, **extra) -> dict:
-    """The data section for :func:`folder_data`."""
+    """The data section for the fixture ``folder_data``."""
     return {"name": "folder", "root": str(root), "classes": ["a", "b", "c"], "height": 16, "width": 24, **extra}
