@@ -118,7 +118,9 @@ def _first(dry):
     load = (sys.executable, "-m", "bench", "gpu-smoke", "load", *(("--device", "cpu") if dry else ()))
     yield Step("load", "first", load, 150, 6, "measured; 60 s more if the library must be built", vital=True)
     yield _smoke("smoke cuda", "ops", "cuda", 40, 10, "measured: 7 s alone, 17 s with other work running", dry)
-    yield _smoke("smoke triton", "ops", "triton", 70, 40, "estimate: each case compiles for 20 s; 8 run in parallel", dry)
+    yield _smoke(
+        "smoke triton", "ops", "triton", 70, 40, "estimate: each case compiles for 20 s; 8 run in parallel", dry
+    )
     yield _smoke("field", "field", "triton", 60, 25, "measured: 32 s in one process", dry)
     own = "ours and bfloat16 and (4096 or 1024)"
     basis = "measured: 8 s for the first call of each kernel variant, 3 s for others"

@@ -1,7 +1,9 @@
 """Facts about this machine: CPU model, throughput of its arithmetic units, memory in use."""
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import pathlib
 import shutil
@@ -9,6 +11,8 @@ import subprocess
 import tempfile
 
 import torch
+
+BUILD = pathlib.Path(__file__).resolve().parents[1] / "build" / "bench"
 
 
 def cpu_model():
@@ -20,17 +24,28 @@ def cpu_model():
 
 @functools.cache
 def _throughput():
-    """The compiled loops of throughput.cpp; None without a C++ compiler."""
+    """The compiled loops of throughput.cpp; None without a C++ compiler.
+
+    The library stays in build/bench/ for later processes; its name depends on source, command and CPU.
+    """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         return None
     source = pathlib.Path(__file__).with_name("throughput.cpp")
+    command = [*compiler.split(), *"-std=c++17 -O3 -march=native -shared -fPIC -pthread".split(), str(source)]
+    key = hashlib.sha256(source.read_bytes() + repr((command, cpu_model())).encode()).hexdigest()[:16]
+    kept = BUILD / f"throughput-{key}.so"
     with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "throughput.so"
-        flags = "-std=c++17 -O3 -march=native -shared -fPIC -pthread".split()
-        command = [*compiler.split(), *flags, str(source), "-o", str(path)]
-        if subprocess.run(command, capture_output=True).returncode:
-            return None
+        path = kept
+        if not kept.exists():
+            path = pathlib.Path(folder) / kept.name
+            if subprocess.run([*command, "-o", str(path)], capture_output=True).returncode:
+                return None
+            with contextlib.suppress(OSError):  # a read-only checkout compiles in each process
+                BUILD.mkdir(parents=True, exist_ok=True)
+                part = kept.with_suffix(f".{os.getpid()}")
+                shutil.copy(path, part)
+                os.replace(part, kept)
         library = ctypes.CDLL(str(path))
     for function in (library.fused_multiply_adds, library.pairs):
         function.restype = ctypes.c_double

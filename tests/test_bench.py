@@ -161,7 +161,9 @@ class TestRunInParts:
                 or (len(expressions) == 2 and f"not {expressions[1]}" == expressions[0])
             )
 
-    def test_a_run_continues_after_a_failed_part_and_drops_rows_that_nothing_measures(self, tmp_path, monkeypatch, capsys):
+    def test_a_run_continues_after_a_failed_part_and_drops_rows_that_nothing_measures(
+        self, tmp_path, monkeypatch, capsys
+    ):
         """Uses stand-ins for the parts; checks which rows are kept, measured again, stored, dropped and rendered."""
         measured, broken = [], {"b"}
 
@@ -238,6 +240,8 @@ class TestTargets:
         machine = {"model": "M", "threads": 2}
         slow = self.groups(ours=1.0)
         slow["training step nano"] = {name: {"entry": name, "ms": ms} for name, ms in (("ours", 2.0), ("eager", 1.0))}
-        assert [target.what for target in targets.missed(machine, slow)] == ["training step nano: time of eager relative to ours"]
+        assert [target.what for target in targets.missed(machine, slow)] == [
+            "training step nano: time of eager relative to ours"
+        ]
         line = next(line for line in targets.table(machine, slow) if "training step" in line)
         assert line == "| training step nano: time of eager relative to ours | at least 1x | 0.5x | **no** |"
