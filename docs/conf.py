@@ -88,7 +88,7 @@ def _add_navigation(app, docname, source):
 
 
 def _name_files_outside(app, docname, source):
-    """Files above docs/ are links on GitHub; the site names them. ../README.md of a folder is the site's own."""
+    """Replace links to files outside docs/, which work only on GitHub, by the file names. ../README.md is a page of the site."""
     outside = r"(?:\.\./)+((?:CONTRIBUTING|CHANGELOG)\.md)|\.\./\.\./(README\.md)"
     source[0] = re.sub(rf"\[[^\]]+\]\((?:{outside})[^)]*\)", lambda link: f"`{link[1] or link[2]}`", source[0])
 
@@ -118,10 +118,10 @@ def _plain(app, what, name, obj, options, lines):
 
 
 def _mathml(self, node):
-    """MathML, which browsers draw by themselves."""
+    """Write formulas as MathML, which browsers render without a script."""
     block = node.tagname == "math_block"
     formula = convert(node.astext(), display="block" if block else "inline")
-    # Bars come in pairs; without a form the first of a pair would be spaced as a relation.
+    # Mark bars in turn as opening and closing; an unmarked bar would be spaced like a relation.
     forms = itertools.cycle(("prefix", "postfix"))
     formula = re.sub(
         r"<mo[^>]*>(?=(?:&#x0007C;|\|)</mo>)", lambda _: f'<mo stretchy="false" form="{next(forms)}">', formula
@@ -131,7 +131,7 @@ def _mathml(self, node):
 
 
 def _fetches_nothing(app, error):
-    """A page must be whole without a network: no style, script, font or picture from elsewhere."""
+    """Fail if a page loads a style, script, font or picture from the network."""
     if error or app.builder.name != "html":
         return
     for page in (*Path(app.outdir).rglob("*.html"), *Path(app.outdir).rglob("*.css")):
