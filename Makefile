@@ -87,16 +87,16 @@ format: install
 # Our kernels against their peers, on an otherwise idle machine: about 20 minutes, in parts. Each part is stored and rendered as it
 # ends; cut, it goes on where it was when it is started again.
 bench: $(VENV)/.bench
-	$(RUN) -m bench.run
+	$(RUN) -m bench run
 
 # Fails when our kernels became slower than the stored results of this machine, when none are stored, or when an entry vanished.
 bench-compare: $(VENV)/.bench
-	$(RUN) -m bench.run -k ours --again --progress build/bench-compare
-	$(RUN) -m bench.compare build/bench-compare/*.json
+	$(RUN) -m bench run -k ours --again --progress build/bench-compare
+	$(RUN) -m bench compare build/bench-compare/*.json
 
 # On a machine with a GPU, with .venv where there is one, else with PYTHON: nothing is installed or downloaded. docs/guides/gpu.md says more.
 gpu-report:
-	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m bench.gpu_report
+	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m bench gpu
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --editable '.[bench]'

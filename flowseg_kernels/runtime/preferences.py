@@ -1,7 +1,7 @@
 """Which backend an op takes on a GPU when several can run, and on what grounds: stored measurements, not taste.
 
 preferences.json holds for each op the order of the backends and the reason, which `python -m flowseg_kernels.info` prints.
-`python -m bench.preferences` writes it: from the stored times of a GPU, and until there are any from static counts of instructions.
+`python -m bench preferences` writes it: from the stored times of a GPU, and until there are any from static counts of instructions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tensors of a case."""
+"""Make the tensors of a case."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .cases import Pixels
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """x in a memory layout; the expanded ones repeat the first entry of a dimension, so their values differ from those of x."""
-    kind, _, number = layout.partition("_")
-    if kind == "expanded":
+    """x in a memory layout. "expanded" layouts repeat the first entry of a dimension, so their values differ from x."""
+    family, _, number = layout.partition("_")
+    if family == "expanded":
         dims = range(x.ndim) if number == "all" else [min(int(number), x.ndim - 1)]
         part = x.clone()
         for dim in dims:
             if x.shape[dim]:
                 part = part.narrow(dim, 0, 1)
         return part.expand(x.shape)
-    if kind == "offset":
+    if family == "offset":
         flat = torch.zeros(x.numel() + int(number), dtype=x.dtype)
         flat[int(number) :] = x.flatten()
         return flat[int(number) :].view(x.shape)
@@ -33,9 +33,9 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "transposed":
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "every_second":
-        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), 99, dtype=x.dtype)
-        wide[..., 1::2] = x
-        return wide[..., 1::2]
+        padded = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), 99, dtype=x.dtype)
+        padded[..., 1::2] = x
+        return padded[..., 1::2]
     if layout == "reversed_dims":
         order = tuple(reversed(range(x.ndim)))
         return x.permute(order).contiguous().permute(order)
@@ -43,21 +43,21 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=512)
-def _codebook(kind: str, classes: int, channels: int) -> fk.Codebook:
-    if kind == "lattice":
-        # Multiples of 1/4: distances of points on a lattice are exact in fp32, ties are ties.
+def _codebook(codes: str, classes: int, channels: int) -> fk.Codebook:
+    if codes == "lattice":
+        # Multiples of 1/4: distances between lattice points are exact in fp32, so ties are exact too.
         side = torch.Generator().manual_seed(classes * 31 + channels)
         mu = torch.randint(-4, 5, (classes, channels), generator=side).float() / 4
-    elif kind == "doubled":
+    elif codes == "doubled":
         mu = fk.kronecker_centroids((classes + 1) // 2, channels).repeat(2, 1)[:classes]
-    elif kind == "grid":
+    elif codes == "grid":
         mu = fk.grid_centroids(classes, channels)
-    elif kind == "r_sequence":
+    elif codes == "r_sequence":
         mu = fk.kronecker_centroids(classes, channels, sequence="r_sequence")
     else:
-        mu = fk.kronecker_centroids(classes, channels, dtype=torch.float64 if kind == "fp64" else torch.float32)
-    if kind in ("large", "small", "shifted"):
-        mu = mu * {"large": 1e3, "small": 1e-3}.get(kind, 1) + (5.0 if kind == "shifted" else 0.0)
+        mu = fk.kronecker_centroids(classes, channels, dtype=torch.float64 if codes == "fp64" else torch.float32)
+    if codes in ("large", "small", "shifted"):
+        mu = mu * {"large": 1e3, "small": 1e-3}.get(codes, 1) + (5.0 if codes == "shifted" else 0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return fk.Codebook(mu)
@@ -70,7 +70,7 @@ def codebook(case: Pixels) -> fk.Codebook:
 
 
 def changed(case: Pixels, book: fk.Codebook) -> fk.Codebook:
-    """The codebook after `case.change` was done to its tensors."""
+    """The codebook with its tensors changed by `case.change`."""
     if case.change is None:
         return book
     book = copy.deepcopy(book)
@@ -105,7 +105,7 @@ def changed(case: Pixels, book: fk.Codebook) -> fk.Codebook:
 
 
 def _with_specials(case: Pixels, name: str, x: torch.Tensor, book: fk.Codebook) -> torch.Tensor:
-    """x (B, C, H, W), fp64, with the awkward values in it."""
+    """x (B, C, H, W), fp64, with the special values of the case."""
     mu = book.centroids.double()
     points = x.movedim(1, -1).clone(memory_format=torch.contiguous_format).view(-1, case.channels)
     for tensor, place, kind in case.specials:
