@@ -104,8 +104,8 @@ def spoilt(library, folder):
     """Libraries that are not what they should be, with the words of the reason that they must give."""
     whole = library.read_bytes()
     files = {
-        "short": (whole[: len(whole) // 2], "is not a whole library"),
-        "text": (b"not a library", "is not a whole library"),
+        "short": (whole[: len(whole) // 2], "is truncated or is not an ELF shared library"),
+        "text": (b"not a library", "is truncated or is not an ELF shared library"),
         "arm": (whole[:18] + b"\xb7\0" + whole[20:], "does not load into torch"),
     }
     for name, (data, words) in files.items():
@@ -148,7 +148,7 @@ def test_ops_run_beside_a_spoilt_library(compiled, tmp_path):
     first = f"import sys; sys.path.insert(0, {str(site)!r})\n"
     assert fresh.run("-c", first + ONE_OP) == "reference tensor(True)\n"
     info = fresh.run("-c", first + "from flowseg_kernels.info import report; print(report())")
-    assert "C++ kernels: not loaded: libflowseg_cpu.so is not a whole library" in info
+    assert "C++ kernels: not loaded: libflowseg_cpu.so is truncated or is not an ELF shared library" in info
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,22 @@
-"""Pieces of plain PyTorch that several references share."""
+"""Plain PyTorch functions that several references share."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..runtime.checks import check_label_values
+from ...runtime.checks import check_label_values
 
 __all__ = ["compute_dtype", "encode_labels", "squared_distances", "valid_mask"]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Distances and sums are taken in fp32, or in fp64 for fp64 inputs."""
+    """The dtype of distances and sums: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def valid_mask(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Split labels (B, H, W) into (valid (B, H, W) bool, class (B, H, W) int64 with 0 where not valid).
+    """Split labels (B, H, W) into (valid (B, H, W) bool, class (B, H, W) int64). The class of an invalid pixel is 0.
 
     Raises ValueError for CPU labels outside [0, K) that are not ignore_index; on other devices such pixels count as ignored.
     """
@@ -32,7 +32,7 @@ def encode_labels(classes: Tensor, centroids: Tensor) -> Tensor:
 
 
 def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
-    """d[b, k, h, w] = sum_c (x[b, c, h, w] - mu[k, c])^2, by differences: the expanded square cancels near centroids."""
+    """d[b, k, h, w] = sum_c (x[b, c, h, w] - mu[k, c])^2. The expanded square would cancel near centroids."""
     total = None
     for c in range(centroids.shape[1]):
         square = (x[:, c, None] - centroids[None, :, c, None, None]).square()

@@ -1,7 +1,8 @@
-"""Inputs and independent plain formulas shared by the tests of the ops."""
+"""Inputs for the tests of the ops, and independent plain formulas to compare with."""
 
 import torch
 
+from flowseg_kernels.decode_grid import decode_tables as grid_tables
 from flowseg_kernels.derived import derived_from
 
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -9,7 +10,7 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def image_batch(codes, batch=2, height=9, width=13, spread=0.3, dtype=torch.float32, ignored=0.1):
-    """Prediction near the codes, source, labels with some ignored, times."""
+    """A prediction near the codes, a source, labels (the fraction `ignored` of them 255) and times."""
     k, c = codes.shape
     labels = torch.randint(0, k, (batch, height, width))
     x = codes[labels].movedim(-1, 1).double() + spread * torch.randn(batch, c, height, width, dtype=torch.float64)
@@ -19,12 +20,12 @@ def image_batch(codes, batch=2, height=9, width=13, spread=0.3, dtype=torch.floa
 
 
 def decode_tables(centroids):
-    """The decode grid of (K, 3) codes as kernels take it: cells, records, groups, low, scale."""
-    return derived_from(centroids).tables(centroids.device)
+    """The decode grid of (K, 3) codes as kernels take it: (cells, records, groups, low, scale)."""
+    return grid_tables(derived_from(centroids), centroids.device)
 
 
 def layouts(x):
-    """The same values in every kind of memory layout that callers send: (name, tensor)."""
+    """Yield (name, tensor): the same values in each memory layout that callers may use."""
     wide = torch.zeros(*x.shape[:-1], x.shape[-1] * 2 + 1, dtype=x.dtype)
     wide[..., 1::2] = x
     flat = torch.zeros(x.numel() + 1, dtype=x.dtype)
@@ -39,7 +40,7 @@ def layouts(x):
 
 
 def logits_and_slope(d, eps, transform):
-    """T(d) and T'(d) of method section 3."""
+    """T(d) and T'(d) of a transform (docs/method.md)."""
     return {
         "neg_log": lambda: (-(d + eps).log(), -1 / (d + eps)),
         "neg_sq": lambda: (-d, -torch.ones_like(d)),
@@ -49,7 +50,7 @@ def logits_and_slope(d, eps, transform):
 
 
 def naive_correction(x, labels, mu, eps, tau=1.0, transform="neg_log", ignore=255):
-    """The gradient of the cross-entropy on distances, as one would write it in plain PyTorch, all in the dtype of x."""
+    """The gradient of the cross-entropy on distances in plain PyTorch, computed in the dtype of x."""
     diff = x[:, None] - mu.to(x.dtype)[None, :, :, None, None]
     d = diff.square().sum(2)
     logits, slope = logits_and_slope(d, eps, transform)
@@ -61,7 +62,7 @@ def naive_correction(x, labels, mu, eps, tau=1.0, transform="neg_log", ignore=25
 
 
 def exact_correction(x, labels, mu, eps, tau=1.0, transform="neg_log", ignore=255):
-    """naive_correction in fp64 with 1 - p_y summed from the other classes: near a centroid even fp64 loses it by subtraction."""
+    """naive_correction in fp64. It sums 1 - p_y from the other classes: near a centroid the subtraction cancels even in fp64."""
     x, mu = x.double(), mu.double()
     diff = x[:, None] - mu[None, :, :, None, None]
     d = diff.square().sum(2)
@@ -77,7 +78,7 @@ def exact_correction(x, labels, mu, eps, tau=1.0, transform="neg_log", ignore=25
 def naive_loss(
     prediction, source, labels, t, mu, *, predicts, space, weight, schedule, eps, tau=1.0, t_min=0.05, ignore=255
 ):
-    """The loss of method section 3 in plain PyTorch with autograd for its gradient; the target is detached."""
+    """The loss (docs/method.md) in plain PyTorch, with a detached target; autograd gives its gradient."""
     valid = labels != ignore
     x1 = mu.to(prediction.dtype)[torch.where(valid, labels, 0).long()].movedim(-1, 1)
     time = t.to(prediction.dtype)[:, None, None, None]
