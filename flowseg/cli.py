@@ -21,8 +21,9 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from flowseg import __version__
+from flowseg.data_names import DATA_NAMES
 from flowseg.errors import DataWarning, PeerError, UserError
-from flowseg.terminal import make_console, printable, say, speak_any_text
+from flowseg.runs.terminal import make_console, printable, say, speak_any_text
 
 app = typer.Typer(
     help="Generative segmentation by flow matching. Start with: flowseg demo",
@@ -37,17 +38,7 @@ Sets = Annotated[
 ]
 
 
-class DataName(str, Enum):
-    """Data sets known by name."""
-
-    digits = "digits"
-    paints = "paints"
-    camvid = "camvid"
-    ade20k = "ade20k"
-    cocostuff = "cocostuff"
-    cityscapes = "cityscapes"
-    voc = "voc"
-    folder = "folder"
+DataName = Enum("DataName", {name: name for name in DATA_NAMES}, type=str)
 
 
 class Resume(str, Enum):
@@ -155,7 +146,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Random seed of weights, data and times.")] = 0,
 ) -> None:
     """Train plain flow matching and FlowSeg on embedded data (5 minutes on 2 cores) and write an HTML report. No download."""
-    from flowseg.demo import run_demo
+    from flowseg.experiments.demo import run_demo
 
     report = run_demo(out, quick=quick, steps=steps, seed=seed, console=make_console())
     _tell(f"report: {report.resolve()}\n{DEMO_FILES}")
@@ -190,7 +181,7 @@ def train(
 ) -> None:
     """Train a model. Of a setting given twice, --set wins over a flag, and a flag over --config."""
     from flowseg.config import load_config
-    from flowseg.train import train as run_training
+    from flowseg.training.trainer import train as run_training
 
     flags = {
         "data.name": data.value if data else None,
@@ -218,7 +209,7 @@ def train(
     result = run_training(settings, out, resume=go_on, console=console)
     if isinstance(result.stopped_by, int):
         command = f"flowseg train --out {shlex.quote(str(out))} --resume"
-        say(console, f"stopped by signal at step {result.state.step}; go on with: {command}")
+        say(console, f"stopped by signal at step {result.state.step}; continue with: {command}")
         raise typer.Exit(128 + result.stopped_by)
     scores = result.scores
     say(
@@ -250,10 +241,10 @@ def evaluate(
 
     from flowseg.checkpoint import read_run_config
     from flowseg.data import open_data
-    from flowseg.evaluate import chosen_indices
-    from flowseg.evaluate import evaluate as score
-    from flowseg.parallel import Peers
-    from flowseg.progress import counting_view
+    from flowseg.inference.evaluate import chosen_indices
+    from flowseg.inference.evaluate import evaluate as score
+    from flowseg.runs.parallel import Ranks
+    from flowseg.runs.progress import counting_view
     from flowseg.segment import Segmenter
 
     if json_file:
@@ -265,15 +256,15 @@ def evaluate(
         {"data.root": _absolute(root), "sample.steps": steps, "sample.method": method},
         checkpoint=checkpoint,
     )
-    peers = Peers(state.num_processes, state.process_index)
-    with peers.together():
+    ranks = Ranks(state.num_processes, state.process_index)
+    with ranks.together():
         data = open_data(settings.data, (split.value,), seed=settings.train.seed)
     pairs = data.train if split is Split.train else data.val
     segmenter = Segmenter.from_run(run, settings, checkpoint)
     shown = counting_view(
         make_console(quiet=not state.is_main_process), "evaluate", len(chosen_indices(len(pairs), limit))
     )
-    with shown as advance, peers.adding_up() as add_up:
+    with shown as advance, ranks.adding_up() as add_up:
         scores = score(
             segmenter,
             pairs,
@@ -315,8 +306,8 @@ def report(
 ) -> None:
     """Score a run and write one HTML file: convergence, classes, confusion, examples, settings, speed of the kernels."""
     from flowseg.checkpoint import read_run_config
-    from flowseg.progress import counting_view
     from flowseg.report.run import write_report
+    from flowseg.runs.progress import counting_view
     from flowseg.segment import Segmenter
 
     settings = read_run_config(run, sets, {"data.root": _absolute(root)}, checkpoint=checkpoint)
@@ -378,9 +369,9 @@ def predict(
     from flowseg.checkpoint import read_run_config
     from flowseg.data.datasets import resolve_labels
     from flowseg.hub import from_pretrained, is_shared
-    from flowseg.predict import find_inputs
-    from flowseg.predict import predict as segment_files
-    from flowseg.progress import counting_view
+    from flowseg.inference.predict import find_inputs
+    from flowseg.inference.predict import predict as segment_files
+    from flowseg.runs.progress import counting_view
     from flowseg.segment import Segmenter
 
     _check_folder(out)
@@ -423,7 +414,7 @@ def study(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, which share the cores.")] = 1,
 ) -> None:
     """Train and score several settings with several seeds; write table.md and curves.png. Stopped, it goes on when called again."""
-    from flowseg.study import load_study, run_study
+    from flowseg.experiments.study import load_study, run_study
 
     _check_folder(out)
     table = run_study(load_study(file), out, root=root, jobs=jobs, console=make_console())

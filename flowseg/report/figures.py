@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from flowseg.data.presets import Labels
-from flowseg.predict import colorize
+from flowseg.inference.predict import colorize
 from flowseg.report.names import drawable, font_families
 from flowseg_kernels import Codebook, distance_correction, kronecker_centroids
 

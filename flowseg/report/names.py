@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from matplotlib import font_manager
 
-from flowseg.terminal import printable
+from flowseg.runs.terminal import printable
 
 # The first that are installed stand behind matplotlib's own font, in this order.
 _WIDE_FONTS = (

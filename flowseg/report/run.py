@@ -12,13 +12,13 @@ import yaml
 from flowseg.config import Config
 from flowseg.data import SegmentationData, open_data
 from flowseg.errors import UserError
-from flowseg.evaluate import Scores, chosen_indices, evaluate
-from flowseg.metrics import read_metrics
+from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
 from flowseg.report import figures
 from flowseg.report.blocks import environment, speed_blocks
 from flowseg.report.names import captioned
 from flowseg.report.page import Page, folded, paragraph, picture, table
 from flowseg.report.speed import measure_kernels
+from flowseg.runs.metrics import read_metrics
 from flowseg.segment import Segmenter
 
 

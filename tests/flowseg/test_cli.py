@@ -18,18 +18,8 @@ import flowseg
 from flowseg import cli
 from flowseg.config import save_config
 
+from .support.commands import run
 from .tiny import folder_section, tiny_config
-
-
-def run(monkeypatch, capsys, *arguments):
-    """Status, standard output and standard error of ``flowseg ARGUMENTS``."""
-    monkeypatch.setattr(sys, "argv", ["flowseg", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-        raise SystemExit(0)
-    captured = capsys.readouterr()
-    return left.value.code or 0, captured.out, captured.err
 
 
 @pytest.fixture

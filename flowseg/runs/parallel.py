@@ -1,4 +1,7 @@
-"""Several processes: sharded parameters, whole tensors from them and back, and small sums that keep processes in step."""
+"""Several processes of one run: sharded parameters, gathering and scattering tensors, and small sums on the host.
+
+A *collective* is a call that every process must make, or the others wait for it without end.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from flowseg.errors import PeerError
 
 
 def shard(model: nn.Module) -> None:
-    """Spread the parameters over all processes (FSDP2), a transformer block at a time.
+    """Shard the parameters over all processes (FSDP2), one transformer block at a time.
 
-    Torch's own ``fully_shard`` and not accelerate's plugin, which leaves sharding out on CPUs.
+    This calls ``fully_shard`` of torch: Accelerate's plugin does not shard on CPUs.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = dist.init_device_mesh(device, (dist.get_world_size(),))
@@ -27,21 +30,41 @@ def shard(model: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; every process must ask for it."""
+    """Gather a tensor that may be sharded. A collective."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor; any other tensor unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def sharded_like(value: Tensor, wanted: Tensor) -> Tensor:
-    """``value``, the whole of a tensor, spread as ``wanted`` is."""
+    """Shard the whole tensor ``value`` in the way ``wanted`` is sharded."""
     if isinstance(wanted, DTensor) and value.shape == wanted.shape:
         return distribute_tensor(value.to(wanted.device), wanted.device_mesh, wanted.placements)
     return value
 
 
-class Peers:
-    """Sums over the processes of a few numbers on the host.
+@torch.no_grad()
+def copy_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors, sharded or not, into the parameters of ``model`` with the same names. A collective."""
+    parameters = dict(model.named_parameters())
+    # Every process must visit every name: gathering a sharded tensor is a collective.
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if name in parameters:
+            parameters[name].copy_(value)
 
-    They have a group of their own on gloo: a sum on the accelerator would make the host wait for all work queued there.
+
+class Ranks:
+    """The processes of a run, which sum a few numbers on the host and fail together.
+
+    They use a separate gloo group: a sum on the accelerator would make the host wait for all work queued there.
+
+    Attributes:
+        world: number of processes.
+        rank: number of this process, from 0.
     """
 
     def __init__(self, world: int, rank: int = 0):
@@ -49,7 +72,7 @@ class Peers:
         self._group = dist.new_group(backend="gloo") if world > 1 else None
 
     def add_up(self, *values: float) -> list[float]:
-        """Sum of each value over all processes."""
+        """Sum each value over all processes. A collective."""
         if self.world == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
@@ -57,18 +80,18 @@ class Peers:
         return sums.tolist()
 
     def add_up_counts(self, counts: Tensor) -> Tensor:
-        """Sum of a whole-number tensor over all processes, on the host."""
+        """Sum an integer tensor over all processes; the result is on the host. A collective."""
         sums = counts.cpu()
         if self.world > 1:
             dist.all_reduce(sums, group=self._group)
         return sums
 
     def agree(self, error: Exception | None) -> None:
-        """Raise in all processes if one of them has an error; every process must call this.
+        """Raise in all processes if one of them has an error. A collective.
 
         Raises:
             Exception: ``error``, in the first process that has one.
-            PeerError: in the others, so that one message is printed.
+            PeerError: in all other processes, so that one message is printed.
         """
         if self.world == 1:
             if error:
@@ -86,7 +109,7 @@ class Peers:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Run a block that must not sum anything itself; its failure in one process fails all of them."""
+        """Run a block that contains no collective; if it fails in one process, it fails in all. A collective."""
         failure = None
         try:
             yield
@@ -96,7 +119,10 @@ class Peers:
 
     @contextlib.contextmanager
     def adding_up(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A function that sums a tensor once, for a block whose failure in one process fails all of them."""
+        """Run a block that sums one tensor with the function given; if it fails in one process, it fails in all.
+
+        A collective. The block must call the function once.
+        """
         reached = False
 
         def add_up(counts: Tensor) -> Tensor:

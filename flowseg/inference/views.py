@@ -1,4 +1,4 @@
-"""Several views of one image: other scales, mirrored, overlapping windows; and the mean of what they say."""
+"""Class probabilities of several views of an image (scales, mirror images, overlapping windows), their mean, and resizing."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Starts of windows that cover ``length``, ``stride`` apart but for the last, which ends where the axis ends."""
+    """Starts of windows that cover ``length``, ``stride`` apart; the last window is moved back to end with the axis."""
     if length <= window:
         return [0]
     return [min(start, length - window) for start in range(0, length - window + stride, stride)]
 
 
 def windows(height: int, width: int, window: tuple[int, int], stride: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """Places of the windows of an image, row by row."""
+    """Row and column slices of the windows of an image, row by row."""
     rows, columns = (
         [slice(start, start + size) for start in window_starts(length, size, step)]
         for length, size, step in zip((height, width), window, stride)
@@ -25,22 +25,13 @@ def windows(height: int, width: int, window: tuple[int, int], stride: tuple[int,
     return [(row, column) for row in rows for column in columns]
 
 
-def pad_to(image: Tensor, height: int, width: int) -> Tensor:
-    """``(3, H, W)`` with its edge repeated at the right and bottom up to ``height`` and ``width``.
-
-    Repeated edges look less like an object than a black bar does.
-    """
-    right, below = max(width - image.shape[-1], 0), max(height - image.shape[-2], 0)
-    return F.pad(image[None], (0, right, 0, below), mode="replicate")[0] if right or below else image
-
-
 def class_probabilities(field: Tensor, centroids: Tensor, eps: float) -> Tensor:
-    """``p_k = 1 / (d_k + eps)`` over the sum of the same, ``d_k`` the squared distance to code k.
+    """Class probabilities ``p_k`` proportional to ``1 / (d_k + eps)``, with ``d_k`` the squared distance to code k.
 
     Args:
         field: ``(B, C, H, W)``.
         centroids: ``(K, C)``.
-        eps: added to the distances.
+        eps: added to the squared distances.
 
     Returns:
         ``(B, K, H, W)`` float32.
@@ -53,7 +44,7 @@ def class_probabilities(field: Tensor, centroids: Tensor, eps: float) -> Tensor:
 
 
 def mean_over_windows(parts: Iterator[tuple[tuple[slice, slice], Tensor]], height: int, width: int) -> Tensor:
-    """Mean ``(K, H, W)`` of the windows' ``(K, h, w)`` wherever they lie."""
+    """Mean ``(K, H, W)`` over windows ``(K, h, w)`` that may overlap."""
     total: Tensor | None = None
     for (rows, columns), part in parts:
         if total is None:
@@ -65,15 +56,15 @@ def mean_over_windows(parts: Iterator[tuple[tuple[slice, slice], Tensor]], heigh
 
 
 class WindowRows:
-    """Mean class probabilities of overlapping windows, for a band of rows after the other.
+    """Mean class probabilities of overlapping windows, one band of rows after the other.
 
-    :func:`mean_over_windows` holds K maps of the whole image. This holds the fields of the windows that reach into the
-    rows that are not finished.
+    :func:`mean_over_windows` needs memory for K maps of the whole image. This class keeps only the fields of windows that
+    overlap the current or a later band.
 
     Args:
-        fields: place and field ``(C, h, w)`` of each window, in the order of :func:`windows`.
-        height: rows of the image.
-        probabilities: from fields ``(1, C, h, w)`` to ``(1, K, h, w)``.
+        fields: slices and field ``(C, h, w)`` of each window, in the order of :func:`windows`.
+        height: number of rows of the image.
+        probabilities: converts fields ``(1, C, h, w)`` to probabilities ``(1, K, h, w)``.
     """
 
     def __init__(
@@ -88,8 +79,8 @@ class WindowRows:
         self._done = 0
 
     def advance(self) -> slice | None:
-        """The next rows that no later window reaches into, or ``None`` after the last."""
-        # Rows that are finished are let go; a view would keep the whole window.
+        """Move to the next band: the rows that no later window overlaps. Return ``None`` after the last band."""
+        # Drop finished rows. The clone matters: a view would keep the memory of the whole window.
         self._active = [
             (self._done, columns, field[:, self._done - top :].clone())
             for top, columns, field in self._active
@@ -106,7 +97,7 @@ class WindowRows:
         return slice(begin, self._done)
 
     def mean(self, rows: slice, columns: slice) -> Tensor:
-        """Mean probabilities ``(K, rows, columns)`` of a part of the rows that :meth:`advance` gave last."""
+        """Mean probabilities ``(K, rows, columns)`` of a part of the current band."""
         total: Tensor | None = None
         for top, across, field in self._active:
             left, right = max(columns.start, across.start), min(columns.stop, across.stop)
@@ -128,14 +119,14 @@ class WindowRows:
 
 
 def interpolated_columns(field: Tensor, size: tuple[int, int], numbers: int = 2**24) -> Iterator[tuple[slice, Tensor]]:
-    """Bilinear interpolation of ``(C, h, w)`` to ``(H, W)``, some columns at a time.
+    """Interpolate ``(C, h, w)`` bilinearly to ``(H, W)``, some columns at a time.
 
-    Rows are interpolated after columns, and each part spans all rows: its values are those of the whole to the last bit.
+    Columns are interpolated before rows, and each part spans all rows, so the parts equal the whole bit for bit.
 
     Args:
         field: ``(C, h, w)``.
         size: ``(H, W)``.
-        numbers: most numbers of one part.
+        numbers: largest number of values in a part.
     """
     height, width = size
     options = {"mode": "bilinear", "align_corners": False}
@@ -151,28 +142,28 @@ def interpolated_columns(field: Tensor, size: tuple[int, int], numbers: int = 2*
 
 
 def enlarge_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """The nearest pixel of ``(h, w)`` at each place of ``size`` ``(H, W)``, in the same dtype."""
+    """Resize labels ``(h, w)`` to ``size`` ``(H, W)`` by nearest neighbour; the dtype stays."""
     return F.interpolate(labels[None, None], size=size, mode="nearest-exact")[0, 0]
 
 
 def likeliest(probabilities: Tensor) -> Tensor:
-    """The likeliest class of ``(K, h, w)`` as uint8; 255 where the probabilities are no numbers."""
+    """The most probable class ``(h, w)`` uint8 of probabilities ``(K, h, w)``; 255 if they are NaN."""
     return probabilities.argmax(0).to(torch.uint8).masked_fill_(probabilities[0].isnan(), 255)
 
 
 def resize_labels(
     probabilities: Tensor, size: tuple[int, int], strip: int = 2**24, dtype: torch.dtype = torch.int64
 ) -> Tensor:
-    """Likeliest class ``(H, W)`` at ``size`` of ``(K, h, w)``, interpolated bilinearly a strip of rows at a time.
+    """The most probable class ``(H, W)`` after bilinear interpolation of probabilities, a strip of rows at a time.
 
     Args:
         probabilities: ``(K, h, w)``.
         size: ``(H, W)``.
-        strip: most numbers of one strip: K maps at native size would be the largest arrays of the whole program.
-        dtype: of the classes.
+        strip: largest number of values in a strip; K maps at native size would be the largest arrays of the program.
+        dtype: dtype of the result.
 
     Returns:
-        Classes, and 255 where the probabilities are no numbers.
+        Classes; 255 where the probabilities are NaN.
     """
     classes, rows, columns = probabilities.shape
     height, width = size

@@ -1,4 +1,4 @@
-"""The loss of one batch: where each example lies on its path, what the network says there, how far off that is."""
+"""The loss of one batch: sample a point on the path of each example, predict there, compare with the labels."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowseg.align import ImageFeatures, alignment_loss
 from flowseg.codes import IGNORE_INDEX
 from flowseg.config import Config
 from flowseg.flow import make_source, sample_times
+from flowseg.training.alignment import ImageFeatures, alignment_loss
 from flowseg_kernels import Codebook, flow_interpolate, flow_loss
 
 
 @dataclasses.dataclass
 class Objective:
-    """What :func:`flow_step` computed.
+    """Losses of a batch, and the tensors that :func:`squared_error` needs.
 
     Attributes:
-        flow: sum over labelled pixels of the loss (the mean over channels of each) or of the cross-entropy; divide by their
-            number.
+        flow: sum over labelled pixels of the flow loss (a mean over channels) or of the cross-entropy. Divide it by the
+            number of labelled pixels.
         align: REPA's loss, a mean over patches; ``None`` without an encoder.
-        prediction, source, labels, t: what :func:`squared_error` judges.
+        prediction, source, labels, t: inputs of :func:`squared_error`.
     """
 
     flow: Tensor
@@ -44,7 +44,7 @@ def flow_step(
     draws: Tensor,
     encoder: ImageFeatures | None = None,
 ) -> Objective:
-    """Loss of one batch.
+    """Compute the loss of one batch.
 
     Args:
         model: ``(x_t, t, image) -> prediction``.
@@ -52,9 +52,9 @@ def flow_step(
         config: flow, loss and code settings.
         images: ``(B, 3, H, W)`` in [-1, 1].
         labels: ``(B, H, W)``, 255 is ignored.
-        draws: ``(B,)`` numbers of the examples in the run. Time and noise are functions of the seed and this number, so that
-            it does not matter how the examples of a step are spread over batches and processes.
-        encoder: of the features that REPA aligns with.
+        draws: ``(B,)`` numbers of the examples in the run. Time and noise depend only on the seed and this number, not on
+            how the examples of a step are divided among batches and processes.
+        encoder: the encoder that REPA aligns with.
     """
     flow, loss = config.flow, config.loss
     generators = [example_generator(config.train.seed, int(draw)) for draw in draws]
@@ -83,7 +83,7 @@ def flow_step(
         patch = round((images[0, 0].numel() / projected.shape[1]) ** 0.5)
         features = encoder(images, images.shape[-2] // patch, images.shape[-1] // patch)
         align = alignment_loss(projected, features)
-    # The correction weighs distances to codes, so the loss is taken in float32 whatever autocast gave.
+    # The loss is computed in float32, also under autocast: the correction depends on small distances to codes.
     prediction = prediction.float()
     if loss.kind == "cross_entropy":
         value = F.cross_entropy(prediction, labels.long(), ignore_index=IGNORE_INDEX, reduction="sum")
@@ -109,7 +109,7 @@ def flow_step(
 
 @torch.no_grad()
 def squared_error(step: Objective, codebook: Codebook, config: Config) -> Tensor:
-    """Plain squared error of a prediction, a mean: unlike the loss, it can be compared between correction settings."""
+    """Mean squared error of a prediction. Unlike the loss, it can be compared between settings of the correction."""
     return flow_loss(
         step.prediction,
         step.source,
@@ -123,7 +123,7 @@ def squared_error(step: Objective, codebook: Codebook, config: Config) -> Tensor
 
 
 def example_generator(seed: int, draw: int) -> torch.Generator:
-    """Random numbers of one example as a function of its place in the run alone."""
-    # SeedSequence mixes the numbers, so that neighbouring draws do not get related streams.
+    """Make the generator of one example, which depends only on the seed and the example's number in the run."""
+    # SeedSequence mixes the numbers: neighbouring examples get unrelated streams.
     words = np.random.SeedSequence((seed, 2, draw)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0]) >> 1)

@@ -1,4 +1,4 @@
-"""Segment files: palette masks, overlays and margin maps."""
+"""Segment image files: write palette masks, overlays and margin maps."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from flowseg.data.files import IMAGE_SUFFIXES, by_suffix, list_files, name_left_out
+from flowseg.data.files import IMAGE_SUFFIXES, counts_by_suffix, list_files, warn_of_other_suffixes
 from flowseg.data.pictures import Reading, read_picture, turn_back
 from flowseg.errors import DataWarning, UserError
-from flowseg.memory import is_out_of_memory
+from flowseg.runs.memory import is_out_of_memory
 from flowseg.segment import Segmenter
 
-OUTPUTS = ("mask", "overlay", "margin")
-# Rows that are coloured at once: a photograph in floats would take many times its size.
+# Number of rows to colour at a time: a whole photograph in floats would take many times its size.
 _ROWS = 256
 
 
 @dataclasses.dataclass
 class Predictions:
-    """What was written, and which inputs failed with what reason."""
+    """The written files, and the inputs that failed, each with the reason."""
 
     written: list[Path]
     failed: list[tuple[Path, str]]
@@ -34,58 +33,58 @@ class Predictions:
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """An image file, and the sub-folder of the output folder in which its pictures go."""
+    """An image file, and the sub-folder of the output folder for its results."""
 
     path: Path
     place: Path = Path()
 
 
 def find_inputs(inputs: Sequence[str]) -> list[Input]:
-    """Files named by paths, folders (their image files, those of sub-folders too) and glob patterns, in order, each once.
+    """Find the image files of paths, folders (with sub-folders) and glob patterns, in order and each once.
 
-    Pictures of a sub-folder's images go into a sub-folder of the same name. Hidden files and what :func:`predict` itself
-    writes (``NAME.mask.png`` and so on) are passed over. A :class:`DataWarning` names files that are left out.
+    Results for a sub-folder go to a sub-folder of the same name. Hidden files and results of :func:`predict`
+    (``NAME.mask.png`` and so on) are skipped. A :class:`DataWarning` names other files that are left out.
 
     Raises:
-        UserError: an input that matches nothing.
+        UserError: an input matches nothing.
     """
     found: dict[str, Input] = {}
-    own: list[Path] = []
+    results: list[Path] = []
     for text in inputs:
         path = Path(text)
-        there = ""
+        present = ""
         if _is(path.is_dir):
             files, others = list_files(path, IMAGE_SUFFIXES)
-            name_left_out(path, others, IMAGE_SUFFIXES)
+            warn_of_other_suffixes(path, others, IMAGE_SUFFIXES)
             matches = [Input(file, file.parent.relative_to(path)) for file in files]
-            there = f"; there are only {by_suffix(others)}" if others else ""
+            present = f"; there are only {counts_by_suffix(others)}" if others else ""
         else:
             matches = [Input(file) for file in ([path] if _is(path.exists) else _glob(text))]
         if not matches:
             raise UserError(
-                f"input {text!r}: no such file, and no images there; give files, folders or a glob pattern{there}"
+                f"input {text!r}: no such file, and no images there; give files, folders or a glob pattern{present}"
             )
         for match in matches:
             if is_own_output(match.path):
-                own.append(match.path)
+                results.append(match.path)
             else:
                 found.setdefault(os.path.abspath(match.path), match)
-    if own:
-        said = f"files with names that predictions have, such as {own[0]}"
+    if results:
+        reason = f"files with names that predictions have, such as {results[0]}"
         if not found:
-            raise UserError(f"inputs: there are only {said}; give images, or rename them")
-        warnings.warn(f"{len(own)} {said}, are left out", DataWarning, stacklevel=2)
+            raise UserError(f"inputs: there are only {reason}; give images, or rename these files")
+        warnings.warn(f"{len(results)} {reason}, are left out", DataWarning, stacklevel=2)
     return list(found.values())
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """The files of :func:`find_inputs`."""
+    """Paths of the files that :func:`find_inputs` finds."""
     return [found.path for found in find_inputs(inputs)]
 
 
 def is_own_output(path: Path) -> bool:
-    """Whether a file has a name that :func:`predict` gives."""
-    return path.name.lower().endswith(tuple(f".{kind}.png" for kind in OUTPUTS))
+    """Whether a file has the name of a result of :func:`predict`."""
+    return path.name.lower().endswith((".mask.png", ".overlay.png", ".margin.png"))
 
 
 def predict(
@@ -98,15 +97,25 @@ def predict(
     opacity: float = 0.5,
     on_image: Callable[[Path], None] | None = None,
 ) -> Predictions:
-    """Segment each image at its own size and write PNG files beside each other in ``out``.
+    """Segment each image at its own size and write PNG files to ``out``.
 
-    ``NAME.mask.png``: class indices with the palette. ``NAME.overlay.png``: the image under the colours.
+    ``NAME.mask.png``: class indices with the palette. ``NAME.overlay.png``: the colours blended over the image.
     ``NAME.margin.png``: 8-bit grey, how much farther the second nearest code is than the nearest, as a share of the
-    smallest distance between two codes; dark pixels are uncertain. They show the image as a viewer does, or as it is
-    stored where ``data.exif`` is ``"stored"``: a mask lies where a label map of the same image would.
+    smallest distance between two codes; dark pixels are uncertain. :func:`output_names` chooses NAME.
 
-    A file that cannot be read, segmented within the memory or written is noted, and the rest goes on. :func:`output_names`
-    says what NAME is.
+    The results are turned like label maps of the same image: as a viewer shows the image or, with ``data.exif`` set to
+    ``"stored"``, as its pixels are stored.
+
+    A file that cannot be read or written, or needs too much memory, is reported in the result; the others are segmented.
+
+    Args:
+        segmenter: the network with its sampling settings.
+        images: image files.
+        out: output folder; it is created if missing.
+        palette: one RGB colour per class.
+        outputs: any of ``"mask"``, ``"overlay"`` and ``"margin"``.
+        opacity: opacity of the colours in overlays.
+        on_image: called with the path of each finished image.
     """
     inputs = [image if isinstance(image, Input) else Input(Path(image)) for image in images]
     result = Predictions([], [])
@@ -131,13 +140,13 @@ def predict(
 
 
 def output_names(inputs: Sequence[Input]) -> list[Path]:
-    """Where the pictures of each input go, below the output folder and without ``.KIND.png``: all distinct.
+    """Choose distinct names for the results of all inputs: paths below the output folder, without ``.mask.png`` and so on.
 
-    The name is the file's stem. Inputs that would then share it take, all of them, the first of these that tells them
-    apart: with their folder's name in front (``FOLDER_STEM``), with their suffix (``STEM.jpg``), with both, with the
-    names of two folders, of three, a number.
+    The name is the stem of the file. Inputs with equal stems all get the first of these forms that makes them distinct:
+    with the folder's name (``FOLDER_STEM``), with the suffix (``STEM.jpg``), with both, with the names of two folders, of
+    three folders, or with a number.
     """
-    # Disks of some systems do not tell capitals from small letters.
+    # Names are compared without case: some file systems ignore it.
     groups: dict[str, list[int]] = {}
     for index, one in enumerate(inputs):
         groups.setdefault(_folded(one.place / one.path.stem), []).append(index)
@@ -176,7 +185,7 @@ def _distinct(inputs: Sequence[Input], taken: set[str]) -> list[Path]:
 
 
 def colorize(labels: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Labels ``(H, W)`` to RGB ``(H, W, 3)`` uint8; labels without a colour are black."""
+    """Convert labels ``(H, W)`` to RGB ``(H, W, 3)`` uint8; labels without a colour become black."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(palette)] = palette
     return table[labels]
@@ -185,7 +194,7 @@ def colorize(labels: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> np.
 def _pictures(
     segmenter: Segmenter, path: Path, outputs: Sequence[str], palette: Sequence[tuple[int, int, int]], opacity: float
 ):
-    """Kind and picture of each output of a file."""
+    """Generate ``(output, picture)`` for each requested output of one file."""
     reading = Reading.of(segmenter.config.data)
     image, shape = read_picture(path, reading)
     labels, margin = (
@@ -211,7 +220,7 @@ def _mask(labels: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> Image.
 def _paint_over(
     image: Image.Image, labels: np.ndarray, palette: Sequence[tuple[int, int, int]], opacity: float
 ) -> None:
-    """Blend the labels' colours into the image itself: an aerial image may not fit into memory twice."""
+    """Blend the colours of the labels into the image, in place: an aerial image may not fit into memory twice."""
     for top in range(0, image.height, _ROWS):
         box = (0, top, image.width, min(top + _ROWS, image.height))
         colors = Image.fromarray(colorize(labels[box[1] : box[3]], palette))
@@ -229,7 +238,7 @@ def _margin(margin: Tensor, spacing: float) -> Image.Image:
 
 
 def _is(question: Callable[[], bool]) -> bool:
-    # A text that no path can be, such as one with a null byte.
+    # Some texts cannot be a path, such as one with a null byte.
     try:
         return question()
     except (OSError, ValueError):
@@ -245,7 +254,7 @@ def _glob(pattern: str) -> list[Path]:
 
 
 def _write(picture: Image.Image, target: Path) -> None:
-    # The longest name that a folder takes leaves no room for more letters.
+    # A fixed short name: a target with the longest allowed name leaves no room for a longer temporary one.
     temporary = target.with_name(f".flowseg.{os.getpid()}")
     try:
         picture.save(temporary, format="PNG")

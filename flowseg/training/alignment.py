@@ -1,4 +1,4 @@
-"""Alignment of the network's features with those of a frozen image encoder (REPA, Yu et al., arXiv 2410.06940)."""
+"""REPA (Yu et al., arXiv 2410.06940): align the network's features with those of a frozen image encoder."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from flowseg.errors import UserError
 
-# Mean and standard deviation of ImageNet's pixels in [0, 1], which DINOv2 was trained with.
+# DINOv2 was trained on pixels normalised with ImageNet's mean and standard deviation, for pixels in [0, 1].
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageFeatures(nn.Module):
-    """Patch features of a frozen DINOv2, one for each patch of our network.
+    """Patch features of a frozen DINOv2, one per patch of our network.
 
     Args:
         encoder: a ``Dinov2Model`` or ``Dinov2WithRegistersModel`` of transformers.
@@ -34,7 +34,7 @@ class ImageFeatures(nn.Module):
         """Load an encoder by its name on the hub or from a folder.
 
         Raises:
-            UserError: transformers is not installed, or there is no such encoder of a known kind.
+            UserError: transformers is not installed, the encoder cannot be loaded, or it is not a DINOv2.
         """
         try:
             from transformers import AutoModel
@@ -52,14 +52,14 @@ class ImageFeatures(nn.Module):
         return cls(encoder)
 
     def train(self, mode: bool = True) -> ImageFeatures:
-        """Stays in evaluation mode."""
+        """Stay in evaluation mode, whatever ``mode`` is."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor, rows: int, columns: int) -> Tensor:
         """Features ``(B, rows * columns, dim)`` of images ``(B, 3, H, W)`` in [-1, 1], patches in row-major order.
 
-        The image is resized so that the encoder's patches fall on ours, whatever their two sizes are.
+        The images are resized to ``rows`` by ``columns`` patches of the encoder, which then coincide with ours.
         """
         size = rows * self.patch_size, columns * self.patch_size
         pixels = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True, align_corners=False)
@@ -68,5 +68,5 @@ class ImageFeatures(nn.Module):
 
 
 def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
-    """``mean over patches of 1 - cos(projected, features)``, both ``(B, N, dim)``; differentiable in ``projected``."""
+    """Mean over patches of ``1 - cos(projected, features)``. Both are ``(B, N, dim)``; differentiable in ``projected``."""
     return 1 - F.cosine_similarity(projected.float(), features.float(), dim=-1).mean()

@@ -1,4 +1,4 @@
-"""How far a command has come: a bar on a terminal, a plain line now and then in a log."""
+"""Progress of a command: a bar on a terminal, occasional plain lines in a log."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flowseg.evaluate import Scores
-from flowseg.terminal import printable, say
+from flowseg.runs.terminal import printable, say
 
 LINE_SECONDS = 30.0
-"""Shortest time between two lines of a log that only say how far the work is."""
+"""Shortest time between two log lines that only report progress."""
 
 
 def has_terminal(console: Console) -> bool:
-    """Whether a bar can move on this console. Colours that the environment forces do not make a file a terminal."""
+    """Whether a bar can move on this console. A file is no terminal, even if the environment forces colours."""
     return console.is_jupyter or (console.is_interactive and console.file.isatty())
 
 
 class TrainingView:
-    """What a training run shows of itself. This one shows nothing."""
+    """Progress of a training run. This base class shows nothing."""
 
     def tick(self) -> None:
         """A step is done."""
@@ -32,19 +31,19 @@ class TrainingView:
     def show(
         self, loss: float | None = None, speed: float | None = None, fraction: float = 0.0, miou: float | None = None
     ) -> None:
-        """Newest numbers: loss, images per second, share of the run that is done, validation mIoU in percent."""
+        """Show the newest numbers: loss, images per second, share of the run that is done, validation mIoU in percent."""
 
     def validating(self, done: int, total: int) -> None:
         """A validation has seen ``done`` of ``total`` images."""
 
-    def validated(self, scores: Scores, best: float) -> None:
-        """A validation is done; ``best`` is the highest mIoU so far."""
+    def validated(self, miou: float, pixel_accuracy: float, images: int, best: float) -> None:
+        """A validation is done; ``best`` is the highest mIoU so far. Scores are in percent."""
 
     def saved(self) -> None:
-        """A checkpoint is on the disk."""
+        """A checkpoint is written."""
 
     def ended(self, reason: str) -> None:
-        """The loop is left."""
+        """The training loop has ended."""
 
 
 class _Bar(TrainingView):
@@ -57,7 +56,7 @@ class _Bar(TrainingView):
         self, loss: float | None = None, speed: float | None = None, fraction: float = 0.0, miou: float | None = None
     ) -> None:
         self.facts |= _facts(loss, speed, miou)
-        # A time limit may end the run before the steps do; the bar then shows where the steps will have got to.
+        # A time limit may end the run early; the bar then shows the step that the run will probably reach.
         likely = round(self.step() / fraction) if 0 < fraction < 1 else self.step() if fraction else self.total
         total = max(self.step(), min(self.total, likely))
         self.progress.update(self.task, completed=self.step(), total=total, facts="  ".join(self.facts.values()))
@@ -73,9 +72,9 @@ class _Lines(TrainingView):
         self._say(f"starts at step {step()} of {total}")
 
     def tick(self) -> None:
-        # A log may be many slow steps away.
+        # The next logged step may be many slow steps away.
         if self.facts:
-            self._now_and_then()
+            self._say_rarely()
 
     def show(
         self, loss: float | None = None, speed: float | None = None, fraction: float = 0.0, miou: float | None = None
@@ -86,15 +85,15 @@ class _Lines(TrainingView):
         done = fraction - self.start[1]
         if done > 0:
             self.left = f"  left {_clock((now - self.start[0]) * (1 - min(fraction, 1.0)) / done)}"
-        self._now_and_then()
+        self._say_rarely()
 
     def validating(self, done: int, total: int) -> None:
-        self._now_and_then(f"step {self.step()}  validation {min(done, total)} of {total} images")
+        self._say_rarely(f"step {self.step()}  validation {min(done, total)} of {total} images")
 
-    def validated(self, scores: Scores, best: float) -> None:
+    def validated(self, miou: float, pixel_accuracy: float, images: int, best: float) -> None:
         self._say(
-            f"step {self.step()}  validation: mIoU {scores.miou:.2f}, pixel accuracy {scores.pixel_accuracy:.2f} on "
-            f"{scores.images} images; best mIoU {best:.2f}"
+            f"step {self.step()}  validation: mIoU {miou:.2f}, pixel accuracy {pixel_accuracy:.2f} on "
+            f"{images} images; best mIoU {best:.2f}"
         )
 
     def saved(self) -> None:
@@ -105,7 +104,7 @@ class _Lines(TrainingView):
             f"ended at step {self.step()} of {self.total} by {reason} after {_clock(time.monotonic() - self.begin)}"
         )
 
-    def _now_and_then(self, text: str | None = None) -> None:
+    def _say_rarely(self, text: str | None = None) -> None:
         if time.monotonic() - self.last >= LINE_SECONDS:
             self.last = time.monotonic()
             facts = "  ".join(self.facts.values())
@@ -118,13 +117,13 @@ class _Lines(TrainingView):
 
 @contextlib.contextmanager
 def training_view(console: Console | None, title: str, total: int, step: Callable[[], int]) -> Iterator[TrainingView]:
-    """A view of a training run: a bar on a terminal, lines elsewhere, nothing without a console.
+    """Give a view of a training run: a bar on a terminal, lines elsewhere, nothing without a console.
 
     Args:
-        console: where to draw.
+        console: where to print.
         title: name of the run.
         total: steps of the run.
-        step: gives the number of steps done so far.
+        step: returns the number of steps done so far.
     """
     if console is None:
         yield TrainingView()
@@ -140,13 +139,13 @@ def training_view(console: Console | None, title: str, total: int, step: Callabl
 def counting_view(
     console: Console | None, title: str, total: int | None, *, every: bool = False
 ) -> Iterator[Callable[..., None]]:
-    """A function that counts work done: ``advance(count, name)``. A bar on a terminal, lines elsewhere.
+    """Give a function ``advance(count, name)`` that counts finished work: a bar on a terminal, lines elsewhere.
 
     Args:
-        console: where to draw; ``None`` draws nothing.
+        console: where to print; ``None`` prints nothing.
         title: name of the work.
-        total: all of the work, if known.
-        every: print a line for each call, not only now and then.
+        total: amount of work, if known.
+        every: print a line for each call instead of one every ``LINE_SECONDS``.
     """
     if console is None:
         yield lambda count=1, name="": None

@@ -1,4 +1,4 @@
-"""The signals by which schedulers, shells and closed connections ask a run to save and leave."""
+"""Signals by which people, schedulers and closed connections ask a command to save and stop."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import threading
 from collections.abc import Callable, Iterator
 
 ASKED = (signal.SIGTERM, signal.SIGINT)
-"""Signals of a person or of a scheduler; a second one ends the process at once."""
+"""Signals from a person or a scheduler. The second one ends the process at once."""
 
 WARNED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals of a closed connection (SIGHUP) and of SLURM's ``--signal`` and submitit (SIGUSR1, SIGUSR2).
 
-They may come more than once, and SIGTERM may follow them: none of that ends a process that is saving."""
+They may come several times, and SIGTERM may follow them. None of them ends a process that is saving."""
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """A list that receives the number of each signal that asks to stop; its first entry is the reason to leave.
+    """Give a list to which the number of each signal is appended; the first entry is the reason to stop.
 
-    A second SIGTERM or SIGINT acts as it did before. SIGHUP, SIGUSR1 and SIGUSR2 stay ignored in a process that was
-    started with them ignored, as ``nohup`` does with SIGHUP. A handler that the program had for one of these three, such as
-    submitit's, runs when the context has ended and everything is saved.
+    A second SIGTERM or SIGINT calls the handler from before the block. SIGHUP, SIGUSR1 and SIGUSR2 stay ignored if the
+    process was started with them ignored, as ``nohup`` does with SIGHUP. If the program had a handler for one of these three,
+    such as submitit's, it is called after the block, when everything is saved.
     """
     received: list[int] = []
 
@@ -41,9 +41,9 @@ def stop_on_signal() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Raise :class:`SystemExit` with status 128 + number on the signals that ask to stop.
+    """Raise :class:`SystemExit` with status 128 + number when a signal arrives.
 
-    SIGINT is left out: Python raises KeyboardInterrupt on it. After the first one only SIGTERM raises again.
+    SIGINT is left to Python, which raises KeyboardInterrupt. After the first signal only SIGTERM raises again.
     """
     received: list[int] = []
 
@@ -58,7 +58,7 @@ def exit_on_signal() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled(handler: Callable[[int, object], None], numbers: tuple[int, ...] = (*ASKED, *WARNED)) -> Iterator[dict]:
-    """Set ``handler`` for ``numbers`` and give the handlers that were there. Only the main thread may do so."""
+    """Set ``handler`` for ``numbers`` and give the previous handlers. Outside the main thread this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield {}
         return
@@ -72,5 +72,5 @@ def _handled(handler: Callable[[int, object], None], numbers: tuple[int, ...] = 
         yield previous
     finally:
         for number, handler_before in previous.items():
-            # None stands for a handler that was not set from Python and that Python cannot set again.
+            # None: a handler that was not set from Python. Python cannot set it again.
             signal.signal(number, signal.SIG_DFL if handler_before is None else handler_before)

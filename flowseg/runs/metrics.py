@@ -1,11 +1,10 @@
-"""``metrics.jsonl``: one JSON object per line, which a resumed run goes on with."""
+"""``metrics.jsonl``, one JSON object per line: the only reader and writer. A resumed run appends to it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from flowseg.errors import UserError
+from flowseg.runs.files import write_whole
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without one that a killed process left unfinished.
+    """Read all lines, except one that a killed process left unfinished.
 
     Raises:
         OSError: the file cannot be read.
@@ -26,13 +26,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(path: Path, *, step: int, validated: int) -> None:
-    """Drop what was logged after the checkpoint of ``step``: those steps and validations are done again."""
+    """Drop the lines after ``step``, and validations after the step ``validated``: a resumed run repeats them."""
     if path.is_file():
-        until = {"validation": validated}
-        kept = [line for line in read_metrics(path) if line["step"] <= until.get(line["event"], step)]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        last = {"validation": validated}
+        kept = [line for line in read_metrics(path) if line["step"] <= last.get(line["event"], step)]
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -45,11 +43,13 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def open_metrics(path: Path, accelerator: Accelerator) -> Iterator[Callable[..., None]]:
-    """A function that writes its arguments as one line and to the trackers; only the first process writes.
+    """Give a function that appends its keyword arguments as one line and sends them to the trackers.
+
+    Only the first process writes.
 
     Args:
-        path: the file; lines are appended.
-        accelerator: of the trackers.
+        path: the metrics file.
+        accelerator: owner of the trackers.
     """
     if not accelerator.is_main_process:
         yield lambda **_: None
@@ -70,7 +70,7 @@ def open_metrics(path: Path, accelerator: Accelerator) -> Iterator[Callable[...,
 
 
 def log_to_trackers(accelerator: Accelerator, fields: dict[str, Any]) -> None:
-    """Give a line of the metrics to the trackers, if there are any."""
+    """Send one line of the metrics to the trackers, if there are any."""
     if accelerator.trackers:
         event, step = fields["event"], fields["step"]
         values = {f"{event}/{name}": value for name, value in fields.items() if name not in ("event", "step")}

@@ -1,4 +1,4 @@
-"""Validation: one confusion matrix over a split at native label resolution, and the scores made from it."""
+"""Validation: count a confusion matrix over a split at native resolution, and compute scores from it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Scores:
     """Scores of one split, in percent.
 
     Attributes:
-        miou: mean over the classes that occur in the truth or in the prediction.
+        miou: mean IoU over the classes that occur in the truth or in the prediction.
         pixel_accuracy: share of labelled pixels that are right.
-        iou: by class; ``None`` for a class that occurs in neither.
+        iou: IoU per class; ``None`` for a class that occurs in neither.
         images: number of images.
-        confusion: ``(K, K)`` int64, ``[truth, prediction]``.
-        undecided: labelled pixels whose prediction was not a number; they count as wrong.
+        confusion: ``(K, K)`` int64, indexed ``[truth, prediction]``.
+        undecided: number of labelled pixels whose prediction is NaN; they count as wrong.
     """
 
     miou: float
@@ -35,7 +35,7 @@ class Scores:
     undecided: int = 0
 
     def summary(self, classes: tuple[str, ...]) -> dict:
-        """JSON-ready numbers."""
+        """All scores as values for JSON; IoU by class name."""
         return {
             "miou": self.miou,
             "pixel_accuracy": self.pixel_accuracy,
@@ -47,9 +47,12 @@ class Scores:
 
 
 def scores_from_confusion(confusion: Tensor, images: int = 0, undecided: Tensor | None = None) -> Scores:
-    """``IoU_k = n_kk / (row_k + column_k - n_kk)``; classes with an empty union are left out of the mean.
+    """Scores with ``IoU_k = n_kk / (row_k + column_k - n_kk)``; classes with an empty union are left out of the mean.
 
-    ``undecided`` ``(K,)`` counts pixels of each true class that decode to no class (NaN): misses, part of the union.
+    Args:
+        confusion: ``(K, K)`` counts ``[truth, prediction]``.
+        images: number of images.
+        undecided: ``(K,)`` pixels of each true class that decode to no class (NaN); they are misses and part of the union.
     """
     counts = confusion.to(torch.float64).cpu()
     missed = torch.zeros(len(counts), dtype=torch.float64) if undecided is None else undecided.to(torch.float64).cpu()
@@ -78,19 +81,19 @@ def evaluate(
     world: int = 1,
     add_up: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
-    """Segment a split and compare with its labels; label 255 is left out.
+    """Segment a split and compare the result with its labels; label 255 is ignored.
 
     Args:
         segmenter: the network with its sampling settings.
         pairs: images and labels at native size.
-        limit: only this many images, evenly spread over the split.
+        limit: use only this many images, evenly spread over the split.
         on_batch: called with the number of images of each finished batch.
-        rank, world: this process among how many; each takes every ``world``-th image.
-        add_up: sums a tensor over the processes. Counts are summed, so the scores are those of one process: a mean of the
-            processes' mIoU would not be the mIoU.
+        rank, world: number of this process, and of all processes; a process segments every ``world``-th image.
+        add_up: sums a tensor over all processes. It sums counts, so the scores equal those of a single process; a mean
+            of the mIoU of each process would differ.
     """
     classes = segmenter.codebook.num_classes
-    # Rows and columns from ``classes`` on count ignored pixels and predictions that are no class.
+    # Rows and columns from index ``classes`` on count ignored pixels and predictions that are not a class.
     counts = torch.zeros(256, 256, dtype=torch.int64)
     count = 0
     for images, targets, native in _batches(segmenter, pairs, limit, rank, world):
@@ -105,27 +108,28 @@ def evaluate(
         sums = add_up(sums.to(segmenter.device)).cpu()
         confusion, labelled = sums[: classes**2].view(classes, classes), sums[classes**2 : -1]
         count = int(sums[-1])
-    # A pixel that is not a number is in no column of the matrix; a diverged network must not gain by it.
+    # A NaN prediction is in no column of the matrix: count it as wrong, or a diverged network would score better.
     return scores_from_confusion(confusion, count, labelled - confusion.sum(1))
 
 
 def chosen_indices(size: int, limit: int | None) -> list[int]:
-    """All indices, or ``limit`` of them evenly spread: neighbouring files are often neighbouring video frames."""
+    """All indices, or ``limit`` evenly spread ones: neighbouring files are often neighbouring frames of a video."""
     if limit is None or limit >= size:
         return list(range(size))
     return [round(i * (size - 1) / max(limit - 1, 1)) for i in range(limit)]
 
 
-# Pixels of the label maps of one batch: enough for sixteen of most photographs, and a bound for the largest.
+# Largest number of label pixels in a batch: enough for sixteen photographs, and it bounds the memory of larger images.
 BATCH_PIXELS = 2**28
 
 
 def _batches(
     segmenter: Segmenter, pairs: Pairs, limit: int | None, rank: int, world: int
 ) -> Iterator[tuple[list[Image.Image], list[Tensor], tuple[int, int]]]:
-    """Neighbouring pairs of equal size, of this process's share: what the network sees, labels ``(H, W)`` uint8, their size.
+    """Group the pairs of this process into batches of neighbours with equal size.
 
-    Images are held at the size that the network sees: sixteen photographs would fill the memory.
+    Yields images at the size that the network sees (sixteen whole photographs would fill the memory), their labels
+    ``(H, W)`` uint8, and their native size.
     """
     images: list[Image.Image] = []
     targets: list[Tensor] = []
@@ -141,14 +145,14 @@ def _batches(
         native = size
         images.append(segmenter.seen(image))
         targets.append(torch.from_numpy(np.array(target, np.uint8)))
-        # The next pair is decoded before these names are taken by it.
+        # Free the pair now: the next one is decoded before the loop rebinds these names.
         del image, target
     if images:
         yield images, targets, native
 
 
 def _count_pairs(truth: Tensor, predicted: Tensor) -> Tensor:
-    """How often each pair of values occurs, ``(256, 256)`` int64 on the host, of two label maps ``(H, W)`` uint8."""
+    """Count the pairs of values of two label maps ``(H, W)`` uint8: ``(256, 256)`` int64 on the CPU."""
     counts = torch.zeros(256 * 256, dtype=torch.int64, device=truth.device)
     for some, found in zip(truth.flatten().split(2**22), predicted.flatten().split(2**22)):
         counts += torch.bincount(some.int() * 256 + found, minlength=256 * 256)

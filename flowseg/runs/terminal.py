@@ -1,4 +1,4 @@
-"""Output for people that no name, locale or closed terminal can make fail."""
+"""Printing that never fails, whatever the text, the locale or the state of the terminal."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from rich.text import Text
 
 
 def make_console(*, stderr: bool = True, quiet: bool = False) -> Console:
-    """A console that prints every text literally and never raises because of the stream behind it."""
+    """Make a console that prints every text literally and never raises an error of its stream."""
     stream = (sys.stderr if stderr else sys.stdout) or io.StringIO()
     return Console(file=SturdyStream(stream), quiet=quiet, markup=False, emoji=False, highlight=False)
 
 
 def say(console: Console | None, text: str, style: str = "") -> None:
-    """Print a line as it is: brackets are no markup, and a long line is not broken."""
+    """Print a line literally: brackets are not markup, and long lines are not wrapped."""
     if console:
         console.print(Text(printable(text), style=style), soft_wrap=True)
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters and undecodable bytes as escapes; line breaks stay."""
+    """Escape control characters and undecodable bytes; keep line breaks and tabs."""
     return "".join(c.encode("unicode_escape").decode() if _is_control(c) else c for c in decoded(text))
 
 
 def decoded(text: str) -> str:
-    """A name that Python has read in a locale without UTF-8, as the text that it is; any other text as it was."""
+    """Decode a UTF-8 name that Python has read in another locale (surrogate escapes); return any other text unchanged."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError:
@@ -42,7 +42,7 @@ def _is_control(character: str) -> bool:
 
 
 def speak_any_text() -> None:
-    """Let standard output and error escape the characters that their encoding lacks, instead of raising."""
+    """Make standard output and error escape characters that their encoding lacks, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="backslashreplace")
@@ -51,26 +51,26 @@ def speak_any_text() -> None:
 class SturdyStream(io.TextIOBase):
     """A text stream on which writing never fails.
 
-    Characters that the encoding lacks are escaped. After an error of the system, such as that of a closed terminal,
-    everything is dropped: a run that cannot be watched goes on.
+    Characters that the encoding lacks are escaped. After an error of the operating system, such as a closed terminal, all
+    output is dropped, and the run continues.
     """
 
     def __init__(self, stream: TextIO):
-        # Rich replaces sys.stderr while it draws; this is the stream behind that replacement.
+        # Rich replaces sys.stderr by a proxy while it draws; write to the stream behind the proxy.
         self._stream = getattr(stream, "rich_proxied_file", stream)
         self._broken = False
 
     @property
     def encoding(self) -> str:
-        """Encoding of the stream behind this one."""
+        """Encoding of the underlying stream."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
-        """Whether a terminal is behind this stream."""
+        """Whether the underlying stream is a terminal that still works."""
         return not self._broken and self._stream.isatty()
 
     def fileno(self) -> int:
-        """File descriptor of the stream behind this one."""
+        """File descriptor of the underlying stream."""
         return self._stream.fileno()
 
     def writable(self) -> bool:
@@ -78,7 +78,7 @@ class SturdyStream(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        """Write what can be written."""
+        """Write, or drop the text if the underlying stream has failed."""
         if not self._broken:
             try:
                 self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
@@ -87,8 +87,8 @@ class SturdyStream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Flush, if that is still possible."""
-        # TextIOBase flushes when it is collected, which may be before __init__ has run.
+        """Flush, unless the underlying stream has failed."""
+        # TextIOBase flushes in its destructor, which may run before __init__ has.
         if not self.__dict__.get("_broken", True):
             try:
                 self._stream.flush()
@@ -96,7 +96,7 @@ class SturdyStream(io.TextIOBase):
                 self._broken = True
 
     def close(self) -> None:
-        """Leave the stream behind this one open."""
+        """Do nothing: the underlying stream stays open."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_stream"], name)

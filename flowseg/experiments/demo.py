@@ -1,4 +1,4 @@
-"""The demo: vanilla flow matching against FlowSeg on the embedded data, and a report of what came out."""
+"""The demo: train plain flow matching and FlowSeg on the embedded data, and write a report that compares them."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from rich.console import Console
 from flowseg.config import Config
 from flowseg.data import open_data
 from flowseg.errors import UserError
-from flowseg.evaluate import Scores, chosen_indices, evaluate
-from flowseg.metrics import read_metrics
-from flowseg.progress import counting_view
+from flowseg.inference.evaluate import Scores, evaluate
 from flowseg.report import figures
 from flowseg.report.blocks import environment, speed_blocks
 from flowseg.report.page import Page, folded, paragraph, picture, table
 from flowseg.report.speed import measure_kernels
+from flowseg.runs.files import write_whole
+from flowseg.runs.metrics import read_metrics
+from flowseg.runs.progress import counting_view
+from flowseg.runs.terminal import say
 from flowseg.segment import Segmenter
-from flowseg.terminal import say
-from flowseg.train import train
+from flowseg.training.trainer import train
 from flowseg_kernels import nearest_centroid
 
 ARMS = {"vanilla": 0.0, "FlowSeg": 1.0}
 SECONDS_PER_ARM = 105.0
-# Differences between seeds at this scale reached a few points, so less than this is called no difference.
+# Seeds differed by up to a few points at this scale: a smaller difference is called "no clear difference".
 CLEAR_MIOU = 1.0
 
 
 @dataclasses.dataclass
 class Arm:
-    """One trained side of the comparison."""
+    """One side of the comparison, trained."""
 
     name: str
     config: Config
@@ -49,11 +50,11 @@ class Arm:
 
 
 def demo_config(*, quick: bool, steps: int, seed: int) -> Config:
-    """Settings of both arms before the correction weight is set."""
+    """Settings of both arms, without the correction weight."""
     tree = {
-        # One digit is about a patch wide, which a linear embedding of whole patches learns in a few hundred steps.
+        # A digit is about as wide as a patch. A linear embedding of whole patches learns that in a few hundred steps.
         "model": {"size": "nano", "stem_width": 0},
-        # Three, so that the states of the flow can be shown as colours.
+        # The report shows the three channels as red, green and blue.
         "codes": {"channels": 3, "sequence": "sqrt_primes"},
         "data": {
             "name": "digits",
@@ -81,21 +82,21 @@ def demo_config(*, quick: bool, steps: int, seed: int) -> Config:
 def run_demo(
     out: Path, *, quick: bool = False, steps: int | None = None, seed: int = 0, console: Console | None = None
 ) -> Path:
-    """Train both arms with the same seed, order and steps, measure the kernels, write ``out/report.html``.
+    """Train both arms with the same seed, order and steps, time the kernels, and write ``out/report.html``.
 
     Args:
-        out: folder; arms of an earlier demo in it are replaced, anything else in their place is an error.
-        quick: a much shortened run that shows the form of the report, not a result.
-        steps: training steps of each arm; ``None`` finds how many take about 105 s here.
-        seed: of weights, data and draws.
-        console: where to draw progress; ``None`` draws nothing.
+        out: folder to write. Arms of an earlier demo in it are replaced; anything else with their names is an error.
+        quick: a much shorter run that shows the form of the report, not a result.
+        steps: training steps of each arm; ``None`` chooses as many as take about 105 s on this machine.
+        seed: seed of weights, data, times and noise.
+        console: where to print progress; ``None`` prints nothing.
 
     Returns:
-        Path of the report. Beside it lie ``scene.png``, ``curves.png`` and ``report.json``.
+        Path of the report. ``scene.png``, ``curves.png`` and ``report.json`` are in the same folder.
 
     Raises:
-        UserError: a folder in the way.
-        AssertionError: a kernel that disagrees with the reference.
+        UserError: a file or folder with the name of an arm is not an earlier demo's run.
+        AssertionError: a kernel disagrees with the reference.
     """
     out = Path(out)
     folders = {name: out / name.lower() for name in ARMS}
@@ -121,11 +122,11 @@ def _clear_run(folder: Path) -> None:
     if folder.is_dir() and (folder / "config.yaml").is_file():
         shutil.rmtree(folder)
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--out: {folder} is in the way and not an earlier demo's run; give another folder")
+        raise UserError(f"--out: {folder} exists and is not a run of an earlier demo; give another folder")
 
 
 def _affordable_steps(config: Config, out: Path) -> int:
-    """Steps that fit in ``SECONDS_PER_ARM``, from a trial of a few; a multiple of 10 in 60..1500."""
+    """The number of steps that fit in ``SECONDS_PER_ARM``, from a short trial: a multiple of 10 from 60 to 1500."""
     config.train.eval_images = 1
     trial = out / "trial"
     _clear_run(trial)
@@ -156,7 +157,7 @@ def _train_arm(name: str, weight: float, base: Config, folder: Path, console: Co
 
 
 def verdict(arms: list[Arm]) -> str:
-    """One sentence on the comparison, from its numbers."""
+    """State the outcome of the comparison in one sentence."""
     vanilla, flowseg = (arm.scores.miou for arm in arms)
     steps = arms[0].config.train.steps
     numbers = f"{flowseg:.1f} % mIoU against {vanilla:.1f} % for plain flow matching after {steps} steps"
@@ -168,7 +169,7 @@ def verdict(arms: list[Arm]) -> str:
 
 
 def _scenes(arms: list[Arm], indices: list[int]) -> list[Figure]:
-    """Figures of some validation scenes: the flow and the decoded mask of every arm."""
+    """Draw the flow and the decoded mask of every arm for some validation scenes."""
     config = arms[0].config
     data = open_data(config.data, ("val",), seed=config.train.seed)
     drawn = []
@@ -186,78 +187,97 @@ def _scenes(arms: list[Arm], indices: list[int]) -> list[Figure]:
 
 
 def _write_report(path: Path, arms: list[Arm], speed: list[dict], size: int, quick: bool) -> None:
-    vanilla, flowseg = arms
-    config = vanilla.config
-    labels = open_data(config.data, (), seed=config.train.seed).labels
     page = Page(
         "FlowSeg: generative segmentation by flow matching",
         "A network learns to move an image, pixel by pixel, to a map of class colours. This page compares plain flow "
         "matching with the distance-aware correction of arXiv 2603.19218, trained and measured on this machine.",
     )
+    page.cards(_cards(arms, speed))
+    _add_comparison(page, path.with_name("curves.png"), arms, quick)
+    _add_scenes(page, path.with_name("scene.png"), arms, count=2 if quick else 4)
+    page.section(
+        "What the correction changes",
+        paragraph(
+            "The star is the code of the true class, circles are the codes of the other classes. There are two code channels "
+            "here, because two can be drawn. With the plain squared error the pull towards the true code grows with the "
+            "distance and ignores the other codes. The correction also pushes away from wrong codes, most strongly close to "
+            "them, which keeps an estimate from settling between two codes. Behind a wrong code, seen from the star, push and "
+            "pull can cancel: those are the pale spots."
+        ),
+        picture(figures.vector_field_figure(), "vector field and gradient norm around a centroid"),
+    )
+    _add_scores(page, arms)
+    page.section("Speed of the kernels", *speed_blocks(speed, size))
+    page.section(
+        "Settings and versions",
+        paragraph("; ".join(f"{key} {value}" for key, value in environment().items())),
+        folded("All settings (FlowSeg arm)", yaml.safe_dump(arms[1].config.model_dump(mode="json"), sort_keys=False)),
+    )
+    page.write(path)
+
+
+def _cards(arms: list[Arm], speed: list[dict]) -> list[tuple[str, str]]:
+    """The large numbers at the top: both scores, the length of training, and the largest speed-up."""
+    vanilla, flowseg = arms
     cards = [
         (f"{vanilla.scores.miou:.1f} %", "mIoU, plain flow matching"),
         (f"{flowseg.scores.miou:.1f} %", "mIoU, FlowSeg"),
-        (f"{config.train.steps}", f"steps each, {vanilla.seconds:.0f} s and {flowseg.seconds:.0f} s"),
+        (f"{vanilla.config.train.steps}", f"steps each, {vanilla.seconds:.0f} s and {flowseg.seconds:.0f} s"),
     ]
     if speed:
         best = max(speed, key=lambda row: row["eager_ms"] / row["ours_ms"])
         cards.append((f"{best['eager_ms'] / best['ours_ms']:.1f}x", f"{best['name']} against eager PyTorch"))
-    page.cards(cards)
+    return cards
 
+
+def _add_comparison(page: Page, file: Path, arms: list[Arm], quick: bool) -> None:
+    """Add the verdict and the convergence curves, which are also saved as ``file``."""
+    vanilla, flowseg = arms
     caution = (
         "This was the shortened run: it shows the form of the report, and its numbers mean nothing."
         if quick
-        else "One seed and one short run: a few points either way can be chance."
+        else "This is one seed and one short run: a difference of a few points can be chance."
     )
     curves = figures.curve_figure({a.name: a.curve for a in arms}, {a.name: a.errors for a in arms})
-    curves.savefig(path.with_name("curves.png"), dpi=110)
-    scenes = _scenes(arms, chosen_indices(len(arms[0].curve) and config.data.scenes_val, None)[: 2 if quick else 4])
-    scenes[0].savefig(path.with_name("scene.png"), dpi=110)
+    curves.savefig(file, dpi=110)
     page.section(
         "What came out",
         paragraph(f"{verdict(arms)} {caution}"),
         paragraph(
-            f"Both arms saw the same scenes in the same order, started from the same weights and drew the same times; "
-            f"they differ in loss.correction_weight alone ({vanilla.config.loss.correction_weight:g} and "
+            f"Both arms saw the same scenes in the same order, started from the same weights and drew the same times. They "
+            f"differ only in loss.correction_weight ({vanilla.config.loss.correction_weight:g} and "
             f"{flowseg.config.loss.correction_weight:g}). Scored on {vanilla.scores.images} scenes of held-out digits "
             f"on held-out parts of the photographs."
         ),
         picture(curves, "convergence curves"),
     )
-    count = config.sample.steps
+
+
+def _add_scenes(page: Page, file: Path, arms: list[Arm], count: int) -> None:
+    """Add the flow on the first ``count`` validation scenes; the first scene is also saved as ``file``."""
+    config = arms[0].config
+    scenes = _scenes(arms, list(range(min(count, config.data.scenes_val))))
+    scenes[0].savefig(file, dpi=110)
     page.section(
         "The flow, step by step",
         paragraph(
-            f"From the image (t = 0) to the class colours (t = 1) in {count} Euler steps, then every pixel takes the "
-            f"nearest code. Scenes are the first of the validation set, not chosen."
+            f"{config.sample.steps} Euler steps lead from the image (t = 0) to the class colours (t = 1). Then each pixel "
+            f"gets the class of its nearest code. These are the first scenes of the validation set, not a selection."
         ),
         *(picture(scene, f"flow and mask of validation scene {index}") for index, scene in enumerate(scenes)),
         paragraph(
             "The states show code channels as red, green and blue; truth and masks use the colours named below them."
         ),
     )
-    page.section(
-        "What the correction changes",
-        paragraph(
-            "The star is the code of the true class, circles are the codes of the others; two code channels, so that "
-            "the field can be drawn. With the plain squared error the pull grows with the distance and knows nothing "
-            "of the other codes. The correction also pushes away from wrong codes, most strongly just before them, so "
-            "that an estimate does not settle between two. Behind a wrong code, seen from the star, push and pull can "
-            "cancel: those are the pale spots."
-        ),
-        picture(figures.vector_field_figure(), "vector field and gradient norm around a centroid"),
-    )
-    rows = [[name, *(_percent(arm.scores.iou[k]) for arm in arms)] for k, name in enumerate(labels.classes)]
+
+
+def _add_scores(page: Page, arms: list[Arm]) -> None:
+    config = arms[0].config
+    classes = open_data(config.data, (), seed=config.train.seed).labels.classes
+    rows = [[name, *(_percent(arm.scores.iou[k]) for arm in arms)] for k, name in enumerate(classes)]
     rows.append(["mIoU", *(_percent(arm.scores.miou) for arm in arms)])
     rows.append(["pixel accuracy", *(_percent(arm.scores.pixel_accuracy) for arm in arms)])
     page.section("Scores by class", table(["class", *(f"{arm.name}, IoU %" for arm in arms)], rows))
-    page.section("Speed of the kernels", *speed_blocks(speed, size))
-    page.section(
-        "Settings and versions",
-        paragraph("; ".join(f"{key} {value}" for key, value in environment().items())),
-        folded("All settings (FlowSeg arm)", yaml.safe_dump(flowseg.config.model_dump(mode="json"), sort_keys=False)),
-    )
-    page.write(path)
 
 
 def _percent(value: float | None) -> str:
@@ -279,4 +299,4 @@ def _write_numbers(path: Path, arms: list[Arm], speed: list[dict]) -> None:
         },
         "speed": speed,
     }
-    path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(numbers, indent=1) + "\n")
