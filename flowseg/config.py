@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from flowseg.data_names import DATA_NAMES
 from flowseg.errors import UserError
+from flowseg.runs.files import write_whole
 from flowseg.runs.terminal import decoded
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -366,13 +366,7 @@ def parse_section(section: type[Parsed], tree: dict[str, Any], origin: str) -> P
 
 def save_config(config: Config, path: Path) -> None:
     """Write all settings as YAML, from which :func:`load_config` reads the same values."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # On a full disk the settings that were there stay.
-    try:
-        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 class _OnceLoader(yaml.SafeLoader):

@@ -9,13 +9,11 @@ from pathlib import Path
 import torch
 import yaml
 
+from flowseg.build import build
 from flowseg.checkpoint import load_weights, save_weights
-from flowseg.codes import build_codebook
 from flowseg.config import config_from_tree, override
 from flowseg.data.datasets import resolve_labels
 from flowseg.errors import UserError
-from flowseg.model import build_model
-from flowseg.model.sizes import check_sizes
 from flowseg.runs.terminal import printable
 from flowseg.segment import Segmenter, default_device
 
@@ -83,11 +81,9 @@ def from_pretrained(
     config = (
         override(settings, pairs, origin=str(folder / SETTINGS)) if pairs else config_from_tree(settings, str(folder))
     )
-    codebook = build_codebook(config.codes, len(tree["id2label"]))
+    model, codebook = build(config, len(tree["id2label"]))
     if codebook.centroids.shape != centroids.shape or not torch.allclose(codebook.centroids, centroids, atol=1e-6):
         raise UserError(f"{folder / SETTINGS}: its centroids do not match its codes.* settings; the file was edited")
-    model = build_model(config)
-    check_sizes(config, model.size.patch_size)
     load_weights(model, folder / WEIGHTS)
     return Segmenter(model.eval(), codebook, config, device or default_device())
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from flowseg.build import build
 from flowseg.checkpoint import find_weights, load_weights
-from flowseg.codes import build_codebook
 from flowseg.config import Config
 from flowseg.data.datasets import resolve_labels
 from flowseg.data.pictures import Reading, as_picture, stored_values
@@ -29,8 +29,7 @@ from flowseg.inference.views import (
     resize_labels,
     windows,
 )
-from flowseg.model import FlowSegModel, build_model
-from flowseg.model.sizes import check_sizes
+from flowseg.model import FlowSegModel
 from flowseg_kernels import Codebook, nearest_centroid
 
 
@@ -64,10 +63,8 @@ class Segmenter:
             device: device to compute on; ``None``: the accelerator, or the CPU.
         """
         path = find_weights(run, checkpoint, config.sample.weights)
-        model = build_model(config)
-        check_sizes(config, model.size.patch_size)
+        model, codebook = build(config, len(resolve_labels(config.data).classes))
         load_weights(model, path)
-        codebook = build_codebook(config.codes, len(resolve_labels(config.data).classes))
         return cls(model.eval(), codebook, config, device or default_device())
 
     @torch.no_grad()

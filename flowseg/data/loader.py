@@ -113,5 +113,5 @@ def training_batches(
             raise
         raise UserError(
             f"data.workers: a worker process died ({''.join(str(error).splitlines()[:1])}); it may have run out of memory: "
-            f"use fewer than {config.workers} workers or smaller images, then --resume"
+            f"give fewer than {config.workers} workers or smaller images, then --resume"
         ) from None

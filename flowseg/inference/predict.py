@@ -16,6 +16,7 @@ from torch import Tensor
 from flowseg.data.files import IMAGE_SUFFIXES, counts_by_suffix, list_files, warn_of_other_suffixes
 from flowseg.data.pictures import Reading, read_picture, turn_back
 from flowseg.errors import DataWarning, UserError
+from flowseg.runs.files import replacing
 from flowseg.runs.memory import is_out_of_memory
 from flowseg.segment import Segmenter
 
@@ -125,7 +126,8 @@ def predict(
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             for kind, picture in _pictures(segmenter, one.path, outputs, palette, opacity):
                 target = out / name.with_name(f"{name.name}.{kind}.png")
-                _write(picture, target)
+                with replacing(target) as temporary:
+                    picture.save(temporary, format="PNG")
                 result.written.append(target)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -251,13 +253,3 @@ def _glob(pattern: str) -> list[Path]:
         return sorted(path for path in matches if path.is_file() and not path.name.startswith("."))
     except (OSError, ValueError):
         return []
-
-
-def _write(picture: Image.Image, target: Path) -> None:
-    # A fixed short name: a target with the longest allowed name leaves no room for a longer temporary one.
-    temporary = target.with_name(f".flowseg.{os.getpid()}")
-    try:
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ def test_report_of_a_run_is_one_file_with_every_part(tmp_path, folder_data, monk
     for title in (
         "Convergence",
         "Scores by class",
-        "What is taken for what",
+        "Confusion of classes",
         "Examples",
         "Through code space",
         "Settings",
