@@ -5,19 +5,19 @@
 #include <limits>
 #include <type_traits>
 
-#include "blocks.h"
+#include "cpu/pixel/blocks.h"
 #include "shared/correction.h"
 
 namespace flowseg::cpu {
 namespace {
 
-// True when no point is far out compared with the codes. Only then is the fast formula as exact as the general one, and its
-// squares inside the range of fp32. False for NaN too.
+// Whether every coordinate of the block is within 8 times the largest of the codes, and not NaN. Only then is the fast formula as
+// accurate as the general one, and only then do its squares stay in the range of fp32.
 template <class T, int C>
-bool is_moderate(const Block<T, C>& x, double reach) {
+bool is_moderate(const Block<T, C>& x, double max_abs) {
   using I = typename Lanes<T>::I;
   using Int = typename Lanes<T>::Int;
-  // Magnitudes have the order of their bits, NaN above all, and integers are compared on pipes that are idle here.
+  // Compared as integers: bits of magnitudes have the order of the magnitudes, NaN is above all, and the integer units are idle.
   I largest{};
   for (int c = 0; c < C; ++c) {
     for (int i = 0; i < kBlock; i += Lanes<T>::width) {
@@ -25,20 +25,20 @@ bool is_moderate(const Block<T, C>& x, double reach) {
       largest = choose(magnitude > largest, magnitude, largest);
     }
   }
-  const T limit = static_cast<T>(8 * reach);
+  const T limit = static_cast<T>(8 * max_abs);
   Int bits;
   std::memcpy(&bits, &limit, sizeof bits);
-  bool moderate = reach < 1e4;
+  bool moderate = max_abs < 1e4;
   for (int i = 0; i < Lanes<T>::width; ++i) moderate &= largest[i] <= bits;
   return moderate;
 }
 
 template <class T, int C, class Step>
 FLOWSEG_INLINE void for_each_vector(const Block<T, C>& x, const Classes<typename Lanes<T>::Int>& classes,
-                                    const Block<T, C>& own, T max_norm, const Ahead& ahead, Block<T, C>& grad, Step step) {
+                                    const Block<T, C>& own, T max_norm, const Prefetcher& prefetch, Block<T, C>& grad, Step step) {
   using V = typename Lanes<T>::V;
   for (int i = 0; i < kBlock; i += Lanes<T>::width) {
-    ahead(i);
+    prefetch(i);
     V point[C], code[C], result[C];
     for (int c = 0; c < C; ++c) {
       point[c] = lanes(&x.at[c][i]);
@@ -51,7 +51,7 @@ FLOWSEG_INLINE void for_each_vector(const Block<T, C>& x, const Classes<typename
   }
 }
 
-// The sums over all classes, less the own one's part: without a compare a class, and as exact where the own weight does not dominate.
+// Sums over all classes, then subtracts the own class. Saves one compare per class; as accurate unless the own weight dominates.
 template <int C, class V, class M, class T>
 FLOWSEG_INLINE void add_all_but_own(const V (&x)[C], const V (&own)[C], const M& mu, int64_t classes, T eps, V& own_weight,
                                     Rivals<C, V>& total) {
@@ -69,25 +69,25 @@ FLOWSEG_INLINE void add_all_but_own(const V (&x)[C], const V (&own)[C], const M&
   for (int c = 0; c < C; ++c) total.pull[c] -= own_weight * own_weight * diff[c];
 }
 
-// Own weights up to so many times the others' together are taken off their sum afterwards: with rounding of 4 units of that sum at
-// most. Near a centroid and with a small eps they are millions of times as large.
+// The own weight may be subtracted from the sum over all classes if it is at most kSmallOwn times the sum of the others: then the
+// error is at most 4 ulp of that sum. Near a centroid with a small eps the own weight is millions of times larger.
 constexpr int kSmallOwn = 4;
 
 template <class T, int C>
 void correct_block(const Correction& options, const Codes& codes, const Block<T, C>& x,
-                   const Classes<typename Lanes<T>::Int>& classes, const Block<T, C>& own, const Ahead& ahead,
+                   const Classes<typename Lanes<T>::Int>& classes, const Block<T, C>& own, const Prefetcher& prefetch,
                    Block<T, C>& grad) {
   using V = typename Lanes<T>::V;
   using I = typename Lanes<T>::I;
   const auto* mu = static_cast<const T(*)[C]>(codes.data);
   const T eps = static_cast<T>(options.eps), max_norm = static_cast<T>(options.max_norm);
   const T inverse_temperature = static_cast<T>(1 / options.temperature);
-  const auto kind = static_cast<Transform>(options.transform);
-  if (kind == Transform::neg_log && options.temperature == 1 &&
-      options.eps >= 1e-12 * std::max(1.0, codes.reach * codes.reach) && is_moderate(x, codes.reach)) {
-    // Once it dominates in one vector it may in the next ones; few classes gain nothing.
+  const auto transform = static_cast<Transform>(options.transform);
+  if (transform == Transform::neg_log && options.temperature == 1 &&
+      options.eps >= 1e-12 * std::max(1.0, codes.max_abs * codes.max_abs) && is_moderate(x, codes.max_abs)) {
+    // If the own weight dominates in one vector, it may do so in the rest of the block. With few classes subtracting saves nothing.
     bool own_is_small = codes.classes > kRun;
-    return for_each_vector(x, classes, own, max_norm, ahead, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
+    return for_each_vector(x, classes, own, max_norm, prefetch, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
       Rivals<C, V> sum;
       if (own_is_small) {
         V weight;
@@ -101,18 +101,18 @@ void correct_block(const Correction& options, const Codes& codes, const Block<T,
       finish_reciprocals<C>(p, m, sum, eps, g);
     });
   }
-  const auto by_softmax = [&](auto transform) {
-    for_each_vector(x, classes, own, max_norm, ahead, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
-      constexpr Transform kind = decltype(transform)::value;
+  const auto by_softmax = [&](auto chosen) {
+    for_each_vector(x, classes, own, max_norm, prefetch, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
+      constexpr Transform transform = decltype(chosen)::value;
       V smallest = V{} + infinity<T>();
       find_smallest_distance<C>(p, mu, codes.classes, smallest);
       Softmax<C, V> state;
-      begin_softmax<kind, C>(p, m, smallest, eps, inverse_temperature, state);
-      add_softmax<kind, C>(p, y, mu, codes.classes, eps, inverse_temperature, state);
+      begin_softmax<transform, C>(p, m, smallest, eps, inverse_temperature, state);
+      add_softmax<transform, C>(p, y, mu, codes.classes, eps, inverse_temperature, state);
       finish_softmax<C>(p, smallest, state, inverse_temperature, g);
     });
   };
-  switch (kind) {
+  switch (transform) {
     case Transform::neg_log: return by_softmax(std::integral_constant<Transform, Transform::neg_log>{});
     case Transform::neg_sq: return by_softmax(std::integral_constant<Transform, Transform::neg_sq>{});
     case Transform::neg_dist: return by_softmax(std::integral_constant<Transform, Transform::neg_dist>{});

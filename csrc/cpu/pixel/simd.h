@@ -1,5 +1,8 @@
-// Vectors of one instruction set and their mathematics. Included by files that are compiled once for each set; everything is in
-// an unnamed namespace, so that the linker never takes one set's code for another's.
+// Vectors of one instruction set, and mathematical functions of them.
+//
+// Included only by files that are compiled once per instruction set. Everything is in an unnamed namespace: otherwise the linker
+// could keep the AVX-512 copy of a function for every instruction set. shared/correction.h calls functions of this header, so this
+// header comes first and uses the same namespace.
 #pragma once
 
 #include <cmath>
@@ -10,37 +13,44 @@
 #include <immintrin.h>
 #endif
 
-#include "shared/macros.h"
+#include "cpu/params.h"
 
 #if defined(__AVX512F__)
-#define FLOWSEG_ISA avx512
-#define FLOWSEG_BYTES 64
+#define FLOWSEG_VECTOR_BYTES 64
 #elif defined(__AVX2__)
-#define FLOWSEG_ISA avx2
-#define FLOWSEG_BYTES 32
+#define FLOWSEG_VECTOR_BYTES 32
 #else
-#define FLOWSEG_ISA baseline
-#define FLOWSEG_BYTES 16
+#define FLOWSEG_VECTOR_BYTES 16
 #endif
 
 namespace flowseg {
 namespace {
 
+#if defined(__AVX512BF16__)
+constexpr cpu::Isa kIsa = cpu::Isa::avx512bf16;
+#elif defined(__AVX512F__)
+constexpr cpu::Isa kIsa = cpu::Isa::avx512;
+#elif defined(__AVX2__)
+constexpr cpu::Isa kIsa = cpu::Isa::avx2;
+#else
+constexpr cpu::Isa kIsa = cpu::Isa::baseline;
+#endif
+
 template <class T>
 struct Lanes;
 template <>
 struct Lanes<float> {
-  typedef float V __attribute__((vector_size(FLOWSEG_BYTES)));
-  typedef int32_t I __attribute__((vector_size(FLOWSEG_BYTES)));
+  typedef float V __attribute__((vector_size(FLOWSEG_VECTOR_BYTES)));
+  typedef int32_t I __attribute__((vector_size(FLOWSEG_VECTOR_BYTES)));
   using Int = int32_t;
-  static constexpr int width = FLOWSEG_BYTES / 4;
+  static constexpr int width = FLOWSEG_VECTOR_BYTES / 4;
 };
 template <>
 struct Lanes<double> {
-  typedef double V __attribute__((vector_size(FLOWSEG_BYTES)));
-  typedef int64_t I __attribute__((vector_size(FLOWSEG_BYTES)));
+  typedef double V __attribute__((vector_size(FLOWSEG_VECTOR_BYTES)));
+  typedef int64_t I __attribute__((vector_size(FLOWSEG_VECTOR_BYTES)));
   using Int = int64_t;
-  static constexpr int width = FLOWSEG_BYTES / 8;
+  static constexpr int width = FLOWSEG_VECTOR_BYTES / 8;
 };
 using F = Lanes<float>::V;
 using D = Lanes<double>::V;
@@ -60,7 +70,8 @@ FLOWSEG_INLINE DI choose(DI mask, DI a, DI b) { return mask ? a : b; }
 FLOWSEG_INLINE F zero_where_equal(F v, FI y, int64_t k) { return y == static_cast<int32_t>(k) ? F{} : v; }
 FLOWSEG_INLINE D zero_where_equal(D v, DI y, int64_t k) { return y == k ? D{} : v; }
 
-// Whether a vector may hold a class of [first, last). In label maps few runs of classes do: neighbours have one class.
+// Whether a class of the vector may be in [first, last); true if in doubt. In label maps it rarely is: neighbouring pixels mostly
+// have the same class.
 FLOWSEG_INLINE bool may_hold(FI y, int64_t first, int64_t last) {
 #if defined(__AVX512F__)
   const __m512i from_first = _mm512_sub_epi32((__m512i)y, _mm512_set1_epi32(static_cast<int>(first)));
@@ -90,8 +101,8 @@ FLOWSEG_INLINE bool none(DI mask) {
   return !any;
 }
 
-// The divider works beside the multipliers: where those are busy, a division costs less of their time than an estimate and the two
-// operations of a Newton step.
+// A true division: the divider runs in parallel with the multipliers. An estimate with a Newton step would take two operations of
+// the multipliers, which are the bottleneck.
 FLOWSEG_INLINE F reciprocal(F v) { return 1.0f / v; }
 FLOWSEG_INLINE D reciprocal(D v) { return 1.0 / v; }
 
@@ -110,8 +121,8 @@ FLOWSEG_INLINE D square_root(D v) {
   return v;
 }
 
-// exp for arguments of at most 0: reduction by ln 2 in two parts, then the Taylor polynomial of degree 7 on |r| <= ln 2 / 2
-// (truncation under 2e-9). Below -87 the result is 0.
+// exp(v) for v <= 0: v = n ln 2 + r with ln 2 split in two parts, then the Taylor polynomial of degree 7 on |r| <= ln 2 / 2
+// (truncation error below 2e-9). Returns 0 below -87.
 FLOWSEG_INLINE F exponential(F v) {
   const F kept = choose(v < -87.0f, F{} - 87.0f, v);
   const FI n = __builtin_convertvector(kept * 1.44269504f - 0.5f, FI);
@@ -132,8 +143,8 @@ FLOWSEG_INLINE D exponential(D v) {
   return v;
 }
 
-// log of positive normal numbers: m in [sqrt(1/2), sqrt(2)), s = (m - 1) / (m + 1), log m = 2 atanh(s) by its odd series up to
-// s^9 (truncation under 4e-9 relative).
+// log(v) for positive normal v = m 2^e with m in [sqrt(1/2), sqrt(2)): log m = 2 atanh(s), s = (m - 1) / (m + 1), by its odd series
+// up to s^9 (relative truncation error below 4e-9).
 FLOWSEG_INLINE F logarithm(F v) {
   const FI bits = (FI)v;
   FI exponent = (bits - 0x3f3504f3) >> 23;
@@ -145,7 +156,7 @@ FLOWSEG_INLINE F logarithm(F v) {
   p = p * q + 2.0f / 5;
   p = p * q + 2.0f / 3;
   const F e = __builtin_convertvector(exponent, F);
-  // 2 s is added in the order of growing size; the two parts of ln 2 keep e ln 2 exact.
+  // The terms are added from small to large; ln 2 is split in two parts so that e ln 2 stays exact.
   return e * 0.693359375f + (2.0f * s + (p * q * s - e * 2.12194440e-4f));
 }
 FLOWSEG_INLINE D logarithm(D v) {

@@ -1,12 +1,13 @@
-// The field of one patch: pixels in and out, generated weights made ready, and the chain of blocks panel by panel of pixels.
+// The layers of the neural field for one patch: reads its pixels, normalises and packs its generated weights, runs the embedding,
+// the blocks and the output layer panel by panel, and writes its pixels. The backward runs them too, and keeps the states.
 #pragma once
 
-#include "product.h"
+#include "cpu/field/gemm.h"
 
 namespace flowseg::cpu {
 namespace {
 
-// Hands out parts of a thread's scratch, each aligned to a cache line; without memory it only counts.
+// Hands out parts of a thread's scratch, each aligned to a cache line. Constructed with null it only counts.
 class Arena {
  public:
   explicit Arena(float* memory) : memory_(memory) {}
@@ -22,19 +23,20 @@ class Arena {
   int64_t used_ = 0;
 };
 
-struct PatchPlace {
-  int64_t image, index, row, column;  // index: of the patch in its image; row, column: of its first pixel
+struct PatchPosition {
+  int64_t image, index;  // index: of the patch in its image
+  int64_t row, column;   // of its first pixel
 };
 
-inline PatchPlace patch_place(const Field& a, int64_t patch) {
-  const int64_t across = a.x.width / a.patch, patches = across * (a.x.height / a.patch);
+inline PatchPosition position_of(const Field& a, int64_t patch) {
+  const int64_t across = a.x.width / a.patch_size, patches = across * (a.x.height / a.patch_size);
   const int64_t image = patch / patches, index = patch % patches;
-  return {image, index, index / across * a.patch, index % across * a.patch};
+  return {image, index, index / across * a.patch_size, index % across * a.patch_size};
 }
 
 template <class S>
-void read_pixels_as(const Image& image, const Field& a, const PatchPlace& at, float* out) {
-  const int64_t p = a.patch;
+void read_pixels_as(const Image& image, const Field& a, const PatchPosition& at, float* out) {
+  const int64_t p = a.patch_size;
   for (int64_t c = 0; c < image.channels; ++c) {
     float* FLOWSEG_RESTRICT to = out + c * a.padded;
     for (int64_t row = 0; row < p; ++row) {
@@ -50,8 +52,8 @@ void read_pixels_as(const Image& image, const Field& a, const PatchPlace& at, fl
   }
 }
 
-// The pixels of a patch as (C, padded), zeros after the last.
-inline void read_pixels(const Image& image, const Field& a, const PatchPlace& at, float* out) {
+// Reads the pixels of a patch to (C, padded), with zeros in the padding.
+inline void read_pixels(const Image& image, const Field& a, const PatchPosition& at, float* out) {
   switch (image.type) {
     case Real::f32: return read_pixels_as<float>(image, a, at, out);
     case Real::f64: return read_pixels_as<double>(image, a, at, out);
@@ -61,8 +63,8 @@ inline void read_pixels(const Image& image, const Field& a, const PatchPlace& at
 }
 
 template <class S>
-void write_pixels_as(const float* pixels, const Field& a, const PatchPlace& at, const Output& out) {
-  const int64_t p = a.patch;
+void write_pixels_as(const float* pixels, const Field& a, const PatchPosition& at, const Output& out) {
+  const int64_t p = a.patch_size;
   for (int64_t c = 0; c < a.x.channels; ++c) {
     const float* FLOWSEG_RESTRICT from = pixels + c * a.padded;
     for (int64_t row = 0; row < p; ++row) {
@@ -73,7 +75,7 @@ void write_pixels_as(const float* pixels, const Field& a, const PatchPlace& at, 
   }
 }
 
-inline void write_pixels(const float* pixels, const Field& a, const PatchPlace& at, const Output& out) {
+inline void write_pixels(const float* pixels, const Field& a, const PatchPosition& at, const Output& out) {
   switch (out.type) {
     case Real::f32: return write_pixels_as<float>(pixels, a, at, out);
     case Real::f64: return write_pixels_as<double>(pixels, a, at, out);
@@ -82,24 +84,22 @@ inline void write_pixels(const float* pixels, const Field& a, const PatchPlace& 
   }
 }
 
-inline int64_t element_size(Real type) { return type == Real::f64 ? 8 : type == Real::f32 ? 4 : 2; }
-
 template <class S>
 void widen_all(const void* from, int64_t count, float* FLOWSEG_RESTRICT to) {
   const S* FLOWSEG_RESTRICT values = static_cast<const S*>(from);
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(widen(values[i]));
 }
 
-// The generated weights of a block where they lie.
-inline const void* block_weights(const Field& a, const PatchPlace& at, int64_t block) {
+// The generated weights of a block, in place.
+inline const void* block_weights(const Field& a, const PatchPosition& at, int64_t block) {
   const int64_t offset = at.image * a.weight_stride[0] + at.index * a.weight_stride[1] + block * a.weight_stride[2];
-  return static_cast<const char*>(a.weights) + offset * element_size(a.weight_type);
+  return static_cast<const char*>(a.weights) + offset * size_of(a.weight_type);
 }
 
-// The same as fp32, in `copy` unless they already are.
-inline const float* read_weights(const Field& a, const PatchPlace& at, int64_t block, float* copy) {
+// The generated weights of a block in fp32: in place if they are, otherwise converted into `copy`.
+inline const float* read_weights(const Field& a, const PatchPosition& at, int64_t block, float* copy) {
   const void* from = block_weights(a, at, block);
-  const int64_t count = 2 * a.hidden * a.wide;
+  const int64_t count = 2 * a.hidden * a.inner;
   switch (a.weight_type) {
     case Real::f32: return static_cast<const float*>(from);
     case Real::f64: widen_all<double>(from, count, copy); break;
@@ -109,6 +109,7 @@ inline const float* read_weights(const Field& a, const PatchPlace& at, int64_t b
   return copy;
 }
 
+// Replaces sums of squares by reciprocal lengths.
 inline void reciprocal_lengths(float* squares, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const float length = std::sqrt(squares[i]);
@@ -116,7 +117,7 @@ inline void reciprocal_lengths(float* squares, int64_t count) {
   }
 }
 
-// Stores rows row .. row + R of activations as the operand with pixels in its lanes; rows lie `step` units apart.
+// Stores features row .. row + R of a panel as units for a product over features; units are `step` apart.
 template <class P, int R>
 FLOWSEG_INLINE void store_activations(typename P::Unit* to, int64_t step, int64_t row, const F (&v)[R][2]) {
   if constexpr (P::features == 1) {
@@ -132,39 +133,43 @@ FLOWSEG_INLINE void store_activations(typename P::Unit* to, int64_t step, int64_
   }
 }
 
-// What a thread holds of the patch at hand. States of panels lie panel after panel, (rows, kPanel) each.
+// One thread's buffers for one patch, and the layers that fill them. Buffers of panels are stored panel by panel, each panel as
+// (features, kPanel). keep: keeps the states, the logits and the norms of all blocks for the backward.
 template <class P>
-struct Chain {
+struct Layers {
   using Unit = typename P::Unit;
   const Field& a;
-  const int64_t panels;  // that hold pixels
-  float *pixels, *out, *copy;
-  float *scale1, *scale2;  // reciprocal column lengths: (L, wide), (L, Hx)
-  Unit *tiles1, *tiles2, *entered, *inner;
-  float* h;        // (panels, Hx, kPanel); when keeping, L + 1 times
-  float* z;        // (L, panels, wide, kPanel), when keeping
-  float* inverse;  // 1 / rms(h): (L + 1, padded), when keeping
+  const int64_t panels;  // with pixels in them
+  float *pixels, *out;     // (C, padded)
+  float* copy;             // fp32 weights of one block
+  float *scale1, *scale2;  // reciprocal column lengths of W1 (L, inner) and W2 (L, Hx)
+  Unit *tiles1, *tiles2;   // packed W1 and W2 of one block
+  Unit *normed, *silu;     // operands of the two products: (Hx, kPanel), (inner, kPanel)
+  float* h;                // states: (panels, Hx, kPanel); if kept, L + 1 times
+  float* z;                // logits: (L, panels, inner, kPanel), if kept
+  float* inverse;          // 1 / rms(h): (L + 1, padded), if kept
 
-  Chain(const Field& field, bool keep, Arena& arena)
-      : a(field), panels((field.patch * field.patch + kPanel - 1) / kPanel) {
+  Layers(const Field& field, bool keep, Arena& arena)
+      : a(field), panels((field.patch_size * field.patch_size + kPanel - 1) / kPanel) {
     const int64_t all = panels * kPanel;
     pixels = arena.take(a.x.channels * a.padded);
     out = arena.take(a.x.channels * a.padded);
-    copy = arena.take(2 * a.hidden * a.wide);
-    scale1 = arena.take(a.depth * a.wide);
+    copy = arena.take(2 * a.hidden * a.inner);
+    scale1 = arena.take(a.depth * a.inner);
     scale2 = arena.take(a.depth * a.hidden);
-    tiles1 = reinterpret_cast<Unit*>(arena.take(a.hidden * a.wide));
-    tiles2 = reinterpret_cast<Unit*>(arena.take(a.hidden * a.wide));
-    entered = reinterpret_cast<Unit*>(arena.take(a.hidden * kPanel));
-    inner = reinterpret_cast<Unit*>(arena.take(a.wide * kPanel));
+    tiles1 = reinterpret_cast<Unit*>(arena.take(a.hidden * a.inner));
+    tiles2 = reinterpret_cast<Unit*>(arena.take(a.hidden * a.inner));
+    normed = reinterpret_cast<Unit*>(arena.take(a.hidden * kPanel));
+    silu = reinterpret_cast<Unit*>(arena.take(a.inner * kPanel));
     h = arena.take((keep ? a.depth + 1 : 1) * a.hidden * all);
-    z = arena.take(keep ? a.depth * a.wide * all : 0);
+    z = arena.take(keep ? a.depth * a.inner * all : 0);
     inverse = arena.take((a.depth + 1) * a.padded);
   }
 
   float* state(int64_t block, int64_t panel) const { return h + (block * panels + panel) * a.hidden * kPanel; }
-  float* logits(int64_t block, int64_t panel) const { return z + (block * panels + panel) * a.wide * kPanel; }
+  float* logits(int64_t block, int64_t panel) const { return z + (block * panels + panel) * a.inner * kPanel; }
 
+  // h_0 = embed x + table.
   void embed() {
     const int64_t channels = a.x.channels;
     for (int64_t panel = 0; panel < panels; ++panel) {
@@ -184,8 +189,8 @@ struct Chain {
     }
   }
 
-  // 1 / rms of the pixels of a panel; 1 in the plain form.
-  FLOWSEG_INLINE void measure(const float* from, F (&scale)[2]) const {
+  // 1 / rms of each pixel of a panel; 1 in the plain form.
+  FLOWSEG_INLINE void reciprocal_rms(const float* from, F (&scale)[2]) const {
     scale[0] = scale[1] = F{} + 1.0f;
     if (!a.residual) return;
     F sum[2][2] = {};
@@ -200,28 +205,29 @@ struct Chain {
     }
   }
 
-  // RMSNorm with its gain, as the operand of the first product.
-  FLOWSEG_INLINE void enter(const float* from, const F (&scale)[2], const float* gains) {
+  // Stores RMSNorm with its gain as the operand of the first product.
+  FLOWSEG_INLINE void normalize(const float* from, const F (&scale)[2], const float* gains) {
     for (int64_t i = 0; i < a.hidden; i += P::features) {
       F q[P::features][2];
       for (int r = 0; r < P::features; ++r) {
         const float gain = gains ? gains[i + r] : 1.0f;
         for (int v = 0; v < 2; ++v) q[r][v] = load(from + (i + r) * kPanel + v * kLanes) * scale[v] * gain;
       }
-      store_activations<P>(entered, kPanel, i, q);
+      store_activations<P>(normed, kPanel, i, q);
     }
   }
 
+  // All blocks: h += silu(RMSNorm(h) W1) W2.
   template <bool keep>
-  void blocks(const PatchPlace& at) {
+  void blocks(const PatchPosition& at) {
     for (int64_t block = 0; block < a.depth; ++block) {
       const float* w1 = read_weights(a, at, block, copy);
-      const float* w2 = w1 + a.hidden * a.wide;
-      float* first = scale1 + block * a.wide;
+      const float* w2 = w1 + a.hidden * a.inner;
+      float* first = scale1 + block * a.inner;
       float* second = scale2 + block * a.hidden;
-      pack_columns(w1, a.hidden, a.wide, tiles1, first);
-      pack_columns(w2, a.wide, a.hidden, tiles2, second);
-      reciprocal_lengths(first, a.wide);
+      pack_columns(w1, a.hidden, a.inner, tiles1, first);
+      pack_columns(w2, a.inner, a.hidden, tiles2, second);
+      reciprocal_lengths(first, a.inner);
       if (a.both) {
         reciprocal_lengths(second, a.hidden);
       } else {
@@ -231,14 +237,14 @@ struct Chain {
         const float* from = state(keep ? block : 0, panel);
         float* to = state(keep ? block + 1 : 0, panel);
         F scale[2];
-        measure(from, scale);
+        reciprocal_rms(from, scale);
         if constexpr (keep) {
           store(inverse + block * a.padded + panel * kPanel, scale[0]);
           store(inverse + block * a.padded + panel * kPanel + kLanes, scale[1]);
         }
-        enter(from, scale, a.residual ? a.gains + block * a.hidden : nullptr);
+        normalize(from, scale, a.residual ? a.gains + block * a.hidden : nullptr);
         float* kept = keep ? logits(block, panel) : nullptr;
-        multiply<P, true>(tiles1, 0, entered, kPanel, a.wide, a.hidden / P::features, [&]<int R>(int64_t row, F (&sum)[R][2]) {
+        multiply<P, true>(tiles1, 0, normed, kPanel, a.inner, a.hidden / P::features, [&]<int R>(int64_t row, F (&sum)[R][2]) {
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) {
             for (int v = 0; v < 2; ++v) {
@@ -247,15 +253,15 @@ struct Chain {
               sum[r][v] = logit * sigmoid(logit);
             }
           }
-          store_activations<P>(inner, kPanel, row, sum);
+          store_activations<P>(silu, kPanel, row, sum);
         });
-        multiply<P, true>(tiles2, 0, inner, kPanel, a.hidden, a.wide / P::features, [&]<int R>(int64_t row, F (&sum)[R][2]) {
+        multiply<P, true>(tiles2, 0, silu, kPanel, a.hidden, a.inner / P::features, [&]<int R>(int64_t row, F (&sum)[R][2]) {
           for (int r = 0; r < R; ++r) {
             for (int v = 0; v < 2; ++v) {
-              const int64_t place = (row + r) * kPanel + v * kLanes;
+              const int64_t offset = (row + r) * kPanel + v * kLanes;
               F value = sum[r][v] * second[row + r];
-              if (a.residual) value += load(from + place);
-              store(to + place, value);
+              if (a.residual) value += load(from + offset);
+              store(to + offset, value);
             }
           }
         });
@@ -263,12 +269,12 @@ struct Chain {
     }
   }
 
-  // out = out_weight RMSNorm(h) + out_bias.
-  void leave() {
+  // out = out_weight RMSNorm(h_L) + out_bias.
+  void project() {
     for (int64_t panel = 0; panel < panels; ++panel) {
       const float* from = state(0, panel);
       F scale[2];
-      measure(from, scale);
+      reciprocal_rms(from, scale);
       for (int64_t c = 0; c < a.x.channels; ++c) {
         F sum[2] = {};
         for (int64_t i = 0; i < a.hidden; ++i) {
@@ -281,11 +287,11 @@ struct Chain {
   }
 
   void forward(int64_t patch) {
-    const PatchPlace at = patch_place(a, patch);
+    const PatchPosition at = position_of(a, patch);
     read_pixels(a.x, a, at, pixels);
     embed();
     blocks<false>(at);
-    leave();
+    project();
     write_pixels(out, a, at, a.out);
   }
 };

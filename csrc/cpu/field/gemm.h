@@ -1,21 +1,27 @@
-// Register-blocked products for the neural field.
+// Small matrix products for the neural field, and the transposition and packing that they need.
 //
-// Activations are kept feature by feature, pixels in the lanes: norms and SiLU need no horizontal sums, a generated weight is a
-// scalar that is broadcast, and column lengths are one factor a row. The contraction runs over units of 32 bits: one fp32
-// feature, or a pair of bf16 ones where the CPU multiplies pairs.
+// Activations are stored feature by feature, with pixels in the vector lanes (a panel has two vectors of pixels). So the norms and
+// SiLU need no sums across lanes, a generated weight is a scalar that is broadcast, and a column's length is one factor per row.
+// A product computes a tile of kRows rows x 2 vectors in registers, and reads each vector once for all rows of the tile.
+//
+// The contraction runs over 32-bit units: one fp32 number, or two bf16 numbers where the CPU multiplies pairs. A type (Floats,
+// Bf16Pairs) describes the unit and its multiply-add; all products are templates of that type.
+//
+// `multiply` is the product over features, used by the forward and the backward. `multiply_over_pixels` is the product over pixels,
+// used for the gradients of the generated weights; both of its operands need the pixels as rows, hence `transpose`.
 #pragma once
 
-#include "../chunk/blocks.h"
-#include "arguments.h"
+#include "cpu/field/params.h"
+#include "cpu/pixel/blocks.h"
 
 namespace flowseg::cpu {
 namespace {
 
 constexpr int kLanes = Lanes<float>::width;
-constexpr int kPanel = 2 * kLanes;  // pixels that are computed together
-constexpr int kGroup = 2 * kPanel;  // pixels that a product over pixels contracts at once
+constexpr int kPanel = 2 * kLanes;  // pixels per tile of a product over features
+constexpr int kGroup = 2 * kPanel;  // pixels per step of a product over pixels
 #if defined(__AVX512F__)
-constexpr int kRows = 12;  // rows of a tile of 2 vectors; with the operands they fill the registers
+constexpr int kRows = 12;  // rows per tile: the sums and the operands fill the registers
 #elif defined(__AVX2__)
 constexpr int kRows = 6;
 #else
@@ -29,27 +35,26 @@ FLOWSEG_INLINE F load(const float* p) {
 }
 FLOWSEG_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 
-// fp32 features: the operand with pixels in its lanes and the one broadcast pixel by pixel lie the same in memory.
-struct Single {
+struct Floats {
   using Unit = float;
-  static constexpr int features = 1;
+  static constexpr int features = 1;  // per unit
   static FLOWSEG_INLINE F multiply_add(F sum, const Unit* scalar, const Unit* vector) {
     return sum + *scalar * load(vector);
   }
 };
 
 #if defined(__AVX512BF16__)
-struct Pair {
+struct Bf16Pairs {
   using Unit = uint32_t;
   static constexpr int features = 2;
   static FLOWSEG_INLINE F multiply_add(F sum, const Unit* scalar, const Unit* vector) {
     int32_t pair;
     std::memcpy(&pair, scalar, 4);
-    // Around the intrinsic GCC 12 copies every sum twice a step.
+    // Not the intrinsic: with it GCC 12 copies every sum twice per step.
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(pair)), "v"(_mm512_loadu_si512(vector)));
     return sum;
   }
-  // Lane i: the rounded (even[i], odd[i]).
+  // Stores units of two features of the same pixel: lane i holds (even[i], odd[i]), rounded.
   static FLOWSEG_INLINE void store_features(Unit* to, F even, F odd) {
     static constexpr auto order = [] {
       struct { alignas(64) uint16_t at[32]; } o{};
@@ -59,14 +64,14 @@ struct Pair {
     const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(order.at), rounded));
   }
-  // Pixels of one feature in their order: the units of a product over pixels.
+  // Stores units of two neighbouring pixels of the same feature, for a product over pixels.
   static FLOWSEG_INLINE void store_pixels(Unit* to, F first, F second) {
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
   }
 };
 #endif
 
-// sum[r][v] += over k of scalar(r, k) * vector v of row k.
+// sum[r][v] += sum over k < depth of a(r, k) * vector v of row k of b.
 template <class P, int R, int V>
 FLOWSEG_INLINE void accumulate(F (&sum)[R][V], const typename P::Unit* a, int64_t a_row, int64_t a_step,
                                const typename P::Unit* b, int64_t b_step, int64_t depth) {
@@ -81,8 +86,8 @@ FLOWSEG_INLINE void accumulate(F (&sum)[R][V], const typename P::Unit* a, int64_
   }
 }
 
-// emit(row, sums of R rows of 2 vectors) for every tile of rows. With `packed`, tiles lie one after the other, a unit of all rows
-// of a tile together (pack_columns); else rows are `a_row` units apart.
+// Product over features of a (rows, depth) and b (depth, 2 vectors). Calls emit(row, sums of R rows x 2 vectors) for each tile.
+// packed: a is stored tile by tile (see pack_columns); otherwise the rows of a are `a_row` units apart.
 template <class P, bool packed, class Emit>
 FLOWSEG_INLINE void multiply(const typename P::Unit* a, int64_t a_row, const typename P::Unit* b, int64_t b_step, int64_t rows,
                              int64_t depth, Emit emit) {
@@ -105,12 +110,13 @@ FLOWSEG_INLINE void multiply(const typename P::Unit* a, int64_t a_row, const typ
   }
 }
 
-// The tile of rows that `multiply` takes at `row`.
+// Rows of the tile that `multiply` computes at `row`.
 FLOWSEG_INLINE int tile_rows(int64_t row, int64_t rows) {
   return row + kRows <= rows ? kRows : row + 4 <= rows ? 4 : row + 2 <= rows ? 2 : 1;
 }
 
-// w (depth, rows) row-major to the tiles of `multiply`, with the sum of squares of each column.
+// Packs w (depth, rows) into tiles for `multiply`: within a tile, the kRows numbers of each k are contiguous. Also computes the sum
+// of squares of each column of w.
 inline void pack_columns(const float* w, int64_t depth, int64_t rows, float* tiles, float* squares) {
   for (int64_t row = 0; row < rows; ++row) squares[row] = 0;
   for (int64_t k = 0; k < depth; ++k) {
@@ -125,7 +131,7 @@ inline void pack_columns(const float* w, int64_t depth, int64_t rows, float* til
   }
 }
 
-// The same for bf16 values held as fp32: units of two neighbours of a column.
+// The same for bf16 numbers in fp32: units of two consecutive numbers of a column.
 inline void pack_columns(const float* w, int64_t depth, int64_t rows, uint32_t* tiles, float* squares) {
   for (int64_t row = 0; row < rows; ++row) squares[row] = 0;
   for (int64_t k = 0; k < depth; k += 2) {
@@ -149,7 +155,7 @@ inline void pack_columns(const float* w, int64_t depth, int64_t rows, uint32_t* 
   }
 }
 
-// out (columns, rows) = in (rows, columns) transposed, of 32-bit values.
+// Transposes 32-bit numbers: in (rows, columns) to out (columns, rows).
 template <class Unit>
 void transpose(const Unit* in, int64_t in_step, int64_t rows, int64_t columns, Unit* out, int64_t out_step) {
   int64_t row = 0;
@@ -174,7 +180,8 @@ void transpose(const Unit* in, int64_t in_step, int64_t rows, int64_t columns, U
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const __m512 even = _mm512_shuffle_f32x4(a[i], a[4 + i], 0x88), odd = _mm512_shuffle_f32x4(a[i], a[4 + i], 0xdd);
-        const __m512 even2 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88), odd2 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xdd);
+        const __m512 even2 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0x88);
+        const __m512 odd2 = _mm512_shuffle_f32x4(a[8 + i], a[12 + i], 0xdd);
         Unit* to = out + (column + i) * out_step + row;
         _mm512_storeu_ps(to, _mm512_shuffle_f32x4(even, even2, 0x88));
         _mm512_storeu_ps(to + 8 * out_step, _mm512_shuffle_f32x4(even, even2, 0xdd));
@@ -189,8 +196,8 @@ void transpose(const Unit* in, int64_t in_step, int64_t rows, int64_t columns, U
   }
 }
 
-// c (rows, columns) += a b over `depth` units of pixels; a has its rows kGroup / P::features units apart, b and c `step`, a
-// multiple of the lanes. With `first`, c is overwritten.
+// Product over pixels: c (rows, step) += a (rows, depth) b (depth, step). The rows of a are kGroup / P::features units apart, and
+// step is a multiple of kLanes. first: overwrites c.
 template <class P>
 void multiply_over_pixels(const typename P::Unit* a, const typename P::Unit* b, float* c, int64_t rows, int64_t step,
                           int64_t depth, bool first) {
@@ -226,10 +233,12 @@ void multiply_over_pixels(const typename P::Unit* a, const typename P::Unit* b, 
 // 1 / (1 + exp(-z)).
 FLOWSEG_INLINE F sigmoid(F z) {
 #if defined(__AVX512F__)
-  // 2^t = 2^n 2^f, t = -z log2(e), n the nearest integer; f comes from z itself, so that no digits of a large t are lost. The
-  // polynomial is the minimax fit of 2^f on [-1/2, 1/2] (2e-9 relative). The operand order of min and max lets NaN pass.
+  // exp(-z) = 2^t = 2^n 2^f with t = -z log2(e) and n the nearest integer. f is computed from z, not from the rounded t, to keep
+  // all digits of a large t. The polynomial is the minimax fit of 2^f on [-1/2, 1/2] (relative error 2e-9). The order of the
+  // operands of min and max lets NaN pass.
   const __m512 x = _mm512_min_ps(_mm512_set1_ps(87.0f), _mm512_max_ps(_mm512_set1_ps(-87.0f), (__m512)z));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const F f = ((F)x * -1.44269502f - (F)n) - (F)x * 1.92596303e-8f;
   F p = F{} + 1.53458095e-4f;
   p = p * f + 1.33999309e-3f;

@@ -1,11 +1,10 @@
-// Blocks of pixels between memory of any dtype and strides, and small aligned arrays that the mathematics runs on.
+// Loads blocks of pixels from memory of any dtype and strides into small aligned arrays, and stores them back.
 #pragma once
 
 #include <type_traits>
 
-#include "../arguments.h"
+#include "cpu/pixel/simd.h"
 #include "shared/half.h"
-#include "lanes.h"
 
 namespace flowseg::cpu {
 namespace {
@@ -17,24 +16,24 @@ struct alignas(64) Block {
   T at[C][kBlock];
 };
 
-struct Place {
+struct PixelRange {
   int64_t image, start;  // start: flat position inside the image
   int length;
 };
 
-// The places of the blocks of a chunk, one after the other: for (Place p; next(p); )
-class Places {
+// The blocks of a chunk in order: for (PixelRange p; ranges.next(p);)
+class PixelRanges {
  public:
-  Places(int64_t chunk, int64_t pixels) {
-    const int64_t chunks_an_image = (pixels + kChunk - 1) / kChunk;
-    image_ = chunk / chunks_an_image;
-    at_ = (chunk - image_ * chunks_an_image) * kChunk;
-    end_ = at_ + kChunk < pixels ? at_ + kChunk : pixels;
+  PixelRanges(int64_t chunk, int64_t pixels) {
+    const int64_t chunks_per_image = (pixels + kChunkPixels - 1) / kChunkPixels;
+    image_ = chunk / chunks_per_image;
+    at_ = (chunk - image_ * chunks_per_image) * kChunkPixels;
+    end_ = at_ + kChunkPixels < pixels ? at_ + kChunkPixels : pixels;
   }
-  bool next(Place& place) {
+  bool next(PixelRange& p) {
     if (at_ >= end_) return false;
-    place = {image_, at_, static_cast<int>(end_ - at_ < kBlock ? end_ - at_ : kBlock)};
-    at_ += place.length;
+    p = {image_, at_, static_cast<int>(end_ - at_ < kBlock ? end_ - at_ : kBlock)};
+    at_ += p.length;
     return true;
   }
 
@@ -42,52 +41,9 @@ class Places {
   int64_t image_, at_, end_;
 };
 
-FLOWSEG_INLINE float widen(float v) { return v; }
-FLOWSEG_INLINE double widen(double v) { return v; }
-#ifdef FLOWSEG_FLOAT16
-struct Half {
-  FLOWSEG_FLOAT16 value;
-};
-FLOWSEG_INLINE float widen(Half v) { return static_cast<float>(v.value); }
-template <class T>
-FLOWSEG_INLINE void narrow(T v, Half& out) {
-  out.value = static_cast<FLOWSEG_FLOAT16>(v);
-}
-#else
-struct Half {
-  uint16_t bits;
-};
-FLOWSEG_INLINE float widen(Half v) { return float_of_half(v.bits); }
-FLOWSEG_INLINE void narrow(float v, Half& out) { out.bits = half_of_float(v); }
-FLOWSEG_INLINE void narrow(double v, Half& out) { out.bits = half_of_double(v); }
-#endif
-struct BFloat {
-  uint16_t bits;
-};
-FLOWSEG_INLINE float widen(BFloat v) {
-  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-FLOWSEG_INLINE void narrow(float v, float& out) { out = v; }
-FLOWSEG_INLINE void narrow(double v, double& out) { out = v; }
-FLOWSEG_INLINE void narrow(double v, float& out) { out = static_cast<float>(v); }
-FLOWSEG_INLINE void narrow(float v, double& out) { out = v; }
-template <class T>
-FLOWSEG_INLINE void narrow(T v, BFloat& out) {
-  const float f = static_cast<float>(v);
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  // Round to nearest even; a NaN keeps a mantissa bit.
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  out.bits = static_cast<uint16_t>(f != f ? 0x7fc0 : rounded);
-}
-
-// Calls use(flat index in the block, memory offset in elements) for each pixel, row by row.
+// Calls use(index in the block, offset in memory in elements) for each pixel, row by row.
 template <class Use>
-FLOWSEG_INLINE void for_each_pixel(const Place& p, int64_t width, int64_t stride_row, int64_t stride_column, Use use) {
+FLOWSEG_INLINE void for_each_pixel(const PixelRange& p, int64_t width, int64_t stride_row, int64_t stride_column, Use use) {
   int64_t row = p.start / width, column = p.start - row * width;
   int at = 0;
   while (at < p.length) {
@@ -100,9 +56,9 @@ FLOWSEG_INLINE void for_each_pixel(const Place& p, int64_t width, int64_t stride
   }
 }
 
-// The loop over one contiguous or strided run is the hot one: rows that follow each other without a gap count as one run.
+// The same, faster if the rows have no gaps between them: then the block is a single run.
 template <class Use>
-FLOWSEG_INLINE void for_each_element(const Place& p, int64_t height, int64_t width, int64_t stride_row, int64_t stride_column,
+FLOWSEG_INLINE void for_each_element(const PixelRange& p, int64_t height, int64_t width, int64_t stride_row, int64_t stride_column,
                                      Use use) {
   if (height == 1 || stride_row == width * stride_column) {
     const int64_t offset = p.start * stride_column;
@@ -117,7 +73,7 @@ FLOWSEG_INLINE void for_each_element(const Place& p, int64_t height, int64_t wid
 }
 
 template <class S, class T, int C>
-void load_as(const Image& image, const Place& p, Block<T, C>& block) {
+void load_as(const Image& image, const PixelRange& p, Block<T, C>& block) {
   for (int c = 0; c < C; ++c) {
     T* FLOWSEG_RESTRICT to = block.at[c];
     int filled = 0;
@@ -133,7 +89,7 @@ void load_as(const Image& image, const Place& p, Block<T, C>& block) {
 }
 
 template <class T, int C>
-void load(const Image& image, const Place& p, Block<T, C>& block) {
+void load(const Image& image, const PixelRange& p, Block<T, C>& block) {
   switch (image.type) {
     case Real::f32: return load_as<float>(image, p, block);
     case Real::f64: return load_as<double>(image, p, block);
@@ -143,7 +99,7 @@ void load(const Image& image, const Place& p, Block<T, C>& block) {
 }
 
 template <class S, class T, int C>
-void store_as(const Block<T, C>& block, const Output& out, const Image& shape, const Place& p) {
+void store_as(const Block<T, C>& block, const Output& out, const Image& shape, const PixelRange& p) {
   const int64_t pixels = shape.height * shape.width;
   for (int64_t c = 0; c < shape.channels; ++c) {
     S* FLOWSEG_RESTRICT to = static_cast<S*>(out.data) + (p.image * shape.channels + c) * pixels + p.start;
@@ -152,9 +108,9 @@ void store_as(const Block<T, C>& block, const Output& out, const Image& shape, c
   }
 }
 
-// Store to a contiguous result of the shape of `shape`.
+// Stores a block to a contiguous result that has the shape of `shape`.
 template <class T, int C>
-void store(const Block<T, C>& block, const Output& out, const Image& shape, const Place& p) {
+void store(const Block<T, C>& block, const Output& out, const Image& shape, const PixelRange& p) {
   switch (out.type) {
     case Real::f32: return store_as<float>(block, out, shape, p);
     case Real::f64: return store_as<double>(block, out, shape, p);
@@ -163,28 +119,28 @@ void store(const Block<T, C>& block, const Output& out, const Image& shape, cons
   }
 }
 
-// Classes of a block; -1 where ignored, out of range (which is noted) or past the end.
+// Classes of a block. -1: ignored, not a class, or past the end.
 template <class Int>
 struct alignas(64) Classes {
   Int at[kBlock];
 };
 
-// Calls use(index in the block, label, whether it is a class, whether it is ignored) for each pixel.
+// Calls use(index in the block, label, whether the label is a class, whether it is ignored) for each pixel.
 template <class S, class Use>
-FLOWSEG_INLINE void for_each_label_as(const Labels& labels, int64_t classes, const Image& shape, const Place& p, Use use) {
+FLOWSEG_INLINE void for_each_label_as(const Labels& labels, int64_t classes, const Image& shape, const PixelRange& p, Use use) {
   const S* FLOWSEG_RESTRICT from = static_cast<const S*>(labels.data) + p.image * labels.stride[0];
-  // Narrow labels are compared as narrow numbers: as many a vector as the classes have.
-  using Wide = std::conditional_t<(sizeof(S) < 4), int32_t, int64_t>;
-  const Wide ignore = static_cast<Wide>(labels.ignore), count = static_cast<Wide>(classes);
+  // Labels of 8 and 16 bits are compared as int32, which gives as many per vector as the classes have.
+  using Int = std::conditional_t<(sizeof(S) < 4), int32_t, int64_t>;
+  const Int ignore = static_cast<Int>(labels.ignore), count = static_cast<Int>(classes);
   const bool has_ignored = ignore == labels.ignore;
   for_each_element(p, shape.height, shape.width, labels.stride[1], labels.stride[2], [&](int i, int64_t offset) {
-    const Wide y = from[offset];
+    const Int y = from[offset];
     use(i, y, (y >= 0) & (y < count), has_ignored & (y == ignore));
   });
 }
 
 template <class Use>
-FLOWSEG_INLINE void for_each_label(const Labels& labels, int64_t classes, const Image& shape, const Place& p, Use use) {
+FLOWSEG_INLINE void for_each_label(const Labels& labels, int64_t classes, const Image& shape, const PixelRange& p, Use use) {
   switch (labels.type) {
     case Integer::u8: return for_each_label_as<uint8_t>(labels, classes, shape, p, use);
     case Integer::i16: return for_each_label_as<int16_t>(labels, classes, shape, p, use);
@@ -193,8 +149,9 @@ FLOWSEG_INLINE void for_each_label(const Labels& labels, int64_t classes, const 
   }
 }
 
+// Loads the classes of a block, and records the position of the first bad label in labels.first_bad.
 template <class Int>
-void load_labels(const Labels& labels, int64_t classes, const Image& shape, const Place& p, Classes<Int>& out) {
+void load_labels(const Labels& labels, int64_t classes, const Image& shape, const PixelRange& p, Classes<Int>& out) {
   int bad = 0;
   for_each_label(labels, classes, shape, p, [&](int i, auto y, bool inside, bool ignored) {
     bad |= !(inside | ignored);
@@ -206,23 +163,23 @@ void load_labels(const Labels& labels, int64_t classes, const Image& shape, cons
     for_each_label(labels, classes, shape, p, [&](int i, auto, bool inside, bool ignored) {
       if (!(inside | ignored) && i < first) first = i;
     });
-    const int64_t place = p.image * shape.height * shape.width + p.start + first;
+    const int64_t position = p.image * shape.height * shape.width + p.start + first;
     int64_t seen = __atomic_load_n(labels.first_bad, __ATOMIC_RELAXED);
-    while (place < seen &&
-           !__atomic_compare_exchange_n(labels.first_bad, &seen, place, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    while (position < seen &&
+           !__atomic_compare_exchange_n(labels.first_bad, &seen, position, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
   }
 }
 
-// Pixels of a block that have a class.
-inline int count_labels(const Labels& labels, int64_t classes, const Image& shape, const Place& p) {
+// Number of pixels of a block that have a class.
+inline int count_labels(const Labels& labels, int64_t classes, const Image& shape, const PixelRange& p) {
   int valid = 0;
   for_each_label(labels, classes, shape, p, [&](int, auto, bool inside, bool ignored) { valid += inside & !ignored; });
   return valid;
 }
 
-// The centroid of each pixel's class; 0 where there is none. Rows are fetched whole and turned afterwards: gathering one channel
-// after the other takes longer.
+// Loads the centroid of each pixel's class; 0 for pixels without a class. Copying whole rows and transposing them afterwards is
+// faster than gathering channel by channel.
 template <class T, int C, class Int>
 void load_codes(const Codes& codes, const Classes<Int>& classes, Block<T, C>& block) {
   const T* FLOWSEG_RESTRICT mu = static_cast<const T*>(codes.data);
@@ -250,27 +207,24 @@ FLOWSEG_INLINE const typename Lanes<T>::I& integer_lanes(const typename Lanes<T>
   return *reinterpret_cast<const typename Lanes<T>::I*>(p);
 }
 
-inline int size_of(Real type) { return type == Real::f64 ? 8 : type == Real::f32 ? 4 : 2; }
-inline int size_of(Integer type) { return 1 << static_cast<int>(type); }
-
-// Fetches what the next block reads and this one writes, a little with each vector, while the classes keep the arithmetic busy.
-// Only a hint: rows with gaps between them are missed.
-class Ahead {
+// Prefetches the next block's inputs and this block's outputs, a part per vector, while the arithmetic over the classes leaves the
+// memory idle. It assumes rows without gaps between them; where there are gaps, some prefetches are useless.
+class Prefetcher {
  public:
-  explicit Ahead(const Place& p) : p_(p) {}
+  explicit Prefetcher(const PixelRange& p) : p_(p) {}
   void read(const Image& v) {
-    const int size = size_of(v.type);
+    const int size = static_cast<int>(size_of(v.type));
     for (int64_t c = 0; c < v.channels; ++c) {
       add(v.data, p_.image * v.stride[0] + c * v.stride[1] + (p_.start + kBlock) * v.stride[3], v.stride[3], size);
     }
   }
   void read(const Labels& v) {
-    add(v.data, p_.image * v.stride[0] + (p_.start + kBlock) * v.stride[2], v.stride[2], size_of(v.type));
+    add(v.data, p_.image * v.stride[0] + (p_.start + kBlock) * v.stride[2], v.stride[2], static_cast<int>(size_of(v.type)));
   }
   void write(const Output& v, const Image& shape) {
     const int64_t pixels = shape.height * shape.width;
     for (int64_t c = 0; c < shape.channels; ++c) {
-      add(v.data, (p_.image * shape.channels + c) * pixels + p_.start, 1, size_of(v.type));
+      add(v.data, (p_.image * shape.channels + c) * pixels + p_.start, 1, static_cast<int>(size_of(v.type)));
     }
   }
   FLOWSEG_INLINE void operator()(int pixel) const {
@@ -282,13 +236,13 @@ class Ahead {
     at_[count_] = static_cast<const char*>(data) + offset * size;
     step_[count_++] = stride * size;
   }
-  const Place& p_;
+  const PixelRange& p_;
   int count_ = 0;
   const char* at_[3 * 16 + 1];
   int64_t step_[3 * 16 + 1];
 };
 
-// Calls body.template operator()<T, C>() for the compute type and padded channels.
+// Calls body.template operator()<T, C>() with the compute type and the padded number of channels.
 template <class T, class Body>
 FLOWSEG_INLINE void for_channels(int padded, Body body) {
   switch (padded) {
