@@ -1,4 +1,4 @@
-"""The GPU architectures to compile for: those of TORCH_CUDA_ARCH_LIST, else of the GPUs here, else a list that serves all GPUs."""
+"""The GPU architectures to compile for: those in TORCH_CUDA_ARCH_LIST, else those of this machine's GPUs, else DEFAULT."""
 
 import os
 import re
@@ -6,13 +6,13 @@ import shutil
 import subprocess
 from collections.abc import Callable
 
-from flowseg_torch import Unbuildable
+from flowseg_toolchain import Unbuildable
 
-#: Compiled for without TORCH_CUDA_ARCH_LIST and without a GPU.
+#: Runs on every GPU from OLDEST on.
 DEFAULT = "8.0;9.0+PTX"
-#: Oldest architecture that the kernels are written for, as (major, minor).
+#: The oldest architecture that the kernels support, as (major, minor).
 OLDEST = (8, 0)
-#: What torch's own extension builder takes the names of generations for.
+#: Names of GPU generations, with the meaning that torch's own extension builder gives them.
 NAMES = {
     "kepler": "3.5", "kepler+tesla": "3.7", "maxwell": "5.0;5.2+PTX", "maxwell+tegra": "5.3", "pascal": "6.0;6.1+PTX",
     "volta": "7.0+PTX", "volta+tegra": "7.2", "turing": "7.5+PTX", "ampere": "8.0;8.6+PTX", "ampere+tegra": "8.7",
@@ -22,14 +22,14 @@ VARIABLE = "TORCH_CUDA_ARCH_LIST"
 
 
 def code_flags(known: str, say: Callable[[str], None]) -> str:
-    """nvcc's -gencode flags.
+    """Return nvcc's -gencode flags.
 
     Args:
-        known: what `nvcc --list-gpu-arch` prints; "" when it prints nothing.
-        say: called with one line that names the entries that are left out, and why.
+        known: the output of `nvcc --list-gpu-arch`; "" if it has none.
+        say: called with one line that says which entries are left out, and why.
 
     Raises:
-        Unbuildable: for an entry of TORCH_CUDA_ARCH_LIST that is no architecture, and when none remains.
+        Unbuildable: if an entry of TORCH_CUDA_ARCH_LIST is not an architecture, or if no architecture is left.
     """
     asked = os.environ.get(VARIABLE, "").strip(" ;,")
     source = VARIABLE if asked and asked != "native" else "architectures"
@@ -58,7 +58,7 @@ def code_flags(known: str, say: Callable[[str], None]) -> str:
 
 
 def entries(text: str) -> list[tuple[tuple[int, int], str, bool]]:
-    """((major, minor), suffix "", "a" or "f", whether PTX too) for each entry, names resolved. Raises Unbuildable."""
+    """Return ((major, minor), suffix, with PTX) per entry; the suffix is "", "a" or "f". Replaces names. Raises Unbuildable."""
     found = []
     for entry in filter(None, re.split(r"[;,\s]+", text)):
         name, plus, ptx = entry.lower().partition("+ptx")
@@ -75,7 +75,7 @@ def entries(text: str) -> list[tuple[tuple[int, int], str, bool]]:
 
 
 def of_gpus() -> list[str]:
-    """ "9.0+PTX" for each kind of GPU here that the kernels run on; nvidia-smi tells without waking torch or a GPU."""
+    """An entry such as "9.0+PTX" per kind of GPU in this machine that the kernels support. nvidia-smi lists them without torch."""
     tool = shutil.which("nvidia-smi")
     if not tool:
         return []

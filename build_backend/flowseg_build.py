@@ -1,4 +1,4 @@
-"""In-tree build backend: setuptools. setup.py finds the torch to compile against by itself (flowseg_torch.py)."""
+"""The build backend that pyproject.toml names: that of setuptools, with the modules of this folder on the path."""
 
 from setuptools.build_meta import *  # noqa: F403
 from setuptools.build_meta import (  # noqa: F401

@@ -1,4 +1,4 @@
-"""How many compilers run at once: one per core that this process may use, as far as the memory that is free goes."""
+"""How many compilers run at once: one per core that this process may use, or fewer if free memory is short."""
 
 import os
 import re
@@ -8,7 +8,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def jobs(gib_each: float) -> int:
-    """At least 1. gib_each: memory of one compiler. MAX_JOBS sets an upper limit."""
+    """The number of compilers to run at once, at least 1. `gib_each` is the memory of one compiler; MAX_JOBS is an upper limit."""
     asked = os.environ.get("MAX_JOBS") or "0"
     if not asked.isdigit():
         raise SystemExit(f"MAX_JOBS: wanted a whole number of compile jobs; got {asked!r}")
@@ -17,14 +17,14 @@ def jobs(gib_each: float) -> int:
 
 
 def cores() -> int:
-    """Cores of this process's affinity and of its container's quota, rounded up."""
+    """The cores that this process may use: the smaller of its affinity and its container's quota, rounded up."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = re.fullmatch(r"(\d+) (\d+)", _text(_group() / "cpu.max"))
     return min(found, -(-int(quota[1]) // int(quota[2]))) if quota else found
 
 
 def free_gib() -> float:
-    """Memory that programs can have without swapping, of the machine and of this process's container; 4 where nobody tells."""
+    """Memory available without swapping, in the machine and in this process's container; 4 GiB if unknown."""
     available = re.search(r"^MemAvailable:\s+(\d+) kB", _text(Path("/proc/meminfo")), re.MULTILINE)
     free = [int(available[1]) / 2**20] if available else []
     group = _group()
@@ -36,7 +36,7 @@ def free_gib() -> float:
 
 
 def _group() -> Path:
-    """This process's control group; a container sees its own as the root."""
+    """The control group of this process. A container sees its own group as the root."""
     name = re.search(r"^0::/(.*)$", _text(Path("/proc/self/cgroup")), re.MULTILINE)
     folder = CGROUP / name[1] if name else CGROUP
     return folder if (folder / "memory.max").exists() else CGROUP

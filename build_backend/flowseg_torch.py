@@ -1,7 +1,7 @@
-"""Finds the torch to compile against: here, or in the environment that this project is being installed into.
+"""Finds the torch to compile against: in this process, or in the environment that the project is installed into.
 
-pip, uv, build and poetry build in an isolated environment, which holds no torch. The libraries use torch's stable ABI alone, so any
-torch from `TORCH_TARGET` on serves, whichever Python it belongs to.
+pip, uv, build and poetry build in an isolated environment without torch. The libraries use only torch's stable ABI, so they can be
+compiled against any torch from `TORCH_TARGET` on, of any Python.
 """
 
 import dataclasses
@@ -16,10 +16,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-#: Oldest torch whose stable ABI the library uses; the only place it is written down.
+from flowseg_toolchain import Unbuildable
+
+#: The libraries use the stable ABI of this torch, and run on it and on every later one. No other file repeats this number.
 TORCH_TARGET = "2.10"
 
-#: Prints torch's facts as JSON, the reason why it does not import, or nothing without a torch.
+#: Prints facts about torch as JSON, or the reason why torch does not import; prints nothing if there is no torch.
 PROBE = """
 import importlib.util, json, sys, warnings
 warnings.simplefilter("ignore")
@@ -33,13 +35,15 @@ if importlib.util.find_spec("torch"):
 """
 
 
-class Unbuildable(Exception):
-    """What is missing, in one sentence."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Torch:
-    """version: "2.13.0+cpu"; folder: the package; cuda: "13.0", or None in a build without CUDA; owner: interpreter that has it."""
+    """An installed torch.
+
+    version: "2.13.0+cpu"
+    folder:  the package
+    cuda:    "13.0"; None in a build without CUDA
+    owner:   the interpreter that imports it
+    """
 
     version: str
     folder: Path
@@ -48,7 +52,7 @@ class Torch:
 
 
 def find_torch() -> Torch:
-    """The torch of this process, else of the first interpreter that has a usable one. Raises Unbuildable."""
+    """The torch of this process if it has one, else that of the first interpreter with a usable one. Raises Unbuildable."""
     own = _of_this_process()
     if own:
         return own
@@ -61,7 +65,7 @@ def find_torch() -> Torch:
             continue
         if found:
             return found
-        if interpreter != sys.executable:  # the installer's own, which it deletes
+        if interpreter != sys.executable:  # the isolated environment, which the installer deletes
             asked.append(interpreter)
     if unusable:
         raise unusable[0]
@@ -72,21 +76,21 @@ def find_torch() -> Torch:
 
 
 def _of_this_process() -> Torch | None:
-    """A torch here decides: it is the one that the libraries will meet, or one that was chosen for the build."""
+    """The torch of this process, if any. It comes first: the libraries will be loaded into it, or it was chosen for the build."""
     if not importlib.util.find_spec("torch"):
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about a missing NumPy, which the build does not need
+            warnings.simplefilter("ignore")  # torch warns if there is no NumPy; the build does not need NumPy
             import torch
-    except Exception as error:  # a broken torch must not break an installation that can do without kernels
+    except Exception as error:  # a broken torch must not fail an installation that can leave the kernels out
         raise Unbuildable(f"torch does not import here ({type(error).__name__}: {error})") from None
     return _checked(Torch(torch.__version__, Path(torch.__path__[0]), torch.version.cuda, sys.executable))
 
 
 def _of_interpreter(interpreter: str, python_path: str) -> Torch | None:
-    """The torch of another interpreter, seen as its user would see it: with its system and user site-packages."""
-    hidden = ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONHOME")  # installers set these to isolate the build
+    """The torch that another interpreter imports, from its system or its user site-packages; None without one."""
+    hidden = ("PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONHOME")  # set by installers to isolate the build
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     if python_path:
         environment["PYTHONPATH"] = python_path
@@ -110,19 +114,19 @@ def _checked(torch: Torch) -> Torch:
 
 
 def interpreters() -> Iterator[tuple[str, str]]:
-    """(interpreter, its PYTHONPATH) of environments that this project may be installed into, the likeliest first; each once.
+    """Yield (interpreter, its PYTHONPATH) of the environments that the project may be installed into, each once, likely ones first.
 
-    1. The installer's own Python, or the one that its command line names: pip's target, build's caller, uv's --python.
-    2. This Python without the isolation that pip adds by environment variables.
-    3. The active environment, by its variable or its folder in PATH; .venv in the caller's folder or one above it, as uv does.
-    4. Each other Python of PATH.
-    5. The Python that this environment was made from: uv's --system.
+    1. The Python that runs the installer, or that its command line names (pip's target, build's caller, uv's --python).
+    2. This Python without the isolation that pip sets up with environment variables.
+    3. The active environment, by its variable or its folder in PATH; .venv in the caller's folder or above it, as uv does.
+    4. Every other Python in PATH.
+    5. The Python that this environment was made from (uv's --system).
     """
     seen = set()
     for candidate, python_path in _candidates():
-        place = candidate.parent.resolve()
-        if place not in seen and os.access(candidate, os.X_OK) and not candidate.is_dir():
-            seen.add(place)
+        folder = candidate.parent.resolve()
+        if folder not in seen and os.access(candidate, os.X_OK) and not candidate.is_dir():
+            seen.add(folder)
             yield str(candidate), python_path
 
 
@@ -133,10 +137,10 @@ def _candidates() -> Iterator[tuple[Path, str]]:
     for variable in ("VIRTUAL_ENV", "UV_PROJECT_ENVIRONMENT", "CONDA_PREFIX"):
         if os.environ.get(variable):
             folders.append(Path(os.environ[variable]) / "bin")
-    # uv puts its own environment into VIRTUAL_ENV; the caller's active one is still in PATH.
+    # uv sets VIRTUAL_ENV to its isolated environment. The caller's active environment is still in PATH.
     path = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
     folders += [folder for folder in path if (folder.parent / "pyvenv.cfg").exists()]
-    # The shell's PWD is the caller's folder even where the installer builds in another one.
+    # PWD is the caller's folder, even if the installer builds in another one.
     for start in dict.fromkeys((Path(os.environ.get("PWD") or "."), Path.cwd())):
         folders += [folder / ".venv" / "bin" for folder in (start, *start.absolute().parents)]
     folders += path
@@ -145,7 +149,7 @@ def _candidates() -> Iterator[tuple[Path, str]]:
 
 
 def _of_installer() -> Iterator[tuple[Path, str]]:
-    """From the parent process, which is pip, uv, build or poetry. Linux tells; the kernels are compiled on Linux alone."""
+    """Candidates from the parent process, which is pip, uv, build or poetry. It is read from /proc, which only Linux has."""
     process = Path("/proc") / str(os.getppid())
     try:
         arguments = (process / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
@@ -167,6 +171,6 @@ def _of_installer() -> Iterator[tuple[Path, str]]:
 
 
 def _pythons(folder: Path) -> Iterator[Path]:
-    """The Python of a folder of programs, under the first name that it has there."""
+    """The interpreters in a folder of programs."""
     names = (folder / name for name in ("python", "python3"))
     yield from (name for name in names if name.exists())

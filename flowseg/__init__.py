@@ -1,3 +1,3 @@
-"""Training and sampling of generative segmentation by flow matching, on the kernels of ``flowseg_kernels``."""
+"""Training and sampling for generative segmentation by flow matching, with the kernels of ``flowseg_kernels``."""
 
 __version__ = "0.1.0"

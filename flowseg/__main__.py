@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or say in one line that its dependencies are not installed."""
+    """Run the command line, or print one line that names the dependency that is not installed."""
     try:
         from flowseg.cli import main as run
     except ModuleNotFoundError as error:

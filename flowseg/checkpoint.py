@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON only, complete or absent, never half written, with checksums that reading verifies."""
+"""Checkpoints: safetensors and JSON files, complete or absent, with checksums that are verified when they are read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from flowseg.config import Config, load_config, override
 from flowseg.errors import UserError
-from flowseg.parallel import sharded_like, whole
+from flowseg.runs.files import replacing
+from flowseg.runs.parallel import sharded_like, whole
 
 PREFIX = "step-"
 CHECKSUM = "sha256"
@@ -27,17 +28,17 @@ REPLACED = ".replaced"
 
 @dataclasses.dataclass
 class TrainState:
-    """What a run needs to go on besides tensors.
+    """State of a run, besides tensors, that a checkpoint keeps.
 
-    Order, augmentation, times and noise are functions of the seed and of the number of examples drawn before, so there is
-    no generator state to keep.
+    No generator state is needed: order, augmentation, times and noise depend only on the seed and the number of examples
+    drawn before.
 
     Attributes:
         step: optimiser steps done.
         seconds: wall-clock time used.
-        best_miou: best validation mIoU in percent so far, -1 before the first.
+        best_miou: best validation mIoU so far in percent; -1 before the first validation.
         validated: step of the newest validation.
-        draws: examples that all processes together have drawn; ``None`` in checkpoints of earlier versions.
+        draws: number of examples that all processes together have drawn; ``None`` in checkpoints of earlier versions.
     """
 
     step: int = 0
@@ -58,13 +59,17 @@ def save_checkpoint(
     write: bool = True,
     replaces: Path | None = None,
 ) -> Path:
-    """Write ``run/checkpoints/step-NNNNNNNN`` under a temporary name, rename it, drop all but the ``keep`` newest.
+    """Write ``run/checkpoints/step-NNNNNNNN`` under a temporary name, rename it, and delete all but the ``keep`` newest.
 
-    ``replaces`` is an earlier checkpoint that is dropped first. With sharded parameters every process must call this; those
-    without ``write`` only give their parts.
+    Args:
+        run: run folder.
+        model, ema, optimizer, state: what to save.
+        keep: number of checkpoints to keep.
+        write: ``False`` writes nothing: the process only takes part in gathering sharded parameters, a collective.
+        replaces: an earlier checkpoint that is deleted and does not count.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; earlier checkpoints are as they were.
+        UserError: the disk is full or the folder cannot be written. Earlier checkpoints stay as they were.
     """
     files = {
         "model.safetensors": _plain(model.state_dict()),
@@ -78,16 +83,16 @@ def save_checkpoint(
     temporary = folder / f".{final.name}.{os.getpid()}"
     kept = list_checkpoints(run)
     try:
-        # Also what a killed process left: it may be what fills the disk.
+        # Delete what killed processes left, which may be what fills the disk.
         for left in folder.glob(f".{PREFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, tensors in files.items():
             _write(temporary / name, tensors, {})
-            _write_state(temporary / "state.json", state)
+        _write_state(temporary / "state.json", state)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        good = f"{kept[-1].name} is intact, --resume goes on from it" if kept else "there is no earlier one"
+        good = f"{kept[-1].name} is intact, --resume continues from it" if kept else "there is no earlier checkpoint"
         raise UserError(f"{final}: cannot be written ({error}); free disk space. {good}") from None
     if final.exists():
         final.rename(temporary.with_suffix(REPLACED))
@@ -95,36 +100,33 @@ def save_checkpoint(
     shutil.rmtree(temporary.with_suffix(REPLACED), ignore_errors=True)
     wanted = [path for path in list_checkpoints(run) if path != replaces][-keep:]
     for old in set(list_checkpoints(run)) - {final, *wanted}:
-        # Out of the way first: a process killed while it deletes leaves what the next save clears away.
+        # Rename first: if the process is killed while it deletes, the next save removes the rest.
         with contextlib.suppress(OSError):
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.dropped")), ignore_errors=True)
     return final
 
 
 def save_state(run: Path, state: TrainState) -> None:
-    """Replace the state in the checkpoint of ``state.step``, whose tensors stay as they are.
+    """Replace the state in the checkpoint of ``state.step``, without its tensors.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; the checkpoint is as it was.
+        UserError: the disk is full or the folder cannot be written. The checkpoint stays as it was.
     """
     path = run / "checkpoints" / f"{PREFIX}{state.step:08d}" / "state.json"
     if not path.parent.is_dir():
-        # Somebody has removed the checkpoint; the next one holds the state.
+        # Somebody has deleted the checkpoint; the next checkpoint will contain the state.
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        _write_state(temporary, state)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            _write_state(temporary, state)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error}); free disk space. The checkpoint is intact") from None
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+    """List the complete checkpoints of a run, oldest first."""
     for left in (run / "checkpoints").glob(f".{PREFIX}*{REPLACED}"):
-        # A process was killed between taking this one's place and filling it.
+        # A process was killed after renaming this checkpoint and before its replacement had the name: rename it back.
         place = left.with_name(left.name.split(".")[1])
         with contextlib.suppress(OSError):
             if not place.exists():
@@ -135,19 +137,19 @@ def list_checkpoints(run: Path) -> list[Path]:
 def load_checkpoint(
     path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> TrainState:
-    """Put a checkpoint's numbers into ``model``, ``ema`` and ``optimizer`` (in place) and return its state.
+    """Load a checkpoint into ``model``, ``ema`` and ``optimizer`` in place, and return its state.
 
     Raises:
-        UserError: a missing or damaged file, or tensors of another model.
+        UserError: a file is missing or damaged, or belongs to another model.
     """
     try:
         fields = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if CHECKSUM in fields and fields.pop(CHECKSUM) != _checksum({}, fields):
-            raise ValueError(f"state.json: {_OTHER_NUMBERS}")
+            raise ValueError(f"state.json: {_MISMATCH}")
         state = TrainState(**{"draws": None, **fields})
         tensors = read_tensors(path / "optimizer.safetensors")
     except (OSError, UserError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged checkpoint ({error}); remove it to go on from the one before") from None
+        raise UserError(f"{path}: damaged checkpoint ({error}); delete it to continue from the one before") from None
     load_weights(model, path / "model.safetensors")
     with torch.no_grad():
         for name, value in read_tensors(path / "ema.safetensors").items():
@@ -164,67 +166,68 @@ def load_checkpoint(
 
 
 def save_weights(path: Path, model: nn.Module, **facts: Any) -> None:
-    """Write the weights of ``model`` as one file with ``facts`` in its header, through a temporary name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write the weights of ``model`` to one file, with ``facts`` in its header."""
+    tensors = _plain(model.state_dict())
     try:
-        _write(temporary, _plain(model.state_dict()), {key: str(value) for key, value in facts.items()})
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            _write(temporary, tensors, {key: str(value) for key, value in facts.items()})
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error}); free disk space. An earlier one is as it was") from None
+        raise UserError(f"{path}: cannot be written ({error}); free disk space. An earlier file is unchanged") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; one without a checksum is taken as it is.
+    """Read all tensors of a safetensors file, and verify its checksum if it has one.
 
     Raises:
-        UserError: a missing or damaged file.
+        UserError: the file is missing or damaged.
     """
     try:
         tensors, facts = load_file(path), _header(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
     if CHECKSUM in facts and facts.pop(CHECKSUM) != _checksum(tensors, facts):
-        raise UserError(f"{path}: damaged, {_OTHER_NUMBERS}; use another checkpoint")
+        raise UserError(f"{path}: damaged, {_MISMATCH}; use another checkpoint")
     return tensors
 
 
 def read_facts(path: Path) -> dict[str, str]:
-    """The header facts that :func:`save_weights` wrote."""
+    """Read the header facts that :func:`save_weights` wrote."""
     return {key: value for key, value in _header(path).items() if key != CHECKSUM}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Fill ``model`` from a safetensors file.
+    """Load a safetensors file into ``model``.
 
     Raises:
-        UserError: names or shapes of another model.
+        UserError: the names or shapes belong to another model.
     """
-    own = model.state_dict()
+    expected = model.state_dict()
     tensors = {
-        name: sharded_like(value, own[name]) if name in own else value
+        name: sharded_like(value, expected[name]) if name in expected else value
         for name, value in read_tensors(path).items()
-        # Only training with REPA has the projector.
-        if name in own or not name.startswith("projector.")
+        # The projector exists only in training with REPA.
+        if name in expected or not name.startswith("projector.")
     }
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: weights of another model than the settings describe ({reason})") from None
+        raise UserError(
+            f"{path}: these weights belong to another model than the settings describe ({reason})"
+        ) from None
 
 
 def find_weights(run: Path, checkpoint: str = "latest", weights: str = "ema") -> Path:
-    """The weight file of a run.
+    """Find the weight file of a run.
 
     Args:
         run: folder written by training.
-        checkpoint: ``"latest"``, ``"best"`` (highest validation mIoU, averaged weights), a step number, or a path to
+        checkpoint: ``"latest"``, ``"best"`` (highest validation mIoU, averaged weights), a step number, or the path of
             a safetensors file.
         weights: ``"ema"`` or ``"model"``.
 
     Raises:
-        UserError: nothing there; the message lists what is.
+        UserError: there is no such file; the message says what there is.
     """
     if checkpoint == "best":
         path = run / "best.safetensors"
@@ -255,10 +258,16 @@ def read_run_config(
     *,
     checkpoint: str = "latest",
 ) -> Config:
-    """The settings of a run with some replaced; of a run with several stages, those of the checkpoint's stage.
+    """Read the settings of a run, those of the checkpoint's stage if the run has several, and replace some.
+
+    Args:
+        run: folder written by training.
+        pairs: strings like ``"sample.steps=5"``.
+        flags: dotted keys to values; ``None`` values are skipped.
+        checkpoint: the checkpoint that the settings are for, as in ``--checkpoint``.
 
     Raises:
-        UserError: not a run folder, or a setting replaced that gives what was learnt another meaning.
+        UserError: not a run folder, or a replaced setting would change what the network's outputs mean.
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"run folder {run}: no config.yaml there; give a folder written by 'flowseg train --out'")
@@ -271,7 +280,7 @@ def read_run_config(
 
 
 def _trained_steps(run: Path, checkpoint: str) -> int | None:
-    """How many steps a checkpoint has seen, where that is known."""
+    """The number of training steps of a checkpoint, or ``None`` if it is unknown."""
     if checkpoint.isdigit():
         return int(checkpoint)
     if checkpoint == "latest":
@@ -283,7 +292,7 @@ def _trained_steps(run: Path, checkpoint: str) -> int | None:
 
 
 def check_meaning(before: Config, after: Config, run: Path) -> None:
-    """Refuse settings under which the numbers that a network has learnt to give would be taken for something else.
+    """Refuse settings that change what the network's outputs mean (codes, prediction, source, loss, conditioning).
 
     Raises:
         UserError: naming the setting.
@@ -302,7 +311,7 @@ def check_meaning(before: Config, after: Config, run: Path) -> None:
             raise UserError(f"{key}: {run} was trained with {was!r}, got {now!r}; train another run for that")
 
 
-_OTHER_NUMBERS = "its numbers are not those that its checksum was taken of"
+_MISMATCH = "checksum mismatch"
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -311,7 +320,7 @@ def _header(path: Path) -> dict[str, str]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
-    """A safetensors file with ``facts`` and a checksum in its header, on the disk when this returns."""
+    """Write a safetensors file with ``facts`` and a checksum in its header, and flush it to the disk."""
     save_file(tensors, path, metadata={**facts, CHECKSUM: _checksum(tensors, facts)})
     with path.open("rb") as file:
         _to_disk(file)
@@ -330,7 +339,7 @@ def _to_disk(file: IO) -> None:
 
 
 def _checksum(tensors: dict[str, Tensor], facts: dict[str, Any]) -> str:
-    """SHA-256 of facts, names, dtypes, shapes and bytes."""
+    """SHA-256 of the facts, and of the name, dtype, shape and bytes of each tensor."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         value = tensors[name]

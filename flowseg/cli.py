@@ -1,8 +1,7 @@
-"""The ``flowseg`` command."""
+"""The command line ``flowseg``."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -21,8 +20,10 @@ from rich.text import Text
 from typer.core import TyperCommand
 
 from flowseg import __version__
+from flowseg.data_names import DATA_NAMES
 from flowseg.errors import DataWarning, PeerError, UserError
-from flowseg.terminal import make_console, printable, say, speak_any_text
+from flowseg.runs.files import write_whole
+from flowseg.runs.terminal import make_console, printable, say, speak_any_text
 
 app = typer.Typer(
     help="Generative segmentation by flow matching. Start with: flowseg demo",
@@ -31,37 +32,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# Typer reads the annotations at run time, so the settings' heavy modules are imported inside the commands only.
+# Each command imports the modules that it needs: importing PyTorch here would delay --help.
 Sets = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as optim.lr=3e-4; may be repeated.")
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as optim.lr=3e-4; can be repeated.")
 ]
+Checkpoint = Annotated[str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")]
+Root = Annotated[Path | None, typer.Option(help="Folder of the data set.")]
+MovedRoot = Annotated[Path | None, typer.Option(help="Folder of the data, if it has moved since training.")]
 
 
-class DataName(str, Enum):
-    """Data sets known by name."""
-
-    digits = "digits"
-    paints = "paints"
-    camvid = "camvid"
-    ade20k = "ade20k"
-    cocostuff = "cocostuff"
-    cityscapes = "cityscapes"
-    voc = "voc"
-    folder = "folder"
+DataName = Enum("DataName", {name: name for name in DATA_NAMES}, type=str)
 
 
 class Resume(str, Enum):
-    """When a run goes on from a checkpoint: ``always`` wants one, ``auto`` starts anew where there is none."""
+    """How ``--resume`` continues a run: ``always`` needs a checkpoint, ``auto`` starts a new run if there is none."""
 
     always = "always"
     auto = "auto"
 
 
 class _BareResume(TyperCommand):
-    """A command whose ``--resume`` may stand alone and then means ``--resume=always``."""
+    """A command that accepts ``--resume`` without a value, as ``--resume=always``."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
-        """Write the value after a bare ``--resume``."""
+        """Add the value to a bare ``--resume``."""
         words, values = [], {choice.value for choice in Resume}
         for place, word in enumerate(args):
             following = args[place + 1] if place + 1 < len(args) else ""
@@ -70,14 +64,14 @@ class _BareResume(TyperCommand):
 
 
 class Split(str, Enum):
-    """Splits that can be evaluated."""
+    """Splits to evaluate."""
 
     train = "train"
     val = "val"
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's is one line on stderr and status 2."""
+    """Run the command line; an error of the user prints one line to stderr and exits with status 2."""
     speak_any_text()
     try:
         with warnings.catch_warnings():
@@ -86,12 +80,12 @@ def main() -> None:
             warnings.showwarning = lambda *warning, **more: _show_warning(show, *warning, **more)
             app()
     except PeerError:
-        # The process that failed has said why.
+        # The process that failed has printed the error.
         sys.exit(2)
     except UserError as error:
         _leave(str(error))
     except OSError as error:
-        # A full disk or a folder that cannot be written can show at any write; other ones are ours to explain.
+        # Any write can fail because of a full disk or missing rights. Other OSErrors are bugs: show their traceback.
         if error.errno not in _NOT_WRITABLE:
             raise
         place = f"{error.filename}: " if error.filename else ""
@@ -102,11 +96,12 @@ _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EAC
 _NOT_WRITABLE += (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
-DEMO_FILES = """  open it in a browser: scores, the flow step by step, the kernels' speed on this machine; beside it
+DEMO_FILES = """  open it in a browser: scores, the flow step by step, the speed of the kernels on this machine
+other files in the same folder:
   scene.png    one validation scene: image and truth, the four steps of the flow, the decoded masks
-  curves.png   accuracy while training, plain flow matching and FlowSeg
-  report.json  every number
-  vanilla/ and flowseg/ are runs: flowseg report, flowseg predict --run and flowseg evaluate --run take them"""
+  curves.png   accuracy during training, plain flow matching and FlowSeg
+  report.json  all numbers
+  vanilla/ and flowseg/ are run folders for flowseg report, flowseg predict --run and flowseg evaluate --run"""
 
 
 def _leave(message: str) -> NoReturn:
@@ -115,12 +110,12 @@ def _leave(message: str) -> NoReturn:
 
 
 def _tell(text: str) -> None:
-    """A result on standard output."""
+    """Print a result to standard output."""
     say(make_console(stderr=False), text)
 
 
 def _show_warning(show: Callable, message: Warning | str, category: type[Warning], *place, **more) -> None:
-    """A warning about data is one line; others keep the form that Python gives them."""
+    """Print a warning about data as one line; other warnings are shown as Python does."""
     if issubclass(category, DataWarning):
         make_console().print(Text.assemble(("warning:", "yellow"), " ", printable(str(message))), soft_wrap=True)
     else:
@@ -146,16 +141,17 @@ def _root(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo_out"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Seconds instead of minutes: the form of the report, not a result.")
+        bool,
+        typer.Option("--quick", help="Take seconds instead of minutes: shows the report, but its scores mean nothing."),
     ] = False,
     steps: Annotated[
         int | None,
-        typer.Option(min=4, help="Training steps of each of the two arms; default: what fits into 105 s here."),
+        typer.Option(min=4, help="Training steps of each of the two models; default: as many as fit into 105 s."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of weights, data and times.")] = 0,
 ) -> None:
-    """Train plain flow matching and FlowSeg on embedded data (5 minutes on 2 cores) and write an HTML report. No download."""
-    from flowseg.demo import run_demo
+    """Train plain flow matching and FlowSeg on generated images (5 minutes on 2 cores) and write an HTML report. No download."""
+    from flowseg.experiments.demo import run_demo
 
     report = run_demo(out, quick=quick, steps=steps, seed=seed, console=make_console())
     _tell(f"report: {report.resolve()}\n{DEMO_FILES}")
@@ -163,34 +159,34 @@ def demo(
 
 @app.command(cls=_BareResume)
 def train(
-    out: Annotated[Path, typer.Option(help="Run folder to write; must be new, or hold a run to --resume.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write: a new one, or with --resume one with a run.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with settings, such as configs/camvid.yaml.")] = None,
     data: Annotated[
         DataName | None,
-        typer.Option(help="Data set; only digits and paints need no --root. Default: digits, or as in --config."),
+        typer.Option(help="Data set. All but digits and paints need --root. Default: digits, or as in --config."),
     ] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder that holds the data set.")] = None,
+    root: Root = None,
     model: Annotated[str | None, typer.Option(help="Size of the network: nano (for a CPU), S, B, L or XL.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps in all.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Total number of optimiser steps.")] = None,
     max_minutes: Annotated[
-        float | None, typer.Option(help="Stop after this many minutes; the learning rate has then come down.")
+        float | None, typer.Option(help="Stop after this many minutes; the learning rate decays to its end by then.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images in a step of one process.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step and process.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed of weights, order, crops and times.")] = None,
     resume: Annotated[
         Resume | None,
         typer.Option(
             metavar="[=auto]",
-            help="Go on from the newest checkpoint in --out; without --config, with its settings. --resume=auto starts "
-            "anew where there is none, for jobs that a scheduler starts again.",
+            help="Continue from the newest checkpoint in --out; without --config, with the settings of that run. "
+            "--resume=auto starts a new run if there is no checkpoint, for jobs that a scheduler restarts.",
         ),
     ] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Train a model. Of a setting given twice, --set wins over a flag, and a flag over --config."""
+    """Train a model. A --set overrides a flag, and a flag overrides --config."""
     from flowseg.config import load_config
-    from flowseg.train import train as run_training
+    from flowseg.training.trainer import train as run_training
 
     flags = {
         "data.name": data.value if data else None,
@@ -205,20 +201,20 @@ def train(
     if resume and config is None and (out / "config.yaml").is_file():
         config = out / "config.yaml"
     settings = load_config(config, sets, flags)
-    # The launcher's name for it; the first of several processes speaks for all.
+    # The launcher sets RANK; only the first of several processes prints.
     console = make_console(quiet=os.environ.get("RANK", "0") != "0")
     say(console, f"flowseg {__version__}  {settings.data.name}  {settings.model.size}  -> {out}")
     if settings.train.steps < 2 * settings.optim.warmup:
         say(
             console,
-            f"note: {settings.train.steps} steps are short for a warm-up of {settings.optim.warmup}; "
-            "lower it with --set optim.warmup=N",
+            f"note: {settings.train.steps} steps are few for a warm-up of {settings.optim.warmup} steps; "
+            "shorten the warm-up with --set optim.warmup=N",
         )
     go_on = "auto" if resume is Resume.auto else resume is not None
     result = run_training(settings, out, resume=go_on, console=console)
     if isinstance(result.stopped_by, int):
         command = f"flowseg train --out {shlex.quote(str(out))} --resume"
-        say(console, f"stopped by signal at step {result.state.step}; go on with: {command}")
+        say(console, f"stopped by signal at step {result.state.step}; continue with: {command}")
         raise typer.Exit(128 + result.stopped_by)
     scores = result.scores
     say(
@@ -231,33 +227,31 @@ def train(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Option(help="Run folder, as written by train.")],
-    checkpoint: Annotated[
-        str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")
-    ] = "latest",
-    root: Annotated[Path | None, typer.Option(help="Folder of the data, if it has moved since training.")] = None,
+    checkpoint: Checkpoint = "latest",
+    root: MovedRoot = None,
     split: Annotated[Split, typer.Option(help="Split to score.")] = Split.val,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only this many images, evenly spread.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the ODE solver; default: as in the run.")] = None,
     method: Annotated[
         str | None, typer.Option(help="ODE solver: euler, heun or midpoint; default: as in the run.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File to which the scores are written too.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this JSON file.")] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Score a run: IoU of each class, mIoU, pixel accuracy. Processes of `accelerate launch` share the work."""
+    """Score a run: IoU of each class, mIoU, pixel accuracy. Under `accelerate launch` all processes share the images."""
     import torch
     from accelerate import PartialState
 
     from flowseg.checkpoint import read_run_config
     from flowseg.data import open_data
-    from flowseg.evaluate import chosen_indices
-    from flowseg.evaluate import evaluate as score
-    from flowseg.parallel import Peers
-    from flowseg.progress import counting_view
+    from flowseg.inference.evaluate import chosen_indices
+    from flowseg.inference.evaluate import evaluate as score
+    from flowseg.runs.parallel import Ranks
+    from flowseg.runs.progress import counting_view
     from flowseg.segment import Segmenter
 
     if json_file:
-        _make_place("--json", json_file)
+        _check_output_file("--json", json_file)
     state = PartialState(cpu=not torch.accelerator.is_available())
     settings = read_run_config(
         run,
@@ -265,15 +259,15 @@ def evaluate(
         {"data.root": _absolute(root), "sample.steps": steps, "sample.method": method},
         checkpoint=checkpoint,
     )
-    peers = Peers(state.num_processes, state.process_index)
-    with peers.together():
+    ranks = Ranks(state.num_processes, state.process_index)
+    with ranks.together():
         data = open_data(settings.data, (split.value,), seed=settings.train.seed)
     pairs = data.train if split is Split.train else data.val
     segmenter = Segmenter.from_run(run, settings, checkpoint)
     shown = counting_view(
         make_console(quiet=not state.is_main_process), "evaluate", len(chosen_indices(len(pairs), limit))
     )
-    with shown as advance, peers.adding_up() as add_up:
+    with shown as advance, ranks.adding_up() as add_up:
         scores = score(
             segmenter,
             pairs,
@@ -289,7 +283,11 @@ def evaluate(
     if json_file:
         facts = scores.summary(data.labels.classes)
         facts |= {"split": split.value, "checkpoint": checkpoint, "sample": settings.sample.model_dump()}
-        unwritten = _write_whole(json_file, json.dumps(facts, indent=1) + "\n")
+        try:
+            write_whole(json_file, json.dumps(facts, indent=1) + "\n")
+        except OSError as error:
+            # The scores are shown before the command fails.
+            unwritten = error.strerror or str(error)
     table = Table("class", "IoU %", title=printable(f"{run} on {split.value} ({scores.images} images)"))
     for name, value in zip(data.labels.classes, scores.iou):
         table.add_row(printable(name), "absent" if value is None else f"{value:.2f}")
@@ -305,23 +303,21 @@ def evaluate(
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder, as written by train.")],
     out: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the run folder.")] = None,
-    checkpoint: Annotated[
-        str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")
-    ] = "latest",
-    root: Annotated[Path | None, typer.Option(help="Folder of the data, if it has moved since training.")] = None,
+    checkpoint: Checkpoint = "latest",
+    root: MovedRoot = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only this many images, evenly spread.")] = None,
-    speed: Annotated[bool, typer.Option(help="Time the kernels too.")] = True,
+    speed: Annotated[bool, typer.Option(help="Also time the kernels.")] = True,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Score a run and write one HTML file: convergence, classes, confusion, examples, settings, speed of the kernels."""
+    """Score a run and write an HTML report: convergence, classes, confusion, examples, settings, speed of the kernels."""
     from flowseg.checkpoint import read_run_config
-    from flowseg.progress import counting_view
     from flowseg.report.run import write_report
+    from flowseg.runs.progress import counting_view
     from flowseg.segment import Segmenter
 
     settings = read_run_config(run, sets, {"data.root": _absolute(root)}, checkpoint=checkpoint)
     target = out or run / "report.html"
-    _make_place("--out", target)
+    _check_output_file("--out", target)
     segmenter = Segmenter.from_run(run, settings, checkpoint)
     with counting_view(make_console(), "report", limit) as advance:
         scores = write_report(run, segmenter, target, limit=limit, kernel_size=256 if speed else None, on_batch=advance)
@@ -332,14 +328,12 @@ def report(
 def export(
     run: Annotated[Path, typer.Option(help="Run folder, as written by train.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    checkpoint: Annotated[
-        str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")
-    ] = "latest",
-    scores: Annotated[Path | None, typer.Option(help="File of 'evaluate --json', for the model card.")] = None,
+    checkpoint: Checkpoint = "latest",
+    scores: Annotated[Path | None, typer.Option(help="Scores for the model card: a file of evaluate --json.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the weights, for the model card.")] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Write weights, settings and a model card into a folder to share, which predict takes as --run."""
+    """Write weights, settings and a model card to a folder that can be shared; predict accepts it as --run."""
     from flowseg.checkpoint import read_run_config
     from flowseg.hub import save_pretrained
     from flowseg.segment import Segmenter
@@ -350,7 +344,7 @@ def export(
     except (OSError, ValueError) as error:
         raise UserError(f"--scores {scores}: cannot be read as JSON ({error})") from None
     if scores and not (isinstance(measured, dict) and {"miou", "pixel_accuracy", "images"} <= measured.keys()):
-        raise UserError(f"--scores {scores}: not what 'flowseg evaluate --json' writes; give that file")
+        raise UserError(f"--scores {scores}: not a file that 'flowseg evaluate --json' writes")
     segmenter = Segmenter.from_run(run, read_run_config(run, sets, checkpoint=checkpoint), checkpoint, "cpu")
     _tell(f"written: {save_pretrained(segmenter, out, scores=measured, license=license)}")
 
@@ -359,34 +353,32 @@ def export(
 def predict(
     inputs: Annotated[
         list[str],
-        typer.Argument(
-            help="Image files, folders with sub-folders of them, or quoted patterns such as 'photos/*.jpg'."
-        ),
+        typer.Argument(help="Image files, folders (with sub-folders), or quoted patterns such as 'photos/*.jpg'."),
     ],
-    run: Annotated[str, typer.Option(help="Run folder, folder of 'flowseg export', or a name on the hub.")],
-    out: Annotated[Path, typer.Option(help="Folder to write to.")],
-    checkpoint: Annotated[
-        str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")
-    ] = "latest",
+    run: Annotated[
+        str, typer.Option(help="Run folder, folder of flowseg export, or OWNER/NAME on the Hugging Face hub.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    checkpoint: Checkpoint = "latest",
     overlay: Annotated[bool, typer.Option(help="Write NAME.overlay.png: the mask over the image.")] = True,
-    margin: Annotated[bool, typer.Option(help="Write NAME.margin.png: how sure each pixel is (dark: unsure).")] = False,
+    margin: Annotated[bool, typer.Option(help="Write NAME.margin.png: certainty per pixel (dark: unsure).")] = False,
     opacity: Annotated[float, typer.Option(min=0, max=1, help="Opacity of the mask in overlays.")] = 0.5,
     steps: Annotated[int | None, typer.Option(help="Steps of the ODE solver; default: as in the run.")] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Segment images: NAME.mask.png holds class indices with a palette, at the size of the image."""
+    """Segment images. NAME.mask.png contains class indices, shown in the colours of the classes, at the size of the image."""
     from flowseg.checkpoint import read_run_config
     from flowseg.data.datasets import resolve_labels
     from flowseg.hub import from_pretrained, is_shared
-    from flowseg.predict import find_inputs
-    from flowseg.predict import predict as segment_files
-    from flowseg.progress import counting_view
+    from flowseg.inference.predict import find_inputs
+    from flowseg.inference.predict import predict as segment_files
+    from flowseg.runs.progress import counting_view
     from flowseg.segment import Segmenter
 
     _check_folder(out)
     shared = not (Path(run) / "config.yaml").is_file() and is_shared(run)
     if shared and checkpoint != "latest":
-        raise UserError(f"--checkpoint {checkpoint}: {run} is one set of weights, not a run; leave --checkpoint out")
+        raise UserError(f"--checkpoint {checkpoint}: {run} contains only one set of weights; leave --checkpoint out")
     settings = None if shared else read_run_config(Path(run), sets, {"sample.steps": steps}, checkpoint=checkpoint)
     images = find_inputs(inputs)
     if shared:
@@ -418,12 +410,12 @@ def study(
     file: Annotated[
         Path, typer.Argument(help="YAML file with arms, seeds and steps, such as configs/studies/camvid.yaml.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write; runs in it that are finished are not run again.")],
-    root: Annotated[Path | None, typer.Option(help="Folder that holds the data set.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, which share the cores.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder to write; finished runs in it are kept.")],
+    root: Root = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of runs at the same time; they share the cores.")] = 1,
 ) -> None:
-    """Train and score several settings with several seeds; write table.md and curves.png. Stopped, it goes on when called again."""
-    from flowseg.study import load_study, run_study
+    """Train and score several settings with several seeds; write table.md and curves.png. Repeat the command to continue."""
+    from flowseg.experiments.study import load_study, run_study
 
     _check_folder(out)
     table = run_study(load_study(file), out, root=root, jobs=jobs, console=make_console())
@@ -431,45 +423,32 @@ def study(
 
 
 def _check_folder(out: Path) -> None:
-    """Before the work, not after it."""
+    """Refuse a file as output folder before the work starts."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; give a folder")
 
 
-def _write_whole(file: Path, text: str) -> str | None:
-    """Write a file all at once. Returns why that failed, in which case the file is as it was, or None."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        return error.strerror or str(error)
-    return None
-
-
-def _make_place(option: str, file: Path) -> None:
-    """The folder of a file that will be written when the work is done.
+def _check_output_file(option: str, file: Path) -> None:
+    """Make the folder of an output file and check that it can be written, before the work starts.
 
     Raises:
-        UserError: the file or its folder cannot be.
+        UserError: the file cannot be written there.
     """
     if file.is_dir():
         raise UserError(f"{option} {file}: is a folder; give a file")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{option} {file}: its folder cannot be made ({error.strerror})") from None
+        raise UserError(f"{option} {file}: its folder cannot be created ({error.strerror})") from None
     try:
-        # Rights alone do not tell: root has them all, and some file systems take no file.
+        # Permissions do not suffice: root has all of them, and some file systems accept no files.
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
         raise UserError(
-            f"{option} {file}: {file.parent} cannot be written to ({error.strerror}); give another place"
+            f"{option} {file}: {file.parent} cannot be written to ({error.strerror}); give another folder"
         ) from None
 
 
 def _absolute(path: Path | None) -> str | None:
-    # The run folder keeps the settings; a relative root would only hold from one working directory.
+    # The run folder keeps this setting, and a relative path would only be valid in one working directory.
     return None if path is None else str(path.resolve())

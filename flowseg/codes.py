@@ -12,7 +12,11 @@ IGNORE_INDEX = 255
 
 
 def build_codebook(codes: CodesConfig, num_classes: int) -> Codebook:
-    """Centroids ``(num_classes, C)`` in [-1, 1] by the configured sequence, with ignore index 255."""
+    """Make the centroids ``(num_classes, C)`` in [-1, 1] by the configured sequence, with ignore index 255.
+
+    Raises:
+        UserError: a one-hot code with another number of channels than classes.
+    """
     if codes.sequence == "one_hot":
         if codes.channels != num_classes:
             raise UserError(

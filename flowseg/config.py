@@ -1,17 +1,18 @@
-"""The validated settings of a run: one tree of small sections, read from YAML, flags and ``key=value`` pairs."""
+"""The settings of a run: a tree of small validated sections, read from YAML, flags and ``key=value`` pairs."""
 
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from flowseg.data_names import DATA_NAMES
 from flowseg.errors import UserError
-from flowseg.terminal import decoded
+from flowseg.runs.files import write_whole
+from flowseg.runs.terminal import decoded
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -28,19 +29,19 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The network. ``size`` names a preset; the fields that default to ``None`` each override one number of it."""
+    """The network. ``size`` names a preset; each field from ``patch_size`` on replaces one number of the preset."""
 
     size: str = "nano"
     condition_on_image: bool = True
-    """Concatenate the image to ``x_t`` at the patch embedding."""
+    """Concatenate the image with ``x_t`` before the patch embedding."""
     pixnerd: Path | None = None
-    """A PixNerd checkpoint to start from (``flowseg/model/pixnerd.py``)."""
+    """PixNerd checkpoint whose weights training starts from (``flowseg/model/pixnerd.py``)."""
     compile: bool = False
     """Compile the network with ``torch.compile``, as one graph."""
     activation_checkpointing: bool = False
-    """Compute each block again in backward: less memory, about a third more time."""
+    """Recompute each block in the backward pass: less memory, about a third more time."""
     field_chunk: Count | None = None
-    """Generate neural-field weights of about so many patches at a time (less memory); ``None``: of all at once."""
+    """Number of patches whose neural-field weights are generated at a time (fewer need less memory); ``None``: all."""
     patch_size: Count | None = None
     dim: Count | None = None
     heads: Count | None = None
@@ -48,22 +49,23 @@ class ModelConfig(Section):
     field_depth: Count | None = None
     field_hidden: Count | None = None
     stem_width: Annotated[int, Field(ge=0)] | None = None
-    """Channels of the first layer of a convolutional stem; 0 is PixNerd's linear patch embedding."""
+    """Channels of the first layer of a convolutional stem; 0 selects PixNerd's linear patch embedding."""
     stem_depth: Annotated[int, Field(ge=0)] | None = None
 
 
 class CodesConfig(Section):
-    """The points in code space that stand for the classes."""
+    """The codes: one point in code space per class."""
 
     channels: Count = 8
-    """More than three scored better on two data sets (docs/results/paints.md); the published recipes have three."""
+    """Number of channels. More than three scored better on two data sets (docs/results/paints.md); the paper uses three."""
     sequence: Literal["sqrt_primes", "r_sequence", "searched", "grid", "one_hot"] = "searched"
-    """``sqrt_primes`` is the paper's; ``searched`` is farther apart, and scored better (docs/results/paints.md).
-    ``one_hot``: a channel a class (``channels`` must be their number); nearest code and largest channel agree."""
+    """``sqrt_primes`` is the paper's; codes of ``searched`` are farther apart and scored better (docs/results/paints.md).
+    ``one_hot``: one channel per class (``channels`` must be the number of classes); the nearest code is then the largest
+    channel."""
 
 
 class FlowConfig(Section):
-    """The path from source to colour-coded mask and where along it the network is trained."""
+    """The path from the source to the colour-coded mask, and the times at which the network is trained."""
 
     source: Literal["image", "noise"] = "image"
     predicts: Literal["endpoint", "velocity"] = "endpoint"
@@ -71,20 +73,20 @@ class FlowConfig(Section):
     time_mean: float = 0.0
     time_std: Positive = 1.0
     time_shift: Positive = 1.0
-    """``s`` of ``t / (t + (1 - t) s)``: above 1 it moves draws towards the source."""
+    """``s`` in ``t / (t + (1 - t) s)``: values above 1 move times towards the source."""
     zero_fraction: Fraction = 0.5
-    """Share of the draws that are exactly t = 0, where ``x_t`` holds nothing of the answer. 1 trains a network that
-    answers in one Euler step and no more: other ``sample.steps`` and ``sample.method`` are refused."""
+    """Share of the times that are exactly t = 0, where ``x_t`` contains nothing of the answer. 1 trains a network for a
+    single Euler step: other values of ``sample.steps`` and ``sample.method`` are then errors."""
     t_min: Annotated[float, Field(gt=0.0, le=0.01)] = 1e-3
-    """Smallest ``1 - t`` by which the ODE solver divides an end-point prediction to get a velocity."""
+    """Lower limit of the ``1 - t`` by which the ODE solver divides to turn an end-point prediction into a velocity."""
 
 
 class LossConfig(Section):
-    """The distance-aware correction; weight 0 is plain flow matching."""
+    """The loss. ``correction_weight=0`` switches the distance-aware correction off: plain flow matching."""
 
     kind: Literal["flow", "cross_entropy"] = "flow"
-    """``cross_entropy`` reads the prediction's channels as class scores: a softmax head on the same network, the
-    yardstick of a study. Wants ``codes.sequence=one_hot`` and ``flow.zero_fraction=1``."""
+    """``cross_entropy`` treats the channels of the prediction as class scores, a baseline for studies: the same network
+    with a softmax head. It requires ``codes.sequence=one_hot`` and ``flow.zero_fraction=1``."""
     correction_weight: Annotated[float, Field(ge=0.0)] = 1.0
     schedule: Literal["static", "annealed"] = "static"
     temperature: Positive = 1.0
@@ -97,52 +99,54 @@ class LossConfig(Section):
 
 
 class RepaConfig(Section):
-    """Alignment with a frozen image encoder while training; weight 0 is without."""
+    """Alignment of features with a frozen image encoder during training; weight 0 switches it off."""
 
     weight: Annotated[float, Field(ge=0.0)] = 0.0
     encoder: str = "facebook/dinov2-base"
-    """Name on the hub, or a folder with the encoder's files."""
+    """Name on the Hugging Face hub, or a folder with the encoder's files."""
     block: Count = 8
-    """The transformer block behind which features are compared."""
+    """Number of the transformer block after which features are compared."""
 
 
 class DataConfig(Section):
     """Where images and labels come from, and the size the network sees."""
 
-    name: Literal["digits", "paints", "camvid", "ade20k", "cocostuff", "cityscapes", "voc", "folder"] = "digits"
+    name: Literal[DATA_NAMES] = "digits"
     root: Path | None = None
     height: Count = 64
     width: Count = 64
     train_split: str | None = None
-    """The data set's own name of the split; ``None``: its usual one, such as ``training`` of ADE20K."""
+    """The data set's own name of the training split; ``None``: the usual name, such as ``training`` for ADE20K."""
     val_split: str | None = None
     check: Literal["full", "headers", "none"] | None = None
-    """What to look at before training: label values, sizes, or nothing; ``None``: values up to 6000 pairs, then sizes."""
+    """What to check before training: label values (``full``), sizes (``headers``) or nothing. ``None``: values of up to
+    6000 pairs, sizes of more."""
     classes: list[str] | None = None
     palette: list[tuple[int, int, int]] | None = None
     values: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
-    """Label value of each class in the files, such as ``[0, 255]``. ``None``: those of the preset, or 0, 1, 2, ..."""
+    """Label value of each class in the files, such as ``[0, 255]``. ``None``: those of the data set, or 0, 1, 2, ..."""
     ignore: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
-    """Label values that carry no class, besides 255 unless that is a class's value. ``None``: those of the preset."""
+    """Label values to ignore. 255 is always ignored unless it is the value of a class. ``None``: those of the data set."""
     exif: Literal["upright", "stored"] = "upright"
-    """Images are turned as their EXIF orientation says. Their labels were drawn on what a viewer shows (``upright``), or
-    on the pixels as they are stored (``stored``): then they are turned too, and ``predict`` writes masks for stored pixels."""
+    """How label maps were drawn: on the image as a viewer shows it (``upright``) or on its stored pixels (``stored``).
+    Images are always turned by their EXIF orientation. With ``stored`` label maps are turned too, and ``predict`` writes
+    masks for the stored pixels."""
     white: Positive | None = None
-    """Value that becomes white in images of 16 and 32 bits and of floats. ``None``: 65535, and 1.0 for floats."""
+    """Value that becomes white in images of 16 bits, 32 bits or floats. ``None``: 65535, and 1.0 for floats."""
     max_megapixels: Positive = 256.0
-    """Larger files are refused: a small file may hold an image that fills the memory."""
+    """Larger images are refused: a small file can decode to an image that fills the memory."""
     scale_min: Positive = 1.0
     scale_max: Positive = 1.0
     flip: bool = False
     color_jitter: Fraction = 0.0
     """Largest relative change of brightness and of contrast in training."""
     photometric: bool = False
-    """Random brightness, contrast, saturation and hue, each in half of the examples, as is usual for segmentation."""
+    """Change brightness, contrast, saturation and hue at random, each in half of the examples."""
     max_class_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Draw a crop again, up to ten times, while one class covers more than this of its labelled pixels."""
+    """Largest share of a crop's labelled pixels that one class may cover. Other crops are drawn again, up to ten times."""
     workers: Annotated[int, Field(ge=0)] = 0
     scenes_train: Count = 4000
-    """Scenes of one pass over embedded data (digits, paints)."""
+    """Number of scenes per epoch of generated data (digits, paints)."""
     scenes_val: Count = 200
 
     @model_validator(mode="after")
@@ -153,7 +157,7 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW, warm-up, and the schedule after it."""
+    """AdamW, and the warm-up and schedule of its learning rate."""
 
     lr: Positive = 1e-3
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
@@ -162,14 +166,14 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     lr_end: Fraction = 0.02
-    """Final learning rate as a share of ``lr``, unless the schedule is constant."""
+    """Final learning rate as a share of ``lr``; a constant schedule ignores it."""
     grad_clip: Positive = 1.0
     ema_decay: Fraction = 0.9999
-    """Upper limit of the averaging; early on it is ``(1 + n) / (10 + n)`` after ``n`` steps."""
+    """Decay of the averaged weights; after ``n`` early steps it is ``(1 + n) / (10 + n)`` if that is smaller."""
 
 
 class Stage(Section):
-    """A later part of a run at another resolution; what is ``None`` stays as it was."""
+    """A later part of a run at another resolution; a field that is ``None`` keeps its value."""
 
     at: Count
     """First step of the stage."""
@@ -180,37 +184,37 @@ class Stage(Section):
 
 
 class TrainConfig(Section):
-    """Length, batch and bookkeeping of a run."""
+    """Length, batches, validation and checkpoints of a run."""
 
     steps: Count = 2000
-    """All optimiser steps, those of later stages included."""
+    """Number of optimiser steps, including those of later stages."""
     stages: list[Stage] = []
-    """Later stages in order, e.g. ``[{at: 80000, height: 512, width: 512, batch_size: 8}]``."""
+    """Later stages in order, such as ``[{at: 80000, height: 512, width: 512, batch_size: 8}]``."""
     max_minutes: Positive | None = None
-    """Stop after this much training time; the learning rate then follows the time used when that is further on."""
+    """Stop after this many minutes of training. The learning rate follows time or steps, whichever is closer to its end."""
     batch_size: Count = 32
     accumulation: Count = 1
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """``auto``: bf16 where the hardware multiplies it; ``no``: float32. The loss and the correction are float32 either way."""
+    """``auto``: bf16 if the hardware multiplies it; ``no``: float32. Loss and correction are always computed in float32."""
     seed: Annotated[int, Field(ge=0)] = 0
     log_every: Count = 10
     eval_every: Count = 500
     eval_images: Count | None = None
-    """Validate on this many images during training; ``None``: on all."""
+    """Number of images per validation during training; ``None``: all."""
     checkpoint_every: Count = 500
-    """A checkpoint is also written before each validation; the next one replaces it."""
+    """Steps between checkpoints. Another one is written before each validation, and the next checkpoint replaces it."""
     keep: Count = 2
-    """Checkpoints kept, besides the best."""
+    """Number of newest checkpoints to keep, in addition to the best weights."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """With several processes: a copy of the parameters in each, or the parameters spread over them (FSDP2)."""
+    """Parameters of several processes: a copy in each (``ddp``), or sharded over all (``fsdp``, which is FSDP2)."""
     trackers: list[Literal["tensorboard", "wandb"]] = []
-    """Where metrics go besides ``metrics.jsonl``."""
+    """Trackers that get the metrics in addition to ``metrics.jsonl``."""
     project: str = "flowseg"
-    """Name of the project for the trackers."""
+    """Project name for the trackers."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
-    def _no_is_a_word(cls, value: Any) -> Any:
+    def _false_is_no(cls, value: Any) -> Any:
         # YAML 1.1 reads an unquoted no as false.
         return "no" if value is False else value
 
@@ -218,26 +222,27 @@ class TrainConfig(Section):
     def _stages_in_order(self) -> TrainConfig:
         starts = [stage.at for stage in self.stages]
         if starts != sorted(set(starts)):
-            raise ValueError(f"stages must begin one after the other, got at = {starts}")
+            raise ValueError(f"stages must start at increasing steps, got at = {starts}")
         return self
 
 
 class SampleConfig(Section):
-    """The ODE solver from source to code field, the views of an image, and how the result reaches native resolution."""
+    """Inference: the ODE solver, the views of an image that are averaged, and the step to native resolution."""
 
     method: Literal["euler", "heun", "midpoint"] = "euler"
     steps: Annotated[int, Field(ge=1, le=100)] = 1
-    """What scored best where we measured (docs/results/camvid.md); a model trained for longer may gain from more."""
+    """Number of solver steps. One scored best in our runs (docs/results/camvid.md); longer training may favour more."""
     resize: Literal["fit", "cover", "native"] = "fit"
-    """Size at which an image is seen: inside the training size, covering it, or its own; padded to whole patches."""
+    """Size at which the network sees an image, apart from padding to whole patches: the largest inside the training size
+    (``fit``), the smallest that covers it (``cover``), or the image's own."""
     window: Literal["whole", "slide"] = "whole"
-    """The whole image at once, or windows of the training size whose class probabilities are averaged."""
+    """Segment the whole image at once, or average the class probabilities of windows of the training size."""
     stride: Annotated[float, Field(gt=0.0, le=1.0)] = 2 / 3
-    """Distance of the windows as a share of their size."""
+    """Distance between neighbouring windows as a share of their size."""
     flip: bool = False
-    """Also segment the mirrored image and average."""
+    """Average with the result for the mirrored image."""
     scales: Annotated[list[Positive], Field(min_length=1)] = [1.0]
-    """Segment at each of these multiples of the size and average."""
+    """Multiples of the size to segment at; the results are averaged."""
     upsample: Literal["codes", "labels", "probabilities"] = "labels"
     weights: Literal["ema", "model"] = "ema"
     batch_size: Count = 16
@@ -270,24 +275,28 @@ class Config(Section):
             )
         if self.loss.kind == "cross_entropy":
             wanted = {"codes.sequence": "one_hot", "flow.predicts": "endpoint", "flow.zero_fraction": 1.0}
+            given = self.flat()
             for key, value in wanted.items():
-                section, leaf = key.split(".")
-                given = getattr(getattr(self, section), leaf)
-                if given != value:
+                if given[key] != value:
                     raise ValueError(
                         f"{key} must be {value} when loss.kind is 'cross_entropy' (a softmax head has no flow to "
-                        f"follow), got {given}; add --set {key}={value}"
+                        f"follow), got {given[key]}; add --set {key}={value}"
                     )
         if self.flow.zero_fraction == 1.0 and (self.sample.steps, self.sample.method) != (1, "euler"):
             raise ValueError(
-                "sample.steps must be 1 and sample.method euler when flow.zero_fraction is 1 (the network has seen t = 0 "
-                f"alone and cannot go on from there), got {self.sample.steps} of {self.sample.method}; sample with one "
-                "Euler step, or train with flow.zero_fraction below 1"
+                "sample.steps must be 1 and sample.method euler when flow.zero_fraction is 1 (the network was trained at "
+                f"t = 0 only), got {self.sample.steps} of {self.sample.method}; sample with one Euler step, or train with "
+                "flow.zero_fraction below 1"
             )
         return self
 
+    def flat(self) -> dict[str, Any]:
+        """``{"section.name": value}`` for all settings, with values as YAML and JSON represent them."""
+        tree = self.model_dump(mode="json")
+        return {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
+
     def at_step(self, step: int) -> Config:
-        """A copy with the size, batch and learning rate of the stage that holds ``step``."""
+        """A copy with the size, batch size and learning rate of the stage that contains ``step``."""
         config = self.model_copy(deep=True)
         for stage in self.train.stages:
             if stage.at <= step:
@@ -300,15 +309,15 @@ class Config(Section):
 def load_config(
     file: Path | str | None = None, pairs: list[str] | None = None, flags: dict[str, Any] | None = None
 ) -> Config:
-    """Read a YAML file, then lay flags and finally ``key=value`` pairs over it.
+    """Read settings: defaults, replaced by a YAML file, then by flags, then by ``key=value`` pairs.
 
     Args:
-        file: YAML with the sections of :class:`Config`; ``None`` starts from the defaults.
-        pairs: strings like ``"loss.correction_weight=0"``; values are read as YAML.
-        flags: dotted keys to values; ``None`` values are skipped.
+        file: YAML with the sections of :class:`Config`; ``None``: only the defaults.
+        pairs: strings like ``"loss.correction_weight=0"``; values are parsed as YAML.
+        flags: dotted keys to values; a value of ``None`` is skipped.
 
     Raises:
-        UserError: unreadable file, unknown key (the nearest known one is named), or a value out of range.
+        UserError: an unreadable file, an unknown key (the message suggests the nearest one), or an invalid value.
     """
     tree = _read_yaml(Path(file)) if file is not None else {}
     return override(tree, pairs, flags, str(file) if file is not None else "settings")
@@ -320,14 +329,20 @@ def override(
     flags: dict[str, Any] | None = None,
     origin: str = "settings",
 ) -> Config:
-    """Settings of a tree of plain values with flags and pairs laid over it, as :func:`load_config` does."""
+    """Settings from a tree of plain values, replaced by flags, then by pairs, as in :func:`load_config`.
+
+    Args:
+        tree: sections to names to values; it is changed.
+        pairs, flags: as for :func:`load_config`.
+        origin: where the tree comes from, for error messages.
+    """
     for key, value in (flags or {}).items():
         if value is not None:
             _assign(tree, key, value)
     for pair in pairs or []:
         key, separator, text = decoded(pair).partition("=")
         if not separator or not key.strip():
-            raise UserError(f"--set wants KEY=VALUE such as optim.lr=3e-4, got {pair!r}")
+            raise UserError(f"--set needs KEY=VALUE such as optim.lr=3e-4, got {pair!r}")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
@@ -337,12 +352,12 @@ def override(
 
 
 def config_from_tree(tree: dict[str, Any], origin: str = "settings") -> Config:
-    """Validate a nested dictionary; errors become one :class:`UserError` line."""
+    """Validate a nested dictionary; an error becomes a :class:`UserError` of one line."""
     return parse_section(Config, tree, origin)
 
 
 def parse_section(section: type[Parsed], tree: dict[str, Any], origin: str) -> Parsed:
-    """Validate ``tree`` as a ``section``; errors become one :class:`UserError` line."""
+    """Validate ``tree`` as a ``section``; an error becomes a :class:`UserError` of one line."""
     try:
         return section.model_validate(tree)
     except ValidationError as error:
@@ -350,21 +365,15 @@ def parse_section(section: type[Parsed], tree: dict[str, Any], origin: str) -> P
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved settings as YAML that :func:`load_config` reads back to the same values."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    # On a full disk the settings that were there stay.
-    try:
-        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write all settings as YAML, from which :func:`load_config` reads the same values."""
+    write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """Plain YAML in which a name may stand only once at a place: the last one would silently win."""
+    """YAML loader that rejects a repeated key: PyYAML would silently keep the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A dictionary; YAMLError for a repeated name."""
+        """Construct a dictionary; raise YAMLError for a repeated key."""
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
@@ -375,11 +384,11 @@ class _OnceLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file in UTF-8.
+    """Content of a YAML file in UTF-8.
 
     Raises:
         OSError, UnicodeDecodeError: the file cannot be read.
-        yaml.YAMLError: not YAML, or a name that is given twice at one place.
+        yaml.YAMLError: not YAML, or a repeated key.
     """
     return yaml.load(path.read_text(encoding="utf-8-sig"), _OnceLoader)
 
@@ -392,8 +401,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):
-        raise UserError(f"--config {path}: wants sections such as 'optim:' at the top, got {type(tree).__name__}")
-    # A section without settings.
+        raise UserError(f"--config {path}: must contain sections such as 'optim:', got {type(tree).__name__}")
+    # A section without settings is read as None.
     return {key: value for key, value in tree.items() if value is not None}
 
 
@@ -419,7 +428,7 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError, section: type[Section]) -> str:
-    # A misspelt field is also a missing one; its name says more.
+    # A misspelt required field gives two errors, unknown and missing; the unknown name is more helpful.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
@@ -429,16 +438,17 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not key or first["type"] == "value_error":
         return message if not key or "." in message.split(" ")[0] else f"{key}: {message}"
-    return f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
+    hint = f"; write a list, such as {key}=[{first['input']}]" if first["type"] == "list_type" else ""
+    return f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}{hint}"
 
 
 def known_keys() -> list[str]:
-    """Every dotted setting, e.g. ``"optim.lr"``."""
-    return [f"{section}.{leaf}" for section, keys in Config().model_dump().items() for leaf in keys]
+    """Dotted names of all settings, such as ``"optim.lr"``."""
+    return list(Config().flat())
 
 
 def _nearest(key: str) -> str:
-    """A hint: the setting that may have been meant or, where none is alike, those there are at its place."""
+    """A hint: the most similar setting or, if none is similar, the settings that exist there."""
     section, leaf = key.split(".", 1)[0], key.rsplit(".", 1)[-1]
     if key.startswith("train.stages."):
         return _hint(leaf, {name: f"train.stages: {name}" for name in Stage.model_fields})

@@ -1,4 +1,4 @@
-"""A trained network as a folder that can be shared: weights, settings and a model card, as the Hugging Face hub keeps them."""
+"""Save and load a trained network as a folder to share: weights, settings and a model card, as on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from pathlib import Path
 import torch
 import yaml
 
+from flowseg.build import build
 from flowseg.checkpoint import load_weights, save_weights
-from flowseg.codes import build_codebook
 from flowseg.config import config_from_tree, override
 from flowseg.data.datasets import resolve_labels
 from flowseg.errors import UserError
-from flowseg.model import build_model
-from flowseg.model.sizes import check_sizes
+from flowseg.runs.terminal import printable
 from flowseg.segment import Segmenter, default_device
-from flowseg.terminal import printable
 
 WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
 
@@ -28,16 +26,16 @@ def save_pretrained(
     """Write weights (safetensors), settings with class names and colours, and a model card.
 
     Args:
-        segmenter: what to share.
-        folder: made where it is missing; files of the same names are replaced.
-        scores: what ``flowseg evaluate --json`` wrote, for the card.
-        license: of the weights, for the card; they may inherit terms from the training images.
+        segmenter: the network to share.
+        folder: output folder; it is created if missing, and files of the same names are replaced.
+        scores: content of a file of ``flowseg evaluate --json``, for the card.
+        license: licence of the weights, for the card; terms of the training images may apply to the weights.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = segmenter.config.model_copy(deep=True)
     labels = resolve_labels(config.data)
-    # Whoever loads the folder has neither the data nor the checkpoint that training began with.
+    # These paths mean nothing on another machine.
     config.data.root = config.model.pixnerd = None
     tree = {
         "flowseg": config.model_dump(mode="json"),
@@ -59,18 +57,18 @@ def from_pretrained(
     revision: str | None = None,
     device: torch.device | str | None = None,
 ) -> Segmenter:
-    """A network from a folder of :func:`save_pretrained`, or from the hub by its ``owner/name``.
+    """Load a network from a folder of :func:`save_pretrained`, or from the Hugging Face hub by ``owner/name``.
 
-    A folder never leads to a request. No code is run from what is loaded: weights are safetensors, settings JSON.
+    Loading a folder makes no network request. Loading runs no code from the files: weights are safetensors, settings JSON.
 
     Args:
         name: folder, or name on the hub.
-        pairs: settings to replace, e.g. ``["sample.steps=5"]``.
-        revision: of the hub repository.
-        device: where to compute; ``None``: the accelerator.
+        pairs: settings to replace, such as ``["sample.steps=5"]``.
+        revision: revision of the hub repository.
+        device: device to compute on; ``None``: the accelerator, or the CPU.
 
     Raises:
-        UserError: neither a folder nor a repository, files that are missing, or settings of another version.
+        UserError: no such folder or repository, missing files, or settings of another version.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -83,24 +81,22 @@ def from_pretrained(
     config = (
         override(settings, pairs, origin=str(folder / SETTINGS)) if pairs else config_from_tree(settings, str(folder))
     )
-    codebook = build_codebook(config.codes, len(tree["id2label"]))
+    model, codebook = build(config, len(tree["id2label"]))
     if codebook.centroids.shape != centroids.shape or not torch.allclose(codebook.centroids, centroids, atol=1e-6):
-        raise UserError(f"{folder / SETTINGS}: its codes are not those that codes.* describes; the file was edited")
-    model = build_model(config)
-    check_sizes(config, model.size.patch_size)
+        raise UserError(f"{folder / SETTINGS}: its centroids do not match its codes.* settings; the file was edited")
     load_weights(model, folder / WEIGHTS)
     return Segmenter(model.eval(), codebook, config, device or default_device())
 
 
 def is_shared(name: str) -> bool:
-    """Whether ``name`` is a folder of :func:`save_pretrained`, or ``owner/name`` that is nothing on this disk."""
+    """Whether ``name`` is a folder of :func:`save_pretrained`, or has the form ``owner/name`` and is no local path."""
     if Path(name).exists():
         return (Path(name) / SETTINGS).is_file()
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def model_card(segmenter: Segmenter, scores: dict | None = None, license: str | None = None) -> str:
-    """Text of the card: what it is, how to use it, what was measured, what is not known."""
+    """Text of the model card: description, use, scores, limits, classes."""
     config = segmenter.config
     labels = resolve_labels(config.data)
     front = {
@@ -143,8 +139,9 @@ labels = segmenter.labels("photo.jpg")  # (H, W) uint8
 
 ## Limits
 
-It knows only its classes, and gives one of them to every pixel, whatever is there. Images unlike its training images may be
-segmented badly without a sign of it; the margin (`labels(image, with_margin=True)`) is a hint, not a probability.
+The network knows only its classes and assigns one of them to every pixel, whatever the pixel shows. Images that differ from
+its training images may be segmented badly without any warning. The margin (`labels(image, with_margin=True)`) is a hint, not
+a probability.
 
 ## Classes
 
@@ -153,16 +150,30 @@ segmented badly without a sign of it; the margin (`labels(image, with_margin=Tru
 
 
 def _in_markdown(name: str) -> str:
-    """A name that Markdown and the HTML in it show as it is."""
+    """Escape a name so that Markdown and HTML show it unchanged."""
     return re.sub(r"([\\`*_{}\[\]()#+!|<>~&$])", r"\\\1", printable(name).replace("\n", " "))
 
 
 def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, SETTINGS, CARD]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except HFValidationError:
+        reason = "a name there is OWNER/NAME"
+    except RepositoryNotFoundError:
+        reason = "there is no such repository, or it is private"
+    except RevisionNotFoundError:
+        reason = f"the repository has no revision {revision!r}"
+    except LocalEntryNotFoundError:
+        reason = "the hub cannot be reached, and there is no copy in the cache"
+    except (HfHubHTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name!r}: no such folder, and not to be had from the hub ({reason})") from None
+    raise UserError(f"{name!r}: no such folder, and cannot be loaded from the Hugging Face hub ({reason})")

@@ -1,4 +1,4 @@
-"""From images to code fields and label maps with a trained network."""
+"""Segment images with a trained network: code fields, label maps and margins."""
 
 from __future__ import annotations
 
@@ -12,40 +12,38 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from flowseg.build import build
 from flowseg.checkpoint import find_weights, load_weights
-from flowseg.codes import build_codebook
 from flowseg.config import Config
 from flowseg.data.datasets import resolve_labels
 from flowseg.data.pictures import Reading, as_picture, stored_values
-from flowseg.data.transforms import model_size, prepare, resized, to_tensor
+from flowseg.data.transforms import model_size, pad_to, prepare, resized, to_tensor
 from flowseg.flow import integrate, make_source
-from flowseg.model import FlowSegModel, build_model
-from flowseg.model.sizes import check_sizes
-from flowseg.views import (
+from flowseg.inference.views import (
     WindowRows,
     class_probabilities,
     enlarge_labels,
     interpolated_columns,
     likeliest,
     mean_over_windows,
-    pad_to,
     resize_labels,
     windows,
 )
+from flowseg.model import FlowSegModel
 from flowseg_kernels import Codebook, nearest_centroid
 
 
 class Segmenter:
-    """A network, its codes and its settings, ready to segment.
+    """A network with its codes and settings, ready to segment images.
 
     Args:
-        model: put into evaluation mode while it samples.
-        codebook: its codes.
-        config: sampling and data settings.
-        device: where to compute.
+        model: the network; it is in evaluation mode while it samples.
+        codebook: codes of the classes.
+        config: settings of sampling and data.
+        device: device to compute on.
     """
 
-    # More class probabilities than this (256 MB) are not held at once, if they need not be.
+    # Largest number of class probabilities to keep in memory (256 MB), if there is a way to keep fewer.
     MOST_NUMBERS = 2**26
 
     def __init__(self, model: FlowSegModel, codebook: Codebook, config: Config, device: torch.device | str = "cpu"):
@@ -56,25 +54,36 @@ class Segmenter:
     def from_run(
         cls, run: Path, config: Config, checkpoint: str = "latest", device: torch.device | str | None = None
     ) -> Segmenter:
-        """Load a trained run; ``config`` is its own, possibly with other sampling settings."""
+        """Load a trained run.
+
+        Args:
+            run: folder written by training.
+            config: settings of the run (:func:`flowseg.checkpoint.read_run_config`); sampling settings may differ.
+            checkpoint: ``"latest"``, ``"best"``, a step number, or the path of a safetensors file.
+            device: device to compute on; ``None``: the accelerator, or the CPU.
+        """
         path = find_weights(run, checkpoint, config.sample.weights)
-        model = build_model(config)
-        check_sizes(config, model.size.patch_size)
+        model, codebook = build(config, len(resolve_labels(config.data).classes))
         load_weights(model, path)
-        codebook = build_codebook(config.codes, len(resolve_labels(config.data).classes))
         return cls(model.eval(), codebook, config, device or default_device())
 
     @torch.no_grad()
     def sample(self, images: Tensor, *, seed: int = 0, steps: int | None = None, keep_path: bool = False):
-        """Run the flow on prepared images ``(B, 3, H, W)`` in [-1, 1], in ``steps`` steps or ``sample.steps`` of the settings.
+        """Run the flow on prepared images.
+
+        Args:
+            images: ``(B, 3, H, W)`` in [-1, 1].
+            seed: seed of a noise source.
+            steps: number of solver steps; ``None``: ``sample.steps`` of the settings.
+            keep_path: also return the states ``(t, x)`` on the way.
 
         Returns:
-            The code field ``(B, C, H, W)`` float32 at t = 1, and with ``keep_path`` the states on the way.
+            The code field ``(B, C, H, W)`` float32 at t = 1; with ``keep_path`` also the list of states.
         """
         flow, sample = self.config.flow, self.config.sample
         images = images.to(self.device)
         generator = torch.Generator().manual_seed(seed)
-        # Noise is the same for every image: what comes out does not depend on what it is batched with.
+        # All images get the same noise, so a result does not depend on the other images of the batch.
         count = 1 if flow.source == "noise" else len(images)
         source = make_source(images[:count], self.config.codes.channels, flow.source, generator).expand(
             len(images), -1, -1, -1
@@ -96,19 +105,23 @@ class Segmenter:
         return result
 
     def prepare_batch(self, images: Sequence[Image.Image], scale: float = 1.0) -> tuple[Tensor, tuple[int, int]]:
-        """Equal-sized images as one batch, and the part ``(h, w)`` of it that is image."""
+        """Stack images of equal size into a batch. Return the batch and the size ``(h, w)`` of its part without padding."""
         size = model_size(images[0].size[::-1], self.config.data, self.config.sample.resize, scale)
         return torch.stack([prepare(image, size, self.model.size.patch_size) for image in images]), size
 
     def native_field(self, images: Sequence[Image.Image]) -> Tensor:
-        """Fields whose nearest codes are the labels at native resolution, for equal-sized images.
+        """Code fields at native resolution for images of equal size; the nearest codes are the labels.
 
-        With one view of an image ``sample.upsample`` decides how: ``"codes"`` interpolates the code field bilinearly,
-        ``"labels"`` repeats its nearest pixel (the same labels as decoding first), ``"probabilities"`` interpolates class
-        probabilities ``1/(d_k + eps)``, normalised, and gives the code of the likeliest class. Windows, mirrored images and
-        scales are averaged as probabilities: the mean of two codes is the code of neither class.
+        ``sample.upsample`` selects the method for a single view. ``"codes"`` interpolates the code field bilinearly.
+        ``"labels"`` repeats the nearest pixel, which gives the same labels as decoding first. ``"probabilities"``
+        interpolates normalised class probabilities ``1/(d_k + eps)`` and returns the code of the most probable class.
+        Several views (windows, mirror image, scales) are always averaged as probabilities, because the mean of two codes is
+        the code of neither class.
 
-        A field is C numbers per pixel. :meth:`labels` and :meth:`native_labels` give the same labels without it.
+        A field needs memory for C numbers per pixel; :meth:`labels` and :meth:`native_labels` give the same labels with less.
+
+        Args:
+            images: RGB images of equal size.
 
         Returns:
             ``(B, C, H, W)`` float32.
@@ -129,12 +142,12 @@ class Segmenter:
 
     @property
     def several_views(self) -> bool:
-        """Whether images go one by one, as the mean of windows, mirror images or scales."""
+        """Whether the result for an image is the mean of several views: windows, mirror images or scales."""
         sample = self.config.sample
         return sample.window == "slide" or sample.flip or list(sample.scales) != [1.0]
 
     def seen(self, image: Image.Image) -> Image.Image:
-        """What :meth:`native_labels` needs of an image: it at the size of the network, or itself for several views."""
+        """The image as :meth:`native_labels` expects it: resized for the network, or unchanged for several views."""
         if self.several_views:
             return image
         height, width = model_size(image.size[::-1], self.config.data, self.config.sample.resize)
@@ -143,15 +156,15 @@ class Segmenter:
     def native_labels(
         self, images: Sequence[Image.Image], native: tuple[int, int], *, with_margin: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Labels ``(H, W)`` uint8 and, with ``with_margin``, margins ``(H, W)`` float32 of images as :meth:`seen` gives them.
+        """Yield labels ``(H, W)`` uint8 and, with ``with_margin``, margins ``(H, W)`` float32 at native size.
 
-        Pixels that decode to no class (NaN) are 255. Memory beside the results does not grow with the native size: labels
-        are decoded before they are enlarged where ``sample.upsample`` is ``"labels"``, and part by part otherwise.
+        Pixels that decode to no class (NaN) are 255. Apart from the results, memory does not grow with the native size:
+        labels are decoded before they are enlarged if ``sample.upsample`` is ``"labels"``, and in parts otherwise.
 
         Args:
-            images: RGB, of one size.
+            images: images of equal size, as :meth:`seen` returns them.
             native: their size ``(H, W)`` before :meth:`seen`.
-            with_margin: also second smallest distance to a code minus the smallest.
+            with_margin: also yield the margin, the second smallest distance to a code minus the smallest; else ``None``.
         """
         if self.several_views:
             for image in images:
@@ -166,7 +179,7 @@ class Segmenter:
     def _labels_of_field(
         self, field: Tensor, native: tuple[int, int], with_margin: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Labels and margins at native size of a field ``(C, h, w)``."""
+        """Labels and margins at native size for a field ``(C, h, w)``."""
         upsample = self.config.sample.upsample
         if tuple(field.shape[-2:]) == native:
             return self._decode(field, with_margin)
@@ -189,7 +202,7 @@ class Segmenter:
         return (found[0][0], found[1][0]) if with_margin else (found[0], None)
 
     def _margin_of_codes(self, labels: Tensor) -> Tensor:
-        """Margins of pixels that lie on the codes of their labels; NaN where there is no label."""
+        """Margins of pixels that lie exactly on the codes of their labels; NaN for label 255."""
         codes = self.codebook.centroids.float().T[:, None]
         margins = self._decode(codes, True)[1][0]
         margins = torch.cat([margins, margins.new_full((256 - len(margins),), torch.nan)])
@@ -199,7 +212,7 @@ class Segmenter:
         return result
 
     def _labels_of_views(self, image: Image.Image, native: tuple[int, int]) -> Tensor:
-        """Labels ``(H, W)`` uint8 of the mean of all views."""
+        """Labels ``(H, W)`` uint8 from the mean of all views."""
         sample = self.config.sample
         size = model_size(native, self.config.data, sample.resize, sample.scales[0])
         maps = self.codebook.num_classes * size[0] * size[1]
@@ -214,7 +227,7 @@ class Segmenter:
         return labels if size == native else enlarge_labels(labels, native)
 
     def _labels_of_windows(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
-        """Labels ``(h, w)`` uint8 of overlapping windows over an image at ``size``, a band of rows after the other."""
+        """Labels ``(h, w)`` uint8 from overlapping windows over the image at ``size``, one band of rows after the other."""
         image = resized(image, size)
         mirrors = (False, True) if self.config.sample.flip else (False,)
         views = [WindowRows(self._window_fields(image, mirrored), size[0], self._probabilities) for mirrored in mirrors]
@@ -233,7 +246,10 @@ class Segmenter:
                 labels[rows, columns] = likeliest(mean)
 
     def _window_fields(self, image: Image.Image, mirrored: bool) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
-        """Place and field ``(C, h, w)`` of each window over an image or its mirror image; pixels are cut out as needed."""
+        """Yield the slices and the field ``(C, h, w)`` of each window of an image or of its mirror image.
+
+        Only the pixels of one batch of windows are tensors at a time.
+        """
         window = self.config.data.height, self.config.data.width
         batch_size = self.config.sample.batch_size
         places = self._places(image.size[::-1])
@@ -246,12 +262,12 @@ class Segmenter:
                     left, right = image.width - right, image.width - left
                 pixels = to_tensor(image.crop((left, rows.start, right, min(rows.stop, image.height))))
                 batch.append(pad_to(pixels.flip(-1) if mirrored else pixels, *window))
-            # The padding of an image smaller than a window is cut off.
+            # If the image is smaller than a window, cut the padding off.
             for (rows, columns), field in zip(some, self.sample(torch.stack(batch))):
                 yield (rows, columns), field[:, : image.height - rows.start, : image.width - columns.start]
 
     def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
-        """Places of the windows over an image of ``size``, which is padded to a window if it is smaller."""
+        """Slices of the windows over an image of ``size``; a smaller image counts as padded to one window."""
         window = self.config.data.height, self.config.data.width
         stride = tuple(max(1, round(side * self.config.sample.stride)) for side in window)
         return windows(max(size[0], window[0]), max(size[1], window[1]), window, stride)
@@ -260,13 +276,13 @@ class Segmenter:
         return class_probabilities(field, self.codebook.centroids, self.config.loss.eps or self.codebook.default_eps)
 
     def _averaged(self, image: Image.Image) -> Tensor:
-        """Mean class probabilities ``(K, h, w)`` of all views of one image, at the size of the first scale."""
+        """Mean class probabilities ``(K, h, w)`` of all views of an image, at the size of the first scale."""
         sample = self.config.sample
         total: Tensor | None = None
         for scale in sample.scales:
             pixels, (height, width) = self.prepare_batch([image], scale)
             for mirrored in (False, True) if sample.flip else (False,):
-                # Mirrored before it is padded, so that the padding is at the same sides.
+                # Mirror before padding, to keep the padding on the same sides.
                 seen = pixels[0, :, :height, :width].flip(-1) if mirrored else pixels[0]
                 if sample.window == "slide":
                     part = self._slide(seen[:, :height, :width])
@@ -298,7 +314,7 @@ class Segmenter:
         return mean_over_windows(parts(), *padded.shape[-2:])[:, :height, :width]
 
     def _as_codes(self, probabilities: Tensor, native: tuple[int, int]) -> Tensor:
-        """Codes ``(C, H, W)`` of the likeliest classes at native size; NaN where the probabilities are no numbers."""
+        """Codes ``(C, H, W)`` of the most probable classes at native size; NaN where the probabilities are NaN."""
         if self.config.sample.upsample == "labels":
             labels = enlarge_labels(likeliest(probabilities), native)
         else:
@@ -308,18 +324,18 @@ class Segmenter:
         return torch.cat([codes, nothing])[labels.long()].movedim(-1, 0)
 
     def labels(self, image: Image.Image | np.ndarray | Path | str, *, with_margin: bool = False):
-        """Labels of one image at its own size.
+        """Segment one image at its own size.
 
         Args:
-            image: a Pillow image of any mode, a numpy array ``(H, W, 3)`` uint8 (or with alpha, or grey), or a path. A file
-                is turned as a viewer shows it; with ``data.exif=stored`` its labels lie on the stored pixels.
-            with_margin: also return the second smallest distance to a code minus the smallest.
+            image: a Pillow image of any mode, a numpy array ``(H, W, 3)`` uint8 (or with alpha, or grey), or a path. The
+                labels of a path match the image as a viewer shows it, or with ``data.exif=stored`` its stored pixels.
+            with_margin: also return the margin: the second smallest distance to a code minus the smallest.
 
         Returns:
             Label map ``(H, W)`` uint8 on the CPU; with ``with_margin`` also the margin ``(H, W)`` float32.
 
         Raises:
-            UserError: the image is none of these, or its file cannot be read.
+            UserError: the image has another type, or its file cannot be read.
         """
         reading = Reading.of(self.config.data)
         picture, shape = as_picture(image, reading)
@@ -332,7 +348,7 @@ class Segmenter:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """``"no"`` or ``"bf16"``; ``"auto"`` takes bf16 where the device multiplies it in hardware."""
+    """``"no"`` or ``"bf16"``; ``"auto"`` becomes ``"bf16"`` if the device multiplies bf16 in hardware."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -344,13 +360,13 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device):
-    """Context in which the network computes: bf16 matrix products, or nothing changed."""
+    """Context manager for calls of the network: bf16 autocast, or none."""
     if resolve_precision(precision, device) == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def default_device() -> torch.device:
-    """The accelerator of this machine, or the CPU."""
+    """The accelerator of this machine, or the CPU if there is none."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")

@@ -1,6 +1,8 @@
 """Fused kernels for generative segmentation by flow matching: see https://arxiv.org/abs/2603.19218 for the method."""
 
-from .codes import Codebook, grid_centroids, kronecker_centroids
+from . import codes as _codes
+from .codebook import Codebook
+from .codes import grid_centroids, kronecker_centroids
 from .functional import (
     decode_confusion,
     distance_correction,
@@ -34,5 +36,8 @@ __all__ = [
     "neural_field",
     "use_backend",
 ]
+
+# Pickles of whole modules by version 0.1 name flowseg_kernels.codes.Codebook.
+_codes.Codebook = Codebook
 
 _extension.say_what_is_missing()

@@ -1,9 +1,10 @@
-"""The decode grid: for each cell of a 3-D grid, the only centroids that can be nearest to a point of that cell.
+"""The decode grid: for each cell of a 3-D grid, a list of the centroids that can be nearest to a point of that cell.
 
-Exactness. For a point p, d_k(p) - d_j(p) is affine in p, so over a cell with centre c and half-width h its smallest value is
-d_k(c) - d_j(c) - 2 h |mu_k - mu_j|_1. When that is positive, k loses to j everywhere in the cell and need not be listed.
-j is taken to be the centroid nearest to the cell's centre. Cells are inflated a little, to cover the rounding of the cell
-index and of fp32 distances, so that the lists keep every centroid that fp32 arithmetic could find nearest.
+Why it is exact: let d_k(p) be the squared distance from a point p to centroid k. The difference d_k(p) - d_j(p) is affine in p. So
+in a cell with centre c and half-width h its smallest value is d_k(c) - d_j(c) - 2 h |mu_k - mu_j|_1. If that is positive, j is
+nearer than k everywhere in the cell, and the list leaves k out. For j we use the centroid nearest to the cell's centre. Cells are
+slightly enlarged to cover the rounding of the cell index and of fp32 distances: the list keeps every centroid that fp32 arithmetic
+could find nearest.
 """
 
 from __future__ import annotations
@@ -13,15 +14,21 @@ import dataclasses
 import torch
 from torch import Tensor
 
-__all__ = ["DecodeGrid", "build_decode_grid"]
+from .derived import Derived, derived_from
 
-#: Centroids in one record: one AVX2 register of floats, and two cache lines a record.
+__all__ = ["DecodeGrid", "Tables", "build_decode_grid", "decode_tables", "grid_of"]
+
+#: A decode grid as kernels take it: cells, records, groups, low, scale.
+Tables = tuple[Tensor | None, Tensor | None, Tensor | None, float, float]
+_NO_GRID: Tables = (None, None, None, 0.0, 0.0)
+
+#: Centroids per record. A row of floats fills one AVX2 register, and a record two cache lines.
 LANES = 8
 _LEVELS = 6
-_SIZE = 2**_LEVELS  # cells an axis
+_SIZE = 2**_LEVELS  # cells per axis
 _PAIRS_AT_ONCE = 1 << 16
 _MOST_PAIRS = 1 << 23  # 65,536 well spread codes need 4 million
-#: Classes of up to _WORD_CLASSES fit three in a word, with the sign left over (csrc/shared/decode_grid.h).
+#: A word holds three class numbers of _WORD_BITS bits and the sign, for up to _WORD_CLASSES classes (csrc/shared/decode_grid.h).
 _WORD_BITS = 10
 _WORD_CLASSES = 2**_WORD_BITS
 
@@ -30,13 +37,13 @@ _WORD_CLASSES = 2**_WORD_BITS
 class DecodeGrid:
     """The candidate lists of a codebook.
 
-    cells:   (2, G, G, G) int32, two tables over (channel 2, channel 1, channel 0). The first: a value v >= 0 says that class v
-             is nearest in the whole cell; v < 0: the candidates are in the records from -1 - v on. The second is what a GPU
-             reads, where each step of a chain of look-ups waits long: up to three candidates of ten bits each in the word
-             itself, in the order of the classes, the last one repeated; more are in the records as before. Of more than 1024
-             classes it is the first again.
-    records: (R, 4, 8) fp32: channel 0, 1, 2 of up to eight candidates, and their classes; padding is at +inf.
-    groups:  (R,) int32: the number of records left in the list that holds record r, r included.
+    cells:   (2, G, G, G) int32: two tables, each over (channel 2, channel 1, channel 0). In the first, v >= 0 says that class v
+             is nearest in the whole cell; v < 0 says that the candidates are in the records from -1 - v on. The second table is
+             for GPUs, where each step of a chain of look-ups has a long latency: up to three candidates of ten bits each are in
+             the word itself, in the order of the classes, the last one repeated; longer lists are in the records as before. With
+             more than 1024 classes the second table equals the first.
+    records: (R, 4, 8) fp32: channels 0, 1, 2 and the class of up to eight candidates; padding is at +inf.
+    groups:  (R,) int32: number of records from record r to the end of its list, r included.
     low, scale: cell index along an axis = floor((x - low) * scale).
     """
 
@@ -48,7 +55,7 @@ class DecodeGrid:
 
 
 def _nearest_and_rivals(cell: Tensor, candidate: Tensor, mu: Tensor, low: float, width: float, size: int, cells: int):
-    """Keep of the (cell, candidate) pairs those whose candidate can win; pairs are sorted by cell."""
+    """A mask of the (cell, candidate) pairs that keeps each candidate that can be nearest in its cell. Pairs are sorted by cell."""
     index = torch.stack((cell % size, cell // size % size, cell // (size * size)), dim=1)
     centre = low + (index.double() + 0.5) * width
     d = (centre - mu[candidate]).square().sum(dim=1)
@@ -57,8 +64,8 @@ def _nearest_and_rivals(cell: Tensor, candidate: Tensor, mu: Tensor, low: float,
     winner = torch.full((cells,), mu.shape[0], dtype=torch.int64)
     winner.scatter_reduce_(0, cell[is_nearest], candidate[is_nearest], "amin")
     rival = winner[cell]
-    # Inflation: the index may be off by 1e-5 cells, and fp32 distances of points of the cell by some 1e-7 of their size, which
-    # is at most 2 d + 6 half^2.
+    # Enlarge the cell: the index may be off by 1e-5 cells. Add slack: fp32 distances in the cell may be off by some 1e-7 of their
+    # size, which is at most 2 d + 6 half^2.
     half = 0.5 * width * (1 + 1e-3)
     slack = 4e-6 * (d + nearest[cell] + 12 * half**2)
     reach = 2 * half * (mu[candidate] - mu[rival]).abs().sum(dim=1)
@@ -66,20 +73,20 @@ def _nearest_and_rivals(cell: Tensor, candidate: Tensor, mu: Tensor, low: float,
 
 
 def build_decode_grid(centroids: Tensor) -> DecodeGrid | None:
-    """Build the decode grid of (K, 3) centroids on the CPU, refining 1, 2, 4, ..., 64 cells an axis.
+    """Build the decode grid of (K, 3) centroids on the CPU, refining from 1 to 2, 4, ..., 64 cells per axis.
 
-    None when the codes lie so close together for their extent that the lists would not be short, or when fp32 does not tell the
-    cells apart.
+    Return None if the lists would be long, as for codes that are close together for their extent, or if fp32 cannot tell the cells
+    apart.
     """
     given = centroids.detach().to("cpu", torch.float64)
-    # Of equal codes only the first can win.
+    # Keep only the first of equal codes: ties go to the lowest class.
     mu, which = given.unique(dim=0, return_inverse=True)
     first = torch.full((mu.shape[0],), given.shape[0]).scatter_reduce_(0, which, torch.arange(given.shape[0]), "amin")
     order = first.argsort()
     mu, first = mu[order], first[order]
     span = float((mu.max() - mu.min()).clamp_min(1e-3))
-    # Rounded to fp32 now, as the kernels use them: x - low is then a correctly rounded difference of two fp32 numbers, and the
-    # index as exact for codes around 1000 as around 0.
+    # Round low and scale to fp32, as the kernels use them. Then x - low is a correctly rounded difference of two fp32 numbers, and
+    # the index is as exact for codes around 1000 as for codes around 0.
     low = _fp32(float(mu.min()) - 0.35 * span)
     width = float(mu.max()) + 0.35 * span - low
     if not 0 < width < 1e30:
@@ -93,7 +100,7 @@ def build_decode_grid(centroids: Tensor) -> DecodeGrid | None:
         width = _SIZE / scale / size
         kept_cells, kept_candidates = [], []
         for at in range(0, cell.shape[0], _PAIRS_AT_ONCE):
-            # A parent's pairs may be cut by a chunk's end: the test then uses the nearest of a part and keeps more, never less.
+            # The end of a chunk may split a parent's pairs. Then the test uses the nearest of a part, and keeps more, never fewer.
             parent, option = cell[at : at + _PAIRS_AT_ONCE], candidate[at : at + _PAIRS_AT_ONCE]
             index = torch.stack((parent % half, parent // half % half, parent // (half * half)), dim=1)
             child = index[:, None] * 2 + offsets  # (pairs, 8, 3)
@@ -103,7 +110,7 @@ def build_decode_grid(centroids: Tensor) -> DecodeGrid | None:
             kept_cells.append(child[keep])
             kept_candidates.append(option[keep])
         cell, candidate = torch.cat(kept_cells), torch.cat(kept_candidates)
-        # Together again by cell, so that the next level sees a cell's candidates in one chunk.
+        # Sort by cell again, so that the next level has a cell's candidates in one chunk.
         order = torch.argsort(cell * mu.shape[0] + candidate)
         cell, candidate = cell[order], candidate[order]
         if cell.shape[0] > _MOST_PAIRS:
@@ -116,10 +123,10 @@ def _fp32(value: float) -> float:
 
 
 def _pack(cell: Tensor, candidate: Tensor, mu: Tensor, low: float, scale: float) -> DecodeGrid:
-    """Candidate lists, sorted by cell and class, to cells and records; equal lists are stored once."""
+    """Store candidate lists, sorted by cell and class, as cells and records. Equal lists are stored once."""
     count = torch.bincount(cell, minlength=_SIZE**3)
     start = count.cumsum(0) - count
-    cells = candidate[start].to(torch.int32)  # right for single candidates; the others are set below
+    cells = candidate[start].to(torch.int32)  # correct for single candidates; the loop sets all others
     all_records, all_groups, base = [], [], 0
     for n in count.unique().tolist():
         if n == 1:
@@ -147,3 +154,30 @@ def _pack(cell: Tensor, candidate: Tensor, mu: Tensor, low: float, scale: float)
         )
     cells = torch.stack((cells, words)).view(2, _SIZE, _SIZE, _SIZE)
     return DecodeGrid(cells, records.contiguous(), groups, low, scale)
+
+
+def _grid(derived: Derived) -> DecodeGrid | None:
+    def build() -> DecodeGrid | None:
+        # The caller's default device must not apply to the tensors that the grid is computed from.
+        with torch.no_grad(), torch.device("cpu"):
+            return build_decode_grid(derived.codes.float())
+
+    return derived.cached("decode grid", build) if derived.codes.shape[1] == 3 else None
+
+
+def decode_tables(derived: Derived, device: torch.device) -> Tables:
+    """The decode grid on a device as kernels take it. None and 0 without a grid: for C other than 3, or if lists would be long."""
+    grid = _grid(derived)
+    if grid is None:
+        return _NO_GRID
+    tensors = (grid.cells, grid.records, grid.groups)
+    copies = derived.cached(("decode grid", device), lambda: tuple(v.to(device) for v in tensors))
+    return *copies, grid.low, grid.scale
+
+
+def grid_of(x: Tensor, centroids: Tensor, wanted: bool) -> Tables:
+    """The decode grid of these codes on the device of x, if kernels can use one and building it pays."""
+    if not wanted or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
+        return _NO_GRID
+    derived = derived_from(centroids)
+    return decode_tables(derived, x.device) if derived.pays_for_grid() else _NO_GRID

@@ -1,9 +1,9 @@
-"""What follows from the values of codes: their smallest distance, the default eps and the decode grid.
+"""A cache of values derived from codes: their smallest distance, the default eps and the decode grid.
 
-Frameworks fill, cast, average, broadcast and offload the tensors of a module. Derived values that lie among them would be
-changed too, or be left behind. So they are kept here, outside of every module, and found by the values of the codes:
-`derived_from` compares the codes with those it knows at every call. On a CPU that costs a few microseconds for 150 codes.
-Elsewhere the values are read once for each version of a tensor, as reading them waits for the device.
+Frameworks fill, cast, average, broadcast and offload the tensors of a module. Derived values stored in the module would be
+changed too, or would go out of date. So they are stored here, and the values of the codes are the key: at every call `derived_from`
+compares the codes with the known ones. On a CPU that costs a few microseconds for 150 codes. On other devices the values are read
+once per version of a tensor, as reading them waits for the device.
 """
 
 from __future__ import annotations
@@ -14,26 +14,29 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .decode_grid import DecodeGrid, build_decode_grid
+from .runtime.backend import automatic_backend
 
 __all__ = [
     "LARGEST_LABEL",
-    "NO_GRID",
     "Derived",
     "check_codes",
     "derived_from",
+    "eps_of",
     "forget",
     "ignored_label",
+    "label_of",
     "smallest_distance",
 ]
 
-#: Codes whose derived values stay although no codebook holds them.
+_T = TypeVar("_T")
+#: Number of codes whose derived values are kept after the last codebook with them is gone.
 _KEPT = 8
-#: Tensors on other devices whose values are remembered.
+#: Number of tensors on other devices whose values are remembered.
 _KEPT_ON_DEVICES = 64
 
 
@@ -52,46 +55,44 @@ def smallest_distance(centroids: Tensor) -> float:
 
 
 def _rows_with_close_neighbours(mu: Tensor) -> Tensor:
-    """Few rows of which one has the smallest distance to another row: decoding a code leaves its distance to the next as margin."""
-    from .functional import nearest_centroid
-    from .runtime.backend import automatic_backend
+    """A small set of rows that contains the closest pair.
 
-    single = mu.float()
+    Decoding each code gives its distance to its nearest neighbour, the margin. The rows with the smallest margins are kept.
+    """
+    single = mu.float().contiguous()
+    image = single.T.reshape(1, -1, 1, mu.shape[0])
     with automatic_backend():
-        margin = nearest_centroid(single.T.reshape(1, -1, 1, mu.shape[0]), single, return_margin=True)[1].flatten()
+        # No grid, int64 labels, the margin but no distance, no ignored label.
+        margin = torch.ops.flowseg.nearest_centroid(image, single, False, "int64", False, True, None, -1)[2].flatten()
     # fp32 rounding may reorder distances that are this close.
     close = (margin <= margin.min() * (1 + 1e-5) + 1e-7).nonzero()[:, 0]
-    # A regular grid has its smallest distance everywhere; any of those rows gives it.
+    # In a regular grid every row has the smallest distance; any of those rows gives it.
     return close[:4096]
 
 
-#: In place of a decode grid: cells, records, groups, low, scale.
-NO_GRID = (None, None, None, 0.0, 0.0)
-#: Decodes of codes that appeared in a buffer by themselves, before their grid is built: an average may change them at each step,
-#: and building takes as long as many searches without one.
+#: Decodes without a grid, for codes that were written into a buffer. An average may change such codes at each step, and building a
+#: grid takes as long as many decodes without one.
 _USES_WITHOUT_GRID = 2
 
 
 class Derived:
-    """What follows from one set of codes. Each value is computed when it is first asked for.
+    """The values derived from one set of codes. Each value is computed at its first use.
 
     Attributes:
         codes: (K, C) on the CPU, fp32 or fp64, a copy.
         min_distance: smallest Euclidean distance between two codes, inf for K = 1.
-        default_eps: 0.2 * min_distance**2; 0.2 for K = 1, 1e-6 where codes coincide.
-        grid: the decode grid, None for other than three channels or where lists would not be short.
+        default_eps: 0.2 * min_distance**2; 0.2 for K = 1, 1e-6 if two codes coincide.
     """
 
     def __init__(self, codes: Tensor):
         self.codes = codes
-        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
-        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        #: Whether these codes are here to stay, so that building their decode grid pays.
+        self._cached: dict[object, object] = {}
+        #: Whether these codes were given on purpose (made or loaded). Then the decode grid is built at the first decode.
         self.settled = False
         self._uses = 0
         self._warned = False
 
-    # The codes never change, so a copy of a module shares this.
+    # The codes of this object never change, so copies of a module share it.
     def __deepcopy__(self, memo) -> Derived:
         return self
 
@@ -112,50 +113,36 @@ class Derived:
                 "the codes of the file that was to be loaded?",
                 stacklevel=3,
             )
-        # Coinciding codes leave no scale of their own; any positive number keeps the loss finite.
+        # Coinciding codes give no scale; any positive number keeps the loss finite.
         return 0.2 * spacing**2 if spacing > 0 else 1e-6
 
-    @functools.cached_property
-    def grid(self) -> DecodeGrid | None:
-        if self.codes.shape[1] != 3:
-            return None
-        # A device context of the caller's must not reach the numbers that the grid is worked out from.
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-            return build_decode_grid(self.codes.float())
+    def cached(self, key: object, compute: Callable[[], _T]) -> _T:
+        """compute(), called at the first request for `key` only."""
+        if key not in self._cached:
+            with torch.inference_mode(False):
+                self._cached[key] = compute()
+        return self._cached[key]
 
     def codes_on(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-        """A copy of the codes on a device, the same one at each call; `dtype` other than that of the codes casts it."""
+        """A copy of the codes on a device, cast if `dtype` is given. Every call returns the same tensor."""
         key = device, dtype or self.codes.dtype
-        if key not in self._copies:
-            with torch.inference_mode(False):
-                self._copies[key] = self.codes.to(device, key[1], copy=True)
-        return self._copies[key]
+        return self.cached(key, lambda: self.codes.to(*key, copy=True))
 
     def is_rounded(self, codes: Tensor) -> bool:
         """Whether `codes`, of any dtype and device, are these codes cast to that dtype."""
         return torch.equal(self.codes.to(codes.dtype), _on_cpu(codes))
 
     def pays_for_grid(self) -> bool:
-        """Whether a decode should use the grid, building it where it is not there yet. Counts the decodes."""
+        """Whether this decode should use the grid, and build it first if necessary. Counts the decodes."""
         self._uses += 1
         return self.settled or self._uses > _USES_WITHOUT_GRID
 
-    def tables(self, device: torch.device) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
-        """The decode grid on a device as kernels take it: cells, records, groups, low, scale; None and 0 without a grid."""
-        grid = self.grid
-        if grid is None:
-            return NO_GRID
-        if device not in self._tables:
-            with torch.inference_mode(False):
-                self._tables[device] = tuple(v.to(device) for v in (grid.cells, grid.records, grid.groups))
-        return *self._tables[device], grid.low, grid.scale
-
 
 def check_codes(name: str, codes: Tensor) -> None:
-    """Codes are (K, C), floating and finite.
+    """Check that codes are (K, C), floating and finite.
 
     Raises:
-        TypeError, ValueError: naming what came.
+        TypeError, ValueError: naming the argument.
     """
     if codes.ndim != 2 or not 1 <= codes.shape[0] <= 65536 or codes.shape[1] < 1:
         raise ValueError(f"{name}: wanted shape (K, C) with 1 <= K <= 65536; got {tuple(codes.shape)}")
@@ -169,7 +156,7 @@ def check_codes(name: str, codes: Tensor) -> None:
         raise ValueError(f"{name}: wanted finite values; got NaN or infinity")
 
 
-#: The largest whole number that the ignored label may be: float64 holds all of them up to it.
+#: The largest ignored label: float64 represents every whole number up to it.
 LARGEST_LABEL = 2**53
 _WHOLE_UP_TO = {torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8}
 
@@ -180,21 +167,31 @@ _on_devices: dict[tuple, tuple[Tensor, int, object]] = {}
 
 
 def derived_from(codes: Tensor) -> Derived:
-    """What follows from codes (K, C), fp32 or fp64, on any device: found by their values, worked out where they are new.
+    """The derived values of codes (K, C), fp32 or fp64, on any device. Codes with new values get a new entry.
 
     Raises:
-        TypeError, ValueError: codes that are none, as NaN among them.
+        TypeError, ValueError: for invalid codes, such as NaN.
     """
     return _of_values(codes) if codes.device.type == "cpu" else _once_per_version(codes, _of_values)
 
 
 def ignored_label(ignored: Tensor) -> int:
-    """The ignored label that a codebook holds as a tensor of one element.
+    """The ignored label as an int, from a codebook's tensor of one element.
 
     Raises:
-        ValueError: not a whole number, as after an average of it.
+        ValueError: if it is not a whole number, for example after it was averaged with another label.
     """
     return _whole_number(ignored) if ignored.device.type == "cpu" else _once_per_version(ignored, _whole_number)
+
+
+def label_of(ignored: Tensor | None, ignore_index: int) -> int:
+    """The ignored label of a codebook, or `ignore_index` without a codebook."""
+    return ignore_index if ignored is None else ignored_label(ignored)
+
+
+def eps_of(eps: float | None, centroids: Tensor) -> float:
+    """eps, or the default of these codes."""
+    return derived_from(centroids).default_eps if eps is None else eps
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -214,7 +211,7 @@ def _whole_number(ignored: Tensor) -> int:
         what = "a meta tensor" if ignored.is_meta else f"shape {tuple(ignored.shape)} of {ignored.dtype}"
         raise ValueError(f"ignored: wanted the codebook's ignored label, one whole number; got {what}")
     value = ignored.item()
-    # An average of a label with itself is off by rounding.
+    # Averaging a label with itself leaves a rounding error.
     if not abs(value) <= LARGEST_LABEL or abs(value - round(value)) > 1e-3:
         raise ValueError(f"ignored: wanted the codebook's ignored label, a whole number; got {value}")
     exact = _WHOLE_UP_TO.get(ignored.dtype)
@@ -228,7 +225,7 @@ def _whole_number(ignored: Tensor) -> int:
 
 def _of_values(codes: Tensor) -> Derived:
     codes = codes.detach()
-    for known in _recent:  # always a list of its own, never changed
+    for known in _recent:  # without the lock: a list that is replaced, never changed
         if known.codes.dtype == codes.dtype and torch.equal(known.codes, codes):
             return known if known is _recent[0] else _to_front(known)
     with _lock:
@@ -251,12 +248,12 @@ def _to_front(known: Derived) -> Derived:
 
 
 def _known_again(codes: Tensor) -> Derived | None:
-    """What a pickle holds of codes; nothing where it is read without memory."""
+    """Unpickle derived values from the codes; None if the codes were loaded to the meta device."""
     return None if codes.is_meta else derived_from(codes)
 
 
 def forget(tensor: Tensor) -> None:
-    """Read this tensor's values again at the next call, although its version is the one that was read."""
+    """Read this tensor's values again at the next call, even if its version is unchanged."""
     if tensor.device.type != "cpu":
         with _lock:
             for key in [key for key in _on_devices if key[2] == tensor.data_ptr()]:
@@ -264,9 +261,12 @@ def forget(tensor: Tensor) -> None:
 
 
 def _once_per_version(tensor: Tensor, read: Callable[[Tensor], object]):
-    """read(tensor on the CPU), again only after the tensor was written to. An alias keeps its memory from being handed out anew."""
+    """read(tensor on the CPU), cached until the tensor is written to.
+
+    The cache holds an alias of the tensor, so that its memory is not reused for another tensor.
+    """
     if tensor.is_inference():
-        return read(tensor.cpu())  # such a tensor does not count its versions
+        return read(tensor.cpu())  # an inference tensor has no version
     key = (read, tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
     found = _on_devices.get(key)
     if found is not None and found[0]._version == found[1]:

@@ -1,4 +1,4 @@
-"""`python -m flowseg_kernels.info`: versions, what was built, and the backend each op will use here and why."""
+"""`python -m flowseg_kernels.info` prints versions, the compiled libraries, and which backend each op will use here and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 
 from . import __version__
 from .runtime import backend, extension
-from .runtime.preferences import gpu_preference
 from .runtime.triton_forms import why_no_triton
 
 __all__ = ["report"]
@@ -25,18 +24,18 @@ def _architectures(facts: dict) -> str:
     return f"for {facts.get('architectures', '?')}"
 
 
-def _library(library: extension.Library, reason: str | None, holds: Callable[[dict], str]) -> str:
+def _library(library: extension.Library, reason: str | None, contents: Callable[[dict], str]) -> str:
     if reason:
         return f"{library.kernels} kernels: not loaded: {reason}"
     facts = library.facts()
     return (
-        f"{library.kernels} kernels: loaded; {holds(facts)}; built with {facts.get('compiler', '?')} against torch "
+        f"{library.kernels} kernels: loaded; {contents(facts)}; built with {facts.get('compiler', '?')} against torch "
         f"{facts.get('torch', '?')}, stable ABI {facts.get('torch_target', '?')}"
     )
 
 
 def _choices(ops: list[str], device: str) -> list[str]:
-    """The backend of each op on a device type, then once each reason against another one."""
+    """The backend of each op on a device type, then each reason against another backend, once."""
     chosen, against = [], {}
     asked = backend.requested_backend()
     for op in ops:
@@ -48,7 +47,7 @@ def _choices(ops: list[str], device: str) -> list[str]:
             if why:
                 against.setdefault((name, why), []).append(op)
     common = max(map(len, against.values()), default=0)
-    # Of the ops only where it is not all that the backend has a kernel for.
+    # Name the ops only if the reason does not hold for all ops of the backend.
     return chosen + [
         f"  not {name}: {why}" + (f" ({', '.join(found)})" if len(found) < common else "")
         for (name, why), found in against.items()
@@ -56,17 +55,19 @@ def _choices(ops: list[str], device: str) -> list[str]:
 
 
 def _orders(ops: list[str]) -> list[str]:
-    """Which GPU backend each op tries first, with or without a GPU here; ops with one reason on one line."""
-    grounds: dict[tuple, list[str]] = {}
+    """The order in which ops try the GPU backends, with or without a GPU here. Ops with the same reason share a line."""
+    by_reason: dict[tuple, list[str]] = {}
     for op in ops:
-        order, because = gpu_preference(op)
+        order, because = backend.gpu_preference(op)
         if order:
-            grounds.setdefault((order, because), []).append(op)
-    return [f"  {', '.join(found)}: {' before '.join(order)}; {because}" for (order, because), found in grounds.items()]
+            by_reason.setdefault((order, because), []).append(op)
+    return [
+        f"  {', '.join(found)}: {' before '.join(order)}; {because}" for (order, because), found in by_reason.items()
+    ]
 
 
 def report() -> str:
-    """The text that the command prints."""
+    """Return the text that the command prints."""
     lines = [
         f"flowseg-kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"CPU threads: {torch.get_num_threads()}; CUDA: {torch.version.cuda or 'not in this torch'}",
@@ -74,7 +75,7 @@ def report() -> str:
     lines.append(_library(extension.CPU, extension.why_no_cpu_kernels(), _instruction_set))
     lines.append(_library(extension.CUDA, extension.why_no_cuda_kernels(), _architectures))
     lines.append(f"Triton kernels: {why_no_triton('cuda') or 'ready for CUDA tensors'}")
-    # The notice about missing kernels sets FLOWSEG_NOTICE itself.
+    # Leave out FLOWSEG_NOTICE: printing the notice about missing kernels sets it.
     variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith("FLOWSEG_") and k != "FLOWSEG_NOTICE"}
     lines.append(
         "Settings: " + (", ".join(f"{k}={v}" for k, v in variables.items()) or "none (FLOWSEG_* in the environment)")

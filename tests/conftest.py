@@ -1,7 +1,7 @@
-"""Backends as a test axis: every numeric test runs on each backend that can run here.
+"""The `backend` fixture: a test that uses it runs on each backend that can run here.
 
-FLOWSEG_REQUIRE_BACKENDS (a comma-separated list, set by `make test`) names those that must run; a missing one is then a failure
-instead of a skip. FLOWSEG_REQUIRE_PROOFS does the same for what is shown about GPU kernels without a GPU.
+FLOWSEG_REQUIRE_BACKENDS is a comma-separated list of backends that must run; `make test` sets it. If one of them cannot run, its
+tests fail instead of being skipped. FLOWSEG_REQUIRE_PROOFS does the same for the checks of GPU kernels that need no GPU.
 """
 
 import collections
@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 
-# A compiled graph cached on disk by an earlier version of an op would hide this one's.
+# Do not read compiled graphs from a cache on disk: an earlier version of an op may have written them.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
 import pytest
@@ -27,18 +27,18 @@ if INTERPRETED:
     gpu_arithmetic.install()
 
 REQUIRED = [name for name in os.environ.get("FLOWSEG_REQUIRE_BACKENDS", "").split(",") if name]
-#: What is shown about GPU kernels without a GPU: "emulated" (CUDA kernels run on the CPU), "cuda_code" and "triton_code" (their
-#: machine code). FLOWSEG_REQUIRE_PROOFS names those that must be.
+#: Checks of GPU kernels without a GPU: "emulated" runs the CUDA kernels on the CPU, "cuda_code" and "triton_code" inspect machine
+#: code. FLOWSEG_REQUIRE_PROOFS names the ones that must run.
 PROOFS = ("emulated", "cuda_code", "triton_code")
 REQUIRED_PROOFS = [name for name in os.environ.get("FLOWSEG_REQUIRE_PROOFS", "").split(",") if name]
 ran: set[str] = set()
-#: (op, backend) of every call that a backend was chosen for.
+#: (op, backend) of every call of an op.
 ops_that_ran: set[tuple[str, str]] = set()
 not_shown: dict[str, str] = {}
 
 
 def proof(name, why_not=None):
-    """Notes that a proof runs. With a reason why it cannot: fails where required, else skips, and the run's last lines say so."""
+    """Record that a proof runs. If it cannot (`why_not`): fail if it is required, else skip it and list it at the end."""
     if why_not is None:
         ran.add(name)
     elif name in REQUIRED_PROOFS:
@@ -49,7 +49,7 @@ def proof(name, why_not=None):
 
 
 def device_of(backend):
-    """Device type of the tensors that a backend is tested on."""
+    """Device type of the tensors on which a backend is tested."""
     return "cpu" if backend in ("reference", "cpu") or (backend == "triton" and INTERPRETED) else "cuda"
 
 
@@ -60,11 +60,13 @@ def why_not(backend):
     return backend_reasons("flow_loss", device_of(backend))[backend]
 
 
-# The CPU's backends always, so that a missing one is seen; the others where they can run or must.
+# Always list the CPU backends, so that a missing one is reported. List the others if they can or must run.
 TESTED = [n for n in BACKENDS[::-1] if n in ("reference", "cpu") or n in REQUIRED or why_not(n) is None]
 
 
-def _noted(select):
+def _recording(select):
+    """Add the op and backend of each call to ops_that_ran."""
+
     @functools.wraps(select)
     def run(op, *args):
         chosen = select(op, *args)
@@ -74,15 +76,15 @@ def _noted(select):
     return run
 
 
-choosing.select = _noted(choosing.select)
+choosing.select = _recording(choosing.select)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--few-forms", action="store_true", help="of tests marked many_forms(n) run one form in n")
+    parser.addoption("--few-forms", action="store_true", help="run one form in n of each test marked many_forms(n)")
     parser.addoption(
         "--every-variant",
         action="store_true",
-        help="compile every form of every kernel for every target, and interpret them at full size",
+        help="compile every form of every kernel for every target, and interpret the kernels at full size",
     )
 
 
@@ -97,7 +99,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(params=TESTED)
 def backend(request):
-    """Runs the test inside use_backend(name), with new tensors on that backend's device, and gives the name."""
+    """Run the test inside use_backend(name), with that backend's device as the default device. The value is the name."""
     name = request.param
     if name == "cuda" and "field" in request.node.nodeid:
         pytest.skip("the neural field has no CUDA kernel")
@@ -107,7 +109,7 @@ def backend(request):
             pytest.fail(f"backend {name} must run here and cannot: {reason}")
         pytest.skip(reason)
     ran.add(name)
-    # Entered even for the CPU, a device context would slow every call down.
+    # No device context for the CPU: it would slow every call down.
     device = torch.device("cuda") if device_of(name) == "cuda" else contextlib.nullcontext()
     with device, fk.use_backend(name):
         yield name
@@ -133,14 +135,14 @@ def codes150(request):
 
 @pytest.fixture
 def codes19(request):
-    """A smaller one, for what has nothing to do with the number of classes."""
+    """A smaller codebook, for tests that do not depend on the number of classes."""
     if "backend" in request.fixturenames:
         request.getfixturevalue("backend")
     return _codes(19, torch.get_default_device())
 
 
 def _sampled(items):
-    """Interpreted kernels are slow, and a GPU compiles each form anew: of tests marked many_forms(n) one form in n runs."""
+    """Yield one form in n of each test marked many_forms(n), as interpreted kernels are slow and a GPU compiles each form."""
     place = collections.Counter()
     for item in items:
         mark = item.get_closest_marker("many_forms")
@@ -156,7 +158,7 @@ def pytest_collection_modifyitems(config, items):
         kept = list(_sampled(ours))
         config.hook.pytest_deselected(items=[i for i in items if i not in kept])
         items[:] = kept
-    # The check that no required backend was skipped has to see all other tests.
+    # Run the check that no required backend was skipped after all other tests.
     items.sort(key=lambda item: item.name == "test_every_required_backend_ran")
 
 

@@ -1,4 +1,4 @@
-"""Which sources a recorded run was of."""
+"""The commit that a recorded run belongs to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHANGED, UNKNOWN = " with uncommitted changes", "unknown"
 
 
 def commit(*written: pathlib.Path) -> str:
-    """The commit of the tracked files, or that they are none's; files that the run itself writes do not count."""
+    """The commit of the tree, and whether tracked files differ from it; the files that the run itself writes do not count."""
 
     def git(*arguments):
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT)
@@ -23,7 +23,7 @@ def commit(*written: pathlib.Path) -> str:
 
 
 def last_change(*paths: str) -> str:
-    """The last commit that changed any of these paths, from the root, or that they are none's."""
+    """The last commit that changed any of these paths, and whether they differ from it. Paths are relative to the root."""
 
     def git(*arguments):
         done = subprocess.run(["git", *arguments, "--", *paths], capture_output=True, text=True, cwd=ROOT)
@@ -34,5 +34,5 @@ def last_change(*paths: str) -> str:
 
 
 def is_known(found: str) -> bool:
-    """Whether it names one state of the sources."""
+    """Whether `commit` or `last_change` found a commit without changes."""
     return not found.endswith((CHANGED, UNKNOWN))

@@ -1,4 +1,4 @@
-"""Sorted to the end by conftest.py."""
+"""Checks of the whole run. conftest.py sorts the first one to the end."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from . import conftest
 
 
 def test_every_required_backend_ran():
-    """`make test` names the backends and proofs that must have run; a skipped one is a failure here."""
+    """Fail if a backend or proof that `make test` requires was skipped, or if a kernel of a required backend was never called."""
     required = {*conftest.REQUIRED, *conftest.REQUIRED_PROOFS}
     assert required <= conftest.ran, f"required {sorted(required)}, ran {sorted(conftest.ran)}"
     kernels = {(op, name) for op, found in OPS.items() for name in found if name in conftest.REQUIRED}

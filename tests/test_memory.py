@@ -1,4 +1,4 @@
-"""What bench/memory.py counts on meta tensors: the field saves its inputs, and both counts are far below PixNerd's own form."""
+"""bench/memory.py counts bytes on meta tensors: the field saves only its inputs, and needs a sixth of the memory of PixNerd."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_saved_memory_is_that_of_the_inputs_and_a_sixth_of_eager(model, side):
     dim, depth = memory.MODELS[model]
     patches = (side // memory.PATCH) ** 2
     inputs = 2 * (3 * side**2 + patches * (dim + depth * 2 * 2 * 64 * 64))
-    # And the few weights that all patches share.
+    # The second bound leaves room for the few weights that all patches share.
     assert inputs <= ours <= inputs + 2**16
     assert 6 * ours <= eager
     assert chunked <= ours - 2 * patches * depth * 2 * 2 * 64 * 64 + 2**16
@@ -29,9 +29,9 @@ def test_peak_by_count_is_a_sixth_of_eager(model, side):
     assert 6 * ours <= eager
 
 
-def test_the_notes_have_what_is_counted():
+def test_the_notes_contain_the_counted_numbers():
     pytest.importorskip("triton", reason="the GPU kernels' host code needs Triton")
-    notes = (ROOT / "docs" / "notes" / "performance.md").read_text()
+    notes = (ROOT / "docs" / "notes" / "static_counts.md").read_text()
     for model in memory.MODELS:
         for side in (256, 512):
             eager = memory.counted("eager", model, side)
@@ -40,7 +40,7 @@ def test_the_notes_have_what_is_counted():
                 assert f"| {model} {side} x {side} | {entry} | {' | '.join(memory.cells(row, eager))} | " in notes
 
 
-def test_the_count_follows_storages():
+def test_the_count_frees_a_storage_with_its_last_view():
     with memory.Allocated() as found:
         a = torch.empty(1000, dtype=torch.uint8, device="meta")
         b = a.view(10, 100)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import preferences
-from flowseg_kernels.runtime.preferences import gpu_preference
+from flowseg_kernels.runtime.backend import gpu_preference
 
 
 def stored(folder, entries, op="distance_correction", gpu="Made-up GPU", **more):

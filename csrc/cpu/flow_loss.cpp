@@ -1,13 +1,11 @@
 // flow_loss (loss and residual in one pass) and its backward on the CPU.
 #include <numeric>
 
-#include "torch_arguments.h"
+#include "cpu/launch.h"
 
 namespace flowseg::cpu {
 
 namespace {
-
-enum Reduction : int64_t { mean = 0, sum = 1, none = 2 };
 
 void store_scalar(Tensor& t, double value) {
   if (t.scalar_type() == ScalarType::Double) {
@@ -24,45 +22,47 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, T
                                              double temperature, double eps, int64_t transform, double max_norm,
                                              int64_t ignore_index, int64_t reduction, double t_min, bool need_grad) {
   const Image image = image_of(prediction, "prediction");
-  const CodeArgument codes(centroids, image);
-  const LabelArgument y(labels, image, codes.codes.classes, ignore_index, "labels");
+  const PaddedCodes codes(centroids, image);
+  const CheckedLabels y(labels, image, codes.codes.classes, ignore_index, "labels");
   const std::vector<double> times = times_of(t, image.batch);
-  const ScalarType wide = compute_type(prediction);
+  const bool is_mean = reduction == Reduction::mean, is_per_pixel = reduction == Reduction::none;
   const std::vector<int64_t> shape{image.batch, image.channels, image.height, image.width};
+  const std::vector<int64_t> pixels{image.batch, image.height, image.width};
   Tensor residual = empty_like_shape(prediction, prediction.scalar_type(), need_grad ? shape : std::vector<int64_t>{0});
-  Tensor loss = empty_like_shape(
-      prediction, wide, reduction == none ? std::vector<int64_t>{image.batch, image.height, image.width} : std::vector<int64_t>{});
+  Tensor loss = empty_like_shape(prediction, compute_type(prediction), is_per_pixel ? pixels : std::vector<int64_t>{});
   Tensor count = empty_like_shape(prediction, ScalarType::Long, {});
 
   const int64_t chunks = chunks_of(image);
   std::vector<double> sums(chunks);
   std::vector<int64_t> counts(chunks);
-  Loss a{};
-  a.prediction = image;
-  a.source = image_of(source, "source");
-  a.labels = y.labels;
-  a.times = times.data();
-  a.codes = codes.codes;
-  a.correction = {temperature, eps, max_norm, static_cast<int>(transform)};
-  a.predicts_endpoint = predicts == 1;
-  a.endpoint_space = loss_space == 1;
-  a.annealed = schedule == 1;
-  a.weight = correction_weight;
-  a.t_min = t_min;
-  // For a mean the residual leaves divided by the count, so that it is the gradient already where the incoming one is 1; in fp16,
-  // whose range ends at 6e-8, only the backward divides it.
-  const bool divided = need_grad && reduction == mean && image.type != Real::f16;
-  a.share = 1;
+  // For the mean the residual is divided by the number of valid pixels here, so it already is the gradient if the incoming gradient
+  // is 1. fp16 underflows at 6e-8: there the backward divides.
+  const bool divided = need_grad && is_mean && image.type != Real::f16;
+  double residual_scale = 1;
   if (divided) {
-    const Count c{image, y.labels, codes.codes.classes, counts.data()};
-    for_each_chunk(image, [&](int64_t chunk) { kernels().count(c, chunk); });
-    a.share = 1.0 / static_cast<double>(std::max<int64_t>(1, std::accumulate(counts.begin(), counts.end(), int64_t{0})));
+    const Count c{.shape = image, .labels = y.labels, .classes = codes.codes.classes, .counts = counts.data()};
+    for_each_chunk(image, [&](auto kernels, int64_t chunk) { kernels.count(c, chunk); });
+    residual_scale = 1.0 / static_cast<double>(std::max<int64_t>(1, std::accumulate(counts.begin(), counts.end(), int64_t{0})));
   }
-  a.residual = need_grad ? output_of(residual) : Output{nullptr, image.type};
-  a.per_pixel = reduction == none ? loss.data_ptr() : nullptr;
-  a.sums = sums.data();
-  a.counts = counts.data();
-  for_each_chunk(image, [&](int64_t chunk) { kernels().loss(a, chunk); });
+  const Loss a{
+      .prediction = image,
+      .source = image_of(source, "source"),
+      .labels = y.labels,
+      .times = times.data(),
+      .codes = codes.codes,
+      .correction = {.temperature = temperature, .eps = eps, .max_norm = max_norm, .transform = static_cast<int>(transform)},
+      .predicts_endpoint = predicts == 1,
+      .endpoint_space = loss_space == 1,
+      .annealed = schedule == 1,
+      .weight = correction_weight,
+      .t_min = t_min,
+      .residual = need_grad ? output_of(residual) : Output{nullptr, image.type},
+      .residual_scale = residual_scale,
+      .per_pixel = is_per_pixel ? loss.data_ptr() : nullptr,
+      .sums = sums.data(),
+      .counts = counts.data(),
+  };
+  for_each_chunk(image, [&](auto kernels, int64_t chunk) { kernels.loss(a, chunk); });
   y.check();
 
   double total = 0;
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, T
     valid += counts[i];
   }
   *static_cast<int64_t*>(count.data_ptr()) = divided ? 1 : valid;
-  if (reduction != none) store_scalar(loss, reduction == mean ? total / static_cast<double>(valid ? valid : 1) : total);
+  if (!is_per_pixel) store_scalar(loss, is_mean ? total / static_cast<double>(valid ? valid : 1) : total);
   return {loss, residual, count};
 }
 
@@ -80,14 +80,14 @@ Tensor flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, int64_t re
   const Image image = image_of(residual, "residual");
   Tensor out = empty_like_shape(residual, residual.scalar_type(), {image.batch, image.channels, image.height, image.width});
   const Tensor grad = torch::stable::to(grad_loss, compute_type(residual));
-  Scale a{image, grad.data_ptr(), {0, 0, 0}, 1, output_of(out)};
-  if (reduction == none) {
+  Scale a{.residual = image, .grad = grad.data_ptr(), .stride = {0, 0, 0}, .factor = 1, .out = output_of(out)};
+  if (reduction == Reduction::none) {
     for (int i = 0; i < 3; ++i) a.stride[i] = grad.stride(i);
-  } else if (reduction == mean) {
+  } else if (reduction == Reduction::mean) {
     const int64_t valid = *static_cast<const int64_t*>(count.data_ptr());
     a.factor = 1.0 / static_cast<double>(valid ? valid : 1);
   }
-  for_each_chunk(image, [&](int64_t chunk) { kernels().scale(a, chunk); });
+  for_each_chunk(image, [&](auto kernels, int64_t chunk) { kernels.scale(a, chunk); });
   return out;
 }
 

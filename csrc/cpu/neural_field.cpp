@@ -1,37 +1,39 @@
-// neural_field and its backward on the CPU: torch tensors to plain arguments, a patch a task.
+// neural_field and its backward on the CPU. Each patch is a task of its own; the backward has one task per group of patches.
 #include <cstdlib>
 #include <memory>
 
-#include "field/arguments.h"
-#include "torch_arguments.h"
+#include "cpu/field/params.h"
+#include "cpu/launch.h"
 
 namespace flowseg::cpu {
 
 namespace {
 
-bool has_bf16_products() {
 #if defined(FLOWSEG_X86)
+bool has_bf16_products() {
   static const bool has = [] {
-    // FLOWSEG_CPU_ISA=avx512 leaves them out, so that tests can run both ways on one CPU.
+    // FLOWSEG_CPU_ISA=avx512 excludes them, so that tests can run both ways on one CPU.
     const char* name = std::getenv("FLOWSEG_CPU_ISA");
-    return instruction_set() == 2 && __builtin_cpu_supports("avx512bf16") && !(name && !std::strcmp(name, "avx512"));
+    return instruction_set() == Isa::avx512 && __builtin_cpu_supports("avx512bf16") && !(name && !std::strcmp(name, "avx512"));
   }();
   return has;
-#else
-  return false;
-#endif
 }
+#endif
 
-const FieldKernels& field_kernels(const Field& a) {
+// Calls run(FieldKernels<isa>{}) for the best instruction set that this CPU has and that serves the field.
+template <class Run>
+void with_field_kernels([[maybe_unused]] const Field& a, Run run) {
 #if defined(FLOWSEG_X86)
   if (a.x.type == Real::bf16 && a.weight_type == Real::bf16 && a.hidden % 2 == 0 && has_bf16_products()) {
-    return avx512bf16::field_kernels;
+    return run(FieldKernels<Isa::avx512bf16>{});
   }
-  static const FieldKernels* const tables[] = {&baseline::field_kernels, &avx2::field_kernels, &avx512::field_kernels};
-  return *tables[instruction_set()];
-#else
-  return baseline::field_kernels;
+  switch (instruction_set()) {
+    case Isa::avx512: return run(FieldKernels<Isa::avx512>{});
+    case Isa::avx2: return run(FieldKernels<Isa::avx2>{});
+    default: break;
+  }
 #endif
+  run(FieldKernels<Isa::baseline>{});
 }
 
 struct Free {
@@ -39,7 +41,8 @@ struct Free {
 };
 using Memory = std::unique_ptr<float, Free>;
 
-Memory scratch_of(const FieldKernels& kernels, const Field& a, bool backward) {
+template <class Kernels>
+Memory scratch_of(Kernels kernels, const Field& a, bool backward) {
   const size_t bytes = (kernels.scratch(a, backward) * sizeof(float) + 63) / 64 * 64;
   Memory memory(static_cast<float*>(std::aligned_alloc(64, bytes)));
   FLOWSEG_CHECK(memory, "weights: no memory for the states of one patch (", bytes, " bytes)");
@@ -47,24 +50,24 @@ Memory scratch_of(const FieldKernels& kernels, const Field& a, bool backward) {
 }
 
 const float* floats_of(const Tensor& t, const char* name) {
-  FLOWSEG_CHECK(t.is_contiguous() && t.scalar_type() == ScalarType::Float, name, ": wanted it contiguous in float32");
+  FLOWSEG_CHECK(t.is_contiguous() && t.scalar_type() == ScalarType::Float, name, ": wanted a contiguous float32 tensor");
   return static_cast<const float*>(t.const_data_ptr());
 }
 
-// The arguments shared by forward and backward; holds the padded table that they point to.
-struct FieldArgument {
-  FieldArgument(const Tensor& x, const Tensor& weights, const Tensor& table, const Tensor& embed, const Tensor& norm,
-                const Tensor& out_norm, const Tensor& out_weight, const Tensor& out_bias, int64_t patch_size,
-                int64_t mlp_ratio, double eps, bool both, bool residual) {
+// The inputs of forward and backward, with the padded table that they point to.
+struct FieldInputs {
+  FieldInputs(const Tensor& x, const Tensor& weights, const Tensor& table, const Tensor& embed, const Tensor& norm,
+              const Tensor& out_norm, const Tensor& out_weight, const Tensor& out_bias, int64_t patch_size, int64_t mlp_ratio,
+              double eps, bool both, bool residual) {
     field.x = image_of(x, "x");
     FLOWSEG_CHECK(weights.dim() == 4 && weights.stride(3) == 1, "weights: wanted blocks contiguous");
     field.weights = weights.const_data_ptr();
     field.weight_type = real_of(weights, "weights");
     for (int i = 0; i < 3; ++i) field.weight_stride[i] = weights.stride(i);
     field.hidden = table.size(0);
-    field.wide = mlp_ratio * field.hidden;
+    field.inner = mlp_ratio * field.hidden;
     field.depth = weights.size(2);
-    field.patch = patch_size;
+    field.patch_size = patch_size;
     field.embed = floats_of(embed, "embed_weight");
     field.gains = residual ? floats_of(norm, "norm_weight") : nullptr;
     field.out_gain = residual ? floats_of(out_norm, "out_norm_weight") : nullptr;
@@ -76,7 +79,7 @@ struct FieldArgument {
 
     const int64_t pixels = patch_size * patch_size;
     field.padded = (pixels + kPixelPad - 1) / kPixelPad * kPixelPad;
-    // Pixels past the last one are computed and never read; ones keep their norms finite at eps = 0.
+    // Pixels in the padding are computed but never read. Ones keep their norms finite if eps is 0.
     padded_table_.assign(field.hidden * field.padded, 1.0f);
     const float* from = floats_of(table, "table");
     for (int64_t i = 0; i < field.hidden; ++i) {
@@ -85,7 +88,7 @@ struct FieldArgument {
     field.table = padded_table_.data();
     patches = field.x.batch * (field.x.height / patch_size) * (field.x.width / patch_size);
   }
-  FieldArgument(const FieldArgument&) = delete;
+  FieldInputs(const FieldInputs&) = delete;
 
   Field field{};
   int64_t patches;
@@ -94,21 +97,23 @@ struct FieldArgument {
   std::vector<float> padded_table_;
 };
 
-// Shared gradients are summed by chunks of patches, then chunk by chunk: results do not depend on the number of threads.
-constexpr int64_t kChunks = 64;
+// Gradients of shared parameters are summed within at most so many groups of patches, and the groups are added in order: results do
+// not depend on the number of threads.
+constexpr int64_t kPatchGroups = 64;
 
 }  // namespace
 
 Tensor neural_field(Tensor x, Tensor weights, Tensor table, Tensor embed, Tensor norm, Tensor out_norm, Tensor out_weight,
                     Tensor out_bias, int64_t patch_size, int64_t mlp_ratio, double eps, bool both, bool residual) {
-  FieldArgument argument(x, weights, table, embed, norm, out_norm, out_weight, out_bias, patch_size, mlp_ratio, eps, both, residual);
-  Field& a = argument.field;
+  FieldInputs inputs(x, weights, table, embed, norm, out_norm, out_weight, out_bias, patch_size, mlp_ratio, eps, both, residual);
+  Field& a = inputs.field;
   Tensor out = empty_like_shape(x, x.scalar_type(), {a.x.batch, a.x.channels, a.x.height, a.x.width});
   a.out = output_of(out);
-  const FieldKernels& kernels = field_kernels(a);
-  torch::stable::parallel_for(0, argument.patches, 1, [&](int64_t begin, int64_t end) {
-    const Memory memory = scratch_of(kernels, a, false);
-    kernels.forward(a, begin, end, memory.get());
+  with_field_kernels(a, [&](auto kernels) {
+    torch::stable::parallel_for(0, inputs.patches, 1, [&](int64_t begin, int64_t end) {
+      const Memory memory = scratch_of(kernels, a, false);
+      kernels.forward(a, begin, end, memory.get());
+    });
   });
   return out;
 }
@@ -116,32 +121,38 @@ Tensor neural_field(Tensor x, Tensor weights, Tensor table, Tensor embed, Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> neural_field_bwd(
     Tensor grad, Tensor x, Tensor weights, Tensor table, Tensor embed, Tensor norm, Tensor out_norm, Tensor out_weight,
     Tensor out_bias, int64_t patch_size, int64_t mlp_ratio, double eps, bool both, bool residual, bool need_x, bool need_weights) {
-  FieldArgument argument(x, weights, table, embed, norm, out_norm, out_weight, out_bias, patch_size, mlp_ratio, eps, both, residual);
-  const Field& a = argument.field;
+  FieldInputs inputs(x, weights, table, embed, norm, out_norm, out_weight, out_bias, patch_size, mlp_ratio, eps, both, residual);
+  const Field& a = inputs.field;
   const auto empty = [&](const Tensor& like, ScalarType type, bool needed, std::vector<int64_t> shape) {
     return empty_like_shape(like, type, needed ? shape : std::vector<int64_t>{0});
   };
   Tensor grad_x = empty(x, x.scalar_type(), need_x, {a.x.batch, a.x.channels, a.x.height, a.x.width});
   Tensor grad_weights = empty(weights, weights.scalar_type(), need_weights,
                               {weights.size(0), weights.size(1), weights.size(2), weights.size(3)});
-  FieldBackward b{a, image_of(grad, "grad"), need_x ? output_of(grad_x) : Output{nullptr, a.x.type},
-                  need_weights ? output_of(grad_weights) : Output{nullptr, a.weight_type}};
+  const FieldBackward b{
+      .field = a,
+      .grad = image_of(grad, "grad"),
+      .grad_x = need_x ? output_of(grad_x) : Output{nullptr, a.x.type},
+      .grad_weights = need_weights ? output_of(grad_weights) : Output{nullptr, a.weight_type},
+  };
 
   const FieldSums at(a.hidden, a.x.channels, a.depth, a.padded);
-  const int64_t a_chunk = std::max<int64_t>(1, (argument.patches + kChunks - 1) / kChunks);
-  const int64_t chunks = (argument.patches + a_chunk - 1) / a_chunk;
-  const std::unique_ptr<float[]> sums(new float[chunks * at.size]);
-  const FieldKernels& kernels = field_kernels(a);
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    const Memory memory = scratch_of(kernels, a, true);
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      kernels.backward(b, chunk * a_chunk, std::min(argument.patches, (chunk + 1) * a_chunk), memory.get(), sums.get() + chunk * at.size);
-    }
+  const int64_t patches_per_group = std::max<int64_t>(1, (inputs.patches + kPatchGroups - 1) / kPatchGroups);
+  const int64_t groups = (inputs.patches + patches_per_group - 1) / patches_per_group;
+  const std::unique_ptr<float[]> sums(new float[groups * at.size]);
+  with_field_kernels(a, [&](auto kernels) {
+    torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+      const Memory memory = scratch_of(kernels, a, true);
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t first = group * patches_per_group, last = std::min(inputs.patches, first + patches_per_group);
+        kernels.backward(b, first, last, memory.get(), sums.get() + group * at.size);
+      }
+    });
   });
 
   std::vector<double> total(at.size);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const float* from = sums.get() + chunk * at.size;
+  for (int64_t group = 0; group < groups; ++group) {
+    const float* from = sums.get() + group * at.size;
     for (int64_t i = 0; i < at.size; ++i) total[i] += from[i];
   }
   const auto result = [&](int64_t offset, std::vector<int64_t> shape) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/platform.cuh"
-#include "shared/views.h"
+#include "shared/types.h"
 
 namespace flowseg::cuda {
 
@@ -51,9 +51,6 @@ struct Codes {
 inline bool starts_at_16_bytes(const void* data, int64_t stride, int64_t size) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * size % 16 == 0;
 }
-
-FLOWSEG_INLINE int64_t size_of(Real type) { return type == Real::f64 ? 8 : type == Real::f32 ? 4 : 2; }
-FLOWSEG_INLINE int64_t size_of(Integer type) { return int64_t{1} << static_cast<int>(type); }
 
 // Whether rows follow each other without a gap; strides of sizes 1 do not matter.
 inline bool is_flat(int64_t height, int64_t width, int64_t stride_row, int64_t stride_column) {

@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "cuda/arguments.h"
-#include "cuda/half.cuh"
 #include "cuda/platform.cuh"
+#include "shared/half.h"
 
 namespace flowseg::cuda {
 

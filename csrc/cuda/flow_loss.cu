@@ -7,8 +7,6 @@ namespace flowseg::cuda {
 
 namespace {
 
-enum Reduction : int64_t { mean = 0, sum = 1, none = 2 };
-
 std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, Tensor labels, Tensor t, Tensor centroids,
                                              int64_t predicts, int64_t loss_space, double correction_weight, int64_t schedule,
                                              double temperature, double eps, int64_t transform, double max_norm,
@@ -16,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, T
   const Image image = image_of(prediction, "prediction");
   const std::vector<int64_t> pixels{image.batch, image.height, image.width};
   Tensor residual = empty_like_shape(prediction, prediction.scalar_type(), need_grad ? shape_of(image) : std::vector<int64_t>{0});
-  const std::vector<int64_t> of_loss = reduction == none ? pixels : std::vector<int64_t>{};
+  const std::vector<int64_t> of_loss = reduction == Reduction::none ? pixels : std::vector<int64_t>{};
   if (prediction.numel() == 0) {
     Tensor loss = torch::stable::new_zeros(prediction, of_loss, compute_type(prediction));
     return {loss, residual, torch::stable::new_zeros(prediction, std::vector<int64_t>{}, ScalarType::Long)};
@@ -33,13 +31,13 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, T
   a.predicts_endpoint = predicts == 1;
   a.endpoint_space = loss_space == 1;
   a.annealed = schedule == 1;
-  a.mean = reduction == mean;
+  a.mean = reduction == Reduction::mean;
   // So that the residual is the gradient already where the incoming one is 1; in fp16 a large batch's would vanish.
-  a.divided = need_grad && reduction == mean && image.type != Real::f16;
+  a.divided = need_grad && reduction == Reduction::mean && image.type != Real::f16;
   a.weight = correction_weight;
   a.t_min = t_min;
   if (need_grad) a.residual = target_of(residual, image);
-  (reduction == none ? a.per_pixel : a.loss) = target_of(loss, image);
+  (reduction == Reduction::none ? a.per_pixel : a.loss) = target_of(loss, image);
   a.count = static_cast<int64_t*>(count.data_ptr());
   const Launch launch(prediction);
   plan_loss(a, launch);
@@ -56,8 +54,8 @@ void scale_residual(const Tensor& grad_loss, const Tensor& residual, const Tenso
   const Image image = image_of(residual, "residual");
   const Tensor grad = torch::stable::to(grad_loss, compute_type(residual));
   Scale a{source_of(image), grad.data_ptr(), {0, 0, 0}, nullptr, target_of(out, image), in_place, 0};
-  if (reduction == mean) a.count = static_cast<const int64_t*>(count.data_ptr());
-  for (int i = 0; reduction == none && i < 3; ++i) a.stride[i] = grad.stride(i);
+  if (reduction == Reduction::mean) a.count = static_cast<const int64_t*>(count.data_ptr());
+  for (int i = 0; reduction == Reduction::none && i < 3; ++i) a.stride[i] = grad.stride(i);
   launch_scale(a, Launch(residual));
 }
 
@@ -68,7 +66,7 @@ Tensor flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, int64_t re
 }
 
 void flow_loss_bwd_(Tensor grad_loss, Tensor residual, Tensor count, int64_t reduction) {
-  FLOWSEG_CHECK(reduction != none, "reduction: a gradient for each pixel has no pass in place");
+  FLOWSEG_CHECK(reduction != Reduction::none, "reduction: a gradient for each pixel has no pass in place");
   scale_residual(grad_loss, residual, count, reduction, residual, true);
 }
 

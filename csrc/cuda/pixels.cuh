@@ -6,8 +6,8 @@
 #include <type_traits>
 
 #include "cuda/arguments.h"
-#include "cuda/half.cuh"
 #include "cuda/platform.cuh"
+#include "shared/half.h"
 
 namespace flowseg::cuda {
 

@@ -10,7 +10,7 @@
 #define FLOWSEG_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #endif
 
-#include "shared/macros.h"
+#include "shared/types.h"
 
 #ifndef FLOWSEG_THREADS
 #define FLOWSEG_THREADS 128  // a block; the host shim takes fewer

@@ -1,21 +1,21 @@
-// The distance-aware correction of one pixel (or one vector of pixels): closed forms shared by every compiled backend.
+// The distance-aware correction of one pixel, or of one vector of pixels: the formulas that every compiled backend shares.
 //
-// V is a vector or a small array of floats or doubles, I the integers of the same lanes, M anything whose mu[k][c] is channel c
-// of class k. What depends on the machine (reciprocal, logarithm, exponential, square_root, choose, zero_where_equal, may_hold) is
-// found by overload. Formulas: arXiv 2603.19218; derivation in docs/ops/distance_correction.md.
+// V is a vector or a small array of floats or doubles, I is a vector of integers with the same lanes, and mu[k][c] is channel c of
+// class k. Each backend provides the functions that depend on the machine as overloads for its V: reciprocal, logarithm,
+// exponential, square_root, choose, zero_where_equal and may_hold. The formulas are those of arXiv 2603.19218;
+// docs/ops/distance_correction.md derives them.
 //
-// Sums leave the pixel's own class out and it is added last: next to its centroid 1 - p_y would otherwise cancel.
+// The sums leave out the pixel's own class, which is added last: near its centroid, 1 - p_y would cancel otherwise.
 #pragma once
 
-#include <cstdint>
-
-#include "shared/macros.h"
+#include "shared/types.h"
 
 namespace flowseg {
 
+// The positions in TRANSFORMS of flowseg_kernels.
 enum class Transform : int { neg_log = 0, neg_sq = 1, neg_dist = 2, inverse = 3 };
 
-// Centroids summed in one run before it is added to the total: keeps fp32 sums as accurate as pairwise summation.
+// Centroids per partial sum. Adding up partial sums keeps fp32 sums as accurate as pairwise summation.
 constexpr int64_t kRun = 32;
 
 template <int C, class V>
@@ -25,7 +25,7 @@ FLOWSEG_INLINE V squared_norm(const V (&v)[C]) {
   return sum;
 }
 
-// What is summed over the rivals of a pixel's class: their weights, and the pull of each channel.
+// Sums over the rivals, which are the classes other than the pixel's own: their weights, and their pull per channel.
 template <int C, class V>
 struct Rivals {
   V weight{};
@@ -39,13 +39,13 @@ FLOWSEG_INLINE void add_reciprocal(const V& r, const V (&diff)[C], Rivals<C, V>&
   for (int c = 0; c < C; ++c) sum.pull[c] += weight * diff[c];
 }
 
-// The same where class k is not the pixel's own. Overloaded where predicates cost less than zeroing.
+// Adds class k unless it is the pixel's own. A GPU overloads this function: there a predicate costs less than zeroing.
 template <int C, class V, class I>
 FLOWSEG_INLINE void add_rival(const V& r, const V (&diff)[C], const I& y, int64_t k, Rivals<C, V>& sum) {
   add_reciprocal<C>(zero_where_equal(r, y, k), diff, sum);
 }
 
-// Classes [first, last) of rows mu[k][c]; kOwn: the pixel's own class may be one of them.
+// Adds the classes [first, last). kOwn: the pixel's own class may be one of them.
 template <bool kOwn, int C, class V, class I, class M, class N, class T>
 FLOWSEG_INLINE void add_reciprocals_of_run(const V (&x)[C], const I& y, const M& mu, N first, N last, T eps,
                                            Rivals<C, V>& total) {
@@ -69,8 +69,8 @@ FLOWSEG_INLINE void add_reciprocals_of_run(const V (&x)[C], const I& y, const M&
   for (int c = 0; c < C; ++c) total.pull[c] += run.pull[c];
 }
 
-// neg_log at temperature 1: p_k is proportional to r_k = 1 / (d_k + eps), so one reciprocal a centroid is all it takes.
-// `y` counts from the first row of `mu`, so that a kernel may go through the classes in parts.
+// The fast formula, for neg_log at temperature 1: p_k is proportional to r_k = 1 / (d_k + eps), which takes one reciprocal per
+// centroid. `y` counts from the first row of `mu`, so a kernel can process the classes in parts.
 template <int C, class V, class I, class M, class N, class T>
 FLOWSEG_INLINE void add_reciprocals(const V (&x)[C], const I& y, const M& mu, N classes, T eps, Rivals<C, V>& total) {
   for (N first = 0; first < classes; first += kRun) {
@@ -94,15 +94,15 @@ FLOWSEG_INLINE void finish_reciprocals(const V (&x)[C], const V (&own)[C], const
 }
 
 // Logit T(d) / tau and slope T'(d).
-template <Transform kind, class V, class T>
+template <Transform transform, class V, class T>
 FLOWSEG_INLINE void transform_distance(const V& d, T eps, T inverse_temperature, V& logit, V& slope) {
-  if constexpr (kind == Transform::neg_log) {
+  if constexpr (transform == Transform::neg_log) {
     logit = -logarithm(d + eps) * inverse_temperature;
     slope = T(-1) / (d + eps);
-  } else if constexpr (kind == Transform::neg_sq) {
+  } else if constexpr (transform == Transform::neg_sq) {
     logit = -d * inverse_temperature;
     slope = V{} - T(1);
-  } else if constexpr (kind == Transform::neg_dist) {
+  } else if constexpr (transform == Transform::neg_dist) {
     const V root = square_root(d + eps);
     logit = -root * inverse_temperature;
     slope = T(-0.5) / root;
@@ -113,8 +113,8 @@ FLOWSEG_INLINE void transform_distance(const V& d, T eps, T inverse_temperature,
   }
 }
 
-// Any transform and temperature, any magnitude, in two passes over the classes: the first finds the smallest distance, whose
-// logit is the largest, as T decreases in d.
+// The general formula, for any transform, temperature and magnitude, takes two passes over the classes. The first pass finds the
+// smallest distance: T decreases in d, so its logit is the largest.
 template <int C, class V, class M, class N>
 FLOWSEG_INLINE void find_smallest_distance(const V (&x)[C], const M& mu, N classes, V& smallest) {
   FLOWSEG_UNROLL_CLASSES
@@ -127,26 +127,27 @@ FLOWSEG_INLINE void find_smallest_distance(const V (&x)[C], const M& mu, N class
   }
 }
 
-// grad = (2 / tau) sum_{k != y} p_k [T'(d_k) (x - mu_k) - T'(d_y) (x - mu_y)]; far from all codes the two nearly cancel, and
-// taking the difference class by class keeps what is left.
+// The second pass: grad = (2 / tau) sum_{k != y} p_k [T'(d_k) (x - mu_k) - T'(d_y) (x - mu_y)]. Far from all codes the two terms
+// nearly cancel. Subtracting them per class, before the sum, keeps the difference accurate.
 template <int C, class V>
 struct Softmax {
-  V largest, home[C];   // largest logit; T'(d_y) (x - mu_y)
+  V largest;      // logit
+  V own_pull[C];  // T'(d_y) (x - mu_y)
   Rivals<C, V> sum{};
 };
 
-template <Transform kind, int C, class V, class T>
+template <Transform transform, int C, class V, class T>
 FLOWSEG_INLINE void begin_softmax(const V (&x)[C], const V (&own)[C], const V& smallest, T eps, T inverse_temperature,
                                   Softmax<C, V>& state) {
   V diff[C], logit, slope;
-  transform_distance<kind>(smallest, eps, inverse_temperature, state.largest, slope);
+  transform_distance<transform>(smallest, eps, inverse_temperature, state.largest, slope);
   for (int c = 0; c < C; ++c) diff[c] = x[c] - own[c];
-  transform_distance<kind>(squared_norm<C>(diff), eps, inverse_temperature, logit, slope);
-  for (int c = 0; c < C; ++c) state.home[c] = slope * diff[c];
+  transform_distance<transform>(squared_norm<C>(diff), eps, inverse_temperature, logit, slope);
+  for (int c = 0; c < C; ++c) state.own_pull[c] = slope * diff[c];
   state.sum.weight = exponential(logit - state.largest);
 }
 
-template <Transform kind, int C, class V, class I, class M, class N, class T>
+template <Transform transform, int C, class V, class I, class M, class N, class T>
 FLOWSEG_INLINE void add_softmax(const V (&x)[C], const I& y, const M& mu, N classes, T eps, T inverse_temperature,
                                 Softmax<C, V>& state) {
   for (N first = 0; first < classes; first += kRun) {
@@ -157,10 +158,10 @@ FLOWSEG_INLINE void add_softmax(const V (&x)[C], const I& y, const M& mu, N clas
       const auto& row = mu[k];
       V diff[C], logit, slope;
       for (int c = 0; c < C; ++c) diff[c] = x[c] - row[c];
-      transform_distance<kind>(squared_norm<C>(diff), eps, inverse_temperature, logit, slope);
+      transform_distance<transform>(squared_norm<C>(diff), eps, inverse_temperature, logit, slope);
       const V e = zero_where_equal(exponential(logit - state.largest), y, k);
       run.weight += e;
-      for (int c = 0; c < C; ++c) run.pull[c] += e * (slope * diff[c] - state.home[c]);
+      for (int c = 0; c < C; ++c) run.pull[c] += e * (slope * diff[c] - state.own_pull[c]);
     }
     state.sum.weight += run.weight;
     for (int c = 0; c < C; ++c) state.sum.pull[c] += run.pull[c];
@@ -170,12 +171,12 @@ FLOWSEG_INLINE void add_softmax(const V (&x)[C], const I& y, const M& mu, N clas
 template <int C, class V, class T>
 FLOWSEG_INLINE void finish_softmax(const V (&x)[C], const V& smallest, const Softmax<C, V>& state, T inverse_temperature,
                                    V (&grad)[C]) {
-  // A distance that is not finite (NaN or overflow) makes the result NaN instead of something that looks right.
+  // A distance that is NaN or overflows makes the result NaN, not a number that looks valid.
   const V poison = smallest * T(0) + squared_norm<C>(x) * T(0);
   for (int c = 0; c < C; ++c) grad[c] = T(2) * inverse_temperature * (state.sum.pull[c] / state.sum.weight) + poison;
 }
 
-// Cap on the norm of the correction.
+// Scales the correction down to max_norm if its norm is larger.
 template <int C, class V, class T>
 FLOWSEG_INLINE void cap_norm(V (&grad)[C], T max_norm) {
   const V norm = square_root(squared_norm<C>(grad));

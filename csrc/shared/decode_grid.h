@@ -1,16 +1,14 @@
-// The cell of the decode grid (flowseg_kernels/decode_grid.py) that a point lies in.
+// The cell of a point in the decode grid (flowseg_kernels/decode_grid.py).
 #pragma once
 
-#include <cstdint>
-
-#include "shared/macros.h"
+#include "shared/types.h"
 
 namespace flowseg {
 
-// A word of the grid's second table holds three classes of this many bits; there is one for codebooks of so few classes.
+// A word of the grid's second table contains three classes of kWordBits bits each if the codebook has at most kWordClasses classes.
 constexpr int kWordBits = 10, kWordClasses = 1 << kWordBits;
 
-// Index of the cell, -1 outside the grid and for NaN. The bitwise and keeps loops over it free of branches.
+// The index of the cell; -1 outside the grid and for NaN. The bitwise `and` keeps loops over this function free of branches.
 FLOWSEG_INLINE int32_t cell_of(float x, float y, float z, float low, float scale, int size) {
   const float limit = static_cast<float>(size);
   const float a = (x - low) * scale, b = (y - low) * scale, c = (z - low) * scale;

@@ -1,4 +1,4 @@
-// From torch tensors of any device to plain data, through torch's stable ABI alone.
+// Converts torch tensors of any device to plain data, with torch's stable ABI only.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -11,14 +11,14 @@
 #include <string>
 #include <vector>
 
-#include "shared/views.h"
+#include "shared/types.h"
 
 namespace flowseg {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The message prefix by which runtime/registry.py tells a wrong value from an internal error.
+// The prefix of the message tells runtime/registry.py that a value is wrong, and that it is not an internal error.
 #define FLOWSEG_CHECK(condition, ...) STD_TORCH_CHECK(condition, "flowseg: ", __VA_ARGS__)
 
 inline Real real_of(const Tensor& t, const char* name) {
@@ -47,7 +47,15 @@ inline ScalarType compute_type(const Tensor& image) {
 
 inline Image view_of(const Tensor& t, const char* name) {
   FLOWSEG_CHECK(t.dim() == 4, name, ": wanted shape (B, C, H, W)");
-  Image image{t.data_ptr(), real_of(t, name), t.size(0), t.size(1), t.size(2), t.size(3), {}};
+  Image image{
+      .data = t.data_ptr(),
+      .type = real_of(t, name),
+      .batch = t.size(0),
+      .channels = t.size(1),
+      .height = t.size(2),
+      .width = t.size(3),
+      .stride = {},
+  };
   for (int i = 0; i < 4; ++i) image.stride[i] = t.stride(i);
   return image;
 }
@@ -55,36 +63,49 @@ inline Image view_of(const Tensor& t, const char* name) {
 inline LabelMap label_map_of(const Tensor& t, const Image& image, int64_t ignore, const char* name) {
   FLOWSEG_CHECK(t.dim() == 3 && t.size(0) == image.batch && t.size(1) == image.height && t.size(2) == image.width, name,
                 ": wanted shape (B, H, W) of the image");
-  return {t.data_ptr(), integer_of(t, name), {t.stride(0), t.stride(1), t.stride(2)}, ignore};
+  return {
+      .data = t.data_ptr(),
+      .type = integer_of(t, name),
+      .stride = {t.stride(0), t.stride(1), t.stride(2)},
+      .ignore = ignore,
+  };
 }
 
 inline void check_codes(const Tensor& t, const Image& image) {
   FLOWSEG_CHECK(t.size(1) == image.channels && image.channels >= 1 && image.channels <= 16 && t.size(0) <= INT32_MAX,
                 "centroids: wanted 1 to 16 channels, as many as the image has");
   FLOWSEG_CHECK(t.is_contiguous() && t.scalar_type() == (image.type == Real::f64 ? ScalarType::Double : ScalarType::Float),
-                "centroids: wanted them contiguous in the compute dtype");
+                "centroids: wanted a contiguous tensor in the compute dtype");
 }
 
-// The grid holds fp32 codes of three channels; other points meet every centroid.
+// The decode grid, or none: a grid has fp32 codes with three channels, and other codes are searched without one.
 inline Grid grid_of(const Tensor& centroids, const std::optional<Tensor>& cells, const std::optional<Tensor>& records,
                     const std::optional<Tensor>& groups, double low, double scale) {
   if (!cells || centroids.scalar_type() != ScalarType::Float || centroids.size(1) != 3) return {};
-  const auto is_here = [&](const std::optional<Tensor>& t) {
+  const auto is_usable = [&](const std::optional<Tensor>& t) {
     return t && t->is_contiguous() && t->is_cuda() == centroids.is_cuda();
   };
-  FLOWSEG_CHECK(is_here(cells) && is_here(records) && is_here(groups),
-                "codebook: wanted its decode grid contiguous and on the device of its centroids");
+  FLOWSEG_CHECK(is_usable(cells) && is_usable(records) && is_usable(groups),
+                "codebook: wanted a contiguous decode grid on the device of its centroids");
   const int64_t side = cells->dim() == 4 ? cells->size(3) : 0;
   FLOWSEG_CHECK(side > 0 && (side & (side - 1)) == 0 && cells->size(0) == 2 && cells->size(1) == side && cells->size(2) == side &&
                     cells->scalar_type() == ScalarType::Int,
-                "codebook: wanted the cells of its decode grid as int32 (2, G, G, G), G a power of two; make the Codebook anew");
-  FLOWSEG_CHECK(records->dim() == 3 && records->size(1) == 4 && records->size(2) == 8 && records->scalar_type() == ScalarType::Float,
-                "codebook: wanted the records of its decode grid as float32 (R, 4, 8); make the Codebook anew");
+                "codebook: wanted the cells of its decode grid as int32 (2, G, G, G), G a power of two; make a new Codebook");
+  FLOWSEG_CHECK(records->dim() == 3 && records->size(1) == 4 && records->size(2) == 8 &&
+                    records->scalar_type() == ScalarType::Float,
+                "codebook: wanted the records of its decode grid as float32 (R, 4, 8); make a new Codebook");
   FLOWSEG_CHECK(groups->dim() == 1 && groups->size(0) == records->size(0) && groups->scalar_type() == ScalarType::Int,
-                "codebook: wanted the groups of its decode grid as int32 (R,); make the Codebook anew");
+                "codebook: wanted the groups of its decode grid as int32 (R,); make a new Codebook");
   const auto* table = static_cast<const int32_t*>(cells->data_ptr());
-  return {table, static_cast<const float*>(records->data_ptr()), static_cast<const int32_t*>(groups->data_ptr()),
-          static_cast<float>(low), static_cast<float>(scale), static_cast<int>(cells->size(3)), table + cells->stride(0)};
+  return {
+      .cells = table,
+      .records = static_cast<const float*>(records->data_ptr()),
+      .groups = static_cast<const int32_t*>(groups->data_ptr()),
+      .low = static_cast<float>(low),
+      .scale = static_cast<float>(scale),
+      .size = static_cast<int>(side),
+      .words = table + cells->stride(0),
+  };
 }
 
 inline Output output_of(const Tensor& t) { return {t.data_ptr(), real_of(t, "output")}; }

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from flowseg.data.presets import CAMVID
-from flowseg.predict import colorize
+from flowseg.inference.predict import colorize
 
 from . import style
 

@@ -4,8 +4,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from flowseg.data.paints import PaintScenes
-from flowseg.data.presets import PRESETS
-from flowseg.predict import colorize
+from flowseg.data.presets import PAINTS
+from flowseg.inference.predict import colorize
 
 from . import style
 
@@ -18,10 +18,10 @@ def draw():
     for column in range(SCENES):
         image, labels = scenes[column]
         found = np.unique(np.array(labels))
-        for axis, shown in zip(axes[:, column], (image, colorize(np.array(labels), PRESETS["paints"].palette))):
+        for axis, shown in zip(axes[:, column], (image, colorize(np.array(labels), PAINTS.palette))):
             axis.imshow(shown, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        axes[1, column].set_xlabel("\n".join(PRESETS["paints"].classes[k] for k in found), fontsize=6)
+        axes[1, column].set_xlabel("\n".join(PAINTS.classes[k] for k in found), fontsize=6)
     axes[0, 0].set_ylabel("image")
     axes[1, 0].set_ylabel("classes")
     style.save(figure, "paints_scenes")

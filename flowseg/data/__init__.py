@@ -1,4 +1,4 @@
-"""Data: the embedded digit scenes, folders of images and labels, and what turns them into batches."""
+"""Data: generated scenes (digits, paints), folders of images and label maps, and training batches from both."""
 
 from flowseg.data.datasets import SegmentationData, open_data, resolve_labels
 from flowseg.data.loader import training_batches

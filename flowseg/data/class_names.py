@@ -1,11 +1,11 @@
-"""Class names of the benchmarks, in the order of their label values."""
+"""Class names of the public benchmarks, in the order of their label values."""
 
 
 def _split(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.replace("\n", " ").split(","))
 
 
-# The scene-parsing challenge: label value k + 1 is ADE20K[k].
+# ADE20K as in the scene-parsing challenge: label value k + 1 is ADE20K[k].
 ADE20K = _split("""
 wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, table,
 mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat,
@@ -20,7 +20,7 @@ microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, h
 ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag
 """)
 
-# All 182 names of COCO-Stuff; label value k is COCO_STUFF[k]. No pixel has one of the eleven unused values.
+# All 182 names of COCO-Stuff: label value k is COCO_STUFF[k]. The eleven unused values occur in no file.
 COCO_STUFF = _split("""
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, street sign,
 stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, hat, backpack,
@@ -44,7 +44,7 @@ CITYSCAPES = _split("""
 road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, person, rider, car,
 truck, bus, train, motorcycle, bicycle
 """)
-# Values of the labelIds files; all other values are left out of the benchmark.
+# Label value of each class in the labelIds files; the benchmark ignores all other values.
 CITYSCAPES_VALUES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 VOC = _split("""

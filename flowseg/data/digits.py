@@ -1,7 +1,7 @@
-"""Embedded data: scenes of light handwritten digits over darkened crops of photographs, made on the fly.
+"""Generated data: scenes of bright handwritten digits over darkened crops of photographs.
 
-Both come with scikit-learn (`load_digits`, 1797 digits of 8x8 pixels; `load_sample_images`, two photographs), so
-nothing is downloaded. A scene depends on (seed, split, index) alone.
+Digits and photographs come with scikit-learn (``load_digits``, 1797 digits of 8x8 pixels; ``load_sample_images``, two
+photographs), so nothing is downloaded. A scene is a function of (seed, split, index).
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ import numpy as np
 from PIL import Image
 
 SPLITS = ("train", "val")
-# A photograph is divided at this share of its width: train crops come from the left part, val crops from the right.
+# Training crops come from the left 70 % of a photograph, validation crops from the rest.
 PHOTO_SPLIT = 0.7
+# Every fifth digit is for validation.
 VAL_EVERY = 5
-# Digits lie near the middles of square cells of this many pixels; this share of the cells stays empty.
+# A scene is divided into square cells of this side in pixels, each with a digit near its middle.
 CELL = 16
+# Share of the cells that stay empty.
 EMPTY = 0.3
 
 
 class DigitScenes:
-    """``K = 11`` (background, 0..9) scenes; train and val share neither digits nor photograph regions.
+    """Scenes of 11 classes (background, 0..9); the splits share neither digits nor regions of photographs.
 
     Args:
         split: ``"train"`` or ``"val"``.
         count: number of scenes.
-        height, width: pixels.
-        seed: of the whole split.
+        height, width: size in pixels.
+        seed: seed of the split.
     """
 
     def __init__(self, split: str, count: int, height: int, width: int, seed: int = 0):
@@ -40,7 +42,7 @@ class DigitScenes:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """RGB image and 8-bit label map."""
+        """Return an RGB image and its 8-bit label map."""
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         canvas = _background(rng, self.split, self.height, self.width)
         labels = np.zeros((self.height, self.width), np.uint8)
@@ -90,14 +92,14 @@ def _background(rng: np.random.Generator, split: str, height: int, width: int) -
 
 
 def _draw(rng: np.random.Generator, digit: np.ndarray, side: int) -> np.ndarray:
-    """One digit as a coverage mask ``(side, side)`` in [0, 1]: enlarged, rotated, with a sharpened edge."""
+    """Enlarge and rotate a digit and sharpen its edge; return its coverage ``(side, side)`` in [0, 1]."""
     image = Image.fromarray(np.pad(digit, 1) * 255.0).resize((side, side), Image.Resampling.BICUBIC)
     image = image.rotate(rng.uniform(-15, 15), resample=Image.Resampling.BICUBIC)
     return np.clip((np.asarray(image, np.float32) / 255.0 - 0.12) * 5.0, 0.0, 1.0)
 
 
 def _jittered(rng: np.random.Generator, top: int, left: int, side: int, shape: tuple[int, int]) -> tuple[slice, slice]:
-    """A square of ``side`` near the middle of a cell, inside the scene."""
+    """Place of a square of ``side`` near the middle of a cell, inside the scene."""
     middle = (CELL - side) // 2
     y, x = (int(start + middle + rng.integers(-2, 3)) for start in (top, left))
     y, x = min(max(y, 0), shape[0] - side), min(max(x, 0), shape[1] - side)
@@ -105,5 +107,5 @@ def _jittered(rng: np.random.Generator, top: int, left: int, side: int, shape: t
 
 
 def _bright(rng: np.random.Generator) -> np.ndarray:
-    """A random light colour, RGB in 0..255."""
+    """A random bright colour, RGB in 0..255."""
     return np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.2, 0.8), 1.0), np.float32) * 255

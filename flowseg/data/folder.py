@@ -1,4 +1,4 @@
-"""Pairs of image files and label maps on disk, checked when opened."""
+"""Pairs of image files and label maps on disk, checked when they are opened."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from flowseg.errors import DataWarning, UserError
 
 __all__ = ["IMAGE_SUFFIXES", "FolderPairs", "read_image"]
 
-# Sets up to this size have every label map decoded at the start; of larger ones only the headers are read.
+# Up to this many pairs, the check decodes every label map; with more pairs it reads only headers.
 FULL_CHECK = 6000
-# Label maps with more pixels are decoded one after the other.
+# The check decodes label maps of more pixels one at a time, to bound memory.
 _LARGE = 2**24
 
 
@@ -44,18 +44,19 @@ class FolderPairs:
     """Image and label pairs of one split.
 
     Args:
-        pairs: files of each example.
-        labels: meaning of the values; values in ``labels.ignore`` and 255 become 255, unless they are a class's.
-        check: ``"full"`` decodes every label map now, ``"headers"`` reads the sizes, ``"none"`` nothing: training should
-            not fail at the last file of an epoch. ``None``: full up to ``FULL_CHECK`` pairs, then headers.
+        pairs: image and label map of each example.
+        labels: meaning of the label values. 255 and the values in ``labels.ignore`` become 255, unless they are the value
+            of a class.
+        check: what to read now, so that training does not fail at the last file of an epoch: ``"full"`` decodes every label
+            map, ``"headers"`` reads the sizes, ``"none"`` nothing. ``None``: full up to ``FULL_CHECK`` pairs, else headers.
         reading: how files are read.
 
     Attributes:
         meaning: ``labels``.
-        counts: how often each label value occurs, ``(65536,)`` int64, once every label map was decoded; else ``None``.
+        counts: pixels per label value, ``(65536,)`` int64; ``None`` unless the check decoded every label map.
 
     Raises:
-        UserError: naming the file and what is wrong with it, now or when it is read.
+        UserError: a file that cannot be used, now or when it is read; the message names it.
     """
 
     def __init__(
@@ -77,10 +78,10 @@ class FolderPairs:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """RGB image and 8-bit label map with values in ``[0, K)`` or 255, both at native size and upright."""
+        """Return an RGB image and an 8-bit label map with values in ``[0, K)`` or 255, at native size and upright."""
         image, shape = read_picture(self.images[index], self._reading)
         values = self._values(index, shape)
-        self._known(index, value_counts(values))
+        self._check_values(index, value_counts(values))
         classes = np.empty(values.shape, np.uint8)
         table = self._table.astype(np.uint8)
         for source, target in zip(bands(values), bands(classes)):
@@ -88,17 +89,17 @@ class FolderPairs:
         return image, Image.fromarray(classes)
 
     def label_counts(self, index: int) -> np.ndarray:
-        """How often each label value occurs in one label map, ``(65536,)`` int64; the image is not read."""
+        """Pixels per label value in one label map, ``(65536,)`` int64; the image is not read."""
         return value_counts(read_values(self.labels[index], self._reading)[0])
 
     def _values(self, index: int, image: Shape) -> np.ndarray:
-        """Label values that lie on the upright image."""
+        """Label values, turned to match the upright image."""
         path = self.labels[index]
         values, shape = read_values(path, self._reading)
         turn = turn_of_labels(path, shape, image, self._reading.exif)
         return values if shape.orientation != 1 else turn_values(values, turn)
 
-    def _known(self, index: int, counts: np.ndarray) -> None:
+    def _check_values(self, index: int, counts: np.ndarray) -> None:
         present = np.flatnonzero(counts)
         unknown = present[self._table[present] < 0].tolist()
         if unknown:
@@ -112,7 +113,7 @@ class FolderPairs:
         large = threading.Lock()
         total = np.zeros(65536, np.int64)
         unsure: list[Path] = []
-        # Decoding releases the interpreter's lock.
+        # Threads suffice: decoding releases the GIL.
         with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)) as pool:
             for index, (shape, found) in enumerate(pool.map(lambda index: self._check(index, large), range(len(self)))):
                 if shape.orientation != 1 and shape.upright == shape.stored:
@@ -124,15 +125,15 @@ class FolderPairs:
         if unsure and self._reading.exif == "upright":
             warnings.warn(
                 f"{len(unsure)} of {len(self)} images, such as {unsure[0]}, have an EXIF orientation that the sizes of "
-                "their labels cannot confirm; the labels are taken as drawn on what a viewer shows; if they were drawn on "
-                "the stored pixels, set data.exif=stored",
+                "their labels cannot confirm; we assume that the labels were drawn on what a viewer shows; if they were "
+                "drawn on the stored pixels, set data.exif=stored",
                 DataWarning,
                 stacklevel=2,
             )
 
     def _check(self, index: int, large: threading.Lock) -> tuple[Shape, tuple[np.ndarray, np.ndarray]]:
-        """Shape of the image, and values and how often each occurs where label maps are decoded."""
-        # The header is enough for an image; a full decode happens when it is trained on.
+        """Check one pair. Return the shape of the image, and the label values with their counts if the check is full."""
+        # Of the image only the header is read; training decodes it.
         shape = read_shape(self.images[index], "an image", self._reading)
         label = read_shape(self.labels[index], "a label map", self._reading)
         none = np.zeros(0, np.int64)
@@ -140,24 +141,24 @@ class FolderPairs:
             try:
                 turn_of_labels(self.labels[index], label, shape, self._reading.exif)
             except UserError:
-                # The orientation of a PNG file may follow its pixels.
+                # The orientation of a PNG file may be stored after its pixels: decode both files and compare again.
                 shape = read_picture(self.images[index], self._reading)[1]
                 label = read_values(self.labels[index], self._reading)[1]
                 turn_of_labels(self.labels[index], label, shape, self._reading.exif)
             if self._checked != "full":
                 return shape, (none, none)
             counts = value_counts(self._values(index, shape))
-        self._known(index, counts)
+        self._check_values(index, counts)
         values = np.flatnonzero(counts)
         return shape, (values, counts[values])
 
 
 def read_image(path: Path, *, upright: bool = False, reading: Reading | None = None) -> Image.Image:
-    """An RGB image; grey, palette and alpha images are converted, deeper ones become 8 bits (:func:`read_picture`).
+    """Read an RGB image; other modes and depths are converted (see :func:`read_picture`).
 
     Args:
         path: the file.
-        upright: turn it as the camera noted (EXIF), as training, evaluation and prediction do.
+        upright: turn the image by its EXIF orientation, as training, evaluation and prediction do.
         reading: how files are read.
 
     Raises:
@@ -168,7 +169,7 @@ def read_image(path: Path, *, upright: bool = False, reading: Reading | None = N
 
 
 def _value_table(labels: Labels) -> np.ndarray:
-    """Label value (0..65535) to class; 255 for ignored, -1 for unknown."""
+    """Table from label value (0..65535) to class index; 255 for ignored values, -1 for unknown ones."""
     table = np.full(65536, -1, np.int16)
     table[[IGNORE_INDEX, *labels.ignore]] = IGNORE_INDEX
     values = labels.values or range(len(labels.classes))

@@ -1,4 +1,4 @@
-"""What the label maps of a run hold, told before its first step, and what looks wrong about it."""
+"""A table of the label values in the data of a run, shown before training, and warnings about suspicious values."""
 
 from __future__ import annotations
 
@@ -18,51 +18,51 @@ from flowseg.data.folder import FolderPairs
 from flowseg.data.presets import Labels
 from flowseg.errors import DataWarning, UserError
 
-# Label maps that are decoded of a set whose check did not decode them all, and the time that they may take.
+# If the check did not decode every label map, count values in at most this many of them, for at most this long.
 SAMPLE, SECONDS = 200, 20.0
-# Classes of a longer list are shown by their most and least frequent ones.
+# A table of more classes shows only the most and the least frequent ones.
 _MOST_ROWS = 40
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitCounts:
-    """Pixels of each label value in the files of one split.
+    """Pixel counts of the label values of one split.
 
     Attributes:
-        split: its name, ``"train"`` or ``"val"``.
-        counts: ``(65536,)`` int64.
-        looked_at: label maps that were counted.
-        maps: label maps of the split.
+        split: ``"train"`` or ``"val"``.
+        counts: pixels per label value, ``(65536,)`` int64.
+        counted: number of label maps that were counted.
+        maps: number of label maps of the split.
     """
 
     split: str
     counts: np.ndarray
-    looked_at: int
+    counted: int
     maps: int
 
     @property
     def where(self) -> str:
-        """The split, and how much of it was looked at."""
-        part = "" if self.looked_at == self.maps else f" (in {self.looked_at} of {self.maps} label maps)"
+        """Name of the split, and how much of it was counted."""
+        part = "" if self.counted == self.maps else f" (in {self.counted} of {self.maps} label maps)"
         return f"{self.split}{part}"
 
     def share(self, values: np.ndarray | list[int]) -> float:
-        """Of all pixels, in percent, those with one of the values."""
+        """Percentage of pixels that have one of the values."""
         return 100 * float(self.counts[values].sum()) / max(int(self.counts.sum()), 1)
 
 
 def tell_labels(data: SegmentationData, name: str, console: Console | None) -> None:
-    """Show a table of what the label maps hold, and warn of what is probably not meant.
+    """Show a table of the label values, and warn of values that are probably a mistake.
 
-    Sets whose label maps were not all decoded when they were opened are sampled. Embedded data is not counted.
+    A split is sampled if the check did not decode all its label maps. Generated data is not counted.
 
     Args:
         data: opened splits.
-        name: of the data set, ``data.name`` of the settings.
-        console: where the table and the warnings go; without one a :class:`DataWarning` is given for each warning.
+        name: name of the data set (``data.name`` of the settings).
+        console: prints the table and the warnings; without a console each warning is a :class:`DataWarning`.
 
     Raises:
-        UserError: every training label is ignored, or a label map that was looked at cannot be read.
+        UserError: every training label is ignored, or a label map cannot be read.
     """
     splits = [("train", data.train), ("val", data.val)]
     found = [count_labels(pairs, split) for split, pairs in splits if isinstance(pairs, FolderPairs)]
@@ -78,22 +78,22 @@ def tell_labels(data: SegmentationData, name: str, console: Console | None) -> N
 
 
 def count_labels(pairs: FolderPairs, split: str) -> SplitCounts:
-    """Label values of a split: those of its check, or of up to ``SAMPLE`` label maps spread over it."""
+    """Count the label values of a split: use the counts of its check, or count up to ``SAMPLE`` evenly spread label maps."""
     if pairs.counts is not None:
         return SplitCounts(split, pairs.counts, len(pairs), len(pairs))
     some = np.unique(np.linspace(0, len(pairs) - 1, SAMPLE).round().astype(int))
-    total, looked_at, end = np.zeros(65536, np.int64), 0, time.monotonic() + SECONDS
-    # In another order than that of the files, so that what fits into the time is spread as well.
+    total, counted, end = np.zeros(65536, np.int64), 0, time.monotonic() + SECONDS
+    # A random order: if the time runs out, the counted maps are still spread over the split.
     for index in np.random.default_rng(0).permutation(some):
         total += pairs.label_counts(int(index))
-        looked_at += 1
+        counted += 1
         if time.monotonic() > end:
             break
-    return SplitCounts(split, total, looked_at, len(pairs))
+    return SplitCounts(split, total, counted, len(pairs))
 
 
 def findings(labels: Labels, name: str, splits: list[SplitCounts]) -> list[str]:
-    """What is probably not meant, one line each.
+    """Warnings about probable mistakes, one line each.
 
     Raises:
         UserError: every label of the whole training split is ignored.
@@ -105,7 +105,7 @@ def findings(labels: Labels, name: str, splits: list[SplitCounts]) -> list[str]:
         absent = [labels.classes[k] for k, value in enumerate(values) if not one.counts[value]]
         if len(absent) == len(values):
             message = f"{one.where}: no pixel has a class, every label is ignored ({_seen(one.counts)}){hint}"
-            if one.split == "train" and one.looked_at == one.maps:
+            if one.split == "train" and one.counted == one.maps:
                 raise UserError(message + ("" if hint else "; name the values of the classes with data.values"))
             messages.append(message)
         elif absent:
@@ -126,24 +126,24 @@ def findings(labels: Labels, name: str, splits: list[SplitCounts]) -> list[str]:
 
 
 def looks_like(labels: Labels, name: str, one: SplitCounts) -> str:
-    """What label values of another convention look like, and the setting for it; empty where nothing is known."""
+    """A hint that the labels follow another convention, with the setting for it; an empty text if nothing is suspicious."""
     seen = set(np.flatnonzero(one.counts).tolist())
     classes = set(_values(labels))
     others = seen - {IGNORE_INDEX}
     if name == "cityscapes" and labels.values and max(classes) > 18 and others and max(others) <= 18:
         return (
-            "; this looks like trainIds (0..18) in the place of labelIds: classes would be taken for others; give the "
+            "; this looks like trainIds (0..18) instead of labelIds, which would mix up the classes; give the "
             f"*_labelIds.png files, or add --set {_consecutive(19)}"
         )
     if name == "ade20k" and 0 not in classes and IGNORE_INDEX in seen and max(others, default=0) <= 149:
         return (
-            "; this looks like labels that are reduced already (0..149, and 255 for none): the first class would be ignored "
-            f"and every other taken for its neighbour; give the original files, or add --set {_consecutive(150)}"
+            "; this looks like labels that are already reduced (0..149, and 255 for none): the first class would be ignored "
+            f"and every other class shifted by one; give the original files, or add --set {_consecutive(150)}"
         )
     if name == "cocostuff" and others & set(COCO_STUFF_UNUSED) and max(others) <= 170 and 11 not in classes:
         return (
-            "; this looks like labels that are reduced already (0..170), for the original files have no values such as "
-            f"{min(others & set(COCO_STUFF_UNUSED))}; give those, or add --set {_consecutive(171)}"
+            "; this looks like labels that are already reduced (0..170): the original files never contain "
+            f"{min(others & set(COCO_STUFF_UNUSED))}; give the original files, or add --set {_consecutive(171)}"
         )
     if IGNORE_INDEX in seen and IGNORE_INDEX not in classes and any(not one.counts[value] for value in classes):
         share = f"{one.share([IGNORE_INDEX]):.1f} % of the pixels are 255"
@@ -185,7 +185,7 @@ def _table(labels: Labels, splits: list[SplitCounts]) -> Table:
     table.add_column("class")
     table.add_column("value", justify="right")
     for one in splits:
-        part = f"{one.maps}" if one.looked_at == one.maps else f"{one.looked_at} of {one.maps}"
+        part = f"{one.maps}" if one.counted == one.maps else f"{one.counted} of {one.maps}"
         table.add_column(f"{one.split}, {part} maps", justify="right")
 
     def row(name: str, value: str, values: list[int] | np.ndarray) -> None:
@@ -208,7 +208,7 @@ def _table(labels: Labels, splits: list[SplitCounts]) -> Table:
 
 
 def _shown(counts: np.ndarray) -> list[int | None]:
-    """Classes to show, ``None`` for those between."""
+    """Indices of the classes to show; ``None`` marks a gap."""
     if len(counts) <= _MOST_ROWS:
         return list(range(len(counts)))
     order = np.argsort(-counts, kind="stable").tolist()

@@ -1,4 +1,4 @@
-"""Where each data set keeps the images and label maps of a split, as it is unpacked."""
+"""Where a data set keeps the images and label maps of a split, once it is unpacked."""
 
 from __future__ import annotations
 
@@ -6,70 +6,90 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NamedTuple
 
-from flowseg.data.files import IMAGE_SUFFIXES, LABEL_SUFFIXES, by_suffix, list_files, name_left_out
+from flowseg.data.files import (
+    IMAGE_SUFFIXES,
+    LABEL_SUFFIXES,
+    counts_by_suffix,
+    jpeg_label_hint,
+    list_files,
+    warn_of_other_suffixes,
+)
 from flowseg.errors import DataWarning, UserError
 
 Pair = tuple[Path, Path]
 
 
-def find_pairs(name: str, root: Path, split: str) -> list[Pair]:
-    """Image and label files of a split, by name.
+class Layout(NamedTuple):
+    """How to find the files of a split.
 
-    Args:
-        name: of the data set, a key of ``LAYOUTS``.
-        root: its folder.
-        split: the data set's own name of the split, e.g. ``"training"`` of ADE20K.
+    Attributes:
+        find: ``(root, split)`` to pairs of image and label map, by name.
+        expected: what the root must contain, with ``{split}`` for the split.
+    """
 
-    Hidden files are passed over. A :class:`DataWarning` names files that are left out for their suffix or sub-folder, and
+    find: Callable[[Path, str], list[Pair]]
+    expected: str
+
+
+def find_pairs(layout: Layout, root: Path, split: str) -> list[Pair]:
+    """Image and label files of a split, sorted by name.
+
+    Hidden files are skipped. A :class:`DataWarning` names files that are left out because of their suffix or sub-folder, and
     label maps without an image.
 
+    Args:
+        layout: how the data set is laid out.
+        root: folder of the data set.
+        split: the data set's own name of the split, such as ``"training"`` for ADE20K.
+
     Raises:
-        UserError: a folder, list or label map that is not there, named, two images of one name, or a split without images.
+        UserError: a missing folder, list or label map, two images of one name, or a split without images.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise UserError(f"data.root {root}: no such folder; it should hold {LAYOUTS[name][1].format(split=split)}")
-    pairs = LAYOUTS[name][0](root, split)
+        raise UserError(f"data.root {root}: no such folder; it must contain {layout.expected.format(split=split)}")
+    pairs = layout.find(root, split)
     for image, label in pairs:
         if not label.is_file():
-            raise UserError(f"{image}: no label map; wanted {label}")
+            raise UserError(f"{image}: no label map; wanted {label}{jpeg_label_hint(label)}")
     return pairs
 
 
 def _folders(images: str, labels: str) -> Callable[[Path, str], list[Pair]]:
-    """Two trees with the same names, the split one level down in each."""
+    """A finder for two folder trees with equal file names, each with one folder per split."""
 
     def find(root: Path, split: str) -> list[Pair]:
         folder, label_folder = _split_folder(root / images, split), root / labels / split
         found, others = list_files(folder, IMAGE_SUFFIXES)
         if not found:
-            there = f"; there are only {by_suffix(others)}" if others else ""
-            raise UserError(f"{folder}: no images; put {', '.join(IMAGE_SUFFIXES)} files there{there}")
+            present = f"; there are only {counts_by_suffix(others)}" if others else ""
+            raise UserError(f"{folder}: no images; put {', '.join(IMAGE_SUFFIXES)} files there{present}")
         maps = list_files(label_folder, LABEL_SUFFIXES)[0] if label_folder.is_dir() else []
-        # A sub-folder without labels holds something else, such as thumbnails.
+        # A sub-folder without labels contains something else, such as thumbnails.
         strays = [
             path
             for path in found
             if path.parent != folder and not (label_folder / path.parent.relative_to(folder)).is_dir()
         ]
         if strays:
-            said = f"images in sub-folders that {label_folder} does not have"
+            reason = f"images in sub-folders that {label_folder} does not have"
             if len(strays) == len(found):
                 raise UserError(
-                    f"{folder}: holds only {said}, such as {strays[0]}; give the label maps the same sub-folders"
+                    f"{folder}: contains only {reason}, such as {strays[0]}; give the label maps the same sub-folders"
                 )
             warnings.warn(
-                f"{folder}: {len(strays)} {said} are left out, such as {strays[0]}", DataWarning, stacklevel=4
+                f"{folder}: {len(strays)} {reason} are left out, such as {strays[0]}", DataWarning, stacklevel=4
             )
-        name_left_out(folder, others, IMAGE_SUFFIXES)
+        warn_of_other_suffixes(folder, others, IMAGE_SUFFIXES)
         return _pair_up(_by_name(found, folder, set(strays)), _by_name(maps, label_folder), folder, label_folder)
 
     return find
 
 
 def _by_name(paths: list[Path], folder: Path, without: Collection[Path] = ()) -> dict[str, list[Path]]:
-    """Files by their place under the folder and their name without suffix; macOS decomposes accented letters."""
+    """Files by their path below the folder without suffix, in composed Unicode: macOS decomposes accented letters."""
     groups: dict[str, list[Path]] = {}
     for path in paths:
         if path not in without:
@@ -84,14 +104,11 @@ def _pair_up(
     for kind, groups in (("images", images), ("label maps", {name: maps[name] for name in images if name in maps})):
         for same in groups.values():
             if len(same) > 1:
-                raise UserError(
-                    f"{same[0]} and {same[1]}: two {kind} of one name, which would be taken for one example; remove or "
-                    "rename one"
-                )
-    lonely = [path for name, same in maps.items() if name not in images for path in same]
-    if lonely:
+                raise UserError(f"{same[0]} and {same[1]}: two {kind} with the same name; remove or rename one of them")
+    unused = [path for name, same in maps.items() if name not in images for path in same]
+    if unused:
         warnings.warn(
-            f"{label_folder}: label maps without an image in {folder}: {len(lonely)}, such as {lonely[0].name}",
+            f"{label_folder}: label maps without an image in {folder}: {len(unused)}, such as {unused[0].name}",
             DataWarning,
             stacklevel=5,
         )
@@ -141,19 +158,7 @@ def _split_folder(parent: Path, split: str) -> Path:
     return folder
 
 
-_IMAGES_AND_LABELS = (_folders("images", "labels"), "images/{split} and labels/{split}")
-_IMAGES_AND_ANNOTATIONS = (_folders("images", "annotations"), "images/{split} and annotations/{split}")
-LAYOUTS: dict[str, tuple[Callable[[Path, str], list[Pair]], str]] = {
-    "folder": _IMAGES_AND_LABELS,
-    "camvid": _IMAGES_AND_LABELS,
-    "ade20k": _IMAGES_AND_ANNOTATIONS,
-    "cocostuff": _IMAGES_AND_ANNOTATIONS,
-    "cityscapes": (_cityscapes, "leftImg8bit/{split} and gtFine/{split}"),
-    "voc": (_voc, "JPEGImages, SegmentationClass and ImageSets/Segmentation/{split}.txt"),
-}
-
-# What each data set calls its own training and validation splits.
-SPLITS = {
-    "ade20k": ("training", "validation"),
-    "cocostuff": ("train2017", "val2017"),
-}
+IMAGES_AND_LABELS = Layout(_folders("images", "labels"), "images/{split} and labels/{split}")
+IMAGES_AND_ANNOTATIONS = Layout(_folders("images", "annotations"), "images/{split} and annotations/{split}")
+CITYSCAPES = Layout(_cityscapes, "leftImg8bit/{split} and gtFine/{split}")
+VOC = Layout(_voc, "JPEGImages, SegmentationClass and ImageSets/Segmentation/{split}.txt")

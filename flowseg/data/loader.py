@@ -1,4 +1,4 @@
-"""Training batches whose content depends on (seed, step) alone, so that a resumed run sees what it would have seen."""
+"""Training batches as a function of the seed and the number of examples drawn before: a resumed run gets the same ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowseg.errors import UserError
 
 
 class _Augmented(Dataset):
-    """Examples addressed by ``(draw, index)``: the draw seeds the augmentation."""
+    """Augmented examples by ``(draw, index)``: the number of the draw seeds the augmentation."""
 
     def __init__(self, pairs: Pairs, config: DataConfig, seed: int):
         self.pairs, self.config, self.seed = pairs, config, seed
@@ -33,7 +33,7 @@ class _Augmented(Dataset):
 
 
 class _Draws:
-    """Batches of ``(draw, index)``: one shuffled pass after another, cut into this process's share."""
+    """Batches of ``(draw, index)`` for this process, from an endless sequence of shuffled epochs."""
 
     def __init__(self, size: int, batch: int, seed: int, first_draw: int, rank: int, world: int):
         self.size, self.batch, self.seed, self.first_draw, self.rank, self.world = (
@@ -60,7 +60,7 @@ class _Draws:
 
 
 def _with_workers(loader: DataLoader) -> Iterator:
-    """An iterator whose dead workers are noticed at the next batch: torch's signal handler would raise in the middle of a step."""
+    """Iterate without torch's SIGCHLD handler, which would raise in the middle of a step; a dead worker fails the next batch."""
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
     previous = signal.getsignal(signal.SIGCHLD)
@@ -80,21 +80,21 @@ def training_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Endless batches for one process.
+    """Endless training batches for one process.
 
     Args:
         pairs: the training split.
         config: size, augmentation and number of worker processes.
-        batch_size: examples a batch in this process.
-        seed: of order and augmentation.
-        first_draw: number of examples that all processes together have already had.
-        rank, world: this process among how many.
+        batch_size: examples per batch of this process.
+        seed: seed of order and augmentation.
+        first_draw: number of examples that all processes together have drawn before.
+        rank, world: number of this process, and of all processes.
 
     Raises:
-        UserError: a file that cannot be used, named, when its turn comes; or a worker process was killed.
+        UserError: a file cannot be used (the message names it), or a worker process was killed.
 
     Yields:
-        images ``(B, 3, H, W)`` float32 in [-1, 1], labels ``(B, H, W)`` uint8, and the number ``(B,)`` of each draw.
+        images ``(B, 3, H, W)`` float32 in [-1, 1], labels ``(B, H, W)`` uint8, and the numbers ``(B,)`` of the draws.
     """
     loader = DataLoader(
         _Augmented(pairs, config, seed),
@@ -105,10 +105,10 @@ def training_batches(
     try:
         yield from _with_workers(loader)
     except UserError as error:
-        # From a worker process the message arrives below that process's traceback.
+        # A worker's message arrives after its traceback.
         raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
     except (RuntimeError, ConnectionError, EOFError) as error:
-        # A dead worker shows by itself, or by a connection that ends while a batch is handed over.
+        # A dead worker raises RuntimeError, or breaks the connection while it sends a batch.
         if not config.workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
             raise
         raise UserError(

@@ -1,7 +1,7 @@
-"""Embedded data of many classes: scenes of striped regions, made on the fly, a class for each of 48 paints.
+"""Generated data with many classes: scenes of striped regions. Each of the 48 classes is a paint.
 
-A paint is a hue, pale or strong, dark or light. Its exact colour and the stripes over it (direction, width, contrast)
-are drawn anew for every region, and there is noise. A scene depends on (seed, split, index) alone.
+A paint is a hue (red, orange, ...) that is pale or strong and dark or light. Every region gets a random colour within the
+range of its paint, random stripes (direction, width, contrast) and noise. A scene is a function of (seed, split, index).
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ SATURATIONS = {"pale": 0.4, "strong": 0.9}
 BRIGHTNESSES = {"dark": 0.45, "light": 0.85}
 PAINTS = tuple(itertools.product(BRIGHTNESSES, SATURATIONS, HUES))
 REGIONS = (3, 8)
-"""Smallest number of regions in a scene, and one more than the largest."""
+"""Number of regions in a scene: at least the first number, less than the second."""
 WAVELENGTH = (4.0, 12.0)
-"""Pixels from one stripe to the next."""
+"""Smallest and largest distance between stripes in pixels."""
 SMALLEST = 16
-"""Smallest side of a scene in pixels."""
+"""Smallest height and width of a scene in pixels."""
 
 
 class PaintScenes:
-    """Scenes of ``K = 48`` paints, in the cells around 3 to 7 random points.
+    """Scenes of 48 classes. Each region contains the pixels nearest to one of 3 to 7 random points.
 
     Args:
-        split: ``"train"`` or ``"val"``; their scenes are drawn independently.
+        split: ``"train"`` or ``"val"``; their scenes are independent.
         count: number of scenes.
-        height, width: pixels.
-        seed: of the whole split.
+        height, width: size in pixels.
+        seed: seed of the split.
     """
 
     def __init__(self, split: str, count: int, height: int, width: int, seed: int = 0):
@@ -43,7 +43,7 @@ class PaintScenes:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """RGB image and 8-bit label map."""
+        """Return an RGB image and its 8-bit label map."""
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         y, x = np.mgrid[: self.height, : self.width].astype(np.float32)
         points = rng.uniform((0, 0), (self.height, self.width), (rng.integers(*REGIONS), 2))
@@ -60,7 +60,7 @@ class PaintScenes:
 
 
 def _painted(rng: np.random.Generator, paint: int, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """RGB in about [0, 1] of one region's pixels, ``(N, 3)``."""
+    """Colours ``(N, 3)`` of the pixels of one region, about in [0, 1]."""
     brightness, saturation, hue = PAINTS[paint]
     color = colorsys.hsv_to_rgb(
         (HUES.index(hue) + rng.uniform(-0.4, 0.4)) / len(HUES) % 1.0,

@@ -1,4 +1,4 @@
-"""Image files and label maps as arrays: the limit of pixels, the EXIF orientation and the depth are decided here, once."""
+"""Read image files and label maps: limit of pixels, EXIF orientation and bit depth are handled here and nowhere else."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Orientations 6 and 8 are the inverse of each other; every other one is its own.
+# Inverse orientations; the inverse of every other orientation is itself.
 _BACK = {6: 8, 8: 6}
-# A 16-bit picture whose brightest value is below this was very likely written by a camera with 10, 12 or 14 bits.
+# If the brightest value of a 16-bit image is below this, the camera probably has 10, 12 or 14 bits.
 _FULL_16_BIT = 2**14
-# Values that are converted at once: a whole photograph in int64 would take eight times its size.
+# Number of values to convert at a time: a whole photograph in int64 would take eight times its size.
 _BAND = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How files are read; the fields are those of the ``data`` settings."""
+    """How files are read; the fields are settings of the ``data`` section."""
 
     exif: str = "upright"
     white: float | None = None
@@ -45,38 +45,38 @@ class Reading:
 
     @classmethod
     def of(cls, config: DataConfig) -> Reading:
-        """The fields of a run's settings."""
+        """Take the fields from the settings of a run."""
         return cls(config.exif, config.white, config.max_megapixels)
 
 
 class Shape(NamedTuple):
-    """Size ``(width, height)`` of the stored pixels, and the EXIF orientation (1 to 8) that says how to show them."""
+    """Size ``(width, height)`` of the stored pixels, and the EXIF orientation (1 to 8) in which a viewer shows them."""
 
     stored: tuple[int, int]
     orientation: int = 1
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Size as a viewer shows the picture."""
+        """Size of the image as a viewer shows it."""
         return turned_size(self.stored, self.orientation)
 
 
 def turned_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """Size of a picture after it was turned by an orientation."""
+    """Size of an image after turning it by an orientation."""
     return size[::-1] if orientation >= 5 else size
 
 
 def read_picture(path: Path, reading: Reading) -> tuple[Image.Image, Shape]:
-    """An RGB image, turned as a viewer shows it.
+    """Read an RGB image, turned as a viewer shows it.
 
-    Grey, palette and alpha images are converted. Deeper ones become 8 bits: ``reading.white`` is the value that
-    becomes 255. By default it is 65535 for 16 bits and 1.0 for floats.
+    Grey, palette and alpha images are converted. Images of more bits are reduced to 8: ``reading.white`` becomes 255. Its
+    default is 65535 for 16 bits and 1.0 for floats.
 
     Raises:
-        UserError: the file cannot be decoded, has too many pixels, or has values whose scale is not known.
+        UserError: the file cannot be decoded, has too many pixels, or has values of unknown scale.
     """
     with opened(path, "an image", reading) as image:
-        # Looking for the orientation decodes a PNG file, which forgets how it was stored.
+        # Read the tile first: Pillow decodes a PNG file to find its orientation, and then forgets how it was stored.
         deep_color = ";16" in str(image.tile)
         shape = _shape(image)
         image.load()
@@ -87,27 +87,27 @@ def read_picture(path: Path, reading: Reading) -> tuple[Image.Image, Shape]:
             _check_upper_byte(path, image)
         elif deep_color and reading.white != 65535:
             raise UserError(
-                f"{path}: image has 16-bit colours, whose white is 65535, and data.white is {reading.white:g}, which is for grey "
-                "images; save this one with 8 bits"
+                f"{path}: image has 16-bit colours, whose white is 65535, but data.white is {reading.white:g}, which only "
+                "grey images can have; save this image with 8 bits"
             )
-        # Pillow would copy a picture that is RGB already.
+        # For an RGB image, convert() would make a copy.
         picture = picture if picture.mode == "RGB" else picture.convert("RGB")
-        # Pillow has turned TIFF files while it decoded them.
+        # Read the orientation again: Pillow turns TIFF files while it decodes them.
         turn = _TURNS.get(_tag(image))
         return (picture.transpose(turn) if turn is not None else picture), shape
 
 
 def as_picture(image: object, reading: Reading) -> tuple[Image.Image, Shape]:
-    """An RGB image of a path, a Pillow image or an array.
+    """Convert a path, a Pillow image or an array to an RGB image.
 
     Args:
-        image: a path, turned as a viewer shows it; a Pillow image of any mode, or a numpy array ``(H, W)`` or
-            ``(H, W, 1 | 3 | 4)`` uint8, or ``(H, W)`` of 16 or 32 bits or floats, as it is. Alpha is dropped, and deep
-            values become 8 bits as those of files do.
+        image: a path, a Pillow image of any mode, or a numpy array: ``(H, W)`` or ``(H, W, 1 | 3 | 4)`` uint8, or ``(H, W)``
+            of 16 bits, 32 bits or floats. Only the image of a path is turned as a viewer shows it. Alpha is dropped. More
+            than 8 bits are reduced as in :func:`read_picture`.
         reading: how files are read.
 
     Raises:
-        UserError: it is none of these, or see :func:`read_picture`.
+        UserError: another type, or see :func:`read_picture`.
     """
     if isinstance(image, str | Path):
         return read_picture(Path(image), reading)
@@ -122,7 +122,7 @@ def as_picture(image: object, reading: Reading) -> tuple[Image.Image, Shape]:
         picture = image.convert("RGB")
     except UserError:
         raise
-    # A lazily opened file is decoded here.
+    # Pillow opens files lazily: load() may have to decode one.
     except Exception as error:
         raise UserError(f"image: cannot be read ({str(error) or type(error).__name__})") from None
     return picture, Shape(picture.size)
@@ -139,7 +139,7 @@ def _picture_of_array(array: np.ndarray) -> Image.Image:
     if code in deep:
         pixels = pixels.astype(deep[code])
         if pixels.dtype == np.int64:
-            # Pillow has no unsigned 32 bits.
+            # Pillow has no unsigned 32-bit mode.
             if pixels.max() >= 2**31:
                 raise _no_picture("array with values from 2**31 on", array)
             pixels = pixels.astype(np.int32)
@@ -155,24 +155,24 @@ def _no_picture(kind: str, image: object) -> UserError:
 
 
 def turn_back(picture: Image.Image, orientation: int) -> Image.Image:
-    """An upright picture as it would be stored under this orientation."""
+    """Turn an upright image into the form in which a file of this orientation stores it."""
     turn = _TURNS.get(_BACK.get(orientation, orientation))
     return picture if turn is None else picture.transpose(turn)
 
 
 def read_shape(path: Path, kind: str, reading: Reading) -> Shape:
-    """Size and orientation from the header; the orientation of a PNG file may follow its pixels and is then not seen."""
+    """Read size and orientation from the header. The orientation of a PNG file is missed if it follows the pixels."""
     with opened(path, kind, reading) as image:
         return _shape(image, header=True)
 
 
 def read_values(path: Path, reading: Reading) -> tuple[np.ndarray, Shape]:
-    """Label values ``(H, W)`` uint8 or uint16, turned by the file's own orientation.
+    """Read label values ``(H, W)`` uint8 or uint16, turned by the orientation of the label file.
 
-    Of a palette picture they are the indices, never its colours. Grey values of 1, 2 and 4 bits are the stored numbers.
+    The values of a palette image are its indices, never its colours. Grey values of 1, 2 and 4 bits are read as stored.
 
     Raises:
-        UserError: the file cannot be decoded, has too many pixels, several channels, or values that are no whole numbers.
+        UserError: the file cannot be decoded, has too many pixels or several channels, or its values are not whole numbers.
     """
     with opened(path, "a label map", reading) as image:
         tile = str(image.tile)
@@ -196,7 +196,7 @@ def read_values(path: Path, reading: Reading) -> tuple[np.ndarray, Shape]:
 
 
 def turn_values(values: np.ndarray, orientation: int) -> np.ndarray:
-    """An array ``(H, W)`` turned by an EXIF orientation, as a view."""
+    """Turn an array ``(H, W)`` by an EXIF orientation; the result is a view."""
     if orientation in (5, 6, 7, 8):
         values = values.T
     across = orientation in (2, 3, 6, 7)
@@ -205,18 +205,18 @@ def turn_values(values: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def stored_values(values: np.ndarray, orientation: int) -> np.ndarray:
-    """An upright array ``(H, W)`` as it would be stored under this orientation, as a view."""
+    """Turn an upright array ``(H, W)`` into the form in which a file of this orientation stores it; the result is a view."""
     return turn_values(values, _BACK.get(orientation, orientation))
 
 
 def turn_of_labels(path: Path, labels: Shape, image: Shape, exif: str) -> int:
-    """The orientation by which a label map is turned to lie on its upright image.
+    """The orientation by which to turn a label map so that it matches its upright image.
 
-    A label map with an orientation of its own is turned by that. The others were drawn on what a viewer shows
-    (``exif="upright"``) or on the stored pixels (``"stored"``) of the image.
+    If the label map has an EXIF orientation, that decides. Otherwise it was drawn on the image as a viewer shows it
+    (``exif="upright"``) or on the stored pixels (``"stored"``).
 
     Raises:
-        UserError: the sizes disagree; it says when they would agree under the other setting.
+        UserError: the sizes differ; the message says so if the other setting would fit.
     """
     own = labels.orientation != 1
     turn = labels.orientation if own else image.orientation if exif == "stored" else 1
@@ -227,17 +227,17 @@ def turn_of_labels(path: Path, labels: Shape, image: Shape, exif: str) -> int:
     if not own and turned_size(labels.stored, other) == image.upright:
         drawn, setting = ("what a viewer shows", "upright") if exif == "stored" else ("the stored pixels", "stored")
         raise UserError(
-            f"{path}: label map is {_by(labels.stored)}; its image is {_by(image.stored)} as stored and {wanted} as its "
-            f"EXIF orientation {image.orientation} shows it, so that these labels fit {drawn} only; if all labels were "
-            f"drawn so, add --set data.exif={setting}, else turn this label map"
+            f"{path}: label map is {_by(labels.stored)}; its image is {_by(image.stored)} as stored and {wanted} when turned "
+            f"by its EXIF orientation {image.orientation}, so these labels fit only {drawn}; if all labels were drawn like "
+            f"this, add --set data.exif={setting}, else turn this label map"
         )
     note = f" (turned by EXIF orientation {image.orientation})" if image.orientation != 1 else ""
-    note += f"; the label map has EXIF orientation {labels.orientation} itself" if own else ""
+    note += f"; the label map has EXIF orientation {labels.orientation}" if own else ""
     raise UserError(f"{path}: label map is {is_} but its image is {wanted}{note}; both must have the same size")
 
 
 def value_counts(values: np.ndarray) -> np.ndarray:
-    """How often each value occurs, ``(65536,)`` int64."""
+    """Number of occurrences of each value, ``(65536,)`` int64."""
     counts = np.zeros(65536, np.int64)
     for band in bands(values):
         found = np.bincount(band.ravel())
@@ -246,25 +246,25 @@ def value_counts(values: np.ndarray) -> np.ndarray:
 
 
 def bands(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Rows of an array, so many at a time that a band has about a million values."""
+    """Split an array into bands of rows with about a million values each."""
     rows = max(1, _BAND // max(values.shape[1], 1))
     return (values[first : first + rows] for first in range(0, len(values), rows))
 
 
 @contextlib.contextmanager
 def opened(path: Path, kind: str, reading: Reading) -> Iterator[Image.Image]:
-    """An opened file whose pixels are not decoded yet.
+    """Open a file without decoding its pixels.
 
     Raises:
-        UserError: naming the file: it has more pixels than allowed, or whatever a decoder raised in the context.
+        UserError: the file has more pixels than allowed, or a decoder raised any error in the context; the message names it.
     """
     if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is no regular file, but a folder, a pipe or a device; give an image file")
+        raise UserError(f"{path}: not a regular file, but a folder, a pipe or a device; give an image file")
     try:
         with _without_limit_of_pillow(), Image.open(path) as image:
-            # Some cameras store a preview behind the photograph.
+            # An MPO file is a photograph followed by a preview.
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                _tell_frames(path, kind, image.n_frames)
+                _report_frames(path, kind, image.n_frames)
             pixels = math.prod(image.size) / 1e6
             if pixels > reading.max_megapixels:
                 raise UserError(
@@ -275,16 +275,16 @@ def opened(path: Path, kind: str, reading: Reading) -> Iterator[Image.Image]:
             yield image
     except UserError:
         raise
-    # Decoders raise whatever a damaged file makes them run into: struct.error, ZeroDivisionError, EOFError, ...
+    # A damaged file can make decoders raise anything: struct.error, ZeroDivisionError, EOFError, ...
     except Exception as error:
         raise UserError(f"{path}: cannot be read as {kind} ({str(error) or type(error).__name__})") from None
 
 
-def _tell_frames(path: Path, kind: str, frames: int) -> None:
+def _report_frames(path: Path, kind: str, frames: int) -> None:
     if kind == "a label map":
-        raise UserError(f"{path}: label map has {frames} pages or frames; save each as a file of its own")
+        raise UserError(f"{path}: label map has {frames} pages or frames; save each as a separate file")
     warnings.warn(
-        f"{path}: has {frames} pages or frames, of which the first is taken; save the others as files of their own",
+        f"{path}: has {frames} pages or frames; only the first is used; save the others as separate files",
         DataWarning,
         stacklevel=2,
     )
@@ -297,7 +297,7 @@ _limit_before: int | None = None
 
 @contextlib.contextmanager
 def _without_limit_of_pillow() -> Iterator[None]:
-    """Pillow's own limit, a global of the process, is lifted while a file of ours is read; ours is a setting."""
+    """Lift Pillow's limit of pixels, which is global to the process; ``data.max_megapixels`` replaces it."""
     global _lifted, _limit_before
     with _lifting:
         if _lifted == 0:
@@ -313,13 +313,13 @@ def _without_limit_of_pillow() -> Iterator[None]:
 
 
 def _shape(image: Image.Image, header: bool = False) -> Shape:
-    """Size and orientation of a file that is not decoded yet."""
-    # Pillow decodes a PNG file to look for an orientation behind the pixels.
+    """Size and orientation of a file before it is decoded."""
+    # Avoid getexif() on such a PNG file: Pillow would decode the file to look for an orientation after the pixels.
     unseen = header and image.format == "PNG" and "exif" not in image.info
     orientation = 1 if unseen else _tag(image)
     size = image.size
     if image.format == "TIFF":
-        # Some versions of Pillow give the size of the turned picture.
+        # Some versions of Pillow return the size of the turned image.
         size = int(image.tag_v2[256]), int(image.tag_v2[257])
     return Shape(size, orientation)
 
@@ -334,11 +334,11 @@ def _by(size: tuple[int, int]) -> str:
 
 
 def _eight_bits(path: Path | str, image: Image.Image, white: float | None) -> np.ndarray:
-    """Grey values of more than 8 bits as ``(H, W)`` uint8: ``white`` becomes 255, more is white and less than 0 black."""
+    """Reduce grey values to ``(H, W)`` uint8: ``white`` and larger values become 255, negative values 0."""
     values = np.asarray(image)
     low, high = float(values.min(initial=0)), float(values.max(initial=0))
     if not math.isfinite(low) or not math.isfinite(high):
-        raise UserError(f"{path}: image holds values that are no numbers (mode {image.mode}); replace them")
+        raise UserError(f"{path}: image contains values that are not finite (mode {image.mode}); replace them")
     if white is None:
         _check_range(path, low, high, image.mode == "F")
         white = 1.0 if image.mode == "F" else 65535
@@ -352,32 +352,32 @@ def _eight_bits(path: Path | str, image: Image.Image, white: float | None) -> np
 
 
 def _check_range(path: Path | str, low: float, high: float, is_float: bool) -> None:
-    """Refuse values that the usual range of their type would turn black or white."""
+    """Refuse values that the default range of their type would turn black or white."""
     kind, white, dark = ("float", 1, 0.25) if is_float else ("integer", 65535, _FULL_16_BIT)
     if low < 0 or high > white or 0 < high < dark:
         raise UserError(
             f"{path}: image has {kind} values from {low:g} to {high:g}; wanted at least 0, and the brightest from {dark} to "
             f"{white}; say which value is white with data.white (4095 for 12 bits, 65535 for 16, 1 for floats up to 1), or "
-            "save it with 8 bits"
+            "save the image with 8 bits"
         )
 
 
 def _check_upper_byte(path: Path, image: Image.Image) -> None:
-    """Pillow keeps the upper byte of 16-bit colours, which is next to nothing of 12 bits."""
+    """Refuse dark 16-bit colours: Pillow keeps only the upper byte, which is almost nothing of 12 bits."""
     extrema = zip(image.getbands(), image.getextrema())
     highest = max(high for band, (_, high) in extrema if band != "A")
     if 0 < highest < _FULL_16_BIT >> 8:
         raise UserError(
-            f"{path}: image has 16-bit colours that reach only about {256 * highest + 255} of 65535, as 10 to 14 bits in "
-            "16 do; save it with 8 bits, or add --set data.white=65535 if it is really that dark"
+            f"{path}: image has 16-bit colours that reach only about {256 * highest + 255} of 65535, as if they had 10 to 14 "
+            "bits; save it with 8 bits, or add --set data.white=65535 if it is really that dark"
         )
 
 
 def _unscaled(path: Path, values: np.ndarray, tile: str) -> np.ndarray:
-    """Grey of 2 and 4 bits as stored: Pillow stretches it to 0..255."""
+    """Undo Pillow's stretching of 2-bit and 4-bit grey to 0..255."""
     for bits in (2, 4):
         if f"'L;{bits}'" in tile or f"'L;{bits}R'" in tile:
             return values // np.uint8(255 // (2**bits - 1))
     if any(f"'L;{form}'" in tile for form in ("I", "IR", "2I", "2IR", "4I", "4IR")):
-        raise UserError(f"{path}: label map has grey values in which 0 is white; save it as PNG")
+        raise UserError(f"{path}: label map has inverted grey values (0 is white); save it as PNG")
     return values

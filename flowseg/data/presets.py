@@ -1,4 +1,4 @@
-"""What the label values of known data sets mean: class names, colours, and which values carry no class."""
+"""Meaning of the label values of known data sets: class names, colours, and ignored values."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import colorsys
 import dataclasses
 
 from flowseg.data import class_names
-from flowseg.data.paints import PAINTS as PAINT_KINDS
+from flowseg.data.paints import PAINTS as PAINT_NAMES
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What label values mean.
+    """Meaning of label values.
 
     Attributes:
-        classes: names, in the order of the class indices.
-        palette: one RGB colour (0..255) a class.
-        ignore: values without a class, besides 255.
+        classes: names in the order of the class indices.
+        palette: one RGB colour (0..255) per class.
+        ignore: ignored values in addition to 255.
         values: label value of each class in the files; ``None``: 0, 1, 2, ...
     """
 
@@ -27,7 +27,7 @@ class Labels:
 
 
 def spread_palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """``count`` colours: hues by the golden ratio, three brightness levels in turn."""
+    """``count`` distinct colours: hues spaced by the golden ratio, three alternating levels of brightness."""
     colors = []
     for k in range(count):
         rgb = colorsys.hsv_to_rgb(k * 0.61803398875 % 1.0, 0.75, (1.0, 0.8, 0.6)[k % 3])
@@ -36,7 +36,7 @@ def spread_palette(count: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def voc_palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Pascal VOC's colours: bit ``3 j + c`` of the index is bit ``7 - j`` of channel ``c``."""
+    """Colours of Pascal VOC: bit ``3 j + c`` of the index is bit ``7 - j`` of channel ``c``."""
     return tuple(
         tuple(sum((k >> (3 * j + c) & 1) << (7 - j) for j in range(8)) for c in range(3)) for k in range(count)
     )
@@ -57,7 +57,7 @@ DIGITS = Labels(
     classes=("background", *(str(digit) for digit in range(10))), palette=((40, 40, 40), *spread_palette(10))
 )
 
-PAINTS = Labels(tuple(" ".join(kind) for kind in PAINT_KINDS), spread_palette(len(PAINT_KINDS)))
+PAINTS = Labels(tuple(" ".join(words) for words in PAINT_NAMES), spread_palette(len(PAINT_NAMES)))
 
 ADE20K = Labels(class_names.ADE20K, spread_palette(150), ignore=(0,), values=tuple(range(1, 151)))
 
@@ -81,13 +81,3 @@ CITYSCAPES = Labels(
 )  # fmt: skip
 
 VOC = Labels(class_names.VOC, voc_palette(21))
-
-PRESETS = {
-    "digits": DIGITS,
-    "paints": PAINTS,
-    "camvid": CAMVID,
-    "ade20k": ADE20K,
-    "cocostuff": COCO_STUFF,
-    "cityscapes": CITYSCAPES,
-    "voc": VOC,
-}

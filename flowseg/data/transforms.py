@@ -1,23 +1,23 @@
-"""From a pair at native size to the tensors of a training or validation example."""
+"""Turn images and label maps at native size into tensors for training and inference."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from flowseg.codes import IGNORE_INDEX
 from flowseg.config import DataConfig
-from flowseg.views import pad_to
 
-# How often a crop is drawn when one class covers too much of it.
+# Number of crops to try if one class covers too much of each.
 CROP_TRIES = 10
 BILINEAR, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image to ``(3, H, W)`` float32 in [-1, 1]."""
+    """Convert an RGB image to ``(3, H, W)`` float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, np.uint8))
     return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1.0)
 
@@ -25,18 +25,18 @@ def to_tensor(image: Image.Image) -> Tensor:
 def augment(
     image: Image.Image, labels: Image.Image, config: DataConfig, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Random scale, crop, flip and colour; then the training size.
+    """Scale, crop, flip and recolour a pair at random; the result has the training size.
 
-    At scale 1 the pair just covers ``config.height x config.width``. Below it the rest of the canvas is
-    mid-grey with ignored labels. A crop that one class covers by more than ``config.max_class_share`` is drawn again, ten
-    times at most. Labels are only ever taken from the nearest pixel.
+    At scale 1 the pair just covers ``config.height x config.width``. At smaller scales it is placed on a mid-grey canvas
+    with ignored labels. If one class covers more than ``config.max_class_share`` of a crop, another crop is drawn, ten
+    times at most. Labels are resampled by nearest neighbour.
 
     Returns:
         image ``(3, h, w)`` float32 in [-1, 1] and labels ``(h, w)`` uint8.
     """
     width, height = image.size
     out_w, out_h = config.width, config.height
-    # Log-uniform, so that halving and doubling are equally likely.
+    # Log-uniform: halving and doubling are equally likely.
     scale = float(np.exp(rng.uniform(np.log(config.scale_min), np.log(config.scale_max))))
     scale *= max(out_w / width, out_h / height)
     offsets = rng.uniform(size=2)
@@ -69,8 +69,10 @@ def augment(
 
 
 def distort(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Photometric distortion (SSD, arXiv 1512.02325): brightness by up to 32 of 255, contrast and saturation by 0.5 to 1.5,
-    hue by up to 18 degrees, each with probability one half, contrast before or after the colours.
+    """Photometric distortion as in SSD (arXiv 1512.02325).
+
+    Brightness changes by up to 32 of 255, contrast and saturation by factors of 0.5 to 1.5, hue by up to 18 degrees, each
+    with probability one half. Contrast changes before or after saturation and hue.
     """
     apply = rng.uniform(size=5) < 0.5
     shift, contrast, saturation, hue = rng.uniform((-32, 0.5, 0.5, -18), (32, 1.5, 1.5, 18))
@@ -84,7 +86,7 @@ def distort(image: Image.Image, rng: np.random.Generator) -> Image.Image:
         if apply[2]:
             s = np.clip(s * np.float32(saturation), 0, 255).astype(np.uint8)
         if apply[3]:
-            # Pillow's hue is 256 to the circle and wraps around as bytes do.
+            # In Pillow the full circle of hues is 256, so bytes wrap around correctly.
             h = h + np.uint8(round(hue * 256 / 360) % 256)
         bands = [Image.fromarray(np.ascontiguousarray(band)) for band in (h, s, v)]
         pixels = np.asarray(Image.merge("HSV", bands).convert("RGB"), np.float32)
@@ -103,7 +105,7 @@ def _largest_share(labels: Image.Image) -> float:
 
 
 def _window(native: int, wanted: int, scale: float, offset: float) -> tuple[float, float, int, int]:
-    """Along one axis: the native interval to read, where to paste it, and its length once scaled."""
+    """Crop along one axis: start and end of the native interval, where to paste it, and its scaled length."""
     length = wanted / scale
     if length <= native + 1e-6:
         start = offset * max(native - length, 0.0)
@@ -113,10 +115,14 @@ def _window(native: int, wanted: int, scale: float, offset: float) -> tuple[floa
 
 
 def model_size(native: tuple[int, int], config: DataConfig, resize: str = "fit", scale: float = 1.0) -> tuple[int, int]:
-    """Size ``(h, w)`` at which the network sees an image of ``native`` ``(H, W)``, with its proportions.
+    """Size ``(h, w)`` at which the network sees an image of size ``native`` ``(H, W)``; proportions are kept.
 
-    ``"fit"``: the largest inside the training size; ``"cover"``: the smallest that covers it, as in training;
-    ``"native"``: its own. ``scale`` multiplies it.
+    Args:
+        native: size of the image.
+        config: training size.
+        resize: ``"fit"``: the largest size inside the training size; ``"cover"``: the smallest size that covers it, as in
+            training; ``"native"``: the image's own size.
+        scale: factor on that size.
     """
     ratios = config.height / native[0], config.width / native[1]
     scale *= {"fit": min(ratios), "cover": max(ratios), "native": 1.0}[resize]
@@ -124,7 +130,7 @@ def model_size(native: tuple[int, int], config: DataConfig, resize: str = "fit",
 
 
 def prepare(image: Image.Image, size: tuple[int, int], patch_size: int) -> Tensor:
-    """An image for inference: resized to ``size`` ``(h, w)``, its edge repeated up to whole patches.
+    """Resize an image to ``size`` ``(h, w)`` for inference, and repeat its edge up to whole patches.
 
     Returns:
         ``(3, h', w')`` float32 in [-1, 1].
@@ -134,5 +140,14 @@ def prepare(image: Image.Image, size: tuple[int, int], patch_size: int) -> Tenso
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """An image at ``size`` ``(h, w)``, itself where that is its size."""
+    """Resize an image to ``size`` ``(h, w)``; an image of that size is returned as it is."""
     return image if image.size == size[::-1] else image.resize(size[::-1], BILINEAR)
+
+
+def pad_to(image: Tensor, height: int, width: int) -> Tensor:
+    """Pad ``(3, H, W)`` at the right and bottom to ``height`` and ``width`` by repeating its edge.
+
+    A repeated edge looks less like an object than a black bar.
+    """
+    right, below = max(width - image.shape[-1], 0), max(height - image.shape[-2], 0)
+    return F.pad(image[None], (0, right, 0, below), mode="replicate")[0] if right or below else image

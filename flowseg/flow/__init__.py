@@ -1,4 +1,4 @@
-"""The flow: sources, time samplers and ODE solvers."""
+"""The flow: its source, the sampling of times, and ODE solvers."""
 
 from flowseg.flow.ode import integrate
 from flowseg.flow.source import make_source

@@ -23,24 +23,24 @@ def integrate(
 ) -> Tensor | tuple[Tensor, list[tuple[float, Tensor]]]:
     """Follow the learnt vector field from ``source`` to t = 1 in equal steps.
 
-    An end-point prediction ``xhat`` stands for the velocity ``(xhat - x_t) / max(1 - t, t_min)``. The last Euler step
-    then lands on ``xhat`` itself, which is assigned, not computed, so that rounding cannot move it. Heun would evaluate
-    an end-point prediction at t = 1, where this velocity is 0/0: its last step is an Euler step.
+    An end-point prediction ``xhat`` corresponds to the velocity ``(xhat - x_t) / max(1 - t, t_min)``. The last Euler step
+    ends exactly at ``xhat``, so ``xhat`` is assigned, not computed: rounding cannot move it. The last step of Heun's method
+    would evaluate this velocity at t = 1, where it is 0/0; with end-point predictions that step is an Euler step.
 
     Args:
         network: ``(x (B, C, H, W), t (B,)) -> (B, C, H, W)``.
         source: ``(B, C, H, W)``.
         steps: 1 to 100.
-        method: ``"euler"`` (one evaluation a step), ``"heun"`` or ``"midpoint"`` (two).
+        method: ``"euler"`` (one evaluation per step), ``"heun"`` or ``"midpoint"`` (two per step).
         predicts: ``"velocity"`` or ``"endpoint"``.
-        t_min: lower limit of the divisor above.
+        t_min: lower limit of the divisor ``1 - t``.
         keep_path: also return the states.
 
     Returns:
         The field at t = 1, ``(B, C, H, W)``; with ``keep_path`` also a list of ``steps + 1`` pairs ``(t, x)``.
 
     Raises:
-        ValueError: unknown method or prediction, or steps out of range.
+        ValueError: unknown method or prediction, or ``steps`` out of range.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")

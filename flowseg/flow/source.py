@@ -9,20 +9,20 @@ from torch import Tensor
 def make_source(image: Tensor, channels: int, kind: str = "image", generator: torch.Generator | None = None) -> Tensor:
     """The starting point of the flow in code space.
 
-    ``"image"``: the image followed by zero channels, a deterministic source (arXiv 2603.19218 for 3 channels; the zero
-    padding is ours). ``"noise"``: independent standard normal numbers.
+    The source ``"image"`` is the image followed by channels of zeros, so it is deterministic (arXiv 2603.19218 for 3
+    channels; the zeros are our extension). The source ``"noise"`` consists of independent standard normal numbers.
 
     Args:
         image: ``(B, 3, H, W)``, values in [-1, 1].
         channels: number of code channels ``C``.
         kind: ``"image"`` (needs C >= 3) or ``"noise"``.
-        generator: CPU generator of the noise; drawing on the CPU gives the same noise on every device.
+        generator: CPU generator of the noise; noise drawn on the CPU is the same for every device.
 
     Returns:
         ``(B, C, H, W)`` in the dtype and on the device of ``image``.
 
     Raises:
-        ValueError: fewer than 3 channels for an image source (dropping a colour would lose data), or an unknown kind.
+        ValueError: fewer than 3 channels for an image source, which would drop a colour; or an unknown kind.
     """
     batch, image_channels, height, width = image.shape
     if kind == "noise":

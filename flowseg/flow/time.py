@@ -1,4 +1,4 @@
-"""Where along the flow each training image is placed."""
+"""Times of training examples on the path of the flow."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def sample_times(
     zero_fraction: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw one time in [0, 1] for each image.
+    """Draw one time in [0, 1] per image.
 
-    With a deterministic source, ``x_t`` at t > 0 already holds the answer, and a network that knows the image can solve
-    for it; sampling starts at t = 0, which a continuous distribution never draws. ``zero_fraction`` puts
-    that share of the draws exactly there.
+    With a deterministic source, ``x_t`` at t > 0 already contains the answer: a network that knows the image can solve
+    for it. Sampling, however, starts at t = 0, which a continuous distribution never draws. ``zero_fraction`` is the share
+    of the times that are exactly 0.
 
     Args:
-        batch: number of draws.
+        batch: number of times.
         sampler: ``"uniform"`` on [0, 1), or ``"logit_normal"``: ``sigmoid(mean + std * N(0, 1))``.
-        mean, std: of the normal number under the sigmoid.
-        shift: ``s`` of ``t / (t + (1 - t) s)``.
+        mean, std: mean and standard deviation of the normal distribution under the sigmoid.
+        shift: ``s`` in ``t / (t + (1 - t) s)``; values above 1 move times towards 0.
         zero_fraction: probability of exactly t = 0.
         generator: CPU generator.
 

@@ -1,4 +1,4 @@
-"""The network: a PixNerd-style transformer that generates a pixel neural field for every patch."""
+"""The network: a transformer in the style of PixNerd that generates a neural field of pixels for each patch."""
 
 from flowseg.model.backbone import FlowSegModel, build_model
 from flowseg.model.pixnerd import LoadReport, load_pixnerd

@@ -1,4 +1,4 @@
-"""The network: patches to features by a transformer, features to pixels by generated neural fields."""
+"""The network: a transformer turns patches into features, and generated neural fields turn features into pixels."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from flowseg_kernels import NeuralFieldDecoder
 
 
 class FlowSegModel(nn.Module):
-    """Prediction (velocity or end point) of the flow at ``x_t`` (PixNerd, arXiv 2507.23268; conditioning ours).
+    """The network that predicts the flow at ``x_t``: a velocity or an end point.
+
+    The architecture is PixNerd's (arXiv 2507.23268); the conditioning on an image is our addition.
 
     Args:
         size: widths and depths.
-        channels: code channels C.
-        condition_on_image: concatenate the image (3 channels) to ``x_t`` at the patch embedding.
-        activation_checkpointing: keep only each block's input for backward and compute the rest again.
-        field_chunk: generate the weights of the neural fields of about so many patches at a time; ``None``: of all.
-        align_dim: width of another network's features; adds the projector that REPA trains to meet them.
+        channels: number of code channels C.
+        condition_on_image: concatenate the image (3 channels) with ``x_t`` before the patch embedding.
+        activation_checkpointing: store only the input of each block for the backward pass and recompute the rest.
+        field_chunk: number of patches whose neural-field weights are generated at a time; ``None``: all.
+        align_dim: width of the encoder features for REPA; adds the projector to that width.
     """
 
     def __init__(
@@ -61,16 +63,16 @@ class FlowSegModel(nn.Module):
         """Predict at ``x`` and time ``t``.
 
         Args:
-            x: ``(B, C, H, W)``; H and W multiples of the patch size.
+            x: ``(B, C, H, W)``; H and W are multiples of the patch size.
             t: ``(B,)`` in [0, 1].
-            image: ``(B, 3, H, W)`` in [-1, 1]; needed when the model is conditioned on it.
-            align_after: also give the projected patch features behind so many blocks.
+            image: ``(B, 3, H, W)`` in [-1, 1]; required if the model is conditioned on the image.
+            align_after: also return the projected patch features after this number of blocks.
 
         Returns:
-            ``(B, C, H, W)``, zeros from a new model; with ``align_after`` also ``(B, N, align_dim)``.
+            ``(B, C, H, W)``, all zeros for a new model; with ``align_after`` also ``(B, N, align_dim)``.
 
         Raises:
-            ValueError: a size that the patch does not divide, or a missing image.
+            ValueError: a size that is not a multiple of the patch size, or a missing image.
         """
         patch = self.size.patch_size
         height, width = x.shape[-2:]
@@ -104,14 +106,14 @@ class FlowSegModel(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """Patch features to another network's width by three linear layers (REPA, arXiv 2410.06940)."""
+    """Project patch features to the width of an encoder by three linear layers (REPA, arXiv 2410.06940)."""
 
     def __init__(self, dim: int, out: int):
         super().__init__(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, out))
 
 
 class PatchEmbedding(nn.Module):
-    """Pixels of each patch to a feature by one linear map of its ``inputs * p * p`` numbers (PixNerd)."""
+    """Turn each patch into a feature by one linear map of its ``inputs * p * p`` numbers (PixNerd)."""
 
     def __init__(self, inputs: int, size: ModelSize):
         super().__init__()
@@ -119,7 +121,7 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Linear(inputs * size.patch_size**2, size.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, inputs, H, W)`` to ``(B, N, dim)``, patches in row-major order."""
+        """Map ``(B, inputs, H, W)`` to ``(B, N, dim)``, patches in row-major order."""
         p = self.patch_size
         batch, channels, height, width = x.shape
         patches = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
@@ -127,10 +129,10 @@ class PatchEmbedding(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Pixels to patch features by 3x3 convolutions: stride 2 to one pixel a patch, then residual ones.
+    """Turn patches into features by 3x3 convolutions: first with stride 2 down to one pixel per patch, then residual ones.
 
     Patches that see their neighbours from the start make a small network learn much faster from few images
-    (arXiv 2106.14881); PixNerd has no stem.
+    (arXiv 2106.14881). PixNerd has no such stem.
     """
 
     def __init__(self, inputs: int, size: ModelSize):
@@ -150,7 +152,7 @@ class ConvStem(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(B, inputs, H, W)`` to ``(B, N, dim)``, patches in row-major order."""
+        """Map ``(B, inputs, H, W)`` to ``(B, N, dim)``, patches in row-major order."""
         x = self.proj(self.down(x.contiguous(memory_format=torch.channels_last)))
         for layer in self.mix:
             x = x + layer(x)
@@ -158,13 +160,13 @@ class ConvStem(nn.Module):
 
 
 def build_model(config: Config, *, align_dim: int | None = None) -> FlowSegModel:
-    """The network of a run, with initial weights that depend on ``config.train.seed`` and the model settings alone.
+    """Build the network of a run; its initial weights depend only on ``config.train.seed`` and the model settings.
 
-    The global random state is left as it was.
+    The global random state does not change.
 
     Args:
         config: settings of the run.
-        align_dim: width of the features that training with REPA aligns with; adds the projector.
+        align_dim: width of the encoder features for REPA; adds the projector.
     """
     model = config.model
     with torch.random.fork_rng(devices=[]):

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm whose gain follows the dtype of the input, so that autocast keeps the fused kernel."""
+    """Root-mean-square norm that casts its gain to the dtype of the input, which keeps the fused kernel under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., dim)`` to ``(..., dim)``."""
+        """Map ``(..., dim)`` to ``(..., dim)``."""
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class TimeEmbedding(nn.Module):
-    """Time in [0, 1] to a feature: sines and cosines of geometric frequencies, then a two-layer MLP.
+    """Embed a time in [0, 1]: sines and cosines of geometric frequencies, then a two-layer MLP.
 
     Frequencies are ``max_period ** (-i / half)``, ``i = 0 .. half - 1`` (PixNerd: 256 features, max_period 10).
     """
@@ -31,16 +31,16 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        """``(B,)`` to ``(B, dim)``."""
+        """Map ``(B,)`` to ``(B, dim)``."""
         angles = t.float()[:, None] * self.frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 
 def rotary_table(rows: int, columns: int, head_dim: int, *, extent: float = 16.0, theta: float = 10000.0) -> Tensor:
-    """Rotations of a ``rows x columns`` patch grid, in row-major order.
+    """Rotations of the positions of a ``rows x columns`` patch grid, in row-major order.
 
-    Positions on both axes are ``linspace(0, extent)`` whatever the grid (PixNerd), so that another resolution meets the
-    same range of angles. Pairs alternate: one turns with the column, the next with the row.
+    Positions on both axes are ``linspace(0, extent)`` for every grid (PixNerd): all resolutions share the same range of
+    angles. Pairs alternate: one rotates with the column, the next with the row.
 
     Returns:
         ``(2, rows * columns, head_dim / 2)`` float32: cosines and sines.
@@ -56,7 +56,7 @@ def rotary_table(rows: int, columns: int, head_dim: int, *, extent: float = 16.0
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn neighbouring pairs of the last axis of ``x`` ``(B, heads, N, head_dim)`` by the angles of ``table``."""
+    """Rotate neighbouring pairs in the last axis of ``x`` ``(B, heads, N, head_dim)`` by the angles of ``table``."""
     cos, sin = table.to(x.dtype)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
@@ -74,19 +74,19 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        """``(B, N, dim)`` to ``(B, N, dim)``."""
+        """Map ``(B, N, dim)`` to ``(B, N, dim)``."""
         batch, tokens, dim = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         q, k = rotate(self.query_norm(q), table), rotate(self.key_norm(k), table)
         if v.device.type == "cpu":
-            # On a CPU, attention in bf16 is slower than in float32 (280 tokens of 4 heads: 57 against 40 ms).
+            # On a CPU, attention is slower in bf16 than in float32 (280 tokens, 4 heads: 57 ms against 40 ms).
             q, k, v = q.float(), k.float(), v.float()
         mixed = F.scaled_dot_product_attention(q, k, v).to(x.dtype)
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, dim))
 
 
 class SwiGLU(nn.Module):
-    """``W3 (silu(W1 x) * W2 x)`` with hidden width 2/3 of 4 ``dim``."""
+    """``W3 (silu(W1 x) * W2 x)`` with a hidden width of 8/3 ``dim``."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -95,15 +95,15 @@ class SwiGLU(nn.Module):
         self.out = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., dim)`` to ``(..., dim)``."""
+        """Map ``(..., dim)`` to ``(..., dim)``."""
         gate, value = self.gate_and_value(x).chunk(2, dim=-1)
         return self.out(F.silu(gate) * value)
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each shifted, scaled and gated by the condition (adaLN with six vectors).
+    """Transformer block: attention and SwiGLU, each shifted, scaled and gated by the condition (adaLN with six vectors).
 
-    The projection that makes the six vectors starts at zero, so a new block is the identity (DiT, arXiv 2212.09748).
+    The projection to the six vectors starts at zero, so a new block is the identity (DiT, arXiv 2212.09748).
     """
 
     def __init__(self, dim: int, heads: int):
@@ -117,7 +117,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, condition: Tensor, table: Tensor) -> Tensor:
-        """``x`` ``(B, N, dim)``, ``condition`` ``(B, dim)`` (already activated) to ``(B, N, dim)``."""
+        """Map ``x`` ``(B, N, dim)`` and the activated ``condition`` ``(B, dim)`` to ``(B, N, dim)``."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, dim=-1)
         x = x + gate1 * self.attention(torch.addcmul(shift1, self.attention_norm(x), 1 + scale1), table)
         return x + gate2 * self.mlp(torch.addcmul(shift2, self.mlp_norm(x), 1 + scale2))

@@ -1,4 +1,4 @@
-"""Weights of a published PixNerd model (arXiv 2507.23268) for our network, which names and joins some of them differently."""
+"""Load the weights of a published PixNerd model (arXiv 2507.23268) into our network, whose tensors have other names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from flowseg.errors import UserError
 from flowseg.model.backbone import FlowSegModel
 
-# Averaged weights come first: they are the ones that PixNerd's figures were measured with.
+# The averaged weights come first: PixNerd's published results use them.
 PREFIXES = ("ema_denoiser.", "denoiser.", "ema_model.", "model.", "module.", "")
 
 _RENAMED = (
@@ -35,14 +35,14 @@ _CLASS_TABLE = "y_embedder.embedding_table.weight"
 
 @dataclasses.dataclass
 class LoadReport:
-    """What became of every tensor.
+    """Result for every tensor.
 
     Attributes:
-        loaded: names of ours that took PixNerd's numbers.
-        widened: of those, the ones with more inputs here (code channels, the concatenated image); the added columns are 0.
-        missing: names of ours that PixNerd's weights do not hold; they keep their initial values.
-        unexpected: names of PixNerd's that have no place here.
-        mismatched: names of ours whose shapes cannot be brought together, with both shapes.
+        loaded: our tensors that were filled from PixNerd's weights.
+        widened: those of them that have more inputs here (code channels, the concatenated image); added columns are 0.
+        missing: our tensors that PixNerd's weights lack; they keep their initial values.
+        unexpected: tensors of PixNerd that our network lacks.
+        mismatched: our tensors with an incompatible shape, with both shapes.
     """
 
     loaded: list[str] = dataclasses.field(default_factory=list)
@@ -61,10 +61,10 @@ class LoadReport:
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Tensors of a ``.safetensors`` file or of a file that ``torch.save`` wrote; only tensors are unpickled.
+    """Read the tensors of a ``.safetensors`` file or of a file of ``torch.save``; nothing but tensors is unpickled.
 
     Raises:
-        UserError: a file that cannot be read as either.
+        UserError: the file cannot be read.
     """
     try:
         if path.suffix == ".safetensors":
@@ -84,22 +84,23 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def load_pixnerd(model: FlowSegModel, source: Path | str | Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
-    """Start ``model`` from PixNerd's weights.
+    """Fill ``model`` with PixNerd's weights.
 
-    The class table has no place here and is left out: a segmentation has no class condition. A linear layer that reads more
-    inputs than PixNerd's gets zeros for the added ones, so that before training the network computes what PixNerd's does at
-    ``x_t``. The last layer is left as it is when the code channels differ from PixNerd's 3.
+    PixNerd's class table is ignored: segmentation has no class condition. A linear layer with more inputs than PixNerd's
+    gets zeros for the added inputs, so before training the network computes the same function of ``x_t`` as PixNerd. The
+    last layer keeps its initial weights if the number of code channels differs from PixNerd's 3.
 
     Args:
-        model: L/16 or XL/16, or any size whose shapes agree.
-        source: path of a checkpoint, or its state dict with names as in PixNerd's code, with or without a prefix.
-        strict: raise unless everything but the class table found a place. REPA's projector is ours and starts anew.
+        model: L/16, XL/16, or any size with the same shapes.
+        source: path of a checkpoint, or its state dict with the names of PixNerd's code, with or without a prefix.
+        strict: raise an error unless every tensor except the class table fits. The projector of REPA does not count: PixNerd
+            has none, and it keeps its initial weights.
 
     Returns:
         The report; ``str(report)`` is one line.
 
     Raises:
-        UserError: an unreadable file, or with ``strict`` anything missing, unexpected or of another shape.
+        UserError: an unreadable file, or with ``strict`` a missing, unexpected or mismatched tensor.
     """
     tensors = read_checkpoint(Path(source)) if isinstance(source, str | Path) else dict(source)
     converted, unexpected = _translate(tensors, model.size.depth)
@@ -131,13 +132,13 @@ def load_pixnerd(model: FlowSegModel, source: Path | str | Mapping[str, Tensor],
 
 
 def _translate(tensors: dict[str, Tensor], depth: int) -> tuple[dict[str, Tensor], list[str]]:
-    """Our names to tensors, and what has no name here."""
+    """Tensors by our names, and the names that our network lacks."""
     prefix = next(p for p in PREFIXES if any(name.startswith(f"{p}s_embedder.") for name in tensors) or not p)
     result: dict[str, Tensor] = {}
     unexpected = []
     for name, value in tensors.items():
         if not name.startswith(prefix):
-            # The other copy of the weights, the class-free conditioner, the frozen encoder of REPA.
+            # Skip the other copy of the weights, the class-free conditioner and the frozen encoder of REPA.
             continue
         name = name.removeprefix(prefix)
         field = re.match(r"blocks\.(\d+)\.(?:param_generator1\.(?:0\.)?(weight|bias)|norm\.(weight))$", name)
@@ -163,7 +164,7 @@ def _translate(tensors: dict[str, Tensor], depth: int) -> tuple[dict[str, Tensor
 
 
 def _widen(name: str, value: Tensor, wanted: Tensor, channels: int, image_channels: int) -> Tensor | None:
-    """``value`` with zeros where ours reads more channels than PixNerd's 3, or None where that is not the difference."""
+    """Add zero columns to ``value`` for the channels beyond PixNerd's 3; None if the shapes differ in another way."""
     if (
         name not in ("patch_embed.proj.weight", "decoder.x_embedder.embedder.0.weight")
         or wanted.shape[0] != value.shape[0]

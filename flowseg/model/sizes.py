@@ -16,12 +16,12 @@ class ModelSize:
     Attributes:
         patch_size: side of a patch in pixels.
         dim: width D of a patch feature.
-        heads: attention heads; ``dim / heads`` must be a multiple of 4 for the 2-D rotary embedding.
-        depth: transformer blocks.
-        field_depth: blocks of the pixel neural field.
-        field_hidden: width Hx of the pixel neural field.
+        heads: number of attention heads; ``dim / heads`` must be a multiple of 4 for the 2-D rotary embedding.
+        depth: number of transformer blocks.
+        field_depth: number of blocks of the neural field.
+        field_hidden: width Hx of the neural field.
         stem_width: channels of the first layer of a convolutional stem; 0 for PixNerd's linear patch embedding.
-        stem_depth: 3x3 convolutions between patches at the end of the stem.
+        stem_depth: number of 3x3 convolutions between patches at the end of the stem.
     """
 
     patch_size: int
@@ -34,7 +34,7 @@ class ModelSize:
     stem_depth: int = 2
 
 
-# L/16 and XL/16 are PixNerd's (arXiv 2507.23268); S and B follow the usual ViT widths; nano is ours, for a CPU.
+# L/16 and XL/16 are PixNerd's (arXiv 2507.23268). S and B have the usual widths of a ViT. nano is ours, for training on a CPU.
 SIZES = {
     "nano": ModelSize(patch_size=16, dim=128, heads=4, depth=6, field_depth=1, field_hidden=32, stem_width=32),
     "S/16": ModelSize(patch_size=16, dim=384, heads=6, depth=12, field_depth=2),
@@ -45,10 +45,10 @@ SIZES = {
 
 
 def resolve_size(config: ModelConfig) -> ModelSize:
-    """The preset named by ``config.size`` with the given fields replaced.
+    """The preset ``config.size`` with the fields replaced that ``config`` sets.
 
     Raises:
-        UserError: unknown preset, or widths that do not divide.
+        UserError: an unknown preset, or widths that do not fit each other.
     """
     name = config.size if config.size in SIZES else f"{config.size}/16"
     if name not in SIZES:
@@ -71,10 +71,10 @@ def resolve_size(config: ModelConfig) -> ModelSize:
 
 
 def check_sizes(config: Config, patch: int) -> None:
-    """Refuse training sizes, those of later stages too, that are no whole patches.
+    """Refuse training sizes, also of later stages, that are not multiples of the patch size.
 
     Raises:
-        UserError: naming the setting and the nearest size that fits.
+        UserError: such a size; the message names the setting and the nearest multiple.
     """
     for step in (0, *(stage.at for stage in config.train.stages)):
         data = config.at_step(step).data

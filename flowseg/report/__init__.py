@@ -1,1 +1,1 @@
-"""The demo's report: figures, the speed table, and the page that holds them."""
+"""HTML reports of a run and of the demo: figures, timings of the kernels, and the page itself."""

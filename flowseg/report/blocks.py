@@ -1,4 +1,4 @@
-"""Parts that more than one report has: speed of the kernels, and the machine that numbers belong to."""
+"""Blocks that both reports contain: the speed of the kernels, and the machine on which it was measured."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from flowseg.report.page import paragraph, picture, table
 
 
 def speed_blocks(speed: list[dict], size: int) -> list[str]:
-    """What :func:`measure_kernels` measured, as a picture and a table."""
+    """Show the result of :func:`measure_kernels` as a picture and a table.
+
+    Args:
+        speed: rows of :func:`measure_kernels`.
+        size: side of the image that they were measured on.
+    """
     if not speed:
         return [
             paragraph(
-                "No compiled kernels are available here, so every operation ran as plain PyTorch and there is nothing "
-                "to compare. `python -m flowseg_kernels.info` says why."
+                "No compiled kernels are available here: every operation ran as plain PyTorch, so there is nothing to "
+                "compare. `python -m flowseg_kernels.info` shows the reason."
             )
         ]
     rows = [
@@ -34,17 +39,19 @@ def speed_blocks(speed: list[dict], size: int) -> list[str]:
     ]
     return [
         paragraph(
-            f"One {size}x{size} image, 150 classes, 3 code channels, float32. Each result was compared with the plain "
-            f"PyTorch reference before it was timed; the two were timed in turn, median of the runs."
+            f"One {size}x{size} image, 150 classes, 3 code channels, float32. Each result was compared with that of plain "
+            f"PyTorch before it was timed. Both were timed alternately; the times are medians."
         ),
         picture(figures.speed_figure(speed), "times of the kernels"),
         table(["operation", "kernels, ms", "eager PyTorch, ms", "ratio", "difference"], rows),
-        paragraph("Difference: largest, relative to the largest value; for labels the share of pixels that differ."),
+        paragraph(
+            "Difference: the largest difference relative to the largest value; for labels the share of pixels that differ."
+        ),
     ]
 
 
 def environment() -> dict[str, str]:
-    """Machine and versions that numbers belong to."""
+    """The machine and the versions of the software, for the end of a report."""
     return {
         "flowseg": __version__,
         "torch": torch.__version__,

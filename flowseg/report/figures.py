@@ -1,4 +1,4 @@
-"""Figures of the report, each a matplotlib figure."""
+"""The figures of the reports, made with matplotlib."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from flowseg.data.presets import Labels
-from flowseg.predict import colorize
+from flowseg.inference.predict import colorize
 from flowseg.report.names import drawable, font_families
 from flowseg_kernels import Codebook, distance_correction, kronecker_centroids
 
 COLORS = {"vanilla": "#b5651d", "FlowSeg": "#1f5fa8", "run": "#1f5fa8"}
-IGNORED = (0, 0, 0)
 
 
 def flow_figure(
@@ -28,13 +27,13 @@ def flow_figure(
     masks: dict[str, np.ndarray],
     labels: Labels,
 ) -> Figure:
-    """One scene: the image and the truth on the left, then the flow and the decoded mask, one row an arm; colours of the classes.
+    """One scene: the image and the truth, then the steps of the flow and the decoded mask, one row per arm.
 
     Args:
         image: ``(3, H, W)`` in [-1, 1].
-        truth: ``(H, W)`` labels.
-        paths: arm to ``(t, x)`` with ``x`` ``(C, H, W)``; the first three channels are shown as colours.
-        masks: arm to labels ``(H, W)``.
+        truth: labels ``(H, W)``.
+        paths: states ``(t, x)`` of each arm, with ``x`` ``(C, H, W)``; the first three channels are shown as colours.
+        masks: labels ``(H, W)`` of each arm.
         labels: names and colours of the classes.
     """
     palette = labels.palette
@@ -71,7 +70,7 @@ def flow_figure(
 
 
 def legend_figure(classes: Sequence[str], palette: Sequence[tuple[int, int, int]]) -> Figure:
-    """The colours of the classes, in one line."""
+    """The colours of the classes in one line."""
     figure = Figure(figsize=(min(1.05 * len(classes), 11), 0.4))
     figure.legend(
         handles=_legend(classes, palette),
@@ -89,7 +88,13 @@ def curve_figure(
     errors: dict[str, list[tuple[int, float]]],
     title: str = "validation mIoU, the same 50 or fewer images for both",
 ) -> Figure:
-    """Validation mIoU and the plain squared error of training batches against steps."""
+    """Validation mIoU and plain squared error of training batches over steps.
+
+    Args:
+        curves: ``(step, mIoU)`` of each arm.
+        errors: ``(step, squared error)`` of each arm.
+        title: title of the mIoU plot.
+    """
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, points in curves.items():
@@ -111,7 +116,7 @@ def curve_figure(
 
 
 def iou_figure(classes: Sequence[str], iou: Sequence[float | None], palette: Sequence[tuple[int, int, int]]) -> Figure:
-    """IoU of every class that occurs, the best first, in the colours of the masks."""
+    """IoU of each class that occurs, the best first, in the colours of the masks."""
     present = sorted((k for k, value in enumerate(iou) if value is not None), key=lambda k: -iou[k])
     figure = Figure(figsize=(9, 0.6 + 0.2 * len(present)), layout="constrained")
     axis = figure.subplots()
@@ -127,7 +132,7 @@ def iou_figure(classes: Sequence[str], iou: Sequence[float | None], palette: Seq
 
 
 def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Where the pixels of each true class went: rows sum to 100 %. Classes without labelled pixels are left out.
+    """Confusion matrix in percent of each true class. Classes that occur in neither truth nor prediction are left out.
 
     Args:
         confusion: ``(K, K)`` counts ``[truth, prediction]``.
@@ -139,7 +144,7 @@ def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
     side = min(11.0, 3.5 + 0.25 * len(present))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axis = figure.subplots()
-    # A power below one lets the few per cent of a mistake be seen beside the many of what is right.
+    # An exponent below one makes mistakes of a few percent visible.
     mesh = axis.imshow(shares, cmap="YlGnBu", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     if len(present) <= 60:
         shown = drawable(classes)
@@ -152,7 +157,7 @@ def confusion_figure(confusion: np.ndarray, classes: Sequence[str]) -> Figure:
 
 
 def grid_figure(rows: Sequence[dict], palette: Sequence[tuple[int, int, int]]) -> Figure:
-    """Images beside truth, prediction, difference and margin.
+    """One row per image: image, truth, prediction, errors, margin.
 
     Args:
         rows: ``image`` ``(H, W, 3)`` uint8, ``truth`` and ``labels`` ``(H, W)``, ``margin`` ``(H, W)`` from 0 to 1.
@@ -183,13 +188,13 @@ def grid_figure(rows: Sequence[dict], palette: Sequence[tuple[int, int, int]]) -
 def trajectory_figure(
     path: Sequence[tuple[float, Tensor]], truth: np.ndarray, codes: np.ndarray, palette: Sequence[tuple[int, int, int]]
 ) -> Figure:
-    """Ways of some pixels through code space, from the image to a code, in the plane where the codes spread most.
+    """Paths of some pixels from the image to a code, projected on the plane in which the codes vary most.
 
     Args:
-        path: ``(t, x)`` with ``x`` ``(C, H, W)``.
-        truth: ``(H, W)`` labels.
+        path: states ``(t, x)`` with ``x`` ``(C, H, W)``.
+        truth: labels ``(H, W)``.
         codes: ``(K, C)``.
-        palette: class colours; a way has the colour of its true class.
+        palette: class colours; a path has the colour of its true class.
     """
     centre = codes.mean(0)
     _, _, axes = np.linalg.svd(codes - centre, full_matrices=False)
@@ -199,12 +204,12 @@ def trajectory_figure(
     present = [k for k in np.unique(truth) if k != 255]
     for k in present:
         places = np.argwhere(truth == k)
-        # Spread evenly over the class's pixels, so that the picture does not depend on a draw.
+        # Evenly spread pixels rather than random ones: the picture is reproducible.
         for y, x in places[np.linspace(0, len(places) - 1, min(12, len(places))).astype(int)]:
-            ways = np.stack([state[:, y, x].cpu().numpy() for _, state in path])
-            ways = (ways - centre) @ plane
-            axis.plot(*ways.T, color=np.array(palette[k]) / 255, linewidth=0.9, alpha=0.7)
-            axis.plot(*ways[-1], ".", color=np.array(palette[k]) / 255, markersize=4)
+            points = np.stack([state[:, y, x].cpu().numpy() for _, state in path])
+            points = (points - centre) @ plane
+            axis.plot(*points.T, color=np.array(palette[k]) / 255, linewidth=0.9, alpha=0.7)
+            axis.plot(*points[-1], ".", color=np.array(palette[k]) / 255, markersize=4)
     flat = (codes - centre) @ plane
     axis.scatter(*flat.T, s=14, color="white", edgecolor="#999999", linewidth=0.8, zorder=3)
     axis.scatter(
@@ -217,10 +222,10 @@ def trajectory_figure(
 
 
 def vector_field_figure(num_classes: int = 11, correction_weight: float = 1.0, target: int = 4) -> Figure:
-    """The pull on an estimate around the code of its class: plain squared error, and with the correction.
+    """Negative gradient of the loss around the code of a class: plain squared error, and with the correction.
 
-    Two code channels, so that the field can be drawn (the paper's figure 1 shows the same comparison). Arrows are minus
-    the gradient of the loss of one pixel, ``-2 (x - mu_y + lambda grad Phi)``; both are computed by the package.
+    The figure uses two code channels, like figure 1 of the paper. Arrows are minus the gradient of the loss of one pixel,
+    ``-2 (x - mu_y + lambda grad Phi)``, computed by the package.
     """
     codebook = Codebook(kronecker_centroids(num_classes, 2))
     codes = codebook.centroids
@@ -265,10 +270,10 @@ def vector_field_figure(num_classes: int = 11, correction_weight: float = 1.0, t
     line = codes[target][:, None] + away[:, None] * along
     pull = distance_correction(line[None, :, None], torch.full((1, 1, 400), target), codebook)[0, :, 0]
     offset = line - codes[target][:, None]
-    reach = (along * spacing).numpy()
-    axes[2].plot(reach, 2 * offset.norm(dim=0).numpy(), color=COLORS["vanilla"], linewidth=2, label="plain")
+    distance = (along * spacing).numpy()
+    axes[2].plot(distance, 2 * offset.norm(dim=0).numpy(), color=COLORS["vanilla"], linewidth=2, label="plain")
     axes[2].plot(
-        reach,
+        distance,
         2 * (offset + correction_weight * pull).norm(dim=0).numpy(),
         color=COLORS["FlowSeg"],
         linewidth=2,
@@ -287,7 +292,7 @@ def vector_field_figure(num_classes: int = 11, correction_weight: float = 1.0, t
 
 
 def speed_figure(rows: Sequence[dict]) -> Figure:
-    """Times of both backends, one pair of bars an operation, with the ratio written beside it."""
+    """Times of both backends as one pair of bars per operation, labelled with their ratio."""
     figure = Figure(figsize=(9, 0.7 + 0.75 * len(rows)), layout="constrained")
     axis = figure.subplots()
     for place, row in enumerate(rows):
@@ -320,7 +325,7 @@ def _as_picture(x: Tensor) -> np.ndarray:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean of the last seven values; of those there are at the start."""
+    """Mean of the last seven values, or of fewer at the start."""
     sums = np.cumsum(np.concatenate(([0.0], values)))
     last = np.arange(1, len(values) + 1)
     first = np.maximum(last - 7, 0)

@@ -1,4 +1,4 @@
-"""Names of classes and arms in pictures: any text, drawn with the fonts that this machine has."""
+"""Draw names of classes and arms in any script, with the fonts of this machine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from matplotlib import font_manager
 
-from flowseg.terminal import printable
+from flowseg.runs.terminal import printable
 
-# The first that are installed stand behind matplotlib's own font, in this order.
+# Fallback fonts for characters that matplotlib's own font lacks, in order of preference.
 _WIDE_FONTS = (
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto Sans CJK KR", "Noto Sans SC", "Noto Sans JP"),
     *("Source Han Sans SC", "Source Han Sans", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback"),
@@ -40,18 +40,24 @@ _WIDE_FONTS = (
 
 @functools.cache
 def font_families() -> list[str]:
-    """Font families for names: matplotlib's own, then those on this machine that know more scripts."""
+    """Font families for names: matplotlib's own font, then the installed fallback fonts."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     return ["DejaVu Sans", *(name for name in _WIDE_FONTS if name in installed)]
 
 
 def drawable(names: Sequence[str], word: str = "class", first: int = 0) -> list[str]:
-    """Each name as a picture shows it; ``class 3`` for one with characters that no font here has, counted from ``first``."""
+    """The text to draw for each name: the name, or ``class 3`` if no font has all its characters.
+
+    Args:
+        names: any texts.
+        word: replaces a name that cannot be drawn, followed by its number.
+        first: number of the first name.
+    """
     return [_as_text(name) if can_draw(name) else f"{word} {place}" for place, name in enumerate(names, first)]
 
 
 def captioned(names: Sequence[str], word: str = "class", first: int = 0) -> list[str]:
-    """Each name for a text beside a picture; one that the picture cannot show has the words of the picture behind it."""
+    """Each name for text next to a picture; if the picture shows a replacement, it follows in brackets."""
     shown = drawable(names, word, first)
     return [name if can_draw(name) else f"{name} ({text})" for name, text in zip(names, shown)]
 
@@ -72,7 +78,7 @@ def _is_invisible(character: str) -> bool:
 
 
 def _as_text(name: str) -> str:
-    """A name without what matplotlib would take for more than text: formulas, line breaks, hidden legend entries."""
+    """Protect a name from matplotlib, which interprets formulas, line breaks and a leading underscore."""
     visible = "".join(" " if c in "\n\t" else c for c in printable(name) if c in "\n\t" or not _is_invisible(c))
     plain = visible.replace("$", r"\$")
     return f" {plain}" if plain.startswith("_") or not plain else plain

@@ -1,15 +1,16 @@
-"""One HTML file that needs nothing beside it."""
+"""A self-contained HTML file."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from flowseg.runs.files import write_whole
 
 _STYLE = """
 body { margin: 0; background: #f4f5f7; color: #1d2430; font: 16px/1.55 system-ui, "Segoe UI", Helvetica, sans-serif; }
@@ -38,43 +39,46 @@ footer { color: #6b7585; font-size: .85rem; }
 
 
 class Page:
-    """A report that is built from top to bottom; every text is escaped."""
+    """A report, built from top to bottom. All texts are escaped.
+
+    Args:
+        title: title of the page.
+        lead: sentence below the title.
+    """
 
     def __init__(self, title: str, lead: str):
         self.title = title
         self._parts = [f"<h1>{html.escape(title)}</h1><p class='lead'>{html.escape(lead)}</p>"]
 
     def cards(self, cards: Sequence[tuple[str, str]]) -> None:
-        """A row of large numbers: ``(number, what it is)``."""
+        """Add a row of large numbers, given as ``(number, meaning)``."""
         inner = "".join(
             f"<div class='card'><b>{html.escape(n)}</b><span>{html.escape(w)}</span></div>" for n, w in cards
         )
         self._parts.append(f"<div class='cards'>{inner}</div>")
 
     def section(self, title: str, *blocks: str) -> None:
-        """A titled box of blocks made by the functions below."""
+        """Add a box with a title and blocks that the functions below made."""
         self._parts.append(f"<section><h2>{html.escape(title)}</h2>{''.join(blocks)}</section>")
 
     def write(self, path: Path) -> None:
-        """Write through a temporary name."""
+        """Write the page to a file."""
         text = (
             "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
             "<meta name='viewport' content='width=device-width, initial-scale=1'>"
             f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head>"
             f"<body><main>{''.join(self._parts)}</main></body></html>\n"
         )
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
+        write_whole(path, text, errors="backslashreplace")
 
 
 def paragraph(text: str) -> str:
-    """Plain text."""
+    """A paragraph of plain text."""
     return f"<p>{html.escape(text)}</p>"
 
 
 def picture(figure: Figure, alt: str, dpi: int = 130) -> str:
-    """A figure as an embedded PNG."""
+    """A figure as an embedded PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -82,7 +86,7 @@ def picture(figure: Figure, alt: str, dpi: int = 130) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; columns after the first are numbers."""
+    """A table; all columns except the first are numbers."""
     kind = ["", *[" class='number'"] * (len(header) - 1)]
     head = "".join(f"<th{k}>{html.escape(cell)}</th>" for k, cell in zip(kind, header))
     body = "".join(
@@ -92,5 +96,5 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def folded(summary: str, text: str) -> str:
-    """Preformatted text behind a line to click on."""
+    """Preformatted text that a click on ``summary`` shows."""
     return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"

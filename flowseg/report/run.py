@@ -1,4 +1,4 @@
-"""The report of one run: how it converged, what it gets right and wrong, how pixels move, how fast it was."""
+"""The report of one run: convergence, scores and mistakes, paths of pixels through code space, speed of the kernels."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from matplotlib.figure import Figure
 
 from flowseg.config import Config
 from flowseg.data import SegmentationData, open_data
+from flowseg.data.presets import Labels
 from flowseg.errors import UserError
-from flowseg.evaluate import Scores, chosen_indices, evaluate
-from flowseg.metrics import read_metrics
+from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
 from flowseg.report import figures
 from flowseg.report.blocks import environment, speed_blocks
 from flowseg.report.names import captioned
 from flowseg.report.page import Page, folded, paragraph, picture, table
 from flowseg.report.speed import measure_kernels
+from flowseg.runs.metrics import read_metrics
 from flowseg.segment import Segmenter
+
+# A legend of more classes does not fit into one line.
+_MOST_IN_LEGEND = 25
 
 
 def write_report(
@@ -35,12 +40,12 @@ def write_report(
     """Score a run on its validation split and write ``out``, one HTML file.
 
     Args:
-        run: folder written by training; of it ``metrics.jsonl`` is read.
-        segmenter: the run's network.
+        run: folder written by training; the report reads its ``metrics.jsonl``.
+        segmenter: the network of the run.
         out: file to write.
         limit: score only this many images.
-        examples: images in the grid, evenly spread over the split.
-        kernel_size: side of the image on which kernels are timed; ``None`` times none.
+        examples: number of images in the grid, evenly spread over the split.
+        kernel_size: side of the image on which kernels are timed; ``None``: time no kernels.
         on_batch: called with the number of images of each finished batch.
 
     Raises:
@@ -51,69 +56,15 @@ def write_report(
     data = open_data(config.data, ("val",), seed=config.train.seed)
     scores = evaluate(segmenter, data.val, limit=limit, on_batch=on_batch)
     training = [line for line in metrics if line["event"] == "train"]
-    curve = [(line["step"], line["miou"]) for line in metrics if line["event"] == "validation"]
-    labels = data.labels
-    weight = config.loss.correction_weight
-    page = Page(
-        f"FlowSeg run: {run.resolve().name}",
-        f"{config.model.size} on {config.data.name}, {len(labels.classes)} classes, {config.codes.channels} code channels, "
-        + ("plain flow matching" if weight == 0 else f"flow matching with the correction at weight {weight:g}")
-        + f", {config.sample.steps} {config.sample.method.capitalize()} step{'s' * (config.sample.steps > 1)}.",
-    )
-    speed = float(np.median([line["images_per_second"] for line in training])) if training else 0.0
-    page.cards(
-        [
-            (f"{scores.miou:.1f} %", f"mIoU on {scores.images} validation images"),
-            (f"{scores.pixel_accuracy:.1f} %", "of labelled pixels right"),
-            (f"{training[-1]['step'] if training else 0}", "training steps"),
-            (f"{speed:.1f}", "images a second in training (median)"),
-        ]
-    )
+    page = Page(f"FlowSeg run: {run.resolve().name}", _summary(config, data.labels))
+    page.cards(_cards(scores, training))
     if training:
-        errors = [(line["step"], line["squared_error"]) for line in training]
-        used = config.train.eval_images or "all"
-        title = f"validation mIoU while training, {used} images"
-        curves = figures.curve_figure({"run": curve}, {"run": errors}, title)
-        page.section(
-            "Convergence",
-            picture(curves, "convergence"),
-            paragraph(
-                "The loss itself holds the size of the correction and cannot be compared between settings; the plain squared "
-                "error can."
-            ),
-        )
-    page.section(
-        "Scores by class",
-        picture(figures.iou_figure(labels.classes, scores.iou, labels.palette), "IoU by class"),
-        _class_table(scores, labels.classes),
-    )
-    page.section(
-        "What is taken for what",
-        picture(figures.confusion_figure(scores.confusion.numpy(), labels.classes), "confusion matrix"),
-        paragraph("Each row is one true class and sums to 100 %."),
-    )
+        curve = [(line["step"], line["miou"]) for line in metrics if line["event"] == "validation"]
+        page.section("Convergence", *_convergence(config, training, curve))
+    _add_scores(page, scores, data.labels)
     indices = chosen_indices(len(data.val), examples)
-    page.section(
-        "Examples",
-        paragraph("Evenly spread over the validation split, not chosen. Black has no label."),
-        picture(figures.grid_figure([_example(segmenter, data, i) for i in indices], labels.palette), "examples"),
-        *(
-            [picture(figures.legend_figure(labels.classes, labels.palette), "colours of the classes")]
-            if len(labels.classes) <= 25
-            else []
-        ),
-    )
-    count = _path_steps(config)
-    page.section(
-        "Through code space",
-        paragraph(
-            "Some pixels of the first example on their way from the image (t = 0) to a code (t = 1), in the plane in which the "
-            "codes spread most. Stars are the codes of the classes that are in the picture, circles the others; a way has the "
-            f"colour of its true class. The solver takes {count} step{'s' * (count > 1)} here. In more than two channels, what "
-            "looks near in the plane need not be near."
-        ),
-        picture(_trajectories(segmenter, data, indices[0]), "trajectories"),
-    )
+    page.section("Examples", *_examples(segmenter, data, indices))
+    page.section("Through code space", *_code_space(segmenter, data, indices[0]))
     if kernel_size:
         page.section("Speed of the kernels", *speed_blocks(measure_kernels(kernel_size, repeats=3), kernel_size))
     page.section(
@@ -134,6 +85,49 @@ def _read_metrics(path: Path) -> list[dict]:
         ) from None
 
 
+def _summary(config: Config, labels: Labels) -> str:
+    weight, steps = config.loss.correction_weight, config.sample.steps
+    method = "plain flow matching" if weight == 0 else f"flow matching with the correction at weight {weight:g}"
+    return (
+        f"{config.model.size} on {config.data.name}, {len(labels.classes)} classes, {config.codes.channels} code channels, "
+        f"{method}, {steps} {config.sample.method.capitalize()} step{'s' * (steps > 1)}."
+    )
+
+
+def _cards(scores: Scores, training: list[dict]) -> list[tuple[str, str]]:
+    speed = float(np.median([line["images_per_second"] for line in training])) if training else 0.0
+    return [
+        (f"{scores.miou:.1f} %", f"mIoU on {scores.images} validation images"),
+        (f"{scores.pixel_accuracy:.1f} %", "of labelled pixels right"),
+        (f"{training[-1]['step'] if training else 0}", "training steps"),
+        (f"{speed:.1f}", "images per second in training (median)"),
+    ]
+
+
+def _convergence(config: Config, training: list[dict], curve: list[tuple[int, float]]) -> list[str]:
+    errors = [(line["step"], line["squared_error"]) for line in training]
+    title = f"validation mIoU during training, {config.train.eval_images or 'all'} images"
+    return [
+        picture(figures.curve_figure({"run": curve}, {"run": errors}, title), "convergence"),
+        paragraph(
+            "The loss includes the correction, so it cannot be compared between settings; the plain squared error can."
+        ),
+    ]
+
+
+def _add_scores(page: Page, scores: Scores, labels: Labels) -> None:
+    page.section(
+        "Scores by class",
+        picture(figures.iou_figure(labels.classes, scores.iou, labels.palette), "IoU by class"),
+        _class_table(scores, labels.classes),
+    )
+    page.section(
+        "Confusion of classes",
+        picture(figures.confusion_figure(scores.confusion.numpy(), labels.classes), "confusion matrix"),
+        paragraph("Each row is one true class and sums to 100 %."),
+    )
+
+
 def _class_table(scores: Scores, classes: tuple[str, ...]) -> str:
     counts = scores.confusion.double()
     truth, predicted, hit = counts.sum(1), counts.sum(0), counts.diagonal()
@@ -151,7 +145,19 @@ def _class_table(scores: Scores, classes: tuple[str, ...]) -> str:
         ]
         for k, name in enumerate(captioned(classes))
     ]
-    return table(["class", "IoU, %", "found, %", "of its predictions right, %", "of all pixels, %"], rows)
+    return table(["class", "IoU, %", "found (recall), %", "predictions right (precision), %", "of all pixels, %"], rows)
+
+
+def _examples(segmenter: Segmenter, data: SegmentationData, indices: list[int]) -> list[str]:
+    labels = data.labels
+    rows = [_example(segmenter, data, index) for index in indices]
+    blocks = [
+        paragraph("Evenly spread over the validation split, not selected. Black pixels have no label."),
+        picture(figures.grid_figure(rows, labels.palette), "examples"),
+    ]
+    if len(labels.classes) <= _MOST_IN_LEGEND:
+        blocks.append(picture(figures.legend_figure(labels.classes, labels.palette), "colours of the classes"))
+    return blocks
 
 
 def _example(segmenter: Segmenter, data: SegmentationData, index: int) -> dict:
@@ -162,12 +168,25 @@ def _example(segmenter: Segmenter, data: SegmentationData, index: int) -> dict:
     return {"image": np.asarray(image), "truth": np.asarray(truth), "labels": found.numpy(), "margin": share}
 
 
+def _code_space(segmenter: Segmenter, data: SegmentationData, index: int) -> list[str]:
+    count = _path_steps(segmenter.config)
+    return [
+        paragraph(
+            "Paths of some pixels of the first example from the image (t = 0) to a code (t = 1), in the plane in which the "
+            "codes vary most. Stars are the codes of the classes in the picture, circles the other codes; a path has the "
+            f"colour of its true class. The solver takes {count} step{'s' * (count > 1)} here. With more than two channels, "
+            "points that are close in the plane need not be close in code space."
+        ),
+        picture(_trajectories(segmenter, data, index), "trajectories"),
+    ]
+
+
 def _path_steps(config: Config) -> int:
-    """Enough for a way to show its bends, also where the scores take a single step; 1 where training saw t = 0 alone."""
+    """Solver steps for the figure: at least 8, to show bends; 1 if training saw only t = 0."""
     return 1 if config.flow.zero_fraction == 1.0 else max(8, config.sample.steps)
 
 
-def _trajectories(segmenter: Segmenter, data: SegmentationData, index: int):
+def _trajectories(segmenter: Segmenter, data: SegmentationData, index: int) -> Figure:
     image, truth = data.val[index]
     pixels, (height, width) = segmenter.prepare_batch([image])
     _, path = segmenter.sample(pixels, steps=_path_steps(segmenter.config), keep_path=True)

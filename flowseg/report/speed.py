@@ -1,4 +1,4 @@
-"""Kernels against eager PyTorch in one run: checked first, then timed."""
+"""Compare kernels with eager PyTorch: first their results, then their times."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from flowseg_kernels import (
 def measure_kernels(
     size: int = 512, num_classes: int = 150, channels: int = 3, repeats: int = 5, device: torch.device | str = "cpu"
 ) -> list[dict]:
-    """Time each operation with the backend that is chosen here by default and with ``"reference"`` (eager PyTorch).
+    """Time each operation with the default backend of this machine and with ``"reference"`` (eager PyTorch).
 
-    Results are compared before anything is timed. The two sides are timed in turn, so that a machine that slows down
-    slows both.
+    Results are compared before anything is timed. Both sides are timed alternately: if the machine slows down, it slows
+    both.
 
     Args:
-        size: side of the one image.
-        num_classes: K.
-        channels: C.
-        repeats: timings a side; the median counts.
-        device: where.
+        size: side of the image; the batch is one image.
+        num_classes: number of classes.
+        channels: number of code channels.
+        repeats: number of timings per side; the result is their median.
+        device: device to run on.
 
     Returns:
-        One dictionary an operation: ``name``, ``backend``, ``ours_ms``, ``eager_ms``, ``max_error`` (largest difference
-        relative to the largest value; for labels the share that differs). Operations that have no backend
-        but the reference are left out.
+        One dictionary per operation: ``name``, ``backend``, ``ours_ms``, ``eager_ms``, ``max_error`` (largest difference
+        relative to the largest value; for labels the share of pixels that differ). Operations without another backend
+        than the reference are left out.
 
     Raises:
-        AssertionError: a result that differs.
+        AssertionError: a result differs from the reference.
     """
     generator = torch.Generator().manual_seed(0)
     codebook = Codebook(kronecker_centroids(num_classes, channels)).to(device)
@@ -63,9 +63,9 @@ def measure_kernels(
         ("nearest_centroid", "nearest_centroid", lambda: nearest_centroid(estimate, codebook)),
     ]
     rows = []
-    kind = torch.device(device).type
+    device_type = torch.device(device).type
     for name, op, run in cases:
-        backend = available_backends(op, kind)[0]
+        backend = available_backends(op, device_type)[0]
         if backend == "reference":
             continue
         ours = run()
@@ -93,7 +93,7 @@ def _check(name: str, ours: Tensor, expected: Tensor, x: Tensor, codebook: Codeb
     if not expected.is_floating_point():
         different = ours != expected
         if different.any():
-            # Equal distances up to rounding may fall either way; anything wider apart is wrong.
+            # If two distances are equal up to rounding, either label is right.
             with use_backend("reference"):
                 _, margin = nearest_centroid(x, codebook, return_margin=True)
             assert float(margin[different].max()) < 1e-5, f"{name}: labels differ from the reference"

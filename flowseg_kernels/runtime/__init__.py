@@ -1,1 +1,1 @@
-"""Backend choice, extension loading, argument checks and settings, shared by every op."""
+"""Shared by all ops: backend choice, registration with PyTorch, loading of compiled libraries, argument checks."""

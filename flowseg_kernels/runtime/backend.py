@@ -1,27 +1,39 @@
-"""Which implementation of an op runs: asked for by name, or the first one that can."""
+"""Which implementation of an op runs: the one the caller asked for by name, or the first one that can run the call."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 
-from . import settings
-from .preferences import gpu_preference
+__all__ = [
+    "BACKENDS",
+    "BackendUnavailable",
+    "Implementation",
+    "available_backends",
+    "gpu_preference",
+    "requested_backend",
+    "use_backend",
+]
 
-__all__ = ["BACKENDS", "BackendUnavailable", "Implementation", "available_backends", "requested_backend", "use_backend"]
-
-#: Every backend name, in the order of the automatic choice where nothing was measured.
+#: All backends, in the order in which ops without a measurement try them.
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
-# Interpreted Triton kernels take CPU tensors too, but are for looking for mistakes: they run when they are asked for.
+# Interpreted Triton kernels also accept CPU tensors, but only for debugging: they are never chosen automatically.
 _CPU_ORDER = ("cpu", "reference", "triton", "cuda")
 
-#: The reason given for a backend that an op has no implementation for.
+#: Backend of the whole process, from the environment; empty: chosen per op. docs/environment.md lists all variables.
+DEFAULT_BACKEND: str = os.environ.get("FLOWSEG_BACKEND", "").strip().lower()
+
+#: Why an op cannot run on a backend that it has no implementation for.
 NO_KERNEL = "no such kernel in this version"
 
-# Ops by name; each holds its implementations by backend name. Filled by runtime.registry.
+#: Op name -> backend name -> implementation. runtime.registry fills the table.
 OPS: dict[str, dict[str, Implementation]] = {}
 
 
@@ -48,7 +60,7 @@ def _checked(name: str) -> str:
 
 
 _requested: ContextVar[str] = ContextVar(
-    "flowseg_backend", default=_checked(settings.DEFAULT_BACKEND) if settings.DEFAULT_BACKEND else ""
+    "flowseg_backend", default=_checked(DEFAULT_BACKEND) if DEFAULT_BACKEND else ""
 )
 
 
@@ -64,9 +76,9 @@ def use_backend(name: str) -> Iterator[None]:
     Args:
         name: "reference" (plain PyTorch), "cpu" (compiled C++), "triton" or "cuda".
 
-    The backend is read when an op runs, and a forward op hands the name on to its backward, so that the backward of a
-    loss computed inside the block uses the same backend wherever and whenever it runs. A function compiled with
-    torch.compile reads the backend of its forward at run time and that of its backward when it is compiled.
+    An op reads the backend when it runs. A forward op passes the name to its backward: the backward of a loss computed inside
+    the block uses the same backend, even if it runs later or in another thread. A function compiled with torch.compile reads
+    the backend of its forward at run time and the backend of its backward at compile time.
 
     Raises:
         ValueError: for an unknown name.
@@ -81,7 +93,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def automatic_backend() -> Iterator[None]:
-    """Choose for each op inside the block, whatever was asked for outside: for ops that serve the library itself."""
+    """Ignore the requested backend inside the block: for ops that the library calls for its own purposes."""
     token = _requested.set("")
     try:
         yield
@@ -118,8 +130,23 @@ def _order(op: str, device: str) -> tuple[str, ...]:
     return (*preferred, *(name for name in BACKENDS if name not in preferred))
 
 
+@functools.cache
+def _stored_preferences() -> dict[str, dict]:
+    return json.loads(Path(__file__).with_name("preferences.json").read_text())
+
+
+def gpu_preference(op: str) -> tuple[tuple[str, ...], str]:
+    """(backends in the order to try on a GPU, why) for an op. A backward op has the order of its forward op.
+
+    `python -m bench preferences` writes the orders to preferences.json: from measured times, or from static instruction counts
+    for an op that no GPU has measured.
+    """
+    found = _stored_preferences().get(op.removesuffix("_bwd"))
+    return (tuple(found["order"]), found["because"]) if found else ((), "")
+
+
 def backend_reasons(op: str, device: str, channels: int = 3) -> dict[str, str | None]:
-    """For each backend None if it can run `op` on `device`, else the reason; in the order of the automatic choice."""
+    """Backend name -> None if it can run `op` on `device`, else the reason. Keys are in the order of the automatic choice."""
     if op not in OPS:
         raise ValueError(f"op: wanted one of {', '.join(sorted(OPS))}; got {op!r}")
     return {

@@ -1,32 +1,60 @@
-"""Finds and loads the compiled libraries; on failure keeps one readable reason for each instead of raising."""
+"""The compiled libraries: find and load them; if one is missing, say why and which command compiles it.
+
+A library that does not load is no error: its reason is kept, and ops use another backend.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
 import functools
+import importlib.metadata
 import json
+import os
 import re
+import shlex
 import sys
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import torch
 
-from . import notice, settings
-from .installation import compile_command
+from . import backend
 
-__all__ = ["CPU", "CUDA", "Library", "say_what_is_missing", "why_no_cpu_kernels", "why_no_cuda_kernels"]
+__all__ = [
+    "CPU",
+    "CUDA",
+    "Library",
+    "compile_command",
+    "say_what_is_missing",
+    "why_no_cpu_kernels",
+    "why_no_cuda_kernels",
+]
 
-_FOLDER = Path(__file__).resolve().parent.parent / "lib"
+_PACKAGE = Path(__file__).resolve().parent.parent
+_FOLDER = _PACKAGE / "lib"
+_DISTRIBUTION = "flowseg-kernels"
+
+#: FLOWSEG_DISABLE_EXTENSION=1 leaves the compiled libraries unloaded, for example to find the cause of a crash.
+DISABLE_EXTENSION: bool = os.environ.get("FLOWSEG_DISABLE_EXTENSION", "0") == "1"
+
+#: Variables in which torchrun, srun and mpirun give each process its number. Only process 0 prints the notice.
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+
+#: Source in the compile command when the place of the sources is unknown.
+_CLONE = ".  # in a clone of the project"
+#: Build requirements of pyproject.toml. A build without isolation does not install them.
+_TOOLS = "'setuptools>=77' ninja"
 
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-    """One shared object of kernels. It needs no Python and only the stable ABI of torch.
+    """One shared library of kernels. It does not link Python and uses only the stable ABI of torch.
 
-    path:     the shared object; a JSON file of the same name says how it was built.
-    kernels:  what it holds, in words: "C++".
-    needs:    what compiling it needs, in words.
+    path:     the library; a JSON file of the same name records how it was built.
+    kernels:  the language of its kernels, for messages: "C++".
+    needs:    what compiling it requires, for messages.
     build:    the value of FLOWSEG_BUILD that makes its absence an error.
     """
 
@@ -36,15 +64,15 @@ class Library:
     build: str
 
     def facts(self) -> dict:
-        """What it was built with (compiler, torch, architectures, commit), or {} when it was not built."""
+        """How it was built (compiler, torch, architectures, commit), or {} when it was not built."""
         try:
             return json.loads(self.path.with_suffix(".json").read_text())
         except (OSError, ValueError):
             return {}
 
     def load(self) -> str | None:
-        """Load it into torch. None when that worked, else the reason in one sentence, with the command that mends it."""
-        if settings.DISABLE_EXTENSION:
+        """Load it into torch. Return None on success, else the reason in one sentence with the command that fixes it."""
+        if DISABLE_EXTENSION:
             return "FLOWSEG_DISABLE_EXTENSION=1 is set"
         if not self.path.exists():
             command = compile_command(self.build)
@@ -54,8 +82,8 @@ class Library:
         floor = facts.get("torch_target", "2.10")
         if _version(torch.__version__) < _version(floor):
             return f"the library needs torch {floor} or newer and this is torch {torch.__version__}; upgrade torch"
-        if not _whole(self.path):
-            return f"{self.path.name} is not a whole library: it was cut short or is of another kind; {rebuild}"
+        if not _is_complete(self.path):
+            return f"{self.path.name} is truncated or is not an ELF shared library; {rebuild}"
         try:
             torch.ops.load_library(str(self.path))
         except (OSError, RuntimeError) as error:
@@ -76,7 +104,7 @@ class Library:
             return {}
 
     def why_not_compiled(self) -> str:
-        """What the build recorded about a library that is not there."""
+        """The recorded reason why the build left this library out, as the end of a sentence "the kernels were ..."."""
         record = self.build_record()
         if record.get("build") == "none":
             return "not compiled when flowseg-kernels was installed, as FLOWSEG_BUILD=none asked"
@@ -84,14 +112,14 @@ class Library:
         return f"not compiled when flowseg-kernels was installed{f' ({reason})' if reason else ''}"
 
     def _ops_without_kernel(self) -> list[str]:
-        """Ops defined in Python for this library for which no library has brought a kernel."""
+        """Ops that Python defines for this library and that have no kernel after loading."""
         namespace, key = f"flowseg_{self.build}::", self.build.upper()
         names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(namespace)]
         return sorted(n for n in names if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(n, key))
 
 
-def _whole(path: Path) -> bool:
-    """Whether a file is an ELF library to its end: the loader does not look, and reading what is missing kills the process."""
+def _is_complete(path: Path) -> bool:
+    """Whether a file is an ELF library of full length. The loader does not check; reading a missing part kills the process."""
     with path.open("rb") as file:
         header = file.read(64)
     sections_at, size, count = (int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
@@ -108,58 +136,39 @@ CUDA = Library(_FOLDER / "libflowseg_cuda.so", "CUDA", "nvcc", "cuda")
 
 @functools.cache
 def why_no_cpu_kernels() -> str | None:
-    """None when the CPU kernels are loaded (loading them at the first call), else the reason in one sentence."""
+    """None when the CPU kernels are loaded (the first call loads them), else the reason in one sentence."""
     reason = CPU.load()
     if reason and CPU.path.exists():
-        notice.say(f"the C++ kernels are not used: {reason}")
+        _print_once(f"the C++ kernels are not used: {reason}")
     return reason
 
 
 @functools.cache
 def why_no_cuda_kernels() -> str | None:
-    """None when the CUDA kernels are loaded (loading them at the first call), else the reason in one sentence."""
+    """None when the CUDA kernels are loaded (the first call loads them), else the reason in one sentence."""
     if not torch.version.cuda:
         return f"torch {torch.__version__} is built without CUDA"
     facts = CUDA.facts()
     architectures, runtime = facts.get("architectures", ""), facts.get("cuda_runtime", "")
     reason = CUDA.load() or _why_not_this_gpu(architectures) or _why_not_this_driver(runtime)
     if reason and CUDA.path.exists() and _has_gpu():
-        notice.say(f"the CUDA kernels are not used: {reason}")
+        _print_once(f"the CUDA kernels are not used: {reason}")
     return reason
 
 
-def say_what_is_missing() -> None:
-    """Print one line about kernels that were not compiled and could have been: see runtime.notice for when it is silent.
-
-    Missing CUDA kernels count where there is a GPU and torch has CUDA. Nothing is loaded and no GPU is woken.
-    """
-    if not sys.platform.startswith("linux") or CPU.build_record().get("build") == "none":
-        return
-    missing = [] if CPU.path.exists() else [CPU]
-    if torch.version.cuda and _has_gpu() and not CUDA.path.exists():
-        missing.append(CUDA)
-    if missing:
-        last = missing[-1]  # FLOWSEG_BUILD=cuda compiles both
-        notice.say(
-            f"the {' and '.join(library.kernels for library in missing)} kernels were {last.why_not_compiled()}; ops run without "
-            f"them, many times slower where plain PyTorch takes their place; compile them with: {compile_command(last.build)}"
-        )
-
-
 def _has_gpu() -> bool:
-    """Whether the NVIDIA driver shows a GPU, without a call of CUDA, after which the process must not fork."""
+    """Whether the NVIDIA driver shows a GPU. Does not call CUDA: a process that did must not fork."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
 def _why_not_this_gpu(architectures: str) -> str | None:
-    """None when the library holds code for the current GPU ("sm_90"), or PTX of an older one ("compute_90"), or there is no GPU to
-    ask."""
+    """None when the library has code for the current GPU ("sm_90") or PTX for an older one ("compute_90"), or without a GPU."""
     if not architectures or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()
     for kind, number in re.findall(r"(sm|compute)_(\d+)", architectures):
         built = divmod(int(number), 10)
-        # Machine code of a generation runs on its later members, PTX on everything that is newer.
+        # Machine code runs on later GPUs of the same generation; PTX runs on every later GPU.
         if built <= (major, minor) and (kind == "compute" or built[0] == major):
             return None
     return (
@@ -169,7 +178,7 @@ def _why_not_this_gpu(architectures: str) -> str | None:
 
 
 def _driver_version(library: str = "libcuda.so.1") -> tuple[int, int] | None:
-    """CUDA version that the installed driver is made for, None without one. Neither initialises the driver nor makes a context."""
+    """CUDA version that the installed driver supports, or None. Neither initialises the driver nor makes a context."""
     version = ctypes.c_int()
     try:
         if ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(version)):
@@ -180,8 +189,10 @@ def _driver_version(library: str = "libcuda.so.1") -> tuple[int, int] | None:
 
 
 def _why_not_this_driver(runtime: str) -> str | None:
-    """None when the driver takes the CUDA runtime that is linked into the library ("13.0"), or there is no GPU to ask. A runtime of
-    the same major version runs on any of its drivers."""
+    """None when the driver supports the CUDA runtime linked into the library ("13.0"), or without a GPU.
+
+    A runtime runs on any driver of the same major version.
+    """
     driver = _driver_version() if runtime and torch.cuda.is_available() else None
     if driver is None or driver[0] >= _version(runtime)[0]:
         return None
@@ -189,3 +200,83 @@ def _why_not_this_driver(runtime: str) -> str | None:
         f"the CUDA kernels were built with CUDA {runtime} and this NVIDIA driver is for CUDA {driver[0]}.{driver[1]}; update the "
         f"driver, or rebuild them with nvcc {driver[0]}.x: export CUDA_HOME=FOLDER && {compile_command('cuda')}"
     )
+
+
+def say_what_is_missing() -> None:
+    """Print one line about kernels that could have been compiled and were not.
+
+    CUDA kernels are missed only with a GPU and a torch with CUDA. This function loads no library and does not touch the GPU.
+    """
+    if not sys.platform.startswith("linux") or CPU.build_record().get("build") == "none":
+        return
+    missing = [] if CPU.path.exists() else [CPU]
+    if torch.version.cuda and _has_gpu() and not CUDA.path.exists():
+        missing.append(CUDA)
+    if missing:
+        last = missing[-1]  # FLOWSEG_BUILD=cuda compiles both
+        _print_once(
+            f"the {' and '.join(library.kernels for library in missing)} kernels were {last.why_not_compiled()}; ops run without "
+            f"them, many times slower where plain PyTorch takes their place; compile them with: {compile_command(last.build)}"
+        )
+
+
+def _print_once(text: str) -> None:
+    """Print a line to stderr, once per process and not in the processes it starts.
+
+    Silent with FLOWSEG_NOTICE=0, and if an environment variable chose the backend or disabled the libraries.
+    """
+    chosen = backend.DEFAULT_BACKEND or DISABLE_EXTENSION
+    # Printing sets the variable, and child processes inherit it.
+    silenced = os.environ.get("FLOWSEG_NOTICE", "1") == "0"
+    if chosen or silenced or any(os.environ.get(rank, "0") != "0" for rank in _RANKS):
+        return
+    os.environ["FLOWSEG_NOTICE"] = "0"
+    if sys.stderr is not None:
+        print(f"flowseg-kernels: {text} (FLOWSEG_NOTICE=0 silences this line)", file=sys.stderr, flush=True)
+
+
+def compile_command(build: str) -> str:
+    """A shell command that reinstalls this package with its kernels into this environment, or fails with what is missing.
+
+    The environment needs only torch: the command installs the build tools. It builds without isolation, so the kernels are
+    compiled against this environment's torch.
+
+    Args:
+        build: value of FLOWSEG_BUILD, "cpu" or "cuda".
+    """
+    python, source = shlex.quote(sys.executable), _source()
+    if _distribution_text("INSTALLER").strip() == "uv":
+        install = f"uv pip install --python {python}"
+        again = "--reinstall"
+    else:
+        install = f"{python} -m pip install"
+        again = "--no-cache-dir --force-reinstall"
+    return f"{install} {_TOOLS} && FLOWSEG_BUILD={build} {install} --no-build-isolation {again} --no-deps {source}"
+
+
+def _source() -> str:
+    """The pip source to install from: the imported checkout, else the origin of the installed copy."""
+    checkout = _PACKAGE.parent
+    if (checkout / "setup.py").exists() and (checkout / "csrc").is_dir():
+        return f"-e {shlex.quote(str(checkout))}"
+    try:
+        origin = json.loads(_distribution_text("direct_url.json"))
+        url = origin["url"]
+    except (ValueError, KeyError):
+        return _CLONE
+    if "vcs_info" in origin:
+        return shlex.quote(f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}")
+    address = urllib.parse.urlparse(url)
+    path = Path(urllib.request.url2pathname(address.path))
+    if address.scheme != "file" or path.suffix == ".whl" or not path.exists():
+        return _CLONE
+    return shlex.quote(str(path))
+
+
+def _distribution_text(name: str) -> str:
+    """A metadata file of the installed distribution; "" if the package is not installed."""
+    try:
+        distribution = importlib.metadata.distribution(_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return distribution.read_text(name) or ""

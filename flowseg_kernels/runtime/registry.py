@@ -1,7 +1,7 @@
 """Registers ops with PyTorch: schema, fake kernel, backend table, backward rule.
 
-The schemas of the public ops and of the C++ ops are both defined here, in Python, so that the package imports, traces and
-falls back when nothing was compiled; C++ only adds kernels to schemas that exist.
+Python defines the schemas of the public ops and of the compiled ops. So the package imports, traces and falls back to plain
+PyTorch when nothing was compiled; the compiled libraries only add kernels to existing schemas.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .triton_forms import triton_kernel, why_no_triton
 
 __all__ = ["COMPILED_CHANNELS", "cpu_kernel", "cuda_kernel", "define_op", "no_second_derivative", "triton_kernel"]
 
-#: Code channels that compiled kernels take; the reference takes any number.
+#: The most code channels that compiled kernels take. The reference takes any number.
 COMPILED_CHANNELS = 16
 
 _LIBRARY = torch.library.Library("flowseg", "FRAGMENT")
@@ -68,23 +68,24 @@ def define_op(
     """Register one op `flowseg::NAME`.
 
     Args:
-        schema: "NAME(Tensor x, ...) -> ..."; a last argument named `backend` is the backend handed on by a forward op.
+        schema: "NAME(Tensor x, ...) -> ...". A backward op ends its arguments with `str backend`, the backend of its forward.
         fake: output shapes from input shapes.
-        backends: implementation by backend name, each taking the op's arguments without `backend`.
+        backends: backend name -> implementation, a function of the op's arguments without `backend`.
         channels: the op's arguments -> number of code channels of the call.
         backward, setup_context: the rule for torch.library.register_autograd.
-        autocast: whether floating tensors are cast to autocast's dtype, as for a matrix product. Without it autocast leaves the
-            call alone: the per-pixel ops read any dtype and compute in fp32.
+        autocast: whether autocast casts floating tensors to its dtype, as for a matrix product. The per-pixel ops need no cast:
+            they read any dtype and compute in fp32.
     """
     name = schema[: schema.index("(")]
-    handed_on = "str backend)" in schema
+    has_backend = "str backend)" in schema
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     backend.OPS[name] = {key: backend.Implementation(fn, _WHY_NOT[key]) for key, fn in backends.items()}
 
     def run(*args):
-        requested = args[-1] if handed_on else backend.requested_backend()
-        if handed_on:
-            args = args[:-1]
+        if has_backend:
+            *args, requested = args
+        else:
+            requested = backend.requested_backend()
         chosen = backend.select(name, args[0].device.type, channels(*args), requested)
         return chosen.run(*args)
 
@@ -103,7 +104,7 @@ def _autocast_kernel(name: str, device: str) -> Callable:
 
     def cast_and_call(*args):
         dtype = torch.get_autocast_dtype(device.lower())
-        # fp64 is never cast: whoever computes in it asked for it.
+        # fp64 is never cast: the caller chose that precision.
         args = [
             v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dtype != torch.float64 else v
             for v in args
@@ -115,7 +116,7 @@ def _autocast_kernel(name: str, device: str) -> Callable:
 
 
 def no_second_derivative(name: str) -> dict[str, Callable]:
-    """The backward rule of a backward op whose own derivative is not provided: an error that names the op."""
+    """The backward rule of an op without a derivative: an error that names the op."""
 
     def backward(ctx, *grads):
         raise NotImplementedError(
@@ -132,7 +133,7 @@ _CHECK_MESSAGE = re.compile(r"flowseg: (.*?)(?:\nException raised|$)", re.DOTALL
 def cpu_kernel(schema: str) -> Callable:
     """Define `flowseg_cpu::NAME`, which csrc/cpu implements, and return a function that calls it.
 
-    Bad values that only the kernel can see (a label out of range) come back as ValueError.
+    The function raises ValueError for a bad value that only the kernel sees, such as a label out of range.
     """
     return _compiled_kernel("flowseg_cpu", schema)
 
@@ -145,10 +146,11 @@ def cuda_kernel(schema: str) -> Callable:
 def _compiled_kernel(library: str, schema: str) -> Callable:
     name = schema[: schema.index("(")]
     _COMPILED[library].define(schema)
+    op = getattr(getattr(torch.ops, library), name).default
 
     def call(*args):
         try:
-            return getattr(getattr(torch.ops, library), name).default(*args)
+            return op(*args)
         except RuntimeError as error:
             found = _CHECK_MESSAGE.search(str(error))
             if found:

@@ -1,6 +1,9 @@
-"""torch.func transforms of the ops: grad and vjp by their own backward, vmap call after call, forward mode an error by name.
+"""Call a registered op from Python: in eager code, under torch.compile and inside torch.func transforms.
 
-An op registered with torch.library cannot be differentiated by torch.func; an autograd.Function with a separate setup_context can.
+torch.func cannot differentiate an op registered with torch.library; it can differentiate an autograd.Function with a separate
+setup_context. So every op with a backward rule gets two Functions. One is used inside transforms: grad and vjp run the op's own
+backward, vmap runs the op once per batch element, and forward mode is an error that names the op. The other one is a fast path
+for eager code.
 """
 
 from __future__ import annotations
@@ -12,16 +15,16 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import TransformType, retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
-__all__ = ["call", "call_op", "check_no_forward_mode", "define_transforms", "in_transform", "under_transform"]
+__all__ = ["call", "check_no_forward_mode", "define_transforms", "in_transform", "under_transform"]
 
-_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+_IN_TRANSFORMS: dict[str, type[torch.autograd.Function]] = {}
 _IN_EAGER: dict[str, type[torch.autograd.Function]] = {}
 #: Ops whose tensors autocast casts.
 _CAST: set[str] = set()
 
 
 def in_transform() -> bool:
-    """Whether this code runs inside a torch.func transform or in forward mode, whatever its tensors are."""
+    """Whether this code runs inside a torch.func transform or in forward mode."""
     if torch.compiler.is_compiling():
         return False
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
@@ -38,7 +41,7 @@ def under_transform(*values) -> bool:
 
 
 def check_no_forward_mode(op: str, *tensors: Tensor) -> None:
-    """A forward-mode derivative would pass through an op unseen, as zero: it is an error.
+    """Refuse forward-mode derivatives: they would pass through the op as zero, without an error.
 
     Raises:
         NotImplementedError: naming the op.
@@ -67,12 +70,7 @@ def _has_tangent(value: Tensor) -> bool:
 def call(name: str, *args):
     """torch.ops.flowseg.NAME(*args), inside torch.func.grad, vjp, jacrev and vmap too."""
     if under_transform(*args):
-        return _FUNCTIONS[name].apply(*args)
-    return call_op(name, *args)
-
-
-def call_op(name: str, *args):
-    """torch.ops.flowseg.NAME(*args), outside transforms."""
+        return _IN_TRANSFORMS[name].apply(*args)
     if name in _IN_EAGER and not torch.compiler.is_compiling() and torch.is_grad_enabled():
         for value in args:
             if isinstance(value, Tensor) and value.requires_grad:
@@ -83,23 +81,24 @@ def call_op(name: str, *args):
 
 
 def _may_be_cast(name: str, x: Tensor) -> bool:
-    """Whether autocast may cast the op's tensors, which PyTorch's rule has to see; of other devices PyTorch does not say it."""
+    """Whether autocast may cast the op's tensors. PyTorch answers that for CPU and CUDA tensors only."""
     return name in _CAST and (x.device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(x.device.type))
 
 
 def define_transforms(
     name: str, library: torch.library.Library, backward: Callable, setup_context: Callable, autocast: bool
 ) -> None:
-    """Make op `flowseg::NAME`, which has the rule (backward, setup_context), callable inside transforms.
+    """Make the op `flowseg::NAME`, registered with the rule (backward, setup_context), callable inside transforms.
 
-    Also give eager code a short way around the Python that PyTorch runs for an op with a rule, 0.1 ms per call at 17 arguments.
+    Also register an eager fast path: PyTorch's Python wrapper around an op with an autograd rule costs 0.1 ms per call at 17
+    arguments. `call` skips it under autocast for ops that autocast casts, as PyTorch's rule has to record the casts.
     """
     op = getattr(torch.ops.flowseg, name).default
 
     def jvp(ctx, *tangents):
         raise NotImplementedError(_no_forward_mode(name))
 
-    _FUNCTIONS[name] = type(
+    _IN_TRANSFORMS[name] = type(
         f"{name}_in_transforms",
         (torch.autograd.Function,),
         {
@@ -112,7 +111,7 @@ def define_transforms(
     )
 
     def forward(ctx, *args):
-        # Autograd has its node already: PyTorch's own rule for the op would only find that nothing needs a gradient.
+        # Skip the op's own autograd rule: it would only find that nothing needs a gradient.
         with torch._C._AutoDispatchBelowAutograd():
             output = op(*args)
         setup_context(ctx, args, output)
@@ -125,7 +124,7 @@ def define_transforms(
     )
 
     def one_by_one(info, in_dims, *args):
-        """An op sees one batch of images at a time: reductions and counts are of each."""
+        """Run the op once per batch element, as a reduction or a count belongs to one batch of images."""
         places = [dim if isinstance(value, Tensor) else None for value, dim in zip(args, in_dims)]
         outs = [op(*(v if d is None else v.select(d, i) for v, d in zip(args, places))) for i in range(info.batch_size)]
         if isinstance(outs[0], Tensor):

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from flowseg.align import ImageFeatures, alignment_loss
 from flowseg.errors import UserError
 from flowseg.segment import Segmenter
-from flowseg.train import train
+from flowseg.training.alignment import ImageFeatures, alignment_loss
+from flowseg.training.trainer import train
 
 from .tiny import tiny_config
 

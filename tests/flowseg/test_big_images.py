@@ -25,9 +25,9 @@ from PIL import Image
 import torch
 torch.set_num_threads(1)
 from flowseg.codes import build_codebook
-from flowseg.evaluate import evaluate
+from flowseg.inference.evaluate import evaluate
 from flowseg.segment import Segmenter
-from tests.flowseg.test_evaluate import Waves
+from tests.flowseg.support.networks import Waves
 from tests.flowseg.tiny import tiny_config
 
 class Photos:

@@ -18,18 +18,8 @@ import flowseg
 from flowseg import cli
 from flowseg.config import save_config
 
+from .support.commands import run
 from .tiny import folder_section, tiny_config
-
-
-def run(monkeypatch, capsys, *arguments):
-    """Status, standard output and standard error of ``flowseg ARGUMENTS``."""
-    monkeypatch.setattr(sys, "argv", ["flowseg", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-        raise SystemExit(0)
-    captured = capsys.readouterr()
-    return left.value.code or 0, captured.out, captured.err
 
 
 @pytest.fixture
@@ -139,12 +129,12 @@ def test_places_that_cannot_be_written_are_named_before_the_work(trained, folder
     file.write_text("[1]")
     for arguments, words in (
         (["evaluate", "--run", trained, "--json", tmp_path], "is a folder; give a file"),
-        (["report", trained, "--out", file / "r.html"], "its folder cannot be made"),
+        (["report", trained, "--out", file / "r.html"], "its folder cannot be created"),
         (["predict", image, "--run", trained, "--out", file], "is a file; give a folder"),
         (["export", "--run", trained, "--out", file], "is a file; give a folder"),
         (
             ["export", "--run", trained, "--out", tmp_path / "x", "--scores", file],
-            "not what 'flowseg evaluate --json' writes",
+            "not a file that 'flowseg evaluate --json' writes",
         ),
         (["evaluate", "--run", trained, "--set", "data.height=20"], "multiple of the patch size"),
         (["train", "--out", tmp_path / "y", "--set", "model.patch_size=12"], "must be a power of two"),

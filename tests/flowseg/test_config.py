@@ -44,6 +44,7 @@ def test_saved_settings_read_back(tmp_path):
         ("sample.method=rk4", ["sample.method", "euler", "rk4"]),
         ("codes.channels=2", ["codes.channels", "flow.source=noise"]),
         ("data.scale_min=3", ["scale_min", "scale_max"]),
+        ("data.classes=background", ["valid list", "write a list, such as data.classes=[background]"]),
         ("nonsense", ["KEY=VALUE"]),
     ],
 )
@@ -136,7 +137,7 @@ def test_a_section_without_settings_is_the_default(tmp_path):
 
 
 def test_stages_must_come_in_order():
-    with pytest.raises(UserError, match="one after the other"):
+    with pytest.raises(UserError, match="at increasing steps"):
         load_config(None, ["train.stages=[{at: 9, height: 16, width: 16}, {at: 4, height: 16, width: 16}]"])
     with pytest.raises(UserError, match=r"train.stages.0.hieght'; did you mean 'train.stages: height'"):
         load_config(None, ["train.stages=[{at: 9, hieght: 16, width: 16}]"])

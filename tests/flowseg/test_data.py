@@ -9,11 +9,13 @@ from PIL import Image
 
 from flowseg.config import DataConfig
 from flowseg.data import open_data, training_batches
+from flowseg.data.catalog import DATA_SETS
 from flowseg.data.datasets import resolve_labels
 from flowseg.data.digits import DigitScenes, _digits
 from flowseg.data.folder import read_image
 from flowseg.data.paints import PAINTS, PaintScenes
 from flowseg.data.transforms import augment, model_size, prepare
+from flowseg.data_names import DATA_NAMES
 from flowseg.errors import DataWarning, UserError
 
 from .tiny import folder_section, tiny_config
@@ -84,8 +86,18 @@ def test_ignored_values_become_255(folder_data):
     assert (np.array(data.train[0][1]) == 255).all()
 
 
+def test_the_table_of_data_sets_has_every_name_of_the_settings():
+    assert tuple(DATA_SETS) == DATA_NAMES
+
+
 def _missing_label(root):
     (root / "labels" / "train" / "b.png").unlink()
+
+
+def _jpeg_label(root):
+    path = root / "labels" / "train" / "b.png"
+    Image.open(path).save(path.with_suffix(".jpg"))
+    path.unlink()
 
 
 def _other_size(root):
@@ -118,6 +130,7 @@ def _empty(root):
     ("spoil", "words"),
     [
         (_missing_label, ["b.jpg", "no label map", "b.png"]),
+        (_jpeg_label, ["b.jpg", "no label map", "b.png", "JPEG changes label values; save label maps as PNG"]),
         (_other_size, ["b.png", "40x23", "40x24"]),
         (_unknown_value, ["b.png", "values 7", "0..2", "data.ignore"]),
         (_colour_labels, ["b.png", "one channel", "3"]),
@@ -230,7 +243,7 @@ def test_what_is_left_out_of_a_folder_is_named(folder_data, change, words, count
 @pytest.mark.parametrize("kind", ["images", "labels"])
 def test_two_files_of_one_name_are_an_error(folder_data, kind):
     _copies(folder_data, "b", ".tif", kind=kind)
-    words = rf"{kind}/train/b\.(jpg|png) and .*b\.tif: two .* of one name"
+    words = rf"{kind}/train/b\.(jpg|png) and .*b\.tif: two .* with the same name"
     with pytest.raises(UserError, match=words):
         open_data(DataConfig(**folder_section(folder_data)))
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from flowseg.data.digits import DigitScenes
-from flowseg.data.presets import PRESETS
-from flowseg.demo import run_demo, verdict
+from flowseg.data.presets import DIGITS
 from flowseg.errors import UserError
+from flowseg.experiments.demo import run_demo, verdict
 from flowseg.report import figures
 from flowseg.report.speed import measure_kernels
 
@@ -29,7 +29,7 @@ def test_quick_demo(tmp_path):
     stranger = tmp_path / "other"
     (stranger / "vanilla").mkdir(parents=True)
     (stranger / "vanilla" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="in the way"):
+    with pytest.raises(UserError, match="exists and is not a run of an earlier demo"):
         run_demo(stranger, quick=True)
 
 
@@ -56,7 +56,7 @@ def test_figures_draw():
     arms = ("vanilla", "FlowSeg")
     made = [
         figures.flow_figure(
-            torch.zeros(3, 32, 32), truth, dict.fromkeys(arms, path), dict.fromkeys(arms, truth), PRESETS["digits"]
+            torch.zeros(3, 32, 32), truth, dict.fromkeys(arms, path), dict.fromkeys(arms, truth), DIGITS
         ),
         figures.curve_figure({arm: [(1, 2.0), (2, 3.0)] for arm in arms}, {arm: [(1, 0.5), (2, 0.4)] for arm in arms}),
         figures.speed_figure([{"name": "op", "ours_ms": 1.0, "eager_ms": 9.0}]),

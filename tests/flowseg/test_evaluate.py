@@ -1,21 +1,19 @@
 """Scores against torchmetrics and by hand, and what the whole path from image to confusion matrix does."""
 
-import functools
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from flowseg.codes import build_codebook
 from flowseg.data.transforms import to_tensor
-from flowseg.evaluate import chosen_indices, evaluate, scores_from_confusion
+from flowseg.inference.evaluate import chosen_indices, evaluate, scores_from_confusion
+from flowseg.inference.views import WindowRows, interpolated_columns, resize_labels, window_starts
 from flowseg.model.sizes import resolve_size
 from flowseg.segment import Segmenter
-from flowseg.views import WindowRows, interpolated_columns, resize_labels, window_starts
 from flowseg_kernels import decode_confusion, nearest_centroid
 
+from .support.networks import Oracle, Waves, codebook_of
 from .tiny import tiny_config
 
 
@@ -28,22 +26,6 @@ def test_scores_by_hand():
     assert scores.pixel_accuracy == pytest.approx(500 / 7)
     assert scores.summary(("a", "b", "c", "d"))["iou"]["c"] is None
     assert scores_from_confusion(torch.zeros(2, 2)).miou == 0.0
-
-
-class Oracle(nn.Module):
-    """Reads the label from the red channel: ``label = round(12 * (red + 1))``; wrong where green is high."""
-
-    condition_on_image = True
-
-    def __init__(self, codebook, patch_size=8):
-        super().__init__()
-        self.codes = codebook
-        self.size = type("Size", (), {"patch_size": patch_size})()
-
-    def forward(self, x, t, image):
-        labels = (12 * (image[:, 0] + 1) / 2).round().long().clamp(0, 10)
-        labels = torch.where(image[:, 1] > 0, (labels + 1) % 11, labels)
-        return self.codes.centroids[labels].movedim(-1, 1)
 
 
 class Pairs(list):
@@ -62,12 +44,6 @@ def make_pairs(sizes, seed=0):
         target[:, -3:] = 255
         pairs.append((Image.fromarray(pixels), Image.fromarray(target)))
     return pairs
-
-
-@functools.cache
-def codebook_of(channels):
-    # Its decode grid takes a second.
-    return build_codebook(tiny_config(codes={"channels": channels}).codes, 11)
 
 
 def make_segmenter(**sections):
@@ -291,21 +267,6 @@ def test_every_solver_and_step_count_segments(method, steps):
     segmenter = make_segmenter(sample={"method": method, "steps": steps})
     # The oracle's end point does not depend on x, so every solver must land on it.
     assert evaluate(segmenter, pairs).confusion.equal(evaluate(make_segmenter(), pairs).confusion)
-
-
-class Waves(nn.Module):
-    """Fields that vary from pixel to pixel and with the place in the image, so that every interpolation shows."""
-
-    condition_on_image = True
-
-    def __init__(self, patch_size=8):
-        super().__init__()
-        self.size = type("Size", (), {"patch_size": patch_size})()
-
-    def forward(self, x, t, image):
-        place = torch.arange(image[0, 0].numel(), dtype=torch.float32).reshape(image.shape[-2:])
-        waves = torch.stack([torch.sin(place * (0.37 + channel / 10)) for channel in range(x.shape[1])])
-        return 0.8 * waves + 0.4 * image.mean(1, keepdim=True)
 
 
 def speckled(height, width, seed=0):

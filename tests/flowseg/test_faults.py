@@ -21,15 +21,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import flowseg.checkpoint as checkpoint
-import flowseg.metrics as metrics
-import flowseg.train as training
+import flowseg.runs.metrics as metrics
+import flowseg.training.trainer as training
 from flowseg import cli
 from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, read_tensors, save_checkpoint
 from flowseg.config import save_config
 from flowseg.errors import UserError
-from flowseg.metrics import read_metrics
 from flowseg.model import build_model
-from flowseg.train import Ema, train
+from flowseg.runs.metrics import read_metrics
+from flowseg.training.ema import Ema
+from flowseg.training.trainer import train
 
 from .tiny import folder_section, tiny_config
 
@@ -115,7 +116,7 @@ def test_resuming_from_a_damaged_checkpoint_says_what_to_do(run):
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"damaged checkpoint .*optimizer.*remove it to go on from the one before"):
+    with pytest.raises(UserError, match=r"damaged checkpoint .*optimizer.*delete it to continue from the one before"):
         train(tiny_config(train={"steps": 6}), run, resume=True)
     shutil.rmtree(path.parent)
     assert train(tiny_config(train={"steps": 6}), run, resume=True).state.step == 6
@@ -327,7 +328,7 @@ def test_a_validation_that_fails_costs_no_step(tmp_path, monkeypatch, fault, ste
     with monkeypatch.context() as patch, pytest.raises(seen, match=words) as error:
         patch.setattr(training, "evaluate", fail)
         train(config, tmp_path / "part", console=Console(file=said))
-    assert "step 3 is saved; go on with: flowseg train --out" in f"{error.value}{said.getvalue()}"
+    assert "step 3 is saved; continue with: flowseg train --out" in f"{error.value}{said.getvalue()}"
     assert [step_of(path) for path in list_checkpoints(tmp_path / "part")] == [3]
     train(config, tmp_path / "part", resume=True)
     same_files(*(list_checkpoints(tmp_path / name)[-1] for name in ("part", "whole")))

@@ -12,9 +12,9 @@ from flowseg.data import open_data
 from flowseg.errors import UserError
 from flowseg.hub import from_pretrained, is_shared, save_pretrained
 from flowseg.segment import Segmenter
-from flowseg.train import train
+from flowseg.training.trainer import train
 
-from .test_cli import run
+from .support.commands import run
 from .tiny import folder_section, tiny_config
 
 
@@ -58,7 +58,7 @@ def test_the_card_says_what_is_known(trained, tmp_path):
 
 
 def test_what_is_not_there_or_was_edited_is_named(trained, tmp_path):
-    with pytest.raises(UserError, match="no such folder, and not to be had from the hub"):
+    with pytest.raises(UserError, match="no such folder, and cannot be loaded from the Hugging Face hub"):
         from_pretrained("owner/nothing-of-that-name")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="not a folder that flowseg export wrote"):

@@ -12,9 +12,9 @@ from flowseg.config import DataConfig
 from flowseg.data import label_table, open_data
 from flowseg.data.label_table import count_labels, findings, tell_labels
 from flowseg.errors import DataWarning, UserError
-from flowseg.train import train
+from flowseg.training.trainer import train
 
-from .test_benchmarks import CASES
+from .support.benchmarks import CASES
 from .tiny import folder_section, tiny_config
 
 
@@ -79,12 +79,12 @@ def test_a_split_without_any_class(folder_data, tmp_path):
         (
             "ade20k",
             [[0, 149], [7, 255]],
-            r"looks like labels that are reduced already \(0\.\.149.*'data\.values=\[0, 1, .* 149\]'",
+            r"looks like labels that are already reduced \(0\.\.149.*'data\.values=\[0, 1, .* 149\]'",
         ),
         (
             "cocostuff",
             [[0, 11], [170, 255]],
-            r"reduced already \(0\.\.170\).*values such as 11; .*'data\.values=\[0, .* 170\]'",
+            r"already reduced \(0\.\.170\).*never contain 11; .*'data\.values=\[0, .* 170\]'",
         ),
     ],
 )
@@ -115,7 +115,7 @@ def test_a_large_set_is_sampled_and_the_table_says_how_much_of_it(folder_data, m
     text, messages = said(DataConfig(**section))
     assert "train, 3 of 4 maps" in text and messages[0].startswith("train (in 3 of 4 label maps): classes without")
     monkeypatch.setattr(label_table, "SECONDS", 0.0)
-    assert count_labels(open_data(DataConfig(**section)).train, "train").looked_at == 1
+    assert count_labels(open_data(DataConfig(**section)).train, "train").counted == 1
     relabel(folder_data, lambda values: values * 0 + 7)
     data = open_data(DataConfig(**section))
     counts = count_labels(data.train, "train")

@@ -15,13 +15,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 import flowseg.checkpoint as checkpoint
-import flowseg.train as training
+import flowseg.training.trainer as training
 from flowseg import cli
 from flowseg.checkpoint import list_checkpoints, read_facts, read_run_config
 from flowseg.config import save_config
 from flowseg.errors import UserError
 from flowseg.segment import Segmenter
-from flowseg.train import train
+from flowseg.training.trainer import train
 
 from .tiny import TINY_MODEL, folder_section, tiny_config
 
@@ -202,7 +202,7 @@ def test_a_bad_file_of_one_of_two_processes_keeps_the_steps_and_is_said_once(
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == [f"step-{saved:08d}"]
     said = [(tmp_path / f"said{rank}").read_text() for rank in (0, 1)]
     assert "error:" not in said[0] and said[1].count("error:") == 1 and "Traceback" not in "".join(said)
-    assert f"a file of the {split} split; step {saved} is saved; go on with: flowseg train" in said[1].replace(
+    assert f"a file of the {split} split; step {saved} is saved; continue with: flowseg train" in said[1].replace(
         "\n", " "
     )
     # One process goes on with the next example, whatever its batch size.

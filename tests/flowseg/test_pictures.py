@@ -14,46 +14,7 @@ from flowseg.data.folder import read_image
 from flowseg.data.pictures import Reading, read_picture, read_values, turn_back, turn_values
 from flowseg.errors import DataWarning, UserError
 
-# An object at the upper left of what a viewer shows. Its 48x64 form is 64 wide.
-SHOWN = np.zeros((48, 64), np.uint8)
-SHOWN[:16, :24] = 1
-STORE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
-
-
-def stored(picture, orientation):
-    """The pixels of a file that a viewer shows as ``picture``."""
-    return picture.transpose(STORE[orientation]) if orientation in STORE else picture
-
-
-def exif(orientation):
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags
-
-
-def photo(shown):
-    return Image.fromarray(np.where(shown[..., None] == 1, [220, 30, 30], [30, 30, 220]).astype(np.uint8))
-
-
-def write_pair(root, orientation, *, shown=SHOWN, suffix="jpg", labels="upright", own=1):
-    """A photograph that a viewer shows as ``shown``, with labels drawn on that or on the stored pixels, in both splits."""
-    for split in ("train", "val"):
-        for kind in ("images", "labels"):
-            (root / kind / split).mkdir(parents=True, exist_ok=True)
-        options = {"quality": 95} if suffix == "jpg" else {}
-        stored(photo(shown), orientation).save(root / f"images/{split}/a.{suffix}", exif=exif(orientation), **options)
-        label = Image.fromarray(shown)
-        label = stored(label, orientation if labels == "stored" else own)
-        label.save(root / f"labels/{split}/a.png", **({"exif": exif(own)} if own != 1 else {}))
-    return root
+from .support.photographs import SHOWN, photo, write_pair
 
 
 def pair(root, **section):
@@ -225,7 +186,7 @@ def test_deep_images_of_another_range_are_refused_with_the_setting(tmp_path, val
 
 def test_floats_that_are_no_numbers_are_refused_and_black_is_black(tmp_path):
     for bad in (np.nan, np.inf):
-        with pytest.raises(UserError, match=r"deep\.tif: .*no numbers"):
+        with pytest.raises(UserError, match=r"deep\.tif: .*not finite"):
             image_of(tmp_path, np.where(RAMP > 0.5, bad, RAMP).astype(np.float32), white=1.0)
     for kind in (np.uint16, np.int32, np.float32):
         assert image_of(tmp_path, np.zeros((4, 4), kind)).max() == 0

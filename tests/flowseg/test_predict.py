@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from flowseg.errors import DataWarning, UserError
-from flowseg.predict import Input, find_images, find_inputs, output_names, predict
+from flowseg.inference.predict import Input, find_images, find_inputs, output_names, predict
 from flowseg.segment import Segmenter
 
-from .test_evaluate import Oracle, codebook_of
-from .test_pictures import SHOWN, exif, photo, stored, write_pair
+from .support.networks import Oracle, codebook_of
+from .support.photographs import SHOWN, exif, photo, stored, write_pair
 from .tiny import tiny_config
 
 PALETTE = [(10 * k, 0, 255 - 10 * k) for k in range(11)]
@@ -253,7 +253,7 @@ def test_a_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "in/b.png")
     assert find_images([str(tmp_path / "in")]) == [tmp_path / "in/a.png"]
     result = predict(segmenter(), [tmp_path / "in/b.png"], tmp_path / "out", PALETTE)
-    assert "is no regular file" in result.failed[0][1]
+    assert "not a regular file" in result.failed[0][1]
 
 
 def test_one_file_by_several_paths_is_taken_once(tmp_path, monkeypatch):
@@ -270,5 +270,5 @@ def test_names_differ_by_more_than_capitals(tmp_path):
 def test_several_pages_are_said(tmp_path):
     pages = [Image.new("RGB", (16, 8), (k, 0, 0)) for k in range(3)]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
-    with pytest.warns(DataWarning, match=r"a\.tif: has 3 pages or frames, of which the first is taken"):
+    with pytest.warns(DataWarning, match=r"a\.tif: has 3 pages or frames; only the first is used"):
         assert not predict(segmenter(), [tmp_path / "a.tif"], tmp_path / "out", PALETTE).failed

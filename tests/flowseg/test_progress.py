@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-import flowseg.progress as progress
-import flowseg.terminal as terminal
-from flowseg.progress import counting_view, has_terminal
-from flowseg.terminal import SturdyStream, make_console, printable, say
-from flowseg.train import train
+import flowseg.runs.progress as progress
+import flowseg.runs.terminal as terminal
+from flowseg.runs.progress import counting_view, has_terminal
+from flowseg.runs.terminal import SturdyStream, make_console, printable, say
+from flowseg.training.trainer import train
 
 from .tiny import tiny_config
 

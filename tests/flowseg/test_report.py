@@ -12,9 +12,9 @@ from flowseg.errors import UserError
 from flowseg.report import figures, names
 from flowseg.report.run import _class_table, write_report
 from flowseg.segment import Segmenter
-from flowseg.train import train
+from flowseg.training.trainer import train
 
-from .test_cli import run
+from .support.commands import run
 from .tiny import folder_section, tiny_config
 
 
@@ -28,7 +28,7 @@ def test_report_of_a_run_is_one_file_with_every_part(tmp_path, folder_data, monk
     for title in (
         "Convergence",
         "Scores by class",
-        "What is taken for what",
+        "Confusion of classes",
         "Examples",
         "Through code space",
         "Settings",
@@ -131,7 +131,7 @@ def test_trajectories_end_where_the_pixels_do():
 
 
 def test_class_table_by_hand():
-    from flowseg.evaluate import scores_from_confusion
+    from flowseg.inference.evaluate import scores_from_confusion
 
     html = _class_table(scores_from_confusion(torch.tensor([[6, 2], [2, 10]])), ("a", "b"))
     cells = [cell.split("<")[0] for cell in html.split("<td class='number'>")[1:]]

@@ -4,10 +4,10 @@ import signal
 
 import pytest
 
-import flowseg.train as training
+import flowseg.training.trainer as training
 from flowseg.checkpoint import list_checkpoints
-from flowseg.signals import WARNED, exit_on_signal, stop_on_signal
-from flowseg.train import train
+from flowseg.runs.signals import WARNED, exit_on_signal, stop_on_signal
+from flowseg.training.trainer import train
 
 from .tiny import tiny_config
 

@@ -20,9 +20,9 @@ from flowseg.codes import build_codebook
 from flowseg.config import load_config, save_config
 from flowseg.data import open_data, training_batches
 from flowseg.errors import UserError
-from flowseg.objective import flow_step
-from flowseg.study import Run, folder_name, folder_names, load_study, run_study
-from flowseg.train import train
+from flowseg.experiments.study import Run, folder_name, folder_names, load_study, run_study
+from flowseg.training.objective import flow_step
+from flowseg.training.trainer import train
 from flowseg_kernels import nearest_centroid
 
 from .tiny import folder_section, tiny_config
@@ -81,7 +81,7 @@ def test_mean_and_spread_over_seeds(study_file, tmp_path, monkeypatch):
         ({"seed": [0]}, "unknown setting 'seed'; did you mean 'seeds'"),
         ({"seeds": []}, "seeds"),
         ({"seeds": [0, 1, 0]}, "seeds: 0 given more than once"),
-        ({"arms": {"a": ["train.seed=1"]}}, r"arm 'a': train.seed would make all seeds one"),
+        ({"arms": {"a": ["train.seed=1"]}}, r"arm 'a': train.seed would give all runs the same seed"),
         ({"seeds": [-1]}, r"seeds.0: .*greater than or equal to 0"),
         ({"arms": {"a": ["loss.correction_wieght=1"]}}, r"arm 'a'.*did you mean 'loss.correction_weight'"),
         ({"base": "none.yaml"}, "none.yaml: cannot be read"),
@@ -171,7 +171,7 @@ def test_results_of_other_settings_are_not_taken_for_this_studys(study_file, tmp
     out = tmp_path / "out"
     run_study(load_study(study_file()), out, root=None, jobs=1, console=QUIET)
     for changes, key in (
-        ({"steps": 3}, "train.steps = 2, the study now wants 3"),
+        ({"steps": 3}, "train.steps = 2, the study now has 3"),
         ({"arms": {"FlowSeg": ["loss.correction_weight=2"]}}, "loss.correction_weight = 1.0"),
     ):
         with pytest.raises(UserError, match=key):

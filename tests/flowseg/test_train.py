@@ -1,4 +1,4 @@
-"""Training: learning, fairness between arms, exact resume, signals, files, errors."""
+"""Training: it learns, arms see the same examples, a resumed run is exact, signals, files, errors."""
 
 import json
 import math
@@ -6,66 +6,47 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import flowseg.objective as objective
-import flowseg.train as training
+import flowseg.training.objective as objective
+import flowseg.training.trainer as training
 from flowseg.checkpoint import find_weights, list_checkpoints, read_facts, read_run_config
 from flowseg.codes import build_codebook
 from flowseg.config import save_config
 from flowseg.data import open_data, training_batches
 from flowseg.errors import UserError
-from flowseg.evaluate import evaluate
+from flowseg.inference.evaluate import evaluate
 from flowseg.segment import Segmenter
-from flowseg.train import Ema, learning_rate, train
+from flowseg.training.ema import Ema
+from flowseg.training.run_folder import locked
+from flowseg.training.schedule import learning_rate
+from flowseg.training.trainer import train
 from flowseg_kernels import flow_loss
 
+from .support.processes import start_command, wait_until
+from .support.runs import assert_same_weights, checkpoint_names, metrics, steps
 from .tiny import TINY_MODEL, folder_section, tiny_config
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def final_files(run):
-    folder = list_checkpoints(run)[-1]
-    return {
-        name: load_file(folder / name) for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
-    }
-
-
-def assert_same(first, second):
-    for name, tensors in first.items():
-        assert tensors.keys() == second[name].keys()
-        for key, value in tensors.items():
-            assert torch.equal(value, second[name][key]), (name, key)
 
 
 def test_writes_metrics_config_checkpoints_and_best(tmp_path):
     run = tmp_path / "run"
     result = train(tiny_config(), run)
     assert result.stopped_by == "steps" and result.state.step == 6
-    lines = metrics(run)
-    assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3, 4, 5, 6]
-    assert [line["step"] for line in lines if line["event"] == "validation"] == [3, 6]
-    assert {"loss", "squared_error", "grad_norm", "lr", "images_per_second"} <= lines[0].keys()
+    assert steps(run) == [1, 2, 3, 4, 5, 6] and steps(run, "validation") == [3, 6]
+    assert {"loss", "squared_error", "grad_norm", "lr", "images_per_second"} <= metrics(run)[0].keys()
     assert (run / "config.yaml").is_file() and (run / "best.safetensors").is_file()
-    assert [path.name for path in list_checkpoints(run)] == ["step-00000006"]
-    # No temporary names are left behind.
-    assert not [path for path in run.rglob(".*")]
+    assert checkpoint_names(run) == ["step-00000006"]
+    assert not [*run.rglob(".*")], "a temporary file is left behind"
 
 
 def test_squared_error_is_the_loss_when_there_is_no_correction(tmp_path):
     train(tiny_config(loss={"correction_weight": 0.0}, train={"steps": 2}), tmp_path / "a")
-    for line in metrics(tmp_path / "a"):
-        if line["event"] == "train":
-            assert line["loss"] == pytest.approx(line["squared_error"], rel=1e-5)
+    for line in metrics(tmp_path / "a", "train"):
+        assert line["loss"] == pytest.approx(line["squared_error"], rel=1e-5)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -74,8 +55,6 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, accumulation, mo
     augmentation = {"flip": True, "scale_max": 2.0, "color_jitter": 0.2}
     config = tiny_config(train=shape, data=augmentation, flow={"source": "noise"})
     train(config, tmp_path / "whole")
-    (tmp_path / "part").mkdir()
-    first = tiny_config(train=shape, data=augmentation, flow={"source": "noise"})
 
     class Stop(Exception):
         pass
@@ -88,17 +67,16 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, accumulation, mo
             raise Stop
         return original(*arguments)
 
-    # Leave after the checkpoint at step 3, in the middle of things.
+    # The run ends in step 5, after the checkpoint of step 3, and saves nothing, like a process that is killed.
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(training, "flow_step", stop)
-        # Nor may the run save what it has done so far: a process that is killed cannot.
-        patch.setattr(training._Training, "_keep_steps", lambda self: None)
-        train(first, tmp_path / "part")
-    assert list_checkpoints(tmp_path / "part")[-1].name == "step-00000003"
+        patch.setattr(training.Trainer, "_save_after_error", lambda self: None)
+        train(config, tmp_path / "part")
+    assert checkpoint_names(tmp_path / "part")[-1] == "step-00000003"
     torch.rand(5)
     result = train(config, tmp_path / "part", resume=True)
     assert result.state.step == 6
-    assert_same(final_files(tmp_path / "whole"), final_files(tmp_path / "part"))
+    assert_same_weights(tmp_path / "whole", tmp_path / "part")
     drop = ("images_per_second", "seconds")
     plain = [
         [{k: v for k, v in line.items() if k not in drop} for line in metrics(tmp_path / name)]
@@ -142,7 +120,7 @@ def test_settings_train_and_the_error_falls(tmp_path, sections):
         **{"train": {"steps": 40, "eval_every": 100, "batch_size": 8}, "optim": {"lr": 3e-3, "warmup": 5}, **sections}
     )
     result = train(config, tmp_path / "run")
-    errors = [line["squared_error"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
+    errors = [line["squared_error"] for line in metrics(tmp_path / "run", "train")]
     assert sum(errors[-8:]) < 0.8 * sum(errors[:8])
     assert result.scores is not None and all(math.isfinite(error) for error in errors)
 
@@ -191,7 +169,7 @@ def test_bf16_training_stays_near_float32(tmp_path):
     runs = {}
     for precision in ("no", "bf16"):
         train(tiny_config(train={"mixed_precision": precision, "steps": 4}), tmp_path / precision)
-        runs[precision] = [line["loss"] for line in metrics(tmp_path / precision) if line["event"] == "train"]
+        runs[precision] = [line["loss"] for line in metrics(tmp_path / precision, "train")]
     assert runs["bf16"] == pytest.approx(runs["no"], rel=0.03) and runs["bf16"] != runs["no"]
 
 
@@ -210,12 +188,12 @@ def test_two_trainers_do_not_share_a_folder(tmp_path):
 
 
 def trainer_that_dies(run, worker_lives):
-    with training._occupied(run):
+    with locked(run):
         multiprocessing.get_context("fork").Process(target=worker_lives.wait).start()
         os._exit(9)
 
 
-def test_a_worker_that_outlives_its_trainer_keeps_nobody_out(tmp_path):
+def test_a_worker_that_outlives_its_trainer_does_not_keep_the_lock(tmp_path):
     context = multiprocessing.get_context("fork")
     worker_lives = context.Event()
     trainer = context.Process(target=trainer_that_dies, args=(tmp_path / "run", worker_lives))
@@ -224,18 +202,18 @@ def test_a_worker_that_outlives_its_trainer_keeps_nobody_out(tmp_path):
     assert trainer.exitcode == 9
     try:
         time.sleep(0.5)
-        with training._occupied(tmp_path / "run"):
+        with locked(tmp_path / "run"):
             pass
     finally:
         worker_lives.set()
 
 
-def test_a_run_without_a_checkpoint_starts_anew_with_empty_files(tmp_path):
+def test_a_new_run_in_a_folder_without_checkpoints_replaces_the_files_of_the_old_one(tmp_path):
     run = tmp_path / "run"
     train(tiny_config(), run)
     shutil.rmtree(run / "checkpoints")
     train(tiny_config(train={"steps": 2, "eval_every": 2}), run)
-    assert [line["step"] for line in metrics(run) if line["event"] == "train"] == [1, 2]
+    assert steps(run) == [1, 2]
     assert read_facts(run / "best.safetensors")["step"] == "2"
 
 
@@ -246,14 +224,14 @@ def test_a_finished_run_resumed_logs_nothing_twice(tmp_path):
     assert metrics(tmp_path / "run") == before and again.scores.miou == before[-1]["miou"]
 
 
-def test_a_signal_in_a_validation_ends_it_and_resuming_makes_up_for_it(tmp_path, monkeypatch):
+def test_a_signal_interrupts_a_validation_which_the_resumed_run_repeats(tmp_path, monkeypatch):
     config = tiny_config(train={"checkpoint_every": 100})
     train(config, tmp_path / "whole")
 
     def interrupted(segmenter, pairs, *, on_batch, **others):
         os.kill(os.getpid(), signal.SIGTERM)
         on_batch(1)
-        pytest.fail("the validation went on")
+        pytest.fail("the validation continued")
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "evaluate", interrupted)
@@ -265,7 +243,7 @@ def test_a_signal_in_a_validation_ends_it_and_resuming_makes_up_for_it(tmp_path,
     assert part == whole
 
 
-def test_settings_that_change_what_was_learnt_are_refused(tmp_path):
+def test_settings_that_change_the_meaning_of_the_outputs_are_refused(tmp_path):
     train(tiny_config(), tmp_path / "run")
     with pytest.raises(UserError, match=r"flow.predicts: .*was trained with 'endpoint', got 'velocity'"):
         train(tiny_config(flow={"predicts": "velocity"}), tmp_path / "run", resume=True)
@@ -316,7 +294,7 @@ def test_gradients_are_clipped_to_the_norm(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     train(tiny_config(optim={"grad_clip": 0.01}), tmp_path / "run")
-    logged = [line["grad_norm"] for line in metrics(tmp_path / "run") if line["event"] == "train"]
+    logged = [line["grad_norm"] for line in metrics(tmp_path / "run", "train")]
     assert norms == pytest.approx([0.01] * 6, rel=1e-3) and min(logged) > 0.1
 
 
@@ -326,33 +304,31 @@ def test_time_limit_ends_the_run(tmp_path):
     assert metrics(tmp_path / "run")[-1]["event"] == "validation"
 
 
-def test_resume_copes_with_a_metrics_line_cut_short(tmp_path):
+def test_resuming_drops_a_truncated_line_of_the_metrics(tmp_path):
     run = tmp_path / "run"
     train(tiny_config(), run)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"event": "train", "st')
     train(tiny_config(train={"steps": 8}), run, resume=True)
-    assert [line["step"] for line in metrics(run) if line["event"] == "train"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert steps(run) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_weights_that_are_not_numbers_are_not_saved(tmp_path, monkeypatch):
-    def poison(norm_of, limit):
-        for value in norm_of:
+def test_weights_that_are_nan_are_not_saved(tmp_path, monkeypatch):
+    def make_nan(self, parameters, limit):
+        for value in list(parameters):
             value.data.fill_(float("nan"))
         return torch.tensor(1.0)
 
-    monkeypatch.setattr(
-        training.Accelerator, "clip_grad_norm_", lambda self, values, limit: poison(list(values), limit)
-    )
+    monkeypatch.setattr(training.Accelerator, "clip_grad_norm_", make_nan)
     config = tiny_config(train={"steps": 2, "log_every": 100, "checkpoint_every": 1})
     with pytest.raises(UserError, match="no longer finite"):
         train(config, tmp_path / "run")
     assert not list_checkpoints(tmp_path / "run")
 
 
-def test_old_checkpoints_go(tmp_path):
+def test_old_checkpoints_are_deleted(tmp_path):
     train(tiny_config(train={"checkpoint_every": 1, "keep": 2}), tmp_path / "run")
-    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000005", "step-00000006"]
+    assert checkpoint_names(tmp_path / "run") == ["step-00000005", "step-00000006"]
 
 
 def test_errors_at_the_start(tmp_path):
@@ -360,7 +336,7 @@ def test_errors_at_the_start(tmp_path):
     with pytest.raises(UserError, match="no checkpoint"):
         train(config, tmp_path / "run", resume=True)
     train(config, tmp_path / "run")
-    with pytest.raises(UserError, match="holds a run already; add --resume"):
+    with pytest.raises(UserError, match="already contains a run; add --resume"):
         train(config, tmp_path / "run")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
@@ -377,29 +353,29 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
         train(tiny_config(optim={"lr": 1e30, "warmup": 0}, train={"steps": 20}), tmp_path / "run")
 
 
-def test_a_half_written_checkpoint_does_not_count(tmp_path):
+def test_an_incomplete_checkpoint_is_ignored_and_a_damaged_one_is_an_error(tmp_path):
     run = tmp_path / "run"
     train(tiny_config(train={"steps": 2}), run)
     (run / "checkpoints" / ".step-00000009.123").mkdir()
     (run / "checkpoints" / "step-00000008").mkdir()
-    assert list_checkpoints(run)[-1].name == "step-00000002"
+    assert checkpoint_names(run) == ["step-00000002"]
     (run / "checkpoints" / "step-00000002" / "optimizer.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="damaged checkpoint"):
         train(tiny_config(), run, resume=True)
 
 
-def test_auto_resumes_where_there_is_a_checkpoint_and_starts_anew_where_there_is_none(tmp_path):
+def test_auto_resumes_if_there_is_a_checkpoint_and_starts_a_new_run_if_not(tmp_path):
     run = tmp_path / "run"
     first = train(tiny_config(train={"steps": 2}), run, resume="auto")
     again = train(tiny_config(train={"steps": 4}), run, resume="auto")
     assert (first.state.step, again.state.step) == (2, 4)
-    assert [line["step"] for line in metrics(run) if line["event"] == "train"] == [1, 2, 3, 4]
+    assert steps(run) == [1, 2, 3, 4]
     with pytest.raises(UserError, match="resume must be True, False or 'auto', got 'Auto'"):
         train(tiny_config(), run, resume="Auto")
 
 
 def record_draws(monkeypatch):
-    """Numbers of the examples of each step from here on."""
+    """A list that receives the numbers of the examples of each later batch."""
     original, seen = training.flow_step, []
 
     def record(*arguments):
@@ -419,7 +395,7 @@ def test_another_batch_size_on_resume_repeats_and_skips_no_example(tmp_path, mon
     assert [draw for draws in seen for draw in draws] == list(range(12 + 3 * batch * accumulation))
 
 
-def test_a_checkpoint_of_an_earlier_version_counts_with_the_settings_that_it_was_trained_with(tmp_path, monkeypatch):
+def test_a_checkpoint_without_a_count_of_examples_counts_with_the_settings_it_was_trained_with(tmp_path, monkeypatch):
     train(tiny_config(train={"steps": 3, "batch_size": 4}), tmp_path / "run")
     state = list_checkpoints(tmp_path / "run")[-1] / "state.json"
     fields = json.loads(state.read_text())
@@ -443,13 +419,13 @@ def test_tensorboard_shows_no_step_twice_after_a_run_was_killed(tmp_path, monkey
             raise KeyboardInterrupt
         return original(*arguments)
 
-    # Killed in step 2, before there is a checkpoint, and in step 4: the tracker has seen steps 1 and 3.
+    # The run is killed in step 2, before the first checkpoint, and in step 4: the tracker has logged steps 1 and 3.
     for calls in (2, 4):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(training, "flow_step", killed)
             left[:] = range(calls)
             train(config, tmp_path / "run", resume="auto")
-    assert list_checkpoints(tmp_path / "run")[-1].name == "step-00000002"
+    assert checkpoint_names(tmp_path / "run")[-1] == "step-00000002"
     train(config, tmp_path / "run", resume=True)
     shown = EventAccumulator(str(tmp_path / "run" / "flowseg")).Reload()
     assert [event.step for event in shown.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
@@ -457,19 +433,15 @@ def test_tensorboard_shows_no_step_twice_after_a_run_was_killed(tmp_path, monkey
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_leave(tmp_path, number):
+def test_a_signal_ends_the_command_with_a_checkpoint(tmp_path, number):
     config = tiny_config(train={"steps": 100000, "eval_every": 100000, "checkpoint_every": 100000})
     save_config(config, tmp_path / "c.yaml")
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "flowseg", "train", "--config", str(tmp_path / "c.yaml"), "--out", str(run)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 60
-    while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text():
-        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, messages = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "--resume" in messages
+    process = start_command(tmp_path / "output", "train", "--config", tmp_path / "c.yaml", "--out", run)
+    wait_until(lambda: (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text(), process)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number and "--resume" in (tmp_path / "output").read_text()
     step = int(list_checkpoints(run)[-1].name[-8:])
     assert step >= 1
     result = train(tiny_config(train={"steps": step + 1}), run, resume=True)

@@ -1,11 +1,11 @@
-"""Every wrong argument is an error that names it, what was wanted and what came, the same on every backend."""
+"""Every wrong argument is an error that names the argument, what was wanted and what came, the same on every backend."""
 
 import pytest
 import torch
 
 import flowseg_kernels as fk
 
-from .samples import image_batch
+from ..support.samples import image_batch
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_times_outside_the_path_are_named(backend, time, codes150):
             call()
 
 
-def test_bare_centroids_do_not_lose_class_255_unsaid(backend):
+def test_bare_centroids_do_not_silently_ignore_class_255(backend):
     mu = fk.kronecker_centroids(300, 3)
     x, labels = torch.randn(1, 3, 2, 2), torch.full((1, 2, 2), 255)
     with pytest.raises(
@@ -132,7 +132,7 @@ def test_out_dtype_is_checked(codes150, dtype, words):
         fk.nearest_centroid(torch.zeros(1, 3, 1, 1), codes150, out_dtype=dtype)
 
 
-def test_more_channels_than_kernels_take_fall_back_or_say_so():
+def test_more_channels_than_kernels_take_fall_back_or_are_an_error():
     book = fk.Codebook(fk.kronecker_centroids(9, 20))
     labels = torch.randint(0, 9, (1, 4, 5))
     assert torch.equal(book.decode(book.encode(labels)), labels)
@@ -142,3 +142,22 @@ def test_more_channels_than_kernels_take_fall_back_or_say_so():
             pytest.raises(fk.BackendUnavailable, match="at most 16 code channels, these have 20"),
         ):
             book.decode(book.encode(labels))
+
+
+@pytest.mark.parametrize(
+    "change, error, words", [c for c in CASES if not {*c[0]} & {"prediction", "source", "labels", "t", "centroids"}]
+)
+def test_a_flow_loss_module_names_the_argument_when_it_is_made(codes19, change, error, words):
+    with pytest.raises(error, match=words):
+        fk.FlowLoss(codes19, **change)
+
+
+def test_modules_take_the_keywords_of_their_functions_and_no_other(codes19):
+    assert fk.FlowLoss.__init__.__kwdefaults__ == fk.flow_loss.__kwdefaults__
+    assert fk.CentroidDecoder.__init__.__kwdefaults__ == fk.nearest_centroid.__kwdefaults__
+    for module in (fk.FlowLoss, fk.CentroidDecoder):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'weight'"):
+            module(codes19, weight=1.0)
+    with pytest.raises(TypeError, match=r"out_dtype: wanted uint8, int16, int32 or int64; got torch\.float32"):
+        fk.CentroidDecoder(codes19, out_dtype=torch.float32)
+    assert repr(fk.FlowLoss(codes19, max_norm=2.0)).startswith("FlowLoss(\n  max_norm=2.0\n")

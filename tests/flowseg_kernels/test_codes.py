@@ -1,3 +1,5 @@
+"""Sequences of codes, and Codebook without tools around it."""
+
 import copy
 import io
 import math
@@ -8,9 +10,9 @@ import pytest
 import torch
 
 import flowseg_kernels as fk
-from flowseg_kernels.codes import smallest_distance
+from flowseg_kernels.derived import smallest_distance
 
-from .samples import decode_tables
+from ..support.samples import decode_tables
 
 
 def test_kronecker_codes_by_hand():
@@ -81,7 +83,7 @@ def test_words_of_the_grid_name_what_its_lists_do(classes):
     assert torch.equal(word[long], cell[long]) and (records[-1 - cell[long]][:, 3, 3] >= 0).all()
     listed = records[-1 - cell[short]][:, 3]
     assert (groups[-1 - cell[short]] == 1).all() and (listed[:, 3:] < 0).all()
-    # The last of a list is named again where there are fewer than three.
+    # A list with fewer than three classes repeats its last class.
     assert torch.equal(
         named[short].float(), torch.where(listed[:, :3] >= 0, listed[:, :3], listed.amax(1, keepdim=True))
     )
@@ -146,7 +148,7 @@ def test_codes_that_coincide_or_cluster_are_cheap_and_right(backend):
     assert all(v is None or v.numel() < 1 << 24 for v in decode_tables(book.centroids)[:3])
 
 
-def test_codes_that_coincide_are_said_once():
+def test_codes_that_coincide_are_a_warning_once():
     book = fk.Codebook(torch.full((5, 3), 0.1875))
     with pytest.warns(UserWarning, match="two of its codes coincide"):
         assert book.default_eps > 0
@@ -155,7 +157,7 @@ def test_codes_that_coincide_are_said_once():
         assert book.default_eps > 0
 
 
-def test_a_codebook_can_be_made_whatever_backend_is_asked_for():
+def test_a_codebook_can_be_made_inside_any_use_backend_block():
     with fk.use_backend("cuda"):
         assert fk.Codebook(fk.kronecker_centroids(3000, 3), ignore_index=-1).min_distance > 0
 
@@ -173,7 +175,7 @@ def test_encode_marks_ignored_and_takes_every_label_dtype(codes150, backend):
         assert torch.equal(codes[0, :, 0, 0], codes150.centroids[0]) and not codes[0, :, 0, 1].any()
 
 
-def test_an_ignored_class_is_said():
+def test_an_ignored_class_is_a_warning():
     with pytest.warns(UserWarning, match="ignore_index 255 is also one of its 300 classes"):
         fk.Codebook(fk.kronecker_centroids(300, 3))
     with warnings.catch_warnings():

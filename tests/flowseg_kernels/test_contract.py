@@ -1,4 +1,4 @@
-"""What every op owes to PyTorch: opcheck, compilation, autocast, honest derivatives, untouched inputs, bounded memory."""
+"""Every op behaves as PyTorch expects: opcheck, compilation, autocast, errors for missing derivatives, unchanged inputs, memory."""
 
 import copy
 import pickle
@@ -14,8 +14,8 @@ from torch._dynamo.utils import counters
 import flowseg_kernels as fk
 from flowseg_kernels.runtime.backend import OPS
 
+from ..support.samples import image_batch, layouts
 from .ops.test_neural_field import field_inputs
-from .samples import image_batch, layouts
 
 OPS_ON_IMAGES = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
 
@@ -36,7 +36,7 @@ def op_arguments(name, codes, x, source, labels, t):
 
 
 def views(tensor):
-    """Contiguous, permuted, strided and offset views, an expanded one and one without elements."""
+    """Yield (name, view): contiguous, permuted, strided, offset, expanded and empty."""
     yield from layouts(tensor)
     yield "expanded", tensor[:1].expand(tensor.shape)
     yield "zero_size", tensor[:0]
@@ -53,7 +53,7 @@ def test_opcheck(backend, name, dtype, layout, codes19):
     x, source, labels, t = image_batch(codes19.centroids, 2, 4, 5, dtype=dtype)
     x, source, labels = (dict(views(v))[layout] for v in (x, source, labels))
     t = t[: x.shape[0]]
-    # opcheck compares gradients closely between modes, which a sum over an expanded leaf in half precision cannot promise.
+    # opcheck compares gradients between modes with a small tolerance; the sum over an expanded leaf in half precision exceeds it.
     if layout != "expanded" or dtype.itemsize > 2:
         x, source, t = (v.detach().requires_grad_() for v in (x, source, t))
     torch.library.opcheck(getattr(torch.ops.flowseg, name).default, op_arguments(name, codes19, x, source, labels, t))
@@ -85,7 +85,7 @@ def test_opcheck_of_the_field(backend, name, form):
 
 
 def step(x, source, labels, t, codes):
-    """Every differentiable op on pixels, and decoding, in one function."""
+    """All per-pixel ops in one function."""
     xt = fk.flow_interpolate(source, labels, t, codes)
     loss = fk.flow_loss(x * 0.5 + xt, source, labels, t, codes)
     extra = fk.distance_correction(x, labels, codes).square().mean()
@@ -226,7 +226,7 @@ def test_zero_size_inputs_give_empty_or_zero(backend, codes150):
 
 
 def test_backward_uses_the_backend_of_its_forward(codes150, monkeypatch):
-    """Backward runs outside the block and on another thread; it must still run where its forward ran."""
+    """Backward may run outside the block and on another thread. It must use the backend of its forward."""
     if "cpu" not in fk.available_backends("flow_loss"):
         pytest.skip("needs two backends")
     calls = []
@@ -244,7 +244,7 @@ def test_backward_uses_the_backend_of_its_forward(codes150, monkeypatch):
         loss = fk.flow_loss(x, source, labels, t, codes150)
     with fk.use_backend("cpu"):
         loss.backward()
-    # Twice the loss: for the loss itself the C++ residual is the gradient already.
+    # Use twice the loss: for the loss itself the C++ residual is already the gradient, and backward calls no op.
     thread = threading.Thread(target=lambda: (2 * fk.flow_loss(x, source, labels, t, codes150)).backward())
     thread.start()
     thread.join()
@@ -252,7 +252,7 @@ def test_backward_uses_the_backend_of_its_forward(codes150, monkeypatch):
 
 
 def test_no_array_over_classes_on_the_cpu(codes150):
-    """512 x 512, K = 150: one (B, K, H, W) fp32 array is 157 MB; the kernels may not come near it."""
+    """At 512 x 512 and K = 150, one (B, K, H, W) fp32 array takes 157 MB; the kernels must stay far below."""
     script = """
     import resource, torch, flowseg_kernels as fk
     book = fk.Codebook(fk.kronecker_centroids(150, 3))
@@ -268,7 +268,7 @@ def test_no_array_over_classes_on_the_cpu(codes150):
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """
     if "cpu" not in fk.available_backends("flow_loss"):
-        pytest.skip("the reference does hold them")
+        pytest.skip("the reference does allocate such arrays")
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 50_000  # KiB: residual, gradient, source, correction, labels and margin
 

@@ -1,5 +1,7 @@
-"""What only a GPU can show, through the public functions, on both of its backends: CUDA graphs, streams, devices, and sizes beyond
-2^31 elements. The tests of the ops themselves run on a GPU through the `backend` fixture."""
+"""Tests that need a GPU, on both GPU backends: CUDA graphs, streams, devices, and sizes beyond 2^31 elements.
+
+The tests of the ops run on a GPU through the `backend` fixture.
+"""
 
 import functools
 
@@ -10,7 +12,7 @@ import flowseg_kernels as fk
 from flowseg_kernels.runtime.backend import backend_reasons, requested_backend
 
 from ..conftest import REQUIRED, ran
-from .samples import image_batch
+from ..support.samples import image_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
@@ -18,7 +20,7 @@ OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid
 
 @pytest.fixture(params=["triton", "cuda"])
 def gpu(request):
-    """Runs the test inside use_backend(name)."""
+    """Run the test inside use_backend(name)."""
     for op in OPS:
         reason = backend_reasons(op, "cuda")[request.param]
         if reason:
@@ -53,7 +55,7 @@ def run_all(book, x, source, labels, t):
 
 
 def run_field(x, source):
-    """The neural field and the gradients of its input and weights; only Triton has it."""
+    """The neural field and the gradients of its input and weights; empty on CUDA, which has no such kernel."""
     if requested_backend() != "triton":
         return ()
     patch, hidden, blocks, ratio = 8, 16, 2, 2
@@ -61,7 +63,7 @@ def run_field(x, source):
     number = (height // patch) * (width // patch)
     pixels = x[..., :height, :width].detach().requires_grad_()
     count = blocks * 2 * ratio * hidden**2
-    # Of the inputs: what is replayed in a graph must not be drawn anew.
+    # Take the weights from the inputs: a replayed graph must not draw random numbers.
     weights = source.flatten(1).repeat(1, -(-number * count // source[0].numel()))[:, : number * count]
     weights = weights.reshape(-1, number, blocks, count // blocks).detach().requires_grad_()
     fixed = functools.partial(torch.full, device=x.device)
@@ -100,7 +102,7 @@ def test_capture_and_replay_in_a_cuda_graph(gpu):
 
 
 def test_the_current_stream_is_used(gpu):
-    """A stream that is kept busy: work on any other one would read the inputs before they are written."""
+    """Keep a stream busy: work on any other stream would read the inputs before they are written."""
     book, *values = inputs(height=64, width=64)
     want = run_all(book, *values)
     stream = torch.cuda.Stream()
@@ -134,13 +136,13 @@ def test_labels_out_of_range_count_as_ignored(gpu):
 
 
 def skip_without(needed):
-    """needed: bytes of GPU memory that a test's own tensors take."""
+    """Skip the test if the GPU has too little memory for its tensors of `needed` bytes."""
     if torch.cuda.mem_get_info()[0] < 1.3 * needed:
         pytest.skip(f"{needed / 2**30:.0f} GiB of GPU memory are needed")
 
 
 def test_more_than_two_to_the_31_elements(gpu):
-    """Above 2^31 elements in all, so that the last channel lies beyond 32 bits; compared at both ends with a small call."""
+    """More than 2^31 elements, so that offsets in the last channel need 64 bits. Both ends are compared with small calls."""
     rows, columns = 27_000, 27_000  # 3 planes of 729 million
     needed = rows * columns * (3 * 2 * 2 + 2)
     skip_without(needed)
@@ -165,7 +167,7 @@ def test_more_than_two_to_the_31_elements(gpu):
 
 @pytest.mark.parametrize("predicts", ["velocity", "endpoint"])
 def test_loss_and_gradient_beyond_two_to_the_31_elements(gpu, predicts):
-    """The sum without a mean's divisor, so that the gradient of a part is that of a small call; compared at both ends."""
+    """Both ends are compared with small calls. The reduction is a sum: its gradient does not depend on the size of the call."""
     rows, columns = 27_000, 27_000
     # Prediction, source, residual and gradient in bf16, and labels.
     needed = rows * columns * (4 * 3 * 2 + 1)
@@ -193,10 +195,10 @@ def test_loss_and_gradient_beyond_two_to_the_31_elements(gpu, predicts):
 
 @pytest.mark.parametrize("gpu", ["triton"], indirect=True)  # the field has no CUDA kernel
 def test_the_field_beyond_two_to_the_31_elements(gpu):
-    """Pixels and generated weights above 2^31 elements each; output and gradients compared at both ends with small calls."""
+    """Pixels and generated weights have more than 2^31 elements each. Both ends are compared with small calls."""
     rows, columns, patch, hidden = 27_000, 27_000, 8, 16
     patches, count = rows // patch * (columns // patch), 2 * hidden**2
-    # Weights and their gradient, pixels, output, gradient of the output and of the pixels, all in bf16.
+    # In bf16: weights and their gradient; pixels, output, and the gradients of both.
     needed = 2 * (2 * patches * count + 4 * 3 * rows * columns)
     skip_without(needed)
     random = functools.partial(torch.empty, dtype=torch.bfloat16, device="cuda")
@@ -211,7 +213,7 @@ def test_the_field_beyond_two_to_the_31_elements(gpu):
         out = fk.neural_field(*leaves, *shared, patch_size=patch, mlp_ratio=1)
         return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
 
-    line = columns // patch  # patches in a row of them
+    line = columns // patch  # patches per row of patches
     out, of_x, of_weights = run(slice(0, rows), slice(0, patches))
     for part, numbers in ((slice(0, 8), slice(0, line)), (slice(rows - 8, rows), slice(patches - line, patches))):
         assert_same((out[:, :, part], of_x[:, :, part], of_weights[:, numbers]), run(part, numbers))

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..flowseg_kernels.samples import logits_and_slope
+from ..support.samples import logits_and_slope
 
 #: Largest fp32 number, smallest normal one (below it a number loses digits), smallest subnormal one.
 HUGE, TINY, SMALLEST = 3.4028234e38, 1.1754944e-38, 1.5e-45

@@ -9,13 +9,14 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/half.cuh"
 #include "cuda_on_cpu.h"
 #include "ops.h"
 #include "shared/decode_grid.h"
+#include "shared/half.h"
 
 namespace {
 
+using namespace flowseg;
 using namespace flowseg::cuda;
 using flowseg::emu::Fault;
 

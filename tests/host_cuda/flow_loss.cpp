@@ -18,11 +18,11 @@ void emulate_flow_loss(const Array& prediction, const Array& x, const Array& y, 
   a.predicts_endpoint = endpoint;
   a.endpoint_space = endpoint_space;
   a.annealed = annealed;
-  a.mean = reduction == 0;
+  a.mean = reduction == Reduction::mean;
   a.weight = weight;
   a.t_min = t_min;
   a.residual = target(residual);
-  (reduction == 2 ? a.per_pixel : a.loss) = target(loss);
+  (reduction == Reduction::none ? a.per_pixel : a.loss) = target(loss);
   a.count = static_cast<int64_t*>(count.data);
   a.divided = a.residual.data && a.mean && a.prediction.type != Real::f16;
   plan_loss(a, OnCpu{});
@@ -33,8 +33,8 @@ void emulate_flow_loss(const Array& prediction, const Array& x, const Array& y, 
 
 void emulate_flow_loss_bwd(const Array& grad, const Array& residual, const Array& count, int reduction, const Array& out) {
   Scale a{source(residual), grad.data, {}, nullptr, target(out), residual.data == out.data, 0};
-  if (reduction == 0) a.count = static_cast<const int64_t*>(count.data);
-  for (int i = 0; reduction == 2 && i < 3; ++i) a.stride[i] = grad.stride[i];
+  if (reduction == Reduction::mean) a.count = static_cast<const int64_t*>(count.data);
+  for (int i = 0; reduction == Reduction::none && i < 3; ++i) a.stride[i] = grad.stride[i];
   launch_scale(a, OnCpu{});
 }
 

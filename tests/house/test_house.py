@@ -6,7 +6,9 @@ import pathlib
 
 import pytest
 
-from . import closure, prose, surface
+import flowseg_kernels as fk
+
+from . import closure, layers, prose, surface
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGES = ("flowseg", "flowseg_kernels")
@@ -77,3 +79,50 @@ def test_comments_and_docstrings_say_their_subject_first():
 def test_flow_loss_on_all_backends_is_few_files():
     files = closure.files_of("flow_loss")
     assert len(files) <= FILES_OF_FLOW_LOSS, "\n".join(str(f.relative_to(ROOT)) for f in files)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_has_a_layer_and_every_layer_its_modules(package):
+    modules = layers.imports(package)
+    assert not [m for m in modules if layers.entry_of(package, m) is None], "add these modules to tests/house/layers.py"
+    used = {layers.entry_of(package, m) for m in modules}
+    assert not set().union(*layers.LAYERS[package]) - used, "remove these entries from tests/house/layers.py"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_to_lower_layers(package):
+    upward = []
+    for module, targets in layers.imports(package).items():
+        own = layers.entry_of(package, module)
+        for target in targets:
+            entry = layers.entry_of(package, target)
+            if entry != own and not layers.rank_of(package, entry) < layers.rank_of(package, own):
+                upward.append(f"{module} imports {target}")
+    assert not upward
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_modules_do_not_import_each_other_in_a_circle(package):
+    assert not layers.circle(layers.imports(package))
+
+
+def test_the_tests_of_imports_see_a_circle_and_its_way():
+    assert layers.circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+    assert not layers.circle({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def test_flowseg_uses_the_public_names_of_flowseg_kernels_only():
+    for file in sorted((ROOT / "flowseg").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flowseg_kernels"):
+                assert node.module == "flowseg_kernels", f"{file}: imports {node.module}"
+                assert {a.name for a in node.names} <= set(fk.__all__), f"{file}: imports names that are not public"
+            if isinstance(node, ast.Import):
+                assert not [a.name for a in node.names if a.name.startswith("flowseg_kernels.")], (
+                    f"{file}: {ast.unparse(node)}"
+                )
+
+
+def test_flowseg_kernels_does_not_import_flowseg():
+    for file in sorted((ROOT / "flowseg_kernels").rglob("*.py")):
+        assert not [target for target in closure.imports_of(file) if target[0] == "flowseg"], file

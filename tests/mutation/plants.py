@@ -46,7 +46,7 @@ PLANTS = (
     ),
     Plant(
         "int32 index",
-        "csrc/cpu/chunk/blocks.h",
+        "csrc/cpu/pixel/blocks.h",
         (("+ p.image * labels.stride[0];", "+ static_cast<int32_t>(p.image * labels.stride[0]);"),),
         "C++",
         (f"{OPS}/test_offsets.py",),
@@ -96,14 +96,14 @@ PLANTS = (
     ),
     Plant(
         "tie order",
-        "csrc/cpu/chunk/decode.h",
+        "csrc/cpu/pixel/decode.h",
         (("const I closer = d < best[u];", "const I closer = d <= best[u];"),),
         "C++",
         (f"{OPS}/test_nearest_centroid.py", "-k", "ties or one_class"),
     ),
     Plant(
         "lost normalisation",
-        "csrc/cpu/field/chain.h",
+        "csrc/cpu/field/layers.h",
         (
             (
                 "      reciprocal_lengths(second, a.hidden);\n",

@@ -11,7 +11,7 @@ from .environment import ROOT, FreshEnvironment, build
 
 @pytest.fixture(scope="session")
 def sources(tmp_path_factory):
-    """A copy of the tracked files: a build must not see what an earlier one left in the checkout."""
+    """A copy of the tracked files: a build must not see files that an earlier build left in the checkout."""
     folder = tmp_path_factory.mktemp("sources")
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
@@ -25,7 +25,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sdist(sources, tmp_path_factory):
-    """The archive, made in a folder with a space in its name."""
+    """The source distribution, made in a folder with a space in its name."""
     folder = tmp_path_factory.mktemp("sdist") / "a folder"
     shutil.copytree(sources, folder)
     done = subprocess.run(
@@ -41,9 +41,9 @@ def sdist(sources, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def compiled(sdist, tmp_path_factory):
-    """(wheel with the C++ kernels, the fresh environment that it was built for and is installed in).
+    """(wheel with the C++ kernels, the fresh environment that it is installed in).
 
-    It is built as uv and pip build it: in an environment without torch, which has to be found in the active one.
+    The wheel is built as uv and pip build it: in an environment without torch. The build finds torch in the active environment.
     """
     if not shutil.which("g++") and not shutil.which("clang++"):
         pytest.skip("no C++ compiler")

@@ -1,5 +1,6 @@
-"""What the packaging tests share: building as pip does, and environments with nothing but torch in them."""
+"""Helpers of the packaging tests: a build as pip runs it, and environments that contain only torch."""
 
+import importlib
 import importlib.metadata
 import os
 import pathlib
@@ -9,7 +10,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-#: Encodes and decodes labels, which calls one op, and prints the backend that it took.
+#: Encodes and decodes labels, runs one op forward and backward, and prints the op's backend and whether there is a gradient.
 ONE_OP = """
 import torch, flowseg_kernels as fk
 book = fk.Codebook(fk.kronecker_centroids(9))
@@ -21,8 +22,15 @@ print(fk.available_backends("flow_loss")[0], x.grad.abs().sum() > 0)
 """
 
 
+def import_backend(name):
+    """A module of build_backend/."""
+    if str(ROOT / "build_backend") not in sys.path:
+        sys.path.insert(0, str(ROOT / "build_backend"))
+    return importlib.import_module(name)
+
+
 def build(sources, out, *, python=sys.executable, **variables):
-    """`pip wheel` as an installer runs it; returns (completed process, wheel or None)."""
+    """Run `pip wheel` as an installer does. Returns (completed process, wheel or None)."""
     command = [
         sys.executable, "-m", "pip", "--python", python, "wheel", "-v", "--no-deps", "--no-index", "--no-build-isolation",
         "-w", out, sources,
@@ -33,7 +41,7 @@ def build(sources, out, *, python=sys.executable, **variables):
 
 
 def no_compiler(folder):
-    """Variables for a PATH with the build tools but no C++ compiler, no nvcc and no C compiler."""
+    """Environment variables for a build that finds ninja, git and sh, but no C++ compiler, no C compiler and no nvcc."""
     tools = folder / "tools"
     tools.mkdir()
     for name in ("ninja", "git", "sh"):
@@ -44,7 +52,7 @@ def no_compiler(folder):
 
 
 def _required(name, found):
-    """Distributions that `name` needs to run, by name, without Triton, setuptools and optional ones."""
+    """Add the distributions that `name` requires to `found`, without Triton, setuptools and optional requirements."""
     try:
         distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
@@ -57,7 +65,7 @@ def _required(name, found):
 
 
 def link_packages(prefix, packages):
-    """Link distributions of this Python, with what they need, into the site-packages below a prefix; returns that folder."""
+    """Link distributions of this Python and their requirements into the site-packages of `prefix`. Returns that folder."""
     site = prefix / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     site.mkdir(parents=True, exist_ok=True)
     wanted = {}
@@ -71,9 +79,9 @@ def link_packages(prefix, packages):
 
 
 class FreshEnvironment:
-    """A virtual environment that holds torch and what it needs (linked, not copied), setuptools, and no Triton, NumPy or pytest.
+    """A virtual environment with links to torch, its requirements and setuptools, but without Triton, NumPy and pytest.
 
-    packages: what it holds; ("setuptools",) makes the environment that an installer builds in.
+    packages: the distributions to link; ("setuptools",) gives the isolated environment that an installer builds in.
     """
 
     def __init__(self, folder, packages=("torch", "setuptools")):
@@ -83,7 +91,7 @@ class FreshEnvironment:
         self.site = link_packages(folder, packages)
 
     def install(self, path, **variables):
-        """`pip install` of a wheel or source distribution; returns what it printed."""
+        """Install a wheel or a source distribution with pip. Returns pip's output."""
         command = [sys.executable, "-m", "pip", "--python", self.python, "install", "-v", "--no-deps", "--no-index",
                    "--no-build-isolation", path]  # fmt: skip
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, **variables})
@@ -91,11 +99,11 @@ class FreshEnvironment:
         return done.stdout + done.stderr
 
     def run(self, *arguments, **variables):
-        """The output of its Python, away from the checkout."""
+        """The output of this environment's Python, run outside the checkout."""
         return self.process(*arguments, **variables).stdout
 
     def process(self, *arguments, **variables):
-        """Its Python's completed process, away from the checkout."""
+        """The completed process of this environment's Python, run outside the checkout."""
         environment = {**os.environ, **variables}
         environment.pop("PYTHONPATH", None)
         if "FLOWSEG_NOTICE" not in variables:

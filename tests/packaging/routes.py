@@ -1,9 +1,9 @@
 """Ways to install this project: python -m tests.packaging.routes [--list] [--full] [NAME ...]
 
-Each route makes a fresh environment in a temporary folder, installs a copy of this tree there by its commands, and asks a process
-of that environment which backend runs an op. Without names: every route whose tools are here. Most routes try the route, not the
-code, and compile with -O0; --full compiles all of them as users do. The package index is needed. Each result is stored as it comes
-in tests/packaging/routes.json, and the table in docs/results/routes.md. Exit code 1 when a route gave other kernels than it should.
+Each route makes a fresh environment in a temporary folder, installs a copy of this tree into it, and asks its Python which backend
+runs an op. Without names, every route runs if its tools are installed. Most routes test the installation, not the code, and compile
+with -O0; --full compiles all of them as users do. The package index must be reachable. After each route the result is stored in
+tests/packaging/routes.json and the table in docs/results/routes.md. The exit code is 1 if a route gave unexpected kernels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..mutation.__main__ import copy_tree
 from ..sources import last_change
 from .environment import ONE_OP, ROOT, link_packages, no_compiler
 
-#: Not below this tree: its .venv would serve every route.
+#: Outside this tree: otherwise every route would find the tree's .venv.
 FOLDER = pathlib.Path(tempfile.gettempdir()) / "flowseg-routes"
 RECORD = pathlib.Path(__file__).with_name("routes.json")
 PAGE = ROOT / "docs" / "results" / "routes.md"
@@ -48,11 +48,11 @@ FLAGS = "FLOWSEG_CXXFLAGS"
 
 
 class Failed(Exception):
-    """A command of a route ended with an error; the text is the end of what it printed."""
+    """A command of a route failed; the message is the end of its output."""
 
 
 class Place:
-    """One route's folder: a copy of the tree in src/, the target environment in target/, what the commands print in log."""
+    """The folder of one route: a copy of the tree in src/, the target environment in target/, the output of the commands in log."""
 
     def __init__(self, name: str, quick: bool):
         self.folder = FOLDER / name
@@ -61,7 +61,7 @@ class Place:
         copy_tree(self.source)
         hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "CONDA_PREFIX", "PWD", "CXX")
         kept = {k: v for k, v in os.environ.items() if k not in hidden and not k.startswith("FLOWSEG_")}
-        # The tools' own folders stay in PATH, an environment that this process was started from does not.
+        # PATH keeps the folders of tools, but not the environment that this process was started from.
         path = [p for p in os.environ["PATH"].split(os.pathsep) if p and not (pathlib.Path(p) / "activate").exists()]
         for tool in ("uv", "pyproject-build"):
             if shutil.which(tool):
@@ -79,7 +79,7 @@ class Place:
         return str(self.target / "bin" / "python")
 
     def run(self, *command: str | os.PathLike, **variables: str) -> str:
-        """What a command printed, in src/. Raises Failed."""
+        """Run a command in src/ and return its output. Raises Failed."""
         begin = time.monotonic()
         program = shutil.which(command[0], path=variables.get("PATH", self.variables["PATH"])) or command[0]
         done = subprocess.run(
@@ -95,7 +95,7 @@ class Place:
         return done.stdout
 
     def make(self, *, torch: bool = True, options: tuple[str, ...] = (), python: str = sys.executable) -> None:
-        """The target environment with its Python's pip, and this process's torch linked in."""
+        """Make the target environment, with the pip of its Python and a link to this process's torch."""
         self.run(python, "-m", "venv", *options, self.target)
         if torch:
             link_packages(self.target, ("torch",))
@@ -109,7 +109,7 @@ class Place:
         return self.run(self.python, "-m", "pip", "install", "-v", *arguments, **variables)
 
     def command(self) -> str:
-        """The command by which the installed package says that its kernels are compiled."""
+        """The command for compiling the kernels that the installed package prints."""
         code = "from flowseg_kernels.info import report; print(report())"
         info = self.run(self.python, "-c", f"import sys; sys.path.remove(''); {code}")
         return re.search(r"C\+\+ kernels: not loaded: .* compile them with: (.*)", info)[1]
@@ -119,7 +119,7 @@ class Place:
         return {"VIRTUAL_ENV": str(self.target), "PATH": path}
 
     def base(self) -> str:
-        """A Python of its own, not an environment, that this process's torch is linked into: linked from this one's files."""
+        """A separate Python that is not a virtual environment: links to the files of this one, and to this process's torch."""
         base = self.folder / "base"
         shutil.copytree(
             sys.base_prefix, base, copy_function=linked, symlinks=True, ignore=shutil.ignore_patterns("test")
@@ -138,7 +138,14 @@ def linked(source: str, to: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """name: on the command line; shown: its commands, for the table; gives: the backend; tools: programs that it needs."""
+    """One way to install.
+
+    name:  on the command line
+    shown: the commands, for the table
+    gives: the backend that must run the op afterwards
+    tools: programs that must be installed
+    quick: compile with -O0
+    """
 
     name: str
     shown: str
@@ -334,7 +341,7 @@ def _(place: Place) -> None:
 
 
 def outcome(place: Place) -> dict:
-    """What the installation is, as its own Python tells it."""
+    """Facts about the installation, printed by its own Python."""
     show = (
         "import json, flowseg_kernels.runtime.extension as e; "
         "print(json.dumps([e.CPU.facts(), e.CUDA.facts(), e.CPU.build_record()]))"
@@ -360,7 +367,7 @@ def outcome(place: Place) -> dict:
         "torch": f"{cpu['torch']} of {owner[1] if owner else '?'}" if cpu else "",
         "cuda": cuda.get("architectures", ""),
         "build": record.get("build", ""),
-        # The Pythons that were asked are this machine's.
+        # The list of Pythons depends on this machine.
         "said": re.sub(r"asked: [^)]*", "asked: …", text.partition("flowseg-kernels: ")[2]),
     }
     for path, name in {place.target: "TARGET", place.folder: "…", FOLDER: "…"}.items():
@@ -399,7 +406,11 @@ def run(known: Route, full: bool) -> dict:
     result |= {"seconds": round(place.seconds), "quick": place.quick, "date": datetime.date.today().isoformat()}
     result["commit"] = last_change(*SOURCES)
     if result["backend"] == known.gives:
-        for part in (place.target, place.source, place.folder / "base"):  # the log stays, and all of a failed one
+        for part in (
+            place.target,
+            place.source,
+            place.folder / "base",
+        ):  # keeps the log, and everything of a failed route
             shutil.rmtree(part, ignore_errors=True)
     return result
 

@@ -1,7 +1,7 @@
-"""`python -m tests.packaging.shim torch-2.10.0-….whl`: the C functions of the stable ABI that a torch wheel declares and exports.
+"""Lists the C functions of the stable ABI that a torch wheel declares and exports: python -m tests.packaging.shim WHEEL
 
-Of the wheel for macOS, which is small and whose libraries spell every name out: pip download --no-deps --only-binary=:all:
---platform macosx_11_0_arm64 --python-version 3.11 torch==2.10.0. Functions of CUDA are taken as declared.
+Use the wheel for macOS, which is small and has every name in full in its libraries: pip download --no-deps --only-binary=:all:
+--platform macosx_11_0_arm64 --python-version 3.11 torch==2.10.0. The functions of CUDA are listed if they are declared.
 """
 
 import re

@@ -1,6 +1,5 @@
-"""What the build says and leaves out when something is missing or asked for in vain."""
+"""Builds in which something is missing or FLOWSEG_BUILD asks for the impossible: what is left out, and the messages."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -8,13 +7,12 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from unittest import mock
 
 import pytest
 
-from .environment import ROOT, build, no_compiler
+from .environment import build, import_backend, no_compiler
 
-#: Where setuptools collects what goes into a wheel; it keeps what an earlier build left there.
+#: The folder in which setuptools collects the files of a wheel. Files of an earlier build stay there.
 BUILD_LIB = f"build/lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}/flowseg_kernels/lib"
 
 
@@ -31,8 +29,8 @@ def test_kernels_of_an_earlier_build_are_not_packed(sources, tmp_path):
         assert not [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".so")]
 
 
-def test_nothing_compiled_on_request_removes_the_kernels_of_an_earlier_build_in_place(sources, tmp_path):
-    """What an editable installation and `setup.py build_ext --inplace` do: the old library would be loaded from there."""
+def test_a_build_without_kernels_removes_the_kernels_of_an_earlier_build_in_place(sources, tmp_path):
+    """An editable installation and `setup.py build_ext --inplace` build in the source tree, from which a library is loaded."""
     folder = tmp_path / "sources"
     shutil.copytree(sources, folder)
     lib = folder / "flowseg_kernels" / "lib"
@@ -47,20 +45,17 @@ def test_nothing_compiled_on_request_removes_the_kernels_of_an_earlier_build_in_
     assert json.loads((lib / "build.json").read_text()) == {"build": "none", "left_out": {}}
 
 
-def test_what_the_compilers_print_is_shown_as_it_comes(tmp_path, monkeypatch):
-    """`pip -v` shows the progress of a build that takes minutes; the stand-in for ninja waits until its first line was seen."""
-    spec = importlib.util.spec_from_file_location("flowseg_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    with mock.patch("setuptools.setup"):
-        spec.loader.exec_module(setup)
+def test_the_output_of_the_compilers_is_shown_while_they_run(tmp_path, monkeypatch):
+    """`pip -v` shows the progress of a build that takes minutes. The fake ninja waits until its first line was seen."""
+    libraries = import_backend("flowseg_libraries")
     ninja = tmp_path / "ninja"
     wait = f"for i in $(seq 600); do [ -e {tmp_path}/seen ] && echo '[2/2] C++ b.o' && exit 0; sleep 0.05; done; exit 1"
     ninja.write_text(f"#!/bin/sh\necho '[1/2] C++ a.o'\n{wait}\n")
     ninja.chmod(0o755)
-    monkeypatch.setattr(setup, "find_ninja", lambda: str(ninja))
+    monkeypatch.setattr(libraries, "find_ninja", lambda: str(ninja))
     shown = []
     show = lambda line: (shown.append(line), (tmp_path / "seen").touch())  # noqa: E731
-    setup.compile_library(tmp_path / "lib.so", tmp_path / "work", lambda target: "", 1, show)
+    libraries.compile_library(tmp_path / "lib.so", tmp_path / "work", "", 1, show)
     assert shown == ["[1/2] C++ a.o", "[2/2] C++ b.o"]
 
 
@@ -77,7 +72,7 @@ def test_asking_for_kernels_without_a_compiler_is_an_error(sources, tmp_path):
     assert "FLOWSEG_BUILD=cpu: no C++ compiler was found" in done.stdout + done.stderr
 
 
-def test_an_unknown_build_mode_says_what_is_wrong(sources, tmp_path):
+def test_an_unknown_build_mode_is_an_error(sources, tmp_path):
     done, wheel = build(sources, tmp_path / "out", FLOWSEG_BUILD="gpu")
     assert done.returncode and wheel is None
     assert "wanted auto, cpu, cuda or none; got 'gpu'" in done.stdout + done.stderr
@@ -90,20 +85,16 @@ def test_asking_for_cuda_kernels_without_a_compiler_is_an_error(sources, tmp_pat
 
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
-@pytest.mark.parametrize("entry, words", [("9.0", ""), ("newest", "TORCH_CUDA_ARCH_LIST: wanted entries such as 9.0")])
-def test_architectures_to_compile_for(monkeypatch, tmp_path, entry, words):
-    code = "import sys; sys.argv = ['setup.py', '--name']; import setup; print(setup.code_flags(setup.find_nvcc()))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TORCH_CUDA_ARCH_LIST": entry},
-    )
-    assert words in done.stderr and (bool(words) or done.stdout.endswith("-gencode=arch=compute_90,code=sm_90\n"))
+def test_architectures_to_compile_for(monkeypatch):
+    libraries = import_backend("flowseg_libraries")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert libraries.architecture_flags(libraries.find_nvcc()) == "-gencode=arch=compute_90,code=sm_90"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "newest")
+    with pytest.raises(libraries.Unbuildable, match=r"TORCH_CUDA_ARCH_LIST: wanted entries such as 9\.0"):
+        libraries.architecture_flags(libraries.find_nvcc())
 
 
-def test_nothing_compiled_on_request_gives_a_wheel_for_every_platform(sources, tmp_path):
+def test_a_build_without_kernels_gives_a_wheel_for_every_platform(sources, tmp_path):
     _, wheel = build(sources, tmp_path / "out", FLOWSEG_BUILD="none")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()

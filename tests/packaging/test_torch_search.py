@@ -1,4 +1,4 @@
-"""Which torch the build compiles against, and which GPU architectures, with stand-ins for interpreters and tools."""
+"""The choice of torch, of GPU architectures and of the number of compilers, with fake interpreters and tools."""
 
 import importlib.util
 import json
@@ -8,20 +8,19 @@ import sys
 
 import pytest
 
-from .environment import ROOT
+from .environment import import_backend
 
-sys.path.insert(0, str(ROOT / "build_backend"))
-import flowseg_architectures
-import flowseg_jobs
-import flowseg_torch
+flowseg_architectures = import_backend("flowseg_architectures")
+flowseg_jobs = import_backend("flowseg_jobs")
+flowseg_torch = import_backend("flowseg_torch")
 
 
 def interpreter(folder, version="2.13.0", **facts):
-    """A program that answers as a Python with this torch does; without a version, as one that has none."""
+    """A program that prints what a Python with this torch would print; version None: a Python without torch."""
     folder.mkdir(parents=True)
     program = folder / "python"
     answer = json.dumps({"version": version, "folder": "FOLDER", "cuda": None} | facts) if version else ""
-    # Its folder is PYTHONPATH where that is set: what the interpreter was given.
+    # If PYTHONPATH is set, torch's folder is its value: the tests see which PYTHONPATH the interpreter got.
     before, _, after = answer.partition("FOLDER")
     program.write_text(
         f"""#!/bin/sh\nprintf '%s%s%s' '{before}' "${{PYTHONPATH:-/torch}}" '{after}'\n""" if answer else "#!/bin/sh\n"
@@ -32,7 +31,7 @@ def interpreter(folder, version="2.13.0", **facts):
 
 @pytest.fixture
 def isolated(monkeypatch, tmp_path):
-    """A build in an environment of its own, started by a process that is no Python, with nothing around it."""
+    """A build in an isolated environment, without other environments around it, started by a process that is not Python."""
     monkeypatch.setattr(flowseg_torch, "_of_this_process", lambda: None)
     monkeypatch.setattr(os, "getppid", lambda: 1 << 30)
     monkeypatch.setattr(sys, "executable", str(interpreter(tmp_path / "isolated", version=None)))
@@ -47,20 +46,20 @@ def isolated(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("variable", ["VIRTUAL_ENV", "CONDA_PREFIX", "UV_PROJECT_ENVIRONMENT"])
-def test_the_torch_of_the_active_environment_serves(isolated, monkeypatch, variable):
+def test_the_torch_of_the_active_environment_is_used(isolated, monkeypatch, variable):
     program = interpreter(isolated / "active" / "bin", version="2.11.0+cu130", cuda="13.0")
     monkeypatch.setenv(variable, str(isolated / "active"))
     found = flowseg_torch.find_torch()
     assert (found.version, found.cuda, found.owner) == ("2.11.0+cu130", "13.0", str(program))
 
 
-def test_the_torch_of_an_environment_in_the_callers_folder_or_above_serves(isolated):
+def test_the_torch_of_an_environment_in_the_callers_folder_or_above_is_used(isolated):
     program = interpreter(isolated / "work" / ".venv" / "bin")
     assert flowseg_torch.find_torch().owner == str(program)
 
 
-def test_the_torch_of_a_later_python_of_path_serves(isolated, monkeypatch):
-    """The installer's environment stands first in PATH and has none."""
+def test_the_torch_of_a_later_python_of_path_is_used(isolated, monkeypatch):
+    """The first Python of PATH is that of the isolated environment, which has no torch."""
     program = interpreter(isolated / "active" / "bin")
     monkeypatch.setenv("PATH", f"{isolated / 'isolated'}:{program.parent}")
     assert flowseg_torch.find_torch().owner == str(program)
@@ -69,19 +68,19 @@ def test_the_torch_of_a_later_python_of_path_serves(isolated, monkeypatch):
 def test_the_active_environment_in_path_comes_before_one_in_the_callers_folder(isolated, monkeypatch):
     program, other = interpreter(isolated / "active" / "bin"), interpreter(isolated / "work" / ".venv" / "bin")
     monkeypatch.setenv("PATH", f"{isolated / 'isolated'}:{program.parent}")
-    assert flowseg_torch.find_torch().owner == str(other), "it is any Python of PATH"
+    assert flowseg_torch.find_torch().owner == str(other), "a folder of PATH without pyvenv.cfg is not an environment"
     (isolated / "active" / "pyvenv.cfg").touch()
     assert flowseg_torch.find_torch().owner == str(program)
 
 
-def test_the_torch_of_the_base_python_serves(isolated):
+def test_the_torch_of_the_base_python_is_used(isolated):
     program = interpreter(isolated / "base" / "bin")
     assert flowseg_torch.find_torch().owner == str(program)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells about other processes")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has /proc")
 @pytest.mark.parametrize("words", [("--python", "{}"), ("--python={}",), ("-p", "{}/bin/python")])
-def test_the_torch_of_the_python_that_the_installer_was_told_serves(isolated, monkeypatch, words):
+def test_the_torch_of_the_python_that_the_installer_was_told_is_used(isolated, monkeypatch, words):
     program = interpreter(isolated / "target" / "bin")
     arguments = [word.format(isolated / "target") for word in words]
     command = [sys._base_executable, "-c", "print(flush=True); input()", "pip", "install", *arguments]
@@ -116,7 +115,7 @@ def test_without_any_torch_the_reason_names_where_it_was_looked_for(isolated, mo
 
 
 def test_a_torch_of_the_build_itself_comes_first(monkeypatch):
-    """Without isolation it is the one that the library will meet; it is never passed over for another."""
+    """Without isolation the library will be loaded into this torch, so no other torch is even looked for."""
     monkeypatch.setattr(flowseg_torch, "interpreters", lambda: pytest.fail("another was asked"))
     assert flowseg_torch.find_torch().folder == flowseg_torch.Path(importlib.util.find_spec("torch").origin).parent
 
@@ -125,7 +124,7 @@ KNOWN = "compute_75\ncompute_80\ncompute_86\ncompute_89\ncompute_90\ncompute_100
 
 
 def flags(monkeypatch, asked, known=KNOWN, gpus=()):
-    """(what nvcc would compile, such as "sm_90 compute_90"; the lines that were said)."""
+    """Return (what nvcc would compile, such as "sm_90 compute_90"; the printed lines)."""
     if asked is None:
         monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     else:
@@ -165,12 +164,12 @@ def test_lists_of_architectures_that_other_projects_use_are_understood(monkeypat
         ("9.0+PTXX", "got '9.0.PTXX'"),
     ],
 )  # fmt: skip
-def test_a_list_that_leaves_nothing_is_an_error_that_says_so(monkeypatch, asked, words):
+def test_a_list_without_a_usable_architecture_is_an_error(monkeypatch, asked, words):
     with pytest.raises(flowseg_torch.Unbuildable, match=words):
         flags(monkeypatch, asked)
 
 
-def test_without_a_list_the_gpus_here_are_compiled_for_else_all(monkeypatch):
+def test_without_a_list_the_architectures_are_those_of_the_gpus_here_or_the_default(monkeypatch):
     assert flags(monkeypatch, None) == ("sm_80 sm_90 compute_90", [])
     assert flags(monkeypatch, "native", gpus=["8.9+PTX"]) == ("sm_89 compute_89", [])
     assert flags(monkeypatch, None, gpus=["8.6+PTX", "9.0+PTX"]) == ("sm_86 compute_86 sm_90 compute_90", [])
@@ -178,7 +177,7 @@ def test_without_a_list_the_gpus_here_are_compiled_for_else_all(monkeypatch):
     assert old_nvcc == ("sm_80", ["architectures: left out 9.0 (this nvcc does not know it)"])
 
 
-def test_gpus_are_asked_of_the_driver_and_old_ones_do_not_count(monkeypatch, tmp_path):
+def test_the_driver_lists_the_gpus_and_old_ones_do_not_count(monkeypatch, tmp_path):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\nprintf '9.0\\n6.1\\n9.0\\n[N/A]\\n'\n")
     tool.chmod(0o755)
@@ -188,7 +187,7 @@ def test_gpus_are_asked_of_the_driver_and_old_ones_do_not_count(monkeypatch, tmp
     assert flowseg_architectures.of_gpus() == []
 
 
-def test_compilers_at_once_follow_cores_memory_and_the_containers_limits(monkeypatch, tmp_path):
+def test_the_number_of_compilers_follows_cores_memory_and_the_limits_of_the_container(monkeypatch, tmp_path):
     monkeypatch.delenv("MAX_JOBS", raising=False)
     monkeypatch.setattr(flowseg_jobs, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)

@@ -1,7 +1,7 @@
 """The C++ kernels under a sanitizer: python -m tests.sanitize address | undefined | thread | all
 
-Builds the library with it, sees that it finds a fault planted for it, and runs the ops' tests on it. Writes a line of
-docs/results/sanitizers.md. Exit code 1 for a finding, or for a fault that was not found.
+Builds the library with the sanitizer, checks that the sanitizer finds a fault planted for it, runs the tests of the ops, and writes
+a line of docs/results/sanitizers.md. The exit code is 1 for a finding, or if the planted fault was not found.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ FOLDER = ROOT / "build" / "sanitize"
 RESULTS = ROOT / "docs" / "results" / "sanitizers.md"
 HEAD = """# Sanitizers
 
-`python -m tests.sanitize all`: the C++ kernels, compiled with each sanitizer, under the ops' tests and the short run of random
-calls. First each must find a fault planted for it, and none where none is.
+`python -m tests.sanitize all` compiles the C++ kernels with each sanitizer, and runs the tests of the ops and a short run of random
+calls. Before that, each sanitizer must find a fault that was planted for it, and must find nothing in a run without a fault.
 
 | sanitizer | planted fault, found | tests passed | findings | commit | g++ |
 |---|---|---|---|---|---|
@@ -34,14 +34,14 @@ FLAGS = {
     "undefined": "-fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all",
     "thread": "-fsanitize=thread -DFLOWSEG_OWN_THREADS",
 }
-#: What each says of the fault planted for it.
+#: The words in each one's message about the fault planted for it.
 WORDS = {"address": "heap-buffer-overflow", "undefined": "misaligned address", "thread": "data race"}
 PRELOADED = {"address": "libasan.so", "thread": "libtsan.so"}
 OPTIONS = {
-    # Python does not free everything at its end.
+    # No check for leaks: Python does not free everything at exit.
     "ASAN_OPTIONS": "detect_leaks=0:exitcode=66:detect_stack_use_after_return=0",
     "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=66",
-    # Only the kernels are compiled for it; what they hand to libraries that are not is none of its business.
+    # Only the kernels are instrumented: accesses by other libraries are ignored.
     "TSAN_OPTIONS": "exitcode=66:ignore_noninstrumented_modules=1:halt_on_error=1:report_signal_unsafe=0",
 }
 TESTS = ["tests/flowseg_kernels/ops", "tests/fuzz", "-k", "cpu and not ten_million and not vanish"]
@@ -69,15 +69,15 @@ def library_path(name: str) -> str:
 
 
 def prepared(name: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of this Python with the sanitizer's runtime in it.
+    """The command and the environment for this Python with the sanitizer's runtime.
 
-    It runs without address randomisation, as older runtimes do not know newer layouts.
+    Without address randomisation: older runtimes do not support newer memory layouts.
     """
     environment = {**os.environ, **OPTIONS, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["FLOWSEG_TEST_LIBRARY"] = str(FOLDER / name / "libflowseg_cpu.so")
     if name in PRELOADED:
-        # With the C++ library behind it: Python brings none, and the runtime ends the process at the first exception that any
-        # extension module throws if it did not find __cxa_throw when it started.
+        # libstdc++ is preloaded too. Python does not load it, and a runtime that does not find __cxa_throw at its start ends the
+        # process at the first exception that an extension module throws.
         environment["LD_PRELOAD"] = " ".join(map(library_path, (PRELOADED[name], "libstdc++.so.6")))
     no_random = ["setarch", "-R"] if shutil.which("setarch") else []
     return [*no_random, sys.executable, *arguments], environment
@@ -99,17 +99,17 @@ def check(name: str) -> bool:
         return False
     harmless = run(name, "-c", PLANT, str(library), "none")
     if harmless.returncode:
-        print(f"{name}: it finds a fault where none is\n{harmless.stderr[-3000:]}")
+        print(f"{name}: it finds a fault in a run without one\n{harmless.stderr[-3000:]}")
         return False
     print(f"{name}: built in {built:.0f} s; the planted fault was found ({WORDS[name]})", flush=True)
-    # Not the files' capture: what a sanitizer says when it ends the process would be lost with it.
+    # --capture=sys: pytest's default capture would lose the message of a sanitizer that ends the process.
     tested = run(name, "-m", "pytest", "-x", "--capture=sys", "-p", "tests.native", "-p", "no:cacheprovider", *TESTS)
     summary = (tested.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
     print(f"{name}: {summary}; {time.monotonic() - start:.0f} s in all", flush=True)
     if tested.returncode:
         print(tested.stdout[-6000:] + tested.stderr[-6000:])
     passed = re.search(r"(\d+) passed", summary)
-    # A finding ends the run, and so does a test that fails.
+    # Both a finding and a failing test end the run.
     found = f"**stopped: {summary}**" if tested.returncode else "0"
     store(name, f"| {name} | {WORDS[name]} | {passed[1] if passed else 0} | {found} | {described()} |")
     return tested.returncode == 0
@@ -121,7 +121,7 @@ def described() -> str:
 
 
 def store(name: str, row: str) -> None:
-    """One row of the page anew; a run of one sanitizer leaves those of the others."""
+    """Replace the row of one sanitizer in the page."""
     old = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     rows = {kind: line for kind in FLAGS for line in old if line.startswith(f"| {kind} |")} | {name: row}
     RESULTS.write_text(HEAD + "".join(f"{rows[kind]}\n" for kind in FLAGS if kind in rows))

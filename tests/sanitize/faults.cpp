@@ -1,16 +1,16 @@
-// Linked into a sanitized library. With FLOWSEG_OWN_THREADS the kernels' loops run on threads whose every step ThreadSanitizer sees:
-// it knows nothing of OpenMP's barriers, and would take what they order for races.
+// Linked into the library that a sanitizer checks. With FLOWSEG_OWN_THREADS the parallel loops run on plain threads: ThreadSanitizer
+// does not know the barriers of OpenMP, and would report races between accesses that they order.
 #include <cstdint>
 #include <cstring>
 #include <thread>
 #include <vector>
 
-#include "cpu/torch_arguments.h"
+#include "cpu/launch.h"
 
 #if defined(FLOWSEG_OWN_THREADS)
 extern "C" {
 
-// What torch::stable::parallel_for and get_num_threads call; linked with -Bsymbolic, these come before libtorch's.
+// The functions that torch::stable::parallel_for and get_num_threads call. The linker flag -Bsymbolic prefers them to libtorch's.
 AOTITorchError torch_get_num_threads(uint32_t* threads) {
   *threads = 3;
   return AOTI_TORCH_SUCCESS;
@@ -29,8 +29,8 @@ AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t, ParallelF
 }  // extern "C"
 #endif
 
-// Makes a real kernel do what the named sanitizer is to find: an image one pixel wider than its memory, labels at an odd address, a
-// chunk that two threads compute.
+// Makes a real kernel do something that the named sanitizer must find: read an image that is one pixel wider than its memory, read
+// labels at an odd address, or compute the same chunk in two threads.
 extern "C" __attribute__((visibility("default"))) int flowseg_planted_fault(const char* name) {
   using namespace flowseg;
   using namespace flowseg::cpu;
@@ -42,13 +42,17 @@ extern "C" __attribute__((visibility("default"))) int flowseg_planted_fault(cons
   const double time = 0.5;
   int64_t first_bad = INT64_MAX;
   const char* at = reinterpret_cast<const char*>(labels.data()) + odd;
-  const Interpolate a{{source.data(), Real::f32, 1, 3, 1, kWidth, {3 * have, have, have, 1}},
-                      {at, Integer::i32, {kWidth, kWidth, 1}, 255, &first_bad},
-                      &time,
-                      {mu.data(), 2, 3, 1.0},
-                      {out.data(), Real::f32}};
-  torch::stable::parallel_for(0, twice ? 2 : 1, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernels().interpolate(a, 0);
+  const Interpolate a{
+      .source = {source.data(), Real::f32, 1, 3, 1, kWidth, {3 * have, have, have, 1}},
+      .labels = {{at, Integer::i32, {kWidth, kWidth, 1}, 255}, &first_bad},
+      .times = &time,
+      .codes = {.data = mu.data(), .classes = 2, .padded = 3, .max_abs = 1.0},
+      .out = {.data = out.data(), .type = Real::f32},
+  };
+  with_kernels([&](auto kernels) {
+    torch::stable::parallel_for(0, twice ? 2 : 1, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) kernels.interpolate(a, 0);
+    });
   });
   return wide || odd || twice;
 }

@@ -26,8 +26,8 @@ OLDEST, HEADERS = "2.10.0", "2.11.0"  # HEADERS: the torch that the CUDA kernels
 OWN = f"{sys.version_info.major}.{sys.version_info.minor}"
 MINUTES = 20
 BUILD_CUDA = (
-    "import sys, pathlib; sys.argv = ['setup.py', '--name']; import setup; out = pathlib.Path({!r}); "
-    "setup.build_cuda(out, pathlib.Path('build/cuda').resolve(), True)"
+    "import sys, pathlib; sys.path.insert(0, 'build_backend'); import flowseg_libraries; out = pathlib.Path({!r}); "
+    "flowseg_libraries.build_cuda(out, pathlib.Path('build/cuda').resolve(), True)"
 )
 
 

@@ -1,50 +1,42 @@
-// The neural field, compiled once for each instruction set; with AVX512-BF16 only for products of bf16 pairs.
-#include "backward.h"
-
-#if defined(__AVX512BF16__)
-#define FLOWSEG_FIELD_ISA avx512bf16
-#else
-#define FLOWSEG_FIELD_ISA FLOWSEG_ISA
-#endif
+// The neural field, compiled once per instruction set.
+#include "cpu/field/backward.h"
 
 namespace flowseg::cpu {
 namespace {
 
 #if defined(__AVX512BF16__)
-using Operands = Pair;
+using Operands = Bf16Pairs;
 #else
-using Operands = Single;
+using Operands = Floats;
 #endif
 
-int64_t scratch(const Field& a, bool backward) {
+}  // namespace
+
+template <>
+int64_t FieldKernels<kIsa>::scratch(const Field& a, bool backward) {
   Arena arena(nullptr);
   if (backward) {
-    Backward<Operands>(FieldBackward{a, {}, {}, {}}, arena);
+    Backward<Operands>(FieldBackward{.field = a, .grad = {}, .grad_x = {}, .grad_weights = {}}, arena);
   } else {
-    Chain<Operands>(a, false, arena);
+    Layers<Operands>(a, false, arena);
   }
   return arena.used();
 }
 
-void forward(const Field& a, int64_t begin, int64_t end, float* memory) {
+template <>
+void FieldKernels<kIsa>::forward(const Field& a, int64_t begin, int64_t end, float* memory) {
   Arena arena(memory);
-  Chain<Operands> chain(a, false, arena);
-  for (int64_t patch = begin; patch < end; ++patch) chain.forward(patch);
+  Layers<Operands> layers(a, false, arena);
+  for (int64_t patch = begin; patch < end; ++patch) layers.forward(patch);
 }
 
-void backward(const FieldBackward& b, int64_t begin, int64_t end, float* memory, float* sums) {
+template <>
+void FieldKernels<kIsa>::backward(const FieldBackward& b, int64_t begin, int64_t end, float* memory, float* sums) {
   Arena arena(memory);
   Backward<Operands> backward(b, arena);
   backward.clear();
   for (int64_t patch = begin; patch < end; ++patch) backward.patch(patch);
   backward.finish(sums);
 }
-
-}  // namespace
-
-namespace FLOWSEG_FIELD_ISA {
-extern const FieldKernels field_kernels;
-const FieldKernels field_kernels{scratch, forward, backward};
-}  // namespace FLOWSEG_FIELD_ISA
 
 }  // namespace flowseg::cpu

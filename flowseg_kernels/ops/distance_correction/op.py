@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ...derived import eps_of, label_of
+from ...runtime.checks import unpack
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
-from ...runtime.scalars import unpack
-from ..arguments import eps_of, label_of
 from . import reference
 
 _KERNEL = (

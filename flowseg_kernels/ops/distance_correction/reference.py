@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.checks import check_code_values
-from ..common import compute_dtype, squared_distances, valid_mask
+from ..shared.formulas import compute_dtype, squared_distances, valid_mask
 
 __all__ = ["TRANSFORMS", "distance_correction", "potential"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...derived import label_of
 from ...runtime.backend import requested_backend
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from ...runtime.transforms import call
-from ..arguments import label_of
 from . import reference
 
 _FORWARD = "flow_interpolate(Tensor source, Tensor labels, Tensor t, Tensor centroids, {}int ignore_index) -> Tensor"

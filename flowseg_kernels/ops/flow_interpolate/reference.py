@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...runtime.checks import check_code_values, check_time_values
-from ..common import compute_dtype, encode_labels, valid_mask
+from ..shared.formulas import compute_dtype, encode_labels, valid_mask
 
 __all__ = ["flow_interpolate", "flow_interpolate_bwd"]
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...runtime.checks import check_code_values, check_time_values
-from ..common import compute_dtype, encode_labels, valid_mask
 from ..distance_correction.reference import distance_correction
+from ..shared.formulas import compute_dtype, encode_labels, valid_mask
 
 __all__ = ["KINDS", "REDUCTIONS", "SCHEDULES", "flow_loss", "flow_loss_bwd"]
 

@@ -24,9 +24,9 @@ from ...runtime.triton_forms import (
     two_floats,
     variant,
 )
-from ..common import compute_dtype
 from ..distance_correction.triton_kernels import correct, correction_arguments, launch
 from ..flow_interpolate.triton_kernels import block_of
+from ..shared.formulas import compute_dtype
 from ..triton_pixels import (
     block_of_program,
     gather_codes,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...decode_grid import grid_of
+from ...derived import label_of
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
-from ..arguments import grid_of, label_of
-from ..common import compute_dtype
+from ..shared.formulas import compute_dtype
 from . import reference
 
 _KERNEL = (

@@ -23,7 +23,7 @@ from ...runtime.triton_forms import (
     over_blocks,
     variant,
 )
-from ..common import compute_dtype
+from ..shared.formulas import compute_dtype
 from ..triton_pixels import any_nan, block_of_program, load_code, load_pixels, load_row, squared_norm, subtract
 
 __all__ = ["block_of", "decode", "grid_arguments", "nearest_centroid", "options_of", "variants"]

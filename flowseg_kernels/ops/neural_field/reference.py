@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..common import compute_dtype
+from ..shared.formulas import compute_dtype
 
 __all__ = [
     "FORMS",

@@ -57,7 +57,7 @@ class Settings(NamedTuple):
 
 #: By kernel, 16-bit operands or not, Hx above 64 or not. Chosen so that nothing spills on sm_80, 90, 100 and 120 but, on sm_80 and
 #: 120, up to 256 bytes of "backward" in 16 bits with Hx above 64, outside its inner loops: every other setting tried spilled too.
-#: tests/flowseg_kernels/static/test_field_forms.py holds it; the figures are in docs/notes/performance.md.
+#: tests/flowseg_kernels/static/test_field_forms.py holds it; the figures are in docs/notes/static_counts.md.
 _SETTINGS = {
     ("forward", True, False): Settings(64, 64, 4, 2),
     ("forward", True, True): Settings(64, 32, 8, 1),

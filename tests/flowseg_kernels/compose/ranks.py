@@ -1,4 +1,4 @@
-"""Two processes that meet and run the same function, each with its rank."""
+"""Run one function in two processes, each with its rank."""
 
 import os
 import pathlib
@@ -16,10 +16,10 @@ needs_gloo = pytest.mark.skipif(
 
 
 def run_two(module: str, folder: pathlib.Path) -> None:
-    """Call `run_rank(rank, meeting)` of a module in two processes; `meeting` is a file in `folder` that both open.
+    """Call `run_rank(rank, meeting)` of a module in two processes. `meeting` is the file for init_process_group, in `folder`.
 
     Raises:
-        AssertionError: with the end of what they said, if one of them failed.
+        AssertionError: if a process failed, with the end of both stderr.
     """
     code = f"import sys; from {module} import run_rank; run_rank(int(sys.argv[1]), sys.argv[2])"
     ranks = [
@@ -30,8 +30,8 @@ def run_two(module: str, folder: pathlib.Path) -> None:
         for rank in range(2)
     ]  # fmt: skip
     try:
-        said = [rank.communicate(timeout=300)[1] for rank in ranks]
+        stderr = [rank.communicate(timeout=300)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said[0][-3000:] + said[1][-3000:]
+    assert [rank.returncode for rank in ranks] == [0, 0], stderr[0][-3000:] + stderr[1][-3000:]

@@ -1,4 +1,4 @@
-"""Modules that call every op, for the tests of composition."""
+"""A module that calls every op, its inputs, and a recorder of op calls."""
 
 import torch
 
@@ -8,7 +8,7 @@ OPS = ("flow_interpolate", "flow_loss", "distance_correction", "nearest_centroid
 
 
 class EveryOp(torch.nn.Module):
-    """Labels to codes and back through a field: all six ops in one forward."""
+    """All six ops in one forward, with a neural field as the network."""
 
     def __init__(self, codes, patch_size=4, patch_chunk=None):
         super().__init__()
@@ -39,7 +39,7 @@ def batch(codes, images=2, height=8, width=12):
 
 
 def called(monkeypatch, names=OPS):
-    """A list that receives the name of each op that runs, on any backend."""
+    """A list to which each op call adds the op's name, on any backend."""
     from flowseg_kernels.runtime.backend import OPS as TABLE
 
     calls = []

@@ -1,4 +1,4 @@
-"""Activation checkpointing and hooks on saved tensors: the ops give the same numbers, and backward reads each tensor once."""
+"""Activation checkpointing and hooks on saved tensors: the results are the same, and backward reads each saved tensor once."""
 
 import pytest
 import torch
@@ -31,8 +31,8 @@ def test_checkpointed_step_gives_the_same_gradients(backend, codes19, reentrant,
         assert torch.equal(a, b)
 
 
-def test_recomputation_after_the_block_is_right_too(codes19, patch_chunk):
-    """Backward, and with it the second forward, may run after a block: on the automatic backend, to rounding the same."""
+def test_recomputation_outside_of_the_block_gives_the_same_gradients(codes19, patch_chunk):
+    """Backward and the second forward may run after the block, on the automatic backend: the same up to rounding."""
     if "cpu" not in fk.available_backends("flow_loss"):
         pytest.skip("needs two backends")
     step = EveryOp(codes19, patch_chunk=patch_chunk)
@@ -45,7 +45,7 @@ def test_recomputation_after_the_block_is_right_too(codes19, patch_chunk):
 
 
 def test_selective_checkpointing_keeps_what_it_is_told(codes19, monkeypatch, patch_chunk):
-    """The dear op's result is kept and the cheap ones run again."""
+    """The result of the expensive op is saved, and the cheap ops run again."""
     kept = {torch.ops.flowseg.neural_field.default}
 
     def policy(context, op, *args, **kwargs):
@@ -70,7 +70,7 @@ def test_selective_checkpointing_keeps_what_it_is_told(codes19, monkeypatch, pat
 
 
 class ReadOnce:
-    """A saved tensor that, like one that non-reentrant checkpointing keeps, may be read once."""
+    """A saved tensor that may be read once only, as under non-reentrant checkpointing."""
 
     def __init__(self, tensor):
         self.tensor = tensor
@@ -87,7 +87,7 @@ def once_only():
 
 @pytest.mark.parametrize("hooks", [once_only, torch.autograd.graph.save_on_cpu], ids=["once", "save_on_cpu"])
 def test_hooks_on_saved_tensors(backend, codes19, patch_chunk, hooks):
-    """Also compares the gradients of the time and the source, which flow_interpolate's backward gives."""
+    """The compared gradients include those of time and source, from the backward of flow_interpolate."""
     step = EveryOp(codes19, patch_chunk=patch_chunk)
     source, labels, t = batch(codes19)
     wanted = [source.requires_grad_(), t.requires_grad_(), *step.parameters()]

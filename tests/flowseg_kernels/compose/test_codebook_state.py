@@ -1,4 +1,4 @@
-"""Whatever a tool does to a codebook's tensors, decoding follows the codes it holds then, or an error names the cause."""
+"""After any change of a codebook's tensors, decoding uses the new codes, or an error names the cause."""
 
 import copy
 import io
@@ -25,7 +25,7 @@ def points():
 
 
 def make(codes=CODES, ignore=-1):
-    """A network with a loss and a decoder on one codebook."""
+    """A network with a loss and a decoder that share a codebook."""
     book = fk.Codebook(codes, ignore_index=ignore)
     model = torch.nn.Module()
     model.net = torch.nn.Conv2d(3, 3, 1)
@@ -34,7 +34,7 @@ def make(codes=CODES, ignore=-1):
 
 
 def check(model, codes, ignore=-1):
-    """The model decodes, scores and learns as one that was made with these codes."""
+    """Check that the model decodes, counts and computes losses like a model made with these codes."""
     book = model.decode.codebook
     x = points()
     with fk.use_backend("reference"):
@@ -89,26 +89,26 @@ def loaded_after_meta(model, tmp_path):
 
 
 def written(write):
-    """A door through which the other codes and the other label are written into the buffers."""
+    """A change that writes the other codes and the other label into the buffers with `write`."""
 
-    def through(model, tmp_path):
+    def change(model, tmp_path):
         book = model.decode.codebook
         write(book.centroids, OTHER)
         write(book.ignored, torch.tensor(-7))
 
-    return through
+    return change
 
 
 def replaced(model, tmp_path):
     model.decode.codebook.centroids, model.decode.codebook.ignored = OTHER.clone(), torch.tensor(-7)
 
 
-def in_wider_numbers(model, tmp_path):
+def replaced_by_wider_dtypes(model, tmp_path):
     model.decode.codebook.centroids = OTHER.double()
     model.decode.codebook.ignored = torch.tensor(-7.0)
 
 
-#: Doors through which other codes come in.
+#: Changes after which the model has the other codes and the other label.
 CHANGES = {
     "state_dict in place": loaded_in_place,
     "distributed checkpoint": loaded_by_checkpoint,
@@ -120,15 +120,15 @@ CHANGES = {
     "numpy": written(lambda buffer, value: buffer.numpy().__setitem__(..., value.numpy())),
     "set_data": written(lambda buffer, value: setattr(buffer, "data", value.clone())),
     "setattr": replaced,
-    "setattr, wider": in_wider_numbers,
+    "setattr, wider": replaced_by_wider_dtypes,
 }
 
 
-@pytest.mark.parametrize("door", CHANGES)
-def test_decoding_follows_codes_that_come_in(door, tmp_path):
+@pytest.mark.parametrize("change", CHANGES)
+def test_decoding_uses_new_codes_after_each_kind_of_change(change, tmp_path):
     model = make()
     check(model, CODES)
-    CHANGES[door](model, tmp_path)
+    CHANGES[change](model, tmp_path)
     check(model, OTHER, -7)
 
 
@@ -140,7 +140,7 @@ def averaged(model, tmp_path):
 
 
 def moving_average(model, tmp_path):
-    """As callbacks do: over every tensor of the state that is floating."""
+    """Average every floating tensor of the state, as callbacks of training frameworks do."""
     mean = copy.deepcopy(model)
     for own, new in zip(mean.state_dict().values(), model.state_dict().values()):
         if own.is_floating_point():
@@ -148,17 +148,17 @@ def moving_average(model, tmp_path):
     return mean
 
 
-def without_memory(model, tmp_path):
+def moved_through_meta(model, tmp_path):
     return model.to("meta").to_empty(device="cpu")
 
 
-def whole_in_a_file(model, tmp_path):
+def saved_as_a_module(model, tmp_path):
     torch.save(model, tmp_path / "model.pt")
     return torch.load(tmp_path / "model.pt", weights_only=False)
 
 
 def through_transformers(dtype):
-    def through(model, tmp_path):
+    def keep(model, tmp_path):
         from transformers import PretrainedConfig, PreTrainedModel
 
         class Model(PreTrainedModel):
@@ -174,11 +174,11 @@ def through_transformers(dtype):
         given.save_pretrained(tmp_path)
         return Model.from_pretrained(tmp_path, dtype=dtype).inner
 
-    return through
+    return keep
 
 
 def offloaded(how):
-    def through(model, tmp_path):
+    def keep(model, tmp_path):
         import accelerate
 
         decoder = torch.nn.Sequential(model.decode)
@@ -188,24 +188,24 @@ def offloaded(how):
             accelerate.disk_offload(decoder, tmp_path, execution_device=torch.device("cpu"), offload_buffers=True)
         else:
             accelerate.dispatch_model(decoder, {"": "cpu"}, main_device="cpu", offload_buffers=True, force_hooks=True)
-        # Outside of a call the tensors are away.
+        # Outside of a call the tensors are offloaded.
         assert how == "dispatch" or model.decode.codebook.centroids.is_meta
         return decoder
 
-    return through
+    return keep
 
 
 def cast(**how):
     return lambda model, tmp_path: model.to(**how)
 
 
-#: Doors behind which the codes are what they were, within the tool's own rounding.
+#: Operations after which the model still has its codes.
 KEEPERS = {
     "AveragedModel": averaged,
     "moving average": moving_average,
     "deepcopy": lambda model, tmp_path: copy.deepcopy(model),
     "pickle": lambda model, tmp_path: pickle.loads(pickle.dumps(model)),
-    "torch.save": whole_in_a_file,
+    "torch.save": saved_as_a_module,
     "share_memory": lambda model, tmp_path: model.share_memory(),
     "half": lambda model, tmp_path: model.half(),
     "bfloat16": lambda model, tmp_path: model.bfloat16(),
@@ -215,21 +215,21 @@ KEEPERS = {
     "type bfloat16": lambda model, tmp_path: model.type(torch.bfloat16),
     "type int64": lambda model, tmp_path: model.decode.codebook.type(torch.int64) and model,
     "to_empty": lambda model, tmp_path: model.to_empty(device="cpu"),
-    "meta, to_empty": without_memory,
+    "meta, to_empty": moved_through_meta,
     "from_pretrained": through_transformers(torch.float32),
     "from_pretrained bfloat16": through_transformers(torch.bfloat16),
 }
 
 
-@pytest.mark.parametrize("door", KEEPERS)
+@pytest.mark.parametrize("operation", KEEPERS)
 @pytest.mark.parametrize("codes", [CODES, OTHER], ids=["made", "loaded"])
-def test_decoding_is_unharmed_by_tools_that_move_copy_cast_and_average(door, codes, tmp_path):
-    if codes is OTHER and door == "from_pretrained bfloat16":
-        pytest.skip("the file's codes are cast while they are read, and the model was made with others")
+def test_moving_copying_casting_and_averaging_keep_the_codes(operation, codes, tmp_path):
+    if codes is OTHER and operation == "from_pretrained bfloat16":
+        pytest.skip("from_pretrained casts the file's codes while it reads them, and the new model has other codes")
     model = make()
     if codes is OTHER:
         model.load_state_dict(make(OTHER).state_dict())
-    check(KEEPERS[door](model, tmp_path), codes)
+    check(KEEPERS[operation](model, tmp_path), codes)
 
 
 @pytest.mark.parametrize("how", ["cpu", "disk", "dispatch"])
@@ -243,8 +243,8 @@ def test_decoding_with_offloaded_tensors(how, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_cast_around_the_module_loses_nothing(dtype):
-    """As FSDP1 casts buffers, by their .data."""
+def test_a_cast_that_bypasses_the_module_keeps_the_codes(dtype):
+    """FSDP1 casts buffers by their .data."""
     model = make()
     model.load_state_dict(make(OTHER).state_dict())
     book = model.decode.codebook
@@ -256,9 +256,9 @@ def test_a_cast_around_the_module_loses_nothing(dtype):
 
 
 def ema_of_everything(decay):
-    """AveragedModel with a decay: it averages whole numbers too, and cuts them off."""
+    """AveragedModel with a decay, which also averages integers and truncates them."""
 
-    def through(model, tmp_path):
+    def average(model, tmp_path):
         from torch.optim.swa_utils import get_ema_multi_avg_fn
 
         mean = AveragedModel(model, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(decay))
@@ -266,18 +266,18 @@ def ema_of_everything(decay):
             mean.update_parameters(model)
         return mean.module
 
-    return through
+    return average
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.95, 0.999, 0.9999])
 @pytest.mark.parametrize("label", [254, -7, 21, 1000, 65535])
-def test_averages_leave_the_ignored_label(decay, label):
+def test_averages_keep_the_ignored_label(decay, label):
     mean = ema_of_everything(decay)(make(ignore=label), None)
     check(mean, mean.decode.codebook.centroids, label)
     assert torch.equal(mean.decode.codebook.centroids, CODES)
 
 
-def test_codes_that_change_at_each_step_are_searched_and_then_get_their_grid():
+def test_codes_that_change_at_each_step_decode_right_with_and_without_a_grid():
     book = make().decode.codebook
     for _ in range(3):
         book.centroids.data.mul_(0.99)
@@ -315,13 +315,13 @@ def test_garbage_is_an_error_that_names_the_codebook(kind, backend):
 
 @pytest.mark.parametrize("value", [0.0, 1e30, -3.5])
 def test_any_finite_codes_are_codes(value, backend):
-    """After a fill all codes coincide: the first is the nearest."""
+    """After a fill all codes coincide, and the tie goes to the first."""
     model = make()
     model.decode.codebook.centroids.fill_(value)
     assert not model.decode(points()).any()
 
 
-def test_tensors_that_hold_nothing_are_named():
+def test_tensors_without_values_are_named():
     book = make().decode.codebook
     book.centroids = book.centroids.to("meta")
     with pytest.raises(ValueError, match="codebook: wanted its centroids to hold values; got a meta tensor"):
@@ -356,8 +356,8 @@ def test_a_label_in_a_file_that_is_no_whole_number_is_refused(value):
     check(model, CODES)
 
 
-def test_states_of_the_earlier_form_load():
-    """The label as int64."""
+def test_states_of_an_earlier_version_load():
+    """They have the label as int64."""
     state = make(OTHER, -7).state_dict()
     state = {k: v.long() if k.endswith("ignored") else v for k, v in state.items()}
     for assign in (False, True):
@@ -372,7 +372,7 @@ def test_a_cast_buffer_is_saved_with_its_exact_codes():
     assert torch.equal(model.state_dict()["decode.codebook.centroids"], CODES)
 
 
-def test_threads_with_codes_of_their_own():
+def test_threads_with_different_codes():
     import concurrent.futures
 
     def work(seed):
@@ -387,14 +387,14 @@ def test_threads_with_codes_of_their_own():
         list(pool.map(work, range(12)))
 
 
-def test_a_whole_model_is_read_without_memory(tmp_path):
+def test_a_pickled_model_loads_to_the_meta_device(tmp_path):
     torch.save(make(), tmp_path / "model.pt")
     model = torch.load(tmp_path / "model.pt", map_location="meta", weights_only=False)
     model.to_empty(device="cpu").load_state_dict(make().state_dict())
     check(model, CODES)
 
 
-def test_a_state_that_is_no_codebook_is_refused_and_nothing_changes():
+def test_an_invalid_state_is_refused_and_changes_nothing():
     model, state = make(), make().state_dict()
     state["decode.codebook.centroids"] = torch.full((40, 3), torch.nan)
     with pytest.raises(RuntimeError, match=r"decode\.codebook\.centroids: wanted finite values; got NaN"):
@@ -402,7 +402,7 @@ def test_a_state_that_is_no_codebook_is_refused_and_nothing_changes():
     check(model, CODES)
 
 
-def test_the_grid_that_is_shown_is_a_copy():
+def test_the_grid_attribute_is_a_copy():
     book = make().decode.codebook
     want = book.decode(points())
     for table in (*book.grid[:3], book._cells, book._records, book._groups):
@@ -438,17 +438,17 @@ def test_compiled_code_follows_the_codes():
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for door in ("copy_", ".data", "state_dict in place"):
+        for change in ("copy_", ".data", "state_dict in place"):
             for got, want in zip(compiled(x, labels, t), step(x, labels, t)):
                 torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-            CHANGES[door](model, None)
+            CHANGES[change](model, None)
             loss, decoded, _ = compiled(x, labels, t)
             torch.testing.assert_close(loss, make(OTHER, -7).loss(x, x.flip(3), labels, t), rtol=1e-6, atol=0)
             assert torch.equal(decoded, fk.nearest_centroid(x, OTHER))
             model.load_state_dict(make().state_dict())
 
 
-def test_an_exported_program_holds_nothing_but_the_codes(tmp_path):
+def test_an_exported_program_contains_only_the_codes(tmp_path):
     exported = torch.export.export(make().decode, (points(),))
     assert {v.shape for v in exported.state_dict.values()} == {(40, 3), ()}
     file = io.BytesIO()
@@ -459,8 +459,8 @@ def test_an_exported_program_holds_nothing_but_the_codes(tmp_path):
     assert torch.equal(program(points()), fk.nearest_centroid(points(), OTHER))
 
 
-def test_values_elsewhere_are_read_once_for_each_version():
-    """What a GPU does, shown with a CPU's tensors: no read while nothing was written, and one after each write."""
+def test_values_on_other_devices_are_read_once_per_version():
+    """CPU tensors stand for GPU tensors: there is one read after each write, and no other read."""
     from flowseg_kernels import derived
 
     reads = []
@@ -476,7 +476,7 @@ def test_values_elsewhere_are_read_once_for_each_version():
     codes[0, 0] = 5
     assert derived._once_per_version(codes, read) == derived._once_per_version(codes, read) == 5
     assert len(reads) == 2
-    # Other memory is never taken for it, although its owner is gone.
+    # A new tensor is never confused with an earlier one whose memory was freed.
     for value in range(100):
         fresh = torch.full((4, 3), float(value))
         assert derived._once_per_version(fresh, read) == 12 * value
@@ -485,7 +485,7 @@ def test_values_elsewhere_are_read_once_for_each_version():
 
 
 def run_rank(rank, meeting):
-    """The second process made other codes and another label: broadcasts give it the first one's."""
+    """Rank 1 starts with other codes and another label; the broadcasts of DDP and FSDP give it those of rank 0."""
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, StateDictType
 
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)

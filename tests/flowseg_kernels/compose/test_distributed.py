@@ -1,4 +1,4 @@
-"""DDP and FSDP in two processes give the losses and gradients of one process on the whole batch.
+"""DDP and FSDP in two processes give the losses and parameters of one process on the whole batch.
 
 FSDP shards the whole module, each linear layer and norm, or each block of the decoder.
 """
@@ -31,7 +31,7 @@ def build(codes, patch_chunk=None):
 
 
 def sharded(step, kind):
-    """FSDP2 on parts of the decoder, then on everything else."""
+    """Apply FSDP2 to parts of the decoder, then to the whole step."""
     mesh = init_device_mesh("cpu", (2,))
     layers = (torch.nn.Linear, torch.nn.RMSNorm)
     parts = {
@@ -45,7 +45,7 @@ def sharded(step, kind):
 
 
 def trained(step, loss_of, steps=2):
-    """Losses of a few steps of plain descent, then the parameters."""
+    """Train for a few steps of plain gradient descent and return the losses."""
     optimizer = torch.optim.SGD(step.parameters(), lr=1e-3)
     losses = []
     for _ in range(steps):
@@ -58,7 +58,7 @@ def trained(step, loss_of, steps=2):
 
 
 def run_rank(rank, meeting):
-    """One of two processes: trains on its half of the batch and compares with one process on all of it."""
+    """Train on this rank's half of the batch and compare with training on the whole batch."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     codes = fk.Codebook(fk.kronecker_centroids(19))
     whole = inputs(codes)
@@ -77,9 +77,9 @@ def run_rank(rank, meeting):
             )
         else:
             wrapped = sharded(step, kind)
-            here, all_of = (sum(f(p) for p in step.parameters()) for f in (lambda p: p.to_local().numel(), torch.numel))
-            assert here < 0.6 * all_of
-        # Both average gradients over processes, and the loss is a sum over pixels.
+            local, total = (sum(f(p) for p in step.parameters()) for f in (lambda p: p.to_local().numel(), torch.numel))
+            assert local < 0.6 * total
+        # DDP and FSDP average gradients over processes, but the loss is a sum over pixels.
         losses = trained(wrapped, lambda wrapped=wrapped: wrapped(*half)[0] * 2)
         for got, expected in zip(losses, want):
             dist.all_reduce(got)

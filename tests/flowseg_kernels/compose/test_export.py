@@ -1,4 +1,4 @@
-"""torch.export with dynamic shapes, AOTInductor on the CPU, sizes that are known only at run time, fake tensors of every device."""
+"""torch.export with dynamic shapes, AOTInductor on the CPU, sizes known only at run time, fake tensors on every device."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import flowseg_kernels as fk
 
 from .steps import OPS, EveryOp, batch, called
 
-#: What neural_field takes beside two images of 8 x 12 pixels in patches of 4 x 4.
+#: Shapes of neural_field's arguments after x, for two images of 8 x 12 pixels in patches of 4 x 4.
 _FIELD = ((2, 6, 1, 256), (8, 7), (8,), (1, 8), (8,), (3, 8), (3,))
 
 
@@ -24,7 +24,7 @@ def test_export_takes_any_sizes_and_keeps_every_op(step, codes19):
     exported = torch.export.export(step, batch(codes19), dynamic_shapes=shapes)
     names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert all(f"flowseg.{op}.default" in names for op in OPS)
-    # What it is made of runs anywhere: no op is of one backend.
+    # The program runs anywhere: it contains no op of one backend.
     assert not [name for name in names if name.startswith(("flowseg_cpu", "flowseg_cuda"))]
     for sizes in ((2, 8, 12), (3, 16, 8), (5, 20, 24)):
         inputs = batch(codes19, *sizes)
@@ -41,12 +41,12 @@ def test_an_exported_program_survives_its_file(codes19, tmp_path, patch_chunk):
 
 
 def test_aot_inductor_packages_and_calls_every_op(step, codes19, tmp_path, monkeypatch):
-    """A step compiled without Python around it: its ops are found by name when flowseg_kernels is imported."""
+    """The compiled step runs without Python code; importing flowseg_kernels registers the ops that it calls by name."""
     images = torch.export.Dim("images", min=1, max=64)
     shapes = {"source": {0: images}, "labels": {0: images}, "t": {0: images}}
     with torch.no_grad():
         exported = torch.export.export(step, batch(codes19), dynamic_shapes=shapes)
-        # Compiled once and run twice: most of the time is the compiler's.
+        # Little optimisation: the program runs twice, and compiling takes most of the time.
         quick = {"aot_inductor.precompile_headers": False, "aot_inductor.compile_wrapper_opt_level": "O0"}
         package = torch._inductor.aoti_compile_and_package(
             exported, package_path=str(tmp_path / "step.pt2"), inductor_configs=quick
@@ -62,7 +62,7 @@ def test_aot_inductor_packages_and_calls_every_op(step, codes19, tmp_path, monke
             for value, want in zip(got, (loss, correction, decoded, margin)):
                 assert value.shape == want.shape and value.dtype == want.dtype
             torch.testing.assert_close(got[0], loss, rtol=1e-4, atol=0)
-            # Rounding of the network may move a pixel from one code to another.
+            # The network's rounding differs, so a pixel may decode to another code.
             same = got[2] == decoded
             assert same.float().mean() > 0.99
             torch.testing.assert_close(got[3][same], margin[same], rtol=1e-3, atol=1e-4)
@@ -89,7 +89,7 @@ def test_number_of_images_known_only_at_run_time(codes19):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
 def test_shapes_and_dtypes_without_data_on_every_device(device, codes19):
-    """As tracing for another machine sees them: no op may ask for values, a driver or a backend."""
+    """Tracing for another machine sees tensors without data. No op may need values, a driver or a backend."""
     with FakeTensorMode():
         x = torch.empty(2, 3, 8, 12, device=device, dtype=torch.bfloat16)
         labels, t = torch.empty(2, 8, 12, dtype=torch.uint8, device=device), torch.empty(2, device=device)
@@ -111,7 +111,7 @@ def test_shapes_and_dtypes_without_data_on_every_device(device, codes19):
 
 
 def test_autocast_for_cuda_casts_the_field_only():
-    """With fake tensors, as there is no GPU: the rules are registered for its dispatch key."""
+    """Fake tensors need no GPU: the autocast rules are registered for the CUDA dispatch key."""
     with FakeTensorMode():
 
         def empty(*shape, dtype=torch.float32):
@@ -137,7 +137,7 @@ def test_autocast_for_cuda_casts_the_field_only():
 
 
 def test_backend_blocks_around_and_inside_compiled_code(codes19, monkeypatch):
-    """Around a compiled function a block needs no new compilation; inside one it ends the graph and still holds."""
+    """A block around a compiled function causes no recompilation. A block inside breaks the graph and still applies."""
     source, _, _ = batch(codes19)
 
     def decode(x):

@@ -1,4 +1,4 @@
-"""Numbers that change between calls: Python numbers, NumPy's and tensors of one element, eager and compiled, never stale."""
+"""Numbers that change between calls are never stale: Python and NumPy numbers and tensors of one element, eager and compiled."""
 
 import numpy as np
 import pytest
@@ -40,14 +40,14 @@ def test_compiled_code_uses_the_number_of_each_call(name, dynamic, codes19):
     compiled = torch.compile(function, dynamic=dynamic, fullgraph=True, backend="aot_eager")
     for k in range(1, 12):
         torch.testing.assert_close(compiled(k / 7), function(k / 7), rtol=1e-5, atol=1e-6)
-    # Once for the first number, once for the default weight of 1, and once for all others.
+    # One graph for the first number, one for the default weight of 1, and one for all others.
     assert counters["stats"]["unique_graphs"] <= 3
 
 
-def test_compiled_to_machine_code_too(codes19):
+def test_code_compiled_by_inductor_uses_the_number_of_each_call(codes19):
     function = programs(codes19)["a weight beside a product"]
     torch._dynamo.reset()
-    # One graph for all numbers.
+    # dynamic=True: one graph for all numbers.
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
     for k in (1, 3, 5):
         torch.testing.assert_close(compiled(k / 7), function(k / 7), rtol=1e-5, atol=1e-6)
@@ -97,13 +97,13 @@ def test_every_kind_of_number_is_a_number(backend, kind, codes19):
         (np.complex64(1), TypeError, "wanted a number"),
     ],
 )
-def test_what_is_no_number_is_named(name, value, error, words, codes19):
+def test_a_wrong_number_is_named(name, value, error, words, codes19):
     x, source, labels, t = inputs(codes19)
     with pytest.raises(error, match=f"^{name}: {words}"):
         fk.flow_loss(x, source, labels, t, codes19, **{name: value})
 
 
-def test_a_number_for_each_example_of_vmap(codes19):
+def test_vmap_takes_a_number_per_example(codes19):
     x, source, labels, t = inputs(codes19)
     weights = torch.tensor([0.2, 0.9])
 
@@ -140,7 +140,7 @@ def test_a_module_with_a_number_of_numpy_compiles(codes19):
     torch.testing.assert_close(compiled(x, source, labels, t), module(x, source, labels, t))
 
 
-def test_whole_numbers_of_numpy(backend, codes19):
+def test_numpy_integers_are_integers(backend, codes19):
     x, source, labels, t = inputs(codes19)
     book = fk.Codebook(codes19.centroids, ignore_index=np.int64(-1))
     assert book.ignore_index == -1 and type(book.ignore_index) is int
@@ -153,7 +153,7 @@ def test_whole_numbers_of_numpy(backend, codes19):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_times_beyond_the_ends_by_rounding(backend, dtype, codes19):
-    """As linspace and sums of steps give them; farther out they are an error."""
+    """linspace and sums of steps give such times. Farther out they are an error."""
     x, source, labels, _ = inputs(codes19)
     eps = torch.finfo(dtype).eps
     near = torch.tensor([1 + eps, -eps], dtype=dtype)

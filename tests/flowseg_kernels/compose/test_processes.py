@@ -1,4 +1,4 @@
-"""Threads, forked and spawned processes, and objects that travel between them."""
+"""Threads, forked and spawned processes, and objects that are copied between them."""
 
 import concurrent.futures
 import copy
@@ -14,7 +14,7 @@ from .steps import EveryOp, batch
 
 
 class Decoded(torch.utils.data.Dataset):
-    """Examples whose workers encode and decode labels: ops run in the child process."""
+    """A data set that calls ops in the worker process: it encodes and decodes labels."""
 
     def __init__(self, codes):
         self.codes = codes
@@ -36,7 +36,9 @@ def test_workers_of_a_data_loader_call_ops(codes19, method):
     data, threads, seen = Decoded(codes19), torch.get_num_threads(), 0
     torch.set_num_threads(2)
     try:
-        wanted = [data[i] for i in range(8)]  # images of two chunks: the parent has run its own threads before it forks
+        wanted = [
+            data[i] for i in range(8)
+        ]  # large enough for two threads: the parent's thread pool runs before it forks
         loader = torch.utils.data.DataLoader(
             data, batch_size=4, num_workers=2, multiprocessing_context=method, timeout=120
         )
@@ -50,8 +52,8 @@ def test_workers_of_a_data_loader_call_ops(codes19, method):
     assert seen == 8
 
 
-def test_threads_have_each_their_backend_and_the_same_numbers(codes19, patch_chunk):
-    """A block holds in its own thread only; steps of several threads at once do not disturb each other."""
+def test_each_thread_has_its_own_backend_and_the_same_results(codes19, patch_chunk):
+    """A use_backend block applies to its own thread only, and concurrent steps do not disturb each other."""
     source, labels, t = batch(codes19, 2, 32, 48)
     step = EveryOp(codes19, patch_chunk=patch_chunk and 24)
     names = fk.available_backends("flow_loss")
@@ -76,8 +78,8 @@ def test_threads_have_each_their_backend_and_the_same_numbers(codes19, patch_chu
 
 
 @pytest.mark.parametrize("sequence, ignore", [("sqrt_primes", 255), ("r_sequence", -1)])
-def test_codebooks_and_modules_are_copied_whole(sequence, ignore):
-    """By pickle, by deepcopy, through a file and by state_dict: codes, decode grid and ignored label."""
+def test_codebooks_and_modules_survive_pickle_copies_and_state_dicts(sequence, ignore):
+    """Codes, decode grid and ignored label after pickle, deepcopy and load_state_dict."""
     book = fk.Codebook(fk.kronecker_centroids(40, sequence=sequence), ignore_index=ignore)
     loaded = fk.Codebook(fk.kronecker_centroids(3))
     loaded.load_state_dict(book.state_dict())

@@ -1,4 +1,4 @@
-"""torch.func: grad, vjp, jacrev and vmap of every op are those of torch.autograd and of a loop; the rest is an error by name."""
+"""torch.func: grad, vjp and jacrev equal torch.autograd, vmap equals a loop; any other transform is an error that names the op."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def predictions(codes, count=4):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_grad_and_vjp_are_those_of_autograd(backend, codes19, reduction):
+def test_grad_and_vjp_equal_autograd(backend, codes19, reduction):
     x, source, labels, t = (v[0] for v in predictions(codes19))
 
     def loss(x):
@@ -52,7 +52,7 @@ def test_vmap_of_every_per_pixel_op_is_a_loop(backend, codes19):
     looped = [each(*(v[i] for v in inputs)) for i in range(4)]
     for got, want in zip(vmap(each)(*inputs), zip(*looped)):
         assert torch.equal(got, torch.stack(want))
-    # Labels and times shared by all, images along another dimension, results along another one.
+    # Share labels and times, and batch the images along another dimension.
     x, source, labels, t = inputs
     got = vmap(each, in_dims=(2, 2, None, None), out_dims=0)(x.movedim(0, 2), source.movedim(0, 2), labels[0], t[0])
     for a, want in zip(got, zip(*(each(x[i], source[i], labels[0], t[0]) for i in range(4)))):
@@ -60,7 +60,7 @@ def test_vmap_of_every_per_pixel_op_is_a_loop(backend, codes19):
 
 
 def test_gradients_of_each_example(backend, codes19, patch_chunk):
-    """vmap of grad over a network's parameters, as for gradient statistics or privacy, and grad of vmap."""
+    """vmap of grad over a network's parameters, as for gradient statistics or differential privacy, and grad of vmap."""
     step = EveryOp(codes19, patch_chunk=patch_chunk)
     parameters = dict(step.named_parameters())
     _, source, labels, t = predictions(codes19)
@@ -96,7 +96,7 @@ def test_the_correction_is_a_target_inside_grad_too(codes19):
 
 
 def test_compiled_transforms_are_right_or_an_error(codes19):
-    """torch.compile takes the transform apart and calls the op without our rule: it must say so, not give zeros."""
+    """torch.compile decomposes the transform and calls the op without our Function. That must be an error, not zero gradients."""
     x, source, labels, t = (v[0] for v in predictions(codes19))
 
     def loss(x):

@@ -1,6 +1,6 @@
-"""Layers of the decoder that other tools wrapped, hooked, replaced or reparametrised: the decoder calls what stands there.
+"""The decoder with layers that are wrapped, hooked, replaced or reparametrised: the result is that of calling every layer.
 
-The right value is always `algebra`: the decoder's formula, written here once more with a module call for every layer.
+The expected value comes from `algebra`, which computes the decoder's formula with a module call per layer.
 """
 
 import pytest
@@ -28,7 +28,7 @@ PATCH = 4
 
 
 def build(seed=0, **options):
-    """A decoder of 2 images of 8 x 8 pixels, 4 patches each; and its inputs."""
+    """A decoder and its inputs: 2 images of 8 x 8 pixels with 4 patches each."""
     torch.manual_seed(seed)
     decoder = fk.NeuralFieldDecoder(6, hidden=8, depth=2, patch_size=PATCH, max_freqs=2, **options)
     for parameter in decoder.parameters():
@@ -37,7 +37,7 @@ def build(seed=0, **options):
 
 
 def algebra(decoder, x, s):
-    """decoder(x, s) of the residual form, with a call of every layer."""
+    """decoder(x, s) in the residual form, with a module call per layer."""
     patches = F.unfold(x, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1)
     pixels = patches.unflatten(1, (3, PATCH**2)).transpose(1, 2)
     table = cosine_features(PATCH, 2, dtype=x.dtype, device=x.device).expand(len(pixels), -1, -1)
@@ -53,7 +53,7 @@ def algebra(decoder, x, s):
 
 
 class Adapter(nn.Module):
-    """As PEFT's layers do, gives the base layer's weight and bias as its own and adds to the base layer's output."""
+    """An adapter like PEFT's: it exposes the base layer's weight and bias, and adds to the base layer's output."""
 
     def __init__(self, base, dropout=0.0):
         super().__init__()
@@ -70,7 +70,7 @@ class Adapter(nn.Module):
 
 
 class Sum(torch.Tensor):
-    """A wrapper subclass, as of quantised and of sharded weights: the value is the sum of two tensors that it holds."""
+    """A wrapper subclass, as quantised and sharded weights are. Its value is the sum of two inner tensors."""
 
     @staticmethod
     def __new__(cls, a, b):
@@ -90,14 +90,14 @@ class Sum(torch.Tensor):
     def __torch_dispatch__(cls, op, types, args, kwargs=None):
         if op is torch.ops.aten.detach.default:
             return Sum(args[0].a, args[0].b)
-        # Custom ops would get the wrong data from a subclass that does not know them.
+        # A custom op would read wrong data from this subclass.
         assert op.namespace == "aten", op
         plain = torch.utils._pytree.tree_map_only(Sum, lambda v: v.a + v.b, args)
         return op(*plain, **(kwargs or {}))
 
 
 def replaced(change):
-    """A kind that puts change(layer) in the place of the layer."""
+    """A modification that replaces the layer by change(layer)."""
 
     def apply(decoder, path):
         parent, _, name = path.rpartition(".")
@@ -107,12 +107,12 @@ def replaced(change):
 
 
 def changed(change):
-    """A kind that calls change(layer)."""
+    """A modification that calls change(layer)."""
     return lambda decoder, path: change(decoder.get_submodule(path))
 
 
 def other_forward(layer):
-    """As accelerate does, puts a forward of its own on the layer."""
+    """Set a forward on the layer, as accelerate does."""
     old = layer.forward
     layer.forward = lambda v: old(v + 0.25)
 
@@ -134,7 +134,7 @@ class Shifted(nn.Module):
         return weight + 0.5
 
 
-KINDS = {
+MODIFICATIONS = {
     "adapter": replaced(Adapter),
     "sequence": replaced(lambda layer: nn.Sequential(layer, nn.Tanh())),
     "other layer": replaced(other_norm),
@@ -167,7 +167,7 @@ KINDS = {
 
 
 def two_steps(forward, decoder, x, s):
-    """Outputs of two steps of descent, gradients of the inputs, and all parameters after it."""
+    """Outputs and input gradients of two steps of gradient descent, and all parameters afterwards."""
     optimizer = torch.optim.SGD([p for p in decoder.parameters() if p.requires_grad], 0.05)
     found = []
     for _ in range(2):
@@ -188,23 +188,23 @@ def compare(got, want):
         torch.testing.assert_close(value, want[1][name], rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def applied(kind, layer, **options):
+def applied(modification, layer, **options):
     decoder, x, s = build(**options)
     torch.manual_seed(7)
-    KINDS[kind](decoder, LAYERS[layer])
+    MODIFICATIONS[modification](decoder, LAYERS[layer])
     return decoder, x, s
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_steps_are_those_of_calling_every_layer(kind, layer, patch_chunk):
-    decoder, x, s = applied(kind, layer, patch_chunk=patch_chunk)
-    other, _, _ = applied(kind, layer)
+@pytest.mark.parametrize("modification", MODIFICATIONS)
+def test_two_steps_equal_those_of_calling_every_layer(modification, layer, patch_chunk):
+    decoder, x, s = applied(modification, layer, patch_chunk=patch_chunk)
+    other, _, _ = applied(modification, layer)
     compare(two_steps(decoder, decoder, x, s), two_steps(lambda x, s: algebra(other, x, s), other, x, s))
-    # The kind changes what the layer does, so the comparison says something.
-    assert kind.startswith(("backward", "weight_norm")) or not torch.allclose(
-        applied(kind, layer)[0](x, s), build()[0](x, s), rtol=1e-3
+    # Check that the modification changes the output, else the comparison proves nothing.
+    assert modification.startswith(("backward", "weight_norm")) or not torch.allclose(
+        applied(modification, layer)[0](x, s), build()[0](x, s), rtol=1e-3
     )
 
 
@@ -222,7 +222,7 @@ def test_a_hook_on_a_module_that_holds_layers_runs(path, patch_chunk):
 
 
 class Transparent(nn.Module):
-    """A wrapper that passes the call on and hides the layer's attributes, as many do."""
+    """A wrapper that forwards the call and hides the layer's attributes."""
 
     def __init__(self, inner):
         super().__init__()
@@ -249,7 +249,7 @@ class Doubled(_FieldBlock):
         return super().forward(2 * s, h, both)
 
 
-def test_another_forward_of_a_block_is_the_one_that_runs(patch_chunk):
+def test_an_overridden_forward_of_a_block_runs(patch_chunk):
     decoder, x, s = build(patch_chunk=patch_chunk)
     want = decoder(x, 2 * s)
     for block in decoder.blocks:
@@ -259,12 +259,12 @@ def test_another_forward_of_a_block_is_the_one_that_runs(patch_chunk):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_hooks_see_what_goes_in_and_out(layer):
-    """Those of the formula, in its shapes: states of all pixels of each patch, or the patch features."""
+    """Hooks see the formula's values and shapes: states of all pixels of each patch, or the patch features."""
     seen = []
     for forward in (lambda d, x, s: d(x, s), algebra):
         decoder, x, s = build()
         for hooked in LAYERS.values():
-            # A hook on one layer must be seen alone, and all together.
+            # Hook this layer only; for the generator, hook all layers together.
             if hooked == LAYERS[layer] or layer == "generator":
                 decoder.get_submodule(hooked).register_forward_hook(lambda m, args, out: seen[-1].extend((*args, out)))
         seen.append([])
@@ -275,7 +275,7 @@ def test_hooks_see_what_goes_in_and_out(layer):
 
 
 @pytest.mark.parametrize(
-    "kind, layer, fused",
+    "modification, layer, fused",
     [
         ("adapter", "generator", True), ("forward hook", "generator", True), ("pruned", "last", True),
         ("weight_norm by parametrization", "embedder", True), ("spectral_norm", "norm", True),
@@ -283,8 +283,8 @@ def test_hooks_see_what_goes_in_and_out(layer):
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-def test_the_fused_op_runs_wherever_it_may(kind, layer, fused, patch_chunk, monkeypatch):
-    decoder, x, s = applied(kind, layer, patch_chunk=patch_chunk)
+def test_the_fused_op_runs_whenever_it_is_correct(modification, layer, fused, patch_chunk, monkeypatch):
+    decoder, x, s = applied(modification, layer, patch_chunk=patch_chunk)
     calls = called(monkeypatch, ["neural_field"])
     decoder(x, s)
     assert len(calls) == (0 if not fused else 1 if patch_chunk is None else 4)
@@ -296,7 +296,7 @@ def test_the_fused_op_runs_wherever_it_may(kind, layer, fused, patch_chunk, monk
     "dtype, cast", [(torch.float32, False), (torch.float64, False), (torch.bfloat16, False), (torch.float32, True)]
 )
 def test_module_calls_agree_with_the_fused_op(form, normalise, dtype, cast, patch_chunk):
-    """In every form and dtype, and with a denser grid; a hook that does nothing asks for the calls."""
+    """In every form and dtype, and with denser pixels. A hook that does nothing forces the module calls."""
     found = []
     for hooked in (False, True):
         decoder, x, s = build(form=form, normalise=normalise, patch_chunk=patch_chunk if hooked else None)
@@ -316,13 +316,13 @@ def test_module_calls_agree_with_the_fused_op(form, normalise, dtype, cast, patc
 
 
 def test_dropout_of_an_adapter_is_the_same_in_backward(patch_chunk):
-    """Compares with the formula chunk by chunk from one seed: backward must draw the same numbers again."""
+    """Compare with the formula, chunk by chunk from the same seed: backward must draw the same random numbers again."""
     decoder, x, s = build(patch_chunk=patch_chunk)
     replaced(lambda layer: Adapter(layer, 0.5))(decoder, LAYERS["generator"])
     adapter = list(decoder.blocks[1].param_generator1.up.parameters())
     torch.manual_seed(3)
     got = decoder(x, s)
-    # Numbers that are drawn between forward and backward must not matter.
+    # Drawing random numbers between forward and backward must not matter.
     grads = torch.autograd.grad(got.square().mean(), adapter, torch.rand(()) * 0 + 1)
     torch.manual_seed(3)
     if patch_chunk is None:
@@ -337,8 +337,8 @@ def test_dropout_of_an_adapter_is_the_same_in_backward(patch_chunk):
     torch.testing.assert_close(grads, torch.autograd.grad(want.square().mean(), adapter), rtol=1e-4, atol=1e-5)
 
 
-def test_chunks_forget_the_weights_of_a_called_generator():
-    """Backward generates them again, chunk by chunk; without gradients nothing runs twice."""
+def test_chunks_drop_the_weights_of_a_called_generator():
+    """Backward generates them again per chunk; without gradients nothing runs twice."""
     decoder, x, s = build(patch_chunk=2)
     rows = []
     for block in decoder.blocks:
@@ -351,7 +351,7 @@ def test_chunks_forget_the_weights_of_a_called_generator():
     assert rows == [(1, 2)] * 16
 
 
-def test_a_chunk_is_computed_again_on_the_backend_of_its_forward():
+def test_backward_recomputes_a_chunk_on_the_backend_of_its_forward():
     decoder, x, s = build(patch_chunk=2)
     backends = []
     decoder.blocks[0].param_generator1.register_forward_pre_hook(lambda m, args: backends.append(requested_backend()))
@@ -368,7 +368,7 @@ def test_dynamic_quantisation_quantises_every_linear_layer(patch_chunk):
     assert len([m for m in quantised.modules() if isinstance(m, torch.ao.nn.quantized.dynamic.Linear)]) == 4
     with torch.no_grad():
         if patch_chunk is not None:
-            # Each call has a scale of its own for its inputs.
+            # Compare one chunk: dynamic quantisation chooses a scale per call.
             torch.testing.assert_close(quantised(x[:1, :, :4], s[:1, :2]), algebra(quantised, x[:1, :, :4], s[:1, :2]))
         else:
             torch.testing.assert_close(quantised(x, s), algebra(quantised, x, s), rtol=1e-4, atol=1e-5)
@@ -396,7 +396,7 @@ def test_an_adapter_compiles_whole(layer, chunk):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("hooked", [False, True])
-def test_a_bad_argument_is_named_on_every_way(change, words, hooked, patch_chunk):
+def test_a_bad_argument_is_named_with_and_without_module_calls(change, words, hooked, patch_chunk):
     decoder, x, s = build(patch_chunk=patch_chunk)
     if hooked:
         decoder.final_layer.linear.register_forward_hook(lambda m, args, out: None)

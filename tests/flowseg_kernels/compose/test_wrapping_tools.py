@@ -21,7 +21,7 @@ OFFLOADS = {
 
 @pytest.mark.parametrize("way", OFFLOADS)
 def test_offloaded_weights_give_the_same_bits(way, patch_chunk, tmp_path, monkeypatch):
-    """The fused op gets the weights that accelerate brings for the call."""
+    """The fused op gets the weights that accelerate loads for the call."""
     accelerate = pytest.importorskip("accelerate")
     decoder, x, s = build(patch_chunk=patch_chunk)
     with torch.no_grad():
@@ -34,7 +34,7 @@ def test_offloaded_weights_give_the_same_bits(way, patch_chunk, tmp_path, monkey
 
 
 def test_a_dispatched_decoder_gives_the_same_numbers(patch_chunk):
-    """dispatch_model hooks the modules that hold layers too, so that the layers are called."""
+    """dispatch_model also hooks the modules that contain layers. So the decoder calls the layers."""
     accelerate = pytest.importorskip("accelerate")
     decoder, x, s = build(patch_chunk=patch_chunk)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_a_dispatched_decoder_gives_the_same_numbers(patch_chunk):
         torch.testing.assert_close(moved(x, s), want, rtol=1e-4, atol=1e-5)
 
 
-def test_a_user_s_hook_on_an_offloaded_layer_runs(patch_chunk):
+def test_a_users_hook_on_an_offloaded_layer_runs(patch_chunk):
     accelerate = pytest.importorskip("accelerate")
     decoder, x, s = build(patch_chunk=patch_chunk)
     with torch.no_grad():
@@ -63,12 +63,12 @@ def test_layerwise_casting_stores_in_bf16_and_computes_in_fp32(patch_chunk):
     assert {p.dtype for m in decoder.modules() if isinstance(m, nn.Linear) for p in m.parameters()} == {torch.bfloat16}
     got = decoder(x, s)
     assert got.dtype == torch.float32
-    # Norms are not cast by the tool; here their gains are.
+    # The tool does not cast norms, but `want` has their gains in bf16.
     torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("layer", ["generator", "embedder", "last", "all"])
-def test_peft_s_lora_trains_and_merges(layer, patch_chunk):
+def test_lora_of_peft_trains_and_merges(layer, patch_chunk):
     peft = pytest.importorskip("peft")
     targets = r".*(param_generator1|embedder\.0|linear)" if layer == "all" else rf".*{LAYERS[layer]}"
     found = []
@@ -97,7 +97,7 @@ def test_a_checkpointed_block_generates_its_weights_again(patch_chunk, monkeypat
     decoder.blocks[0].param_generator1.register_forward_pre_hook(lambda m, args: ran.append(1))
     calls = called(monkeypatch, ["neural_field"])
     decoder(x, s).square().mean().backward()
-    # Chunks nest a checkpoint in a checkpoint.
+    # With chunks, a checkpoint is nested in a checkpoint, and the generator may run more often.
     assert len(ran) >= (2 if patch_chunk is None else 8) and calls
     decoder.zero_grad()
     got = two_steps(decoder, decoder, x, s)
@@ -117,7 +117,7 @@ def one_process():
 
 @pytest.mark.parametrize("sharded", ["linear", "layers", "blocks", "hooked"])
 def test_sharded_layers_give_the_same_bits(one_process, sharded, patch_chunk, monkeypatch):
-    """FSDP2 on each layer or block: the fused op gets the weights that a call gathers. A user's hook asks for the calls."""
+    """FSDP2 on each layer or block: the fused op gets the weights that a call gathers. With a user's hook the layers are called."""
     from torch.distributed.fsdp import fully_shard
 
     decoder, x, s = build(patch_chunk=patch_chunk)
@@ -142,8 +142,8 @@ def test_sharded_layers_give_the_same_bits(one_process, sharded, patch_chunk, mo
         torch.testing.assert_close(p.grad.full_tensor(), g, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_sharded_layer_s_mixed_precision_holds(one_process, patch_chunk):
-    """The weights that a call gathers are in the policy's dtype, and its gradients in the parameter's."""
+def test_the_mixed_precision_of_a_sharded_layer_is_kept(one_process, patch_chunk):
+    """A call gathers weights in the policy's dtype; gradients have the parameter's dtype."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     decoder, x, s = build(patch_chunk=patch_chunk)
@@ -159,7 +159,7 @@ def test_a_sharded_layer_s_mixed_precision_holds(one_process, patch_chunk):
 
 
 def test_a_replicated_weight_is_used_by_its_layer(one_process, patch_chunk):
-    """A DTensor weight outside of FSDP, as of tensor parallelism: the layer's hooks make tensors of its output."""
+    """A DTensor weight outside of FSDP, as in tensor parallelism: the layer's hooks convert its output to a tensor."""
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     decoder, x, s = build(patch_chunk=patch_chunk)

@@ -16,7 +16,7 @@ import sysconfig
 
 import torch
 
-from flowseg_kernels.ops.common import compute_dtype
+from flowseg_kernels.ops.shared.formulas import compute_dtype
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 SHIM = ROOT / "tests" / "host_cuda"

@@ -9,7 +9,7 @@ import torch
 
 import flowseg_kernels as fk
 
-from ..samples import decode_tables, image_batch
+from ...support.samples import decode_tables, image_batch
 from . import emulated
 
 NO_RESERVE = 0x4000  # of Linux: pages are taken when they are first written

@@ -3,7 +3,7 @@ import torch
 
 import flowseg_kernels as fk
 
-from ..samples import LABEL_DTYPES, image_batch, layouts
+from ...support.samples import LABEL_DTYPES, image_batch, layouts
 
 
 def count_pairs(truth, prediction, classes):

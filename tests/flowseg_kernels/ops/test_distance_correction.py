@@ -4,7 +4,7 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.ops.distance_correction.reference import TRANSFORMS, potential
 
-from ..samples import (
+from ...support.samples import (
     FLOAT_DTYPES,
     LABEL_DTYPES,
     exact_correction,

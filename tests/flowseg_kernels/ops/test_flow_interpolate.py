@@ -3,7 +3,7 @@ import torch
 
 import flowseg_kernels as fk
 
-from ..samples import FLOAT_DTYPES, image_batch, largest_error, layouts
+from ...support.samples import FLOAT_DTYPES, image_batch, largest_error, layouts
 
 
 def test_by_hand(backend):

@@ -6,7 +6,7 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.ops.distance_correction.reference import potential
 
-from ..samples import FLOAT_DTYPES, image_batch, largest_error, layouts, naive_loss
+from ...support.samples import FLOAT_DTYPES, image_batch, largest_error, layouts, naive_loss
 
 FORMS = list(itertools.product(("velocity", "endpoint"), ("velocity", "endpoint"), ("static", "annealed"), (0.0, 0.7)))
 

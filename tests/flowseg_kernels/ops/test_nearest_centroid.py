@@ -3,7 +3,7 @@ import torch
 
 import flowseg_kernels as fk
 
-from ..samples import FLOAT_DTYPES, LABEL_DTYPES, decode_tables, image_batch, layouts
+from ...support.samples import FLOAT_DTYPES, LABEL_DTYPES, decode_tables, image_batch, layouts
 
 
 def two_smallest(x, mu):

@@ -6,7 +6,7 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.runtime.triton_forms import INTERPRETED
 
-from ..samples import layouts
+from ...support.samples import layouts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VARIANTS = [("both", "residual"), ("first", "residual"), ("both", "plain"), ("first", "plain")]

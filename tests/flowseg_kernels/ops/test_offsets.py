@@ -4,7 +4,7 @@ import torch
 
 import flowseg_kernels as fk
 
-from ..samples import image_batch
+from ...support.samples import image_batch
 
 # In 32 bits it is 24: a wrong number where the memory is ours, not a crash.
 FAR = 2**32 + 24

@@ -1,7 +1,7 @@
 """What the CUDA kernels cost by their machine code: registers on every architecture, instructions of the inner loops on sm_90.
 
 `python -m tests.flowseg_kernels.static.cuda_budget` compiles every kernel for every architecture (7 minutes of one core), writes
-what it finds to budget.json and prints the table of docs/notes/performance.md. No GPU is needed.
+what it finds to budget.json and prints the table of docs/notes/static_counts.md. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import sass
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 PATH = pathlib.Path(__file__).with_name("budget.json")
-NOTES = ROOT / "docs" / "notes" / "performance.md"
+NOTES = ROOT / "docs" / "notes" / "static_counts.md"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 THREADS, WIDE = 128, 512  # a block, as csrc/cuda/platform.cuh has it; the wide one is that of the grid
 #: What a multiprocessor of sm_90 has, and the lane-instructions a second that an H200 is taken to issue.

@@ -1,7 +1,7 @@
 """Predicts the neural field's Triton kernels on an H200 from their machine code, beside the roofs. No GPU confirms it.
 
 `python -m tests.flowseg_kernels.static.field_roof` writes what it finds to field_budget.json and prints the tables of
-docs/notes/performance.md (a minute): bf16, Hx = 64, r = 2, p = 16, C = 3. Loops' lengths times their trips give the warp
+docs/notes/static_counts.md (a minute): bf16, Hx = 64, r = 2, p = 16, C = 3. Loops' lengths times their trips give the warp
 instructions; a kernel takes as long as the longest of instructions, products, operands of products in shared memory, and bytes.
 """
 

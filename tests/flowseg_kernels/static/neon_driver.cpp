@@ -1,10 +1,11 @@
-// The correction and decoding on the vectors of this CPU against the plain formulas in fp64; prints errors and wrong pixels.
+// Compares the correction and decoding of the baseline instruction set with the plain formulas in fp64. Prints the largest error and
+// the number of wrong pixels.
 #include <cmath>
 #include <cstdio>
 #include <limits>
 #include <vector>
 
-#include "cpu/arguments.h"
+#include "cpu/params.h"
 
 using namespace flowseg;
 using namespace flowseg::cpu;
@@ -32,16 +33,12 @@ int main() {
   const double eps = 2e-3;
   int64_t bad = std::numeric_limits<int64_t>::max();
   const Image image{x.data(), Real::f32, 1, kChannels, kSide, kSide, {kChannels * kPixels, kPixels, kSide, 1}};
-  const Labels labels{label.data(), Integer::u8, {kPixels, kSide, 1}, 255, &bad};
-  const Codes codes{mu.data(), kClasses, kChannels, 1.0};
-  baseline::kernels.correct({image, labels, codes, {1, eps, std::numeric_limits<double>::infinity(), 0}, {out.data(), Real::f32}}, 0);
-  Decode decode{};
-  decode.x = image;
-  decode.codes = codes;
-  decode.ignore = 255;
-  decode.labels = found.data();
-  decode.label_type = Integer::u8;
-  baseline::kernels.decode(decode, 0);
+  const Labels labels{{label.data(), Integer::u8, {kPixels, kSide, 1}, 255}, &bad};
+  const Codes codes{.data = mu.data(), .classes = kClasses, .padded = kChannels, .max_abs = 1.0};
+  const Correction options{.temperature = 1, .eps = eps, .max_norm = std::numeric_limits<double>::infinity(), .transform = 0};
+  using Kernels = PixelKernels<Isa::baseline>;
+  Kernels::correct({.x = image, .labels = labels, .codes = codes, .correction = options, .out = {out.data(), Real::f32}}, 0);
+  Kernels::decode({.x = image, .codes = codes, .grid = {}, .ignore = 255, .labels = found.data(), .label_type = Integer::u8}, 0);
 
   double error = 0, largest = 0;
   int wrong = 0;

@@ -1,6 +1,6 @@
-"""The CPU kernels for another architecture: the same sources cross-compiled for AArch64, whose baseline has NEON, and run emulated.
+"""The CPU kernels on another architecture: cross-compiled for AArch64, whose baseline has NEON, and run in an emulator.
 
-Needs a cross compiler and an emulator (Debian: g++-aarch64-linux-gnu, qemu-user); each missing one skips what it is needed for.
+The tests need a cross compiler and an emulator (Debian: g++-aarch64-linux-gnu, qemu-user), and are skipped without them.
 """
 
 import re
@@ -17,21 +17,14 @@ FLAGS = "-std=c++20 -O2 -ftree-vectorize -fno-math-errno -fno-trapping-math -Wal
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """build(sources, output, *options): compiles for AArch64."""
+    """build(sources, output, *options): compiles for AArch64, and returns the path of the output."""
     if not shutil.which(COMPILER):
         pytest.skip(f"{COMPILER} is not installed")
     folder = tmp_path_factory.mktemp("neon")
 
     def compile_all(sources, output, *options):
-        command = [
-            COMPILER,
-            *FLAGS,
-            f"-I{ROOT / 'csrc'}",
-            f"-I{ROOT / 'csrc' / 'include'}",
-            *options,
-            *map(str, sources),
-        ]
-        done = subprocess.run([*command, "-o", str(folder / output)], capture_output=True, text=True)
+        command = [COMPILER, *FLAGS, f"-I{ROOT / 'csrc'}", *options, *map(str, sources), "-o", str(folder / output)]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return folder / output
 
@@ -39,20 +32,23 @@ def build(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def chunk(build):
-    return build([ROOT / "csrc" / "cpu" / "chunk" / "kernels.cpp"], "chunk.o", "-c")
+def objects(build):
+    names = ("distance_correction", "nearest_centroid")
+    return [build([ROOT / "csrc" / "cpu" / "pixel" / f"{name}.cpp"], f"{name}.o", "-c") for name in names]
 
 
-def test_the_loops_over_pixels_are_neon(chunk):
-    code = subprocess.run([COMPILER.replace("g++", "objdump"), "-d", chunk], capture_output=True, text=True).stdout
+def test_the_loops_over_pixels_are_neon(objects):
+    dump = [COMPILER.replace("g++", "objdump"), "-d", *objects]
+    code = subprocess.run(dump, capture_output=True, text=True).stdout
     for instruction in ("fmla", "fdiv", "fcmgt"):
         assert re.search(rf"{instruction}\s+v\d+\.4s", code), instruction
 
 
-def test_correction_and_decoding_are_right_there(build, chunk):
+def test_correction_and_decoding_are_right_there(build, objects):
     if not shutil.which(EMULATOR):
         pytest.skip(f"{EMULATOR} is not installed")
-    program = build([ROOT / "tests" / "flowseg_kernels" / "static" / "neon_driver.cpp", chunk], "driver", "-static")
+    driver = ROOT / "tests" / "flowseg_kernels" / "static" / "neon_driver.cpp"
+    program = build([driver, *objects], "driver", "-static")
     done = subprocess.run([EMULATOR, program], capture_output=True, text=True, timeout=60)
     found = re.fullmatch(r"relative error (\S+), wrong pixels (\d+) of 1369\n", done.stdout)
     assert found, done.stdout + done.stderr

@@ -19,7 +19,7 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.runtime.triton_forms import INTERPRETED, compile_options, over_blocks
 
-from ..samples import image_batch, layouts
+from ...support.samples import image_batch, layouts
 from . import sass
 
 if importlib.util.find_spec("triton") is None:

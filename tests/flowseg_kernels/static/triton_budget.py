@@ -1,7 +1,7 @@
 """What the per-pixel Triton kernels cost by the machine code for sm_90: registers, and instructions of the inner loops.
 
 `python -m tests.flowseg_kernels.static.triton_budget` writes what it counts to triton_budget.json and prints the table of
-docs/notes/performance.md (10 s). No GPU is needed.
+docs/notes/static_counts.md (10 s). No GPU is needed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Comparisons made of several training runs: the demo and studies."""

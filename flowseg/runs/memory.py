@@ -1,0 +1,32 @@
+"""Memory of the process: a faster allocator setting for training on a CPU, and recognising out-of-memory errors."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+import torch
+
+# Parameter numbers of mallopt(3), from glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc's allocator reuse large blocks instead of returning them to the system.
+
+    Every training step frees and allocates the same arrays of many megabytes. By default glibc maps each of them again, and
+    the page faults took 40 % of a step of the nano network (float32, batch 16, 120x160, one core: 3.2 s instead of 1.9 s).
+
+    Returns:
+        Whether the allocator accepted the settings; ``False`` on systems without glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory ran out. PyTorch raises a plain RuntimeError for this on a CPU."""
+    words = ("out of memory", "can't allocate memory", "cannot allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error).lower() for w in words)

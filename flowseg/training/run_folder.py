@@ -1,0 +1,90 @@
+"""Checks of a run folder before training starts: resume or not, nobody else in there, the same classes and codes as before."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from multiprocessing.util import register_after_fork
+from pathlib import Path
+from typing import Literal
+
+from flowseg.checkpoint import check_meaning, list_checkpoints
+from flowseg.config import Config, load_config
+from flowseg.data import resolve_labels
+from flowseg.errors import UserError
+
+
+def should_resume(out: Path, resume: bool | Literal["auto"]) -> bool:
+    """Decide whether the run continues from a checkpoint in ``out``.
+
+    Raises:
+        UserError: ``out`` is a file, or there is no checkpoint and ``resume`` is ``True``.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; give a folder")
+    found = bool(list_checkpoints(out))
+    if resume == "auto":
+        return found
+    if resume not in (True, False):
+        raise UserError(f"resume must be True, False or 'auto', got {resume!r}")
+    if resume and not found:
+        raise UserError(
+            f"--resume: no checkpoint in {out / 'checkpoints'}; leave --resume out to start a new run, or give "
+            "--resume=auto to resume only where there is a checkpoint"
+        )
+    return resume
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep other trainers out of the folder until the block ends or the process dies. Create the folder if it is missing.
+
+    Raises:
+        UserError: another trainer uses the folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems cannot lock a folder; training goes on without the lock there.
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(handle)
+            raise UserError(f"--out {out}: another process trains there; wait for it, or give another folder") from None
+    # A loader's worker may outlive a killed trainer by seconds: it closes its copy of the handle, which would keep the lock.
+    holder = {handle}
+    register_after_fork(holder, lambda handles: os.close(*handles))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(holder.pop())
+        # Remove the folder if the run failed before writing anything.
+        with contextlib.suppress(OSError):
+            out.rmdir()
+
+
+def check_same_meaning(config: Config, out: Path) -> None:
+    """Refuse to resume with other classes or codes than the run was trained with: its outputs would mean something else.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if not (out / "config.yaml").is_file():
+        return
+    before = load_config(out / "config.yaml")
+    old, new = (resolve_labels(settings.data).classes for settings in (before, config))
+    if old != new:
+        raise UserError(
+            f"--resume: {out} learnt {len(old)} classes, {_listed(old)}; data.classes has {len(new)}, {_listed(new)}; "
+            "give a new --out"
+        )
+    check_meaning(before, config, out)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:20]) + ", ..." * (len(names) > 20)

@@ -1,0 +1,538 @@
+"""Train a network::
+
+    flowseg train --config configs/digits.yaml --out runs/digits
+    flowseg train --data folder --root data --out runs/mine --max-minutes 60 --set "data.classes=[background, road, car]"
+    flowseg train --out runs/mine --resume
+    accelerate launch --num_processes 8 -m flowseg train --config configs/ade20k_l16.yaml --root ADEChallengeData2016 --out runs/ade
+
+The first trains on embedded digits and needs no download. From Python: ``train(load_config("configs/digits.yaml"), out)``.
+
+:func:`train` prepares the run folder. :class:`Trainer` sets up the network, the optimiser and the files, and then calls
+``train_step``, ``save`` and ``validate`` in ``train``, the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import shlex
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor
+
+from flowseg.build import build
+from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint, save_state, save_weights
+from flowseg.codes import IGNORE_INDEX
+from flowseg.config import Config, DataConfig, OptimConfig, SampleConfig, TrainConfig, load_config, save_config
+from flowseg.data import open_data
+from flowseg.data.label_table import tell_labels
+from flowseg.errors import PeerError, UserError
+from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
+from flowseg.model import load_pixnerd
+from flowseg.runs.memory import is_out_of_memory, keep_freed_memory
+from flowseg.runs.metrics import open_metrics, truncate_metrics
+from flowseg.runs.parallel import Ranks, copy_parameters, local_part, shard, whole
+from flowseg.runs.progress import TrainingView, training_view
+from flowseg.runs.signals import stop_on_signal
+from flowseg.runs.terminal import say
+from flowseg.segment import Segmenter, autocast, default_device, resolve_precision
+from flowseg.training.alignment import ImageFeatures
+from flowseg.training.batches import Batch, StepBatches, examples_before
+from flowseg.training.ema import Ema
+from flowseg.training.objective import Objective, flow_step, squared_error
+from flowseg.training.run_folder import check_same_meaning, locked, should_resume
+from flowseg.training.schedule import learning_rate
+from flowseg.training.trackers import check_trackers, repeat_step, start_trackers
+
+
+@dataclasses.dataclass
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        state: step, time and best mIoU.
+        scores: scores of the last validation, if there was one.
+        stopped_by: ``"steps"``, ``"time"``, or the number of the signal.
+        curve: ``(step, mIoU)`` of every validation in this call.
+    """
+
+    state: TrainState
+    scores: Scores | None
+    stopped_by: str | int
+    curve: list[tuple[int, float]]
+
+
+def train(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool | Literal["auto"] = False,
+    console: Console | None = None,
+    title: str = "train",
+    on_validation: Callable[[int, Scores], None] | None = None,
+) -> TrainResult:
+    """Train until ``train.steps`` or ``train.max_minutes``, whichever comes first.
+
+    The run folder ``out`` receives ``config.yaml`` (the resolved settings), ``metrics.jsonl``, ``checkpoints/``, and
+    ``best.safetensors``: the weights with the highest validation mIoU (averaged weights unless ``sample.weights`` says
+    otherwise). SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 end the run after the current step, with a checkpoint. A
+    checkpoint is also written before each validation, so a failed validation loses no step.
+
+    The loss of a step is the mean over all labelled pixels of all its examples. It does not depend on how the examples are
+    divided among accumulated batches and processes.
+
+    Args:
+        config: all settings.
+        out: run folder; must not contain a run unless ``resume``.
+        resume: continue from the newest checkpoint in ``out``; ``"auto"`` continues if there is one and starts a new run if
+            not. On a CPU in float32 the resumed run is bit for bit the uninterrupted one, unless a time limit changes the
+            learning rate. With another batch size or number of processes the run continues with the next example.
+        console: where to print progress; ``None`` prints nothing.
+        title: name of the run in the progress output.
+        on_validation: called with the step and the scores after each validation.
+
+    Raises:
+        UserError: data or settings that cannot work, an ``out`` that is in use, a loss that is no longer finite, or a failed
+            validation. If there are several processes, one raises UserError and the others raise PeerError.
+    """
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
+    config = config.model_copy(deep=True)
+    config.train.mixed_precision = resolve_precision(config.train.mixed_precision, default_device())
+    out = Path(out)
+    check_trackers(config.train.trackers, out)
+    # We do autocast ourselves: Accelerate keeps the first precision for the whole process, and a demo may use two.
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=not torch.accelerator.is_available(),
+        log_with=config.train.trackers or None,
+        project_dir=out,
+    )
+    ranks = Ranks(accelerator.num_processes, accelerator.process_index)
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            resume = should_resume(out, resume)
+            if accelerator.is_main_process:
+                stack.enter_context(locked(out))
+            if not resume and list_checkpoints(out):
+                raise UserError(
+                    f"--out {out}: already contains a run; add --resume to continue it, or give another folder"
+                )
+        trainer = Trainer(
+            config, out, accelerator, ranks, resume=resume, console=console, title=title, on_validation=on_validation
+        )
+        return trainer.train()
+
+
+class Trainer:
+    """One run: its network, optimiser, data and files. The arguments are those of :func:`train`."""
+
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        accelerator: Accelerator,
+        ranks: Ranks,
+        *,
+        resume: bool = False,
+        console: Console | None = None,
+        title: str = "train",
+        on_validation: Callable[[int, Scores], None] | None = None,
+    ):
+        self.config, self.out, self.accelerator, self.ranks = config, out, accelerator, ranks
+        self.is_main, self.device = accelerator.is_main_process, accelerator.device
+        self.console, self.title, self.on_validation = console if self.is_main else None, title, on_validation
+        with ranks.together():
+            if resume:
+                check_same_meaning(config, out)
+            self.data = open_data(config.data, seed=config.train.seed, check=self.is_main)
+            if self.is_main and config.data.check != "none":
+                tell_labels(self.data, config.data.name, self.console)
+            self._build_network(config, resume)
+        self._build_optimizer(config.optim, config.train, compiled=config.model.compile)
+        self.batches = StepBatches(self.data.train, ranks)
+
+        self.state = self._load_newest_checkpoint() if resume else TrainState()
+        self.saved_step = self.state.step if resume else -1
+        # The newest checkpoint, if it was written only because a validation followed; the next one replaces it.
+        self.temporary_checkpoint: Path | None = None
+        # True while the weights belong to a step that self.state does not count yet.
+        self.is_updating = False
+        self.result = TrainResult(self.state, None, "steps", [])
+        self._open_files(resume)
+
+        # train() replaces these three.
+        self.signals: list[int] = []
+        self.view = TrainingView()
+        self.log: Callable[..., None] = lambda **_: None
+        # Images per second are measured over a window from one logged step to the next.
+        self.window_start, self.window_images = time.monotonic(), 0
+        self.start = time.monotonic() - self.state.seconds
+        self.time_limit = config.train.max_minutes * 60 if config.train.max_minutes else math.inf
+
+    # ---- Set up ----
+
+    def _build_network(self, config: Config, resume: bool) -> None:
+        """Build the network, its averaged copy, the codebook, and REPA's encoder if ``repa.weight`` is not 0."""
+        self.encoder = None
+        if config.repa.weight:
+            self.encoder = ImageFeatures.from_pretrained(config.repa.encoder).to(self.device)
+        align_dim = self.encoder.dim if self.encoder else None
+        self.bare_model, codebook = build(config, self.data.num_classes, align_dim=align_dim)
+        depth = self.bare_model.size.depth
+        if config.repa.weight and config.repa.block > depth:
+            raise UserError(f"repa.block must be at most the {depth} blocks of the model, got {config.repa.block}")
+        if config.model.pixnerd and not resume:
+            report = load_pixnerd(self.bare_model, config.model.pixnerd)
+            say(self.console, f"{config.model.pixnerd}: {report}")
+        self.codebook = codebook.to(self.device)
+        self.bare_model.to(self.device)
+        self.ema_model = copy.deepcopy(self.bare_model).requires_grad_(False)
+        self.ema_model.projector = None
+        self.segmenter = Segmenter(self.ema_model, self.codebook, config, self.device)
+
+    def _build_optimizer(self, optim: OptimConfig, train: TrainConfig, *, compiled: bool) -> None:
+        """Shard, average, optimise and compile the network."""
+        self.is_sharded = train.strategy == "fsdp" and self.ranks.world > 1
+        if self.is_sharded:
+            shard(self.bare_model)
+        self.ema = Ema(self.bare_model, optim.ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.bare_model.parameters(),
+            lr=optim.lr,
+            betas=(optim.beta1, optim.beta2),
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        # The compiled model shares its parameters with bare_model, whose parameter names go into checkpoints.
+        model = torch.compile(self.bare_model, fullgraph=not self.is_sharded) if compiled else self.bare_model
+        self.model = model if self.is_sharded else self.accelerator.prepare_model(model)
+
+    def _load_newest_checkpoint(self) -> TrainState:
+        newest = list_checkpoints(self.out)[-1]
+        state = load_checkpoint(newest, self.bare_model, self.ema.tensors, self.optimizer)
+        if state.draws is None:
+            settings = self.out / "config.yaml"
+            before = load_config(settings) if settings.is_file() else self.config
+            state.draws = examples_before(before, state.step, self.ranks.world)
+        # _open_files replaces the old settings: wait until every process has read them.
+        self.accelerator.wait_for_everyone()
+        return state
+
+    def _open_files(self, resume: bool) -> None:
+        """Write the settings, drop metrics that the run will log again, and start the trackers."""
+        metrics = self.out / "metrics.jsonl"
+        if self.is_main:
+            save_config(self.config, self.out / "config.yaml")
+            if resume:
+                truncate_metrics(metrics, step=self.state.step, validated=self.state.validated)
+            else:
+                # A run that never wrote a checkpoint may have left these files.
+                for name in ("metrics.jsonl", "best.safetensors"):
+                    (self.out / name).unlink(missing_ok=True)
+        if self.config.train.trackers:
+            start_trackers(self.accelerator, self.config, self.state.step)
+            if resume:
+                repeat_step(self.accelerator, metrics, self.state.step)
+
+    # ---- Train ----
+
+    def train(self) -> TrainResult:
+        """Train until the steps, the time limit or a signal end the run."""
+        with (
+            open_metrics(self.out / "metrics.jsonl", self.accelerator) as self.log,
+            stop_on_signal() as self.signals,
+            training_view(self.console, self.title, self.config.train.steps, lambda: self.state.step) as self.view,
+        ):
+            self.model.train()
+            try:
+                self._loop(self.config.train)
+            except Exception:
+                self._save_after_error()
+                raise
+            stopped_by = self.result.stopped_by
+            self.view.ended(stopped_by if isinstance(stopped_by, str) else "a signal")
+        self.accelerator.wait_for_everyone()
+        if self.config.train.trackers:
+            self.accelerator.end_training()
+        return self.result
+
+    def _loop(self, train: TrainConfig) -> None:
+        """Alternate between steps, checkpoints and validations; end with a checkpoint and a validation."""
+        state, result = self.state, self.result
+        if self._is_validation_due(train) and state.validated < state.step:
+            self.validate()
+        while state.step < train.steps and self.train_step(self.config.at_step(state.step)):
+            # A single process stops at once. Several processes stop together, at the start of the next step.
+            if self.signals and self.ranks.world == 1:
+                result.stopped_by = self.signals[0]
+                break
+            if state.step % train.checkpoint_every == 0:
+                self.save()
+            if self._is_validation_due(train):
+                self.save(temporary=True)
+                self.validate()
+        self.save()
+        was_stopped = isinstance(result.stopped_by, int)
+        if not was_stopped and not self.validate():
+            result.stopped_by = self.signals[0]
+
+    def _is_validation_due(self, train: TrainConfig) -> bool:
+        """Whether a validation follows the current step; the last step is left out, as every run ends with a validation."""
+        step = self.state.step
+        return step > 0 and step % train.eval_every == 0 and step < train.steps
+
+    def train_step(self, stage: Config) -> bool:
+        """Do one optimiser step with the settings of the current stage.
+
+        Return False, without a step, if a signal or the time limit ends the run here.
+        """
+        state = self.state
+        batches, failure = self._load_batches(stage.data, stage.train)
+        agreed = self._agree_to_continue(batches, failure)
+        if agreed is None:
+            return False
+        labelled, progress = agreed
+        rate = learning_rate(stage.optim, state.step, progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        objective, loss, align = self._backward(batches, labelled)
+        norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), stage.optim.grad_clip))
+        self.is_updating = True
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update(self.bare_model, state.step)
+        state.step += 1
+        state.draws += stage.train.batch_size * stage.train.accumulation * self.ranks.world
+        self.is_updating = False
+        if state.step % stage.train.log_every == 0 or state.step == stage.train.steps:
+            self._check_finite(loss, norm)
+            self._log_step(objective, loss, align, norm, rate, progress)
+        self.view.tick()
+        return True
+
+    def _load_batches(self, data: DataConfig, train: TrainConfig) -> tuple[list[Batch], Exception | None]:
+        """Load the batches of the next step. Return an error instead of raising it: all processes have to learn of it."""
+        try:
+            return self.batches.next_step(data, train, self.state.draws), None
+        except Exception as error:
+            return [], error
+
+    def _agree_to_continue(self, batches: list[Batch], failure: Exception | None) -> tuple[float, float] | None:
+        """Agree with the other processes on the next step.
+
+        Return the number of labelled pixels in all processes and the share of the run that is done, or None if a signal or
+        the time limit ends the run.
+        """
+        labelled = sum(int((labels != IGNORE_INDEX).sum()) for _, labels, _ in batches)
+        # Clocks differ between processes: the first process decides, or learning rates would differ too.
+        elapsed = time.monotonic() - self.start if self.is_main else 0.0
+        elapsed, labelled, signals, failures = self.ranks.add_up(
+            elapsed, labelled, len(self.signals), failure is not None
+        )
+        if failures:
+            self._leave(failure)
+        if signals:
+            self.result.stopped_by = self.signals[0] if self.signals else signal.SIGTERM
+            return None
+        if elapsed >= self.time_limit:
+            self.result.stopped_by = "time"
+            return None
+        return labelled, max(self.state.step / self.config.train.steps, elapsed / self.time_limit)
+
+    def _leave(self, failure: Exception | None) -> NoReturn:
+        """Save, then raise this process's failure, or PeerError if another process has failed."""
+        if self.state.step:
+            self.save()
+            if isinstance(failure, UserError):
+                failure = UserError(f"{failure}; {self._how_to_resume()}")
+        self.ranks.agree(failure)
+        raise AssertionError("no process has an error")
+
+    def _backward(self, batches: list[Batch], labelled: float) -> tuple[Objective, Tensor, Tensor]:
+        """Compute the gradients of a step.
+
+        Return the objective of the last batch, this process's part of the loss, and REPA's loss.
+        """
+        config, device = self.config, self.device
+        loss, align = torch.zeros((), device=device), torch.zeros((), device=device)
+        for index, (images, labels, draws) in enumerate(batches):
+            images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
+            is_last = index == len(batches) - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                with autocast(config.train.mixed_precision, device):
+                    objective = flow_step(self.model, self.codebook, config, images, labels, draws, self.encoder)
+                # Gradients are averaged over processes; multiplying by their number makes the result a sum.
+                value = objective.flow * (self.ranks.world / max(labelled, 1.0))
+                loss += value.detach()
+                if self.encoder:
+                    align += objective.align.detach() / len(batches)
+                    value = value + objective.align * (config.repa.weight / len(batches))
+                self.accelerator.backward(value)
+            self.window_images += images.shape[0] * self.ranks.world
+        return objective, loss, align
+
+    def _log_step(
+        self, objective: Objective, loss: Tensor, align: Tensor, norm: Tensor, rate: float, progress: float
+    ) -> None:
+        error = squared_error(objective, self.codebook, self.config)
+        sums = self.ranks.add_up(float(loss), float(error), float(align))
+        mean_loss, mean_error, mean_align = (value / self.ranks.world for value in sums)
+        speed = self.window_images / max(time.monotonic() - self.window_start, 1e-9)
+        self.window_start, self.window_images = time.monotonic(), 0
+        self.log(
+            event="train",
+            step=self.state.step,
+            loss=mean_loss,
+            squared_error=mean_error,
+            **({"align": mean_align} if self.encoder else {}),
+            grad_norm=float(norm),
+            lr=rate,
+            images_per_second=speed,
+            seconds=time.monotonic() - self.start,
+        )
+        miou = self.result.scores and self.result.scores.miou
+        self.view.show(loss=mean_loss, speed=speed, fraction=progress, miou=miou)
+
+    def _check_finite(self, *values: Tensor) -> None:
+        """Raise UserError in all processes if a value in one of them is infinite or NaN. A collective."""
+        wrong = not all(bool(torch.isfinite(local_part(value)).all()) for value in values)
+        if self.ranks.add_up(wrong)[0]:
+            raise UserError(
+                f"the loss is no longer finite at step {self.state.step}; lower optim.lr or raise loss.eps, then "
+                f"--resume from the last checkpoint"
+            )
+
+    # ---- Save ----
+
+    def save(self, *, temporary: bool = False) -> None:
+        """Write a checkpoint of the current step, or only its state if its tensors are saved already.
+
+        The next checkpoint replaces a ``temporary`` one.
+        """
+        state, is_new = self.state, self.saved_step != self.state.step
+        if is_new:
+            # A run resumes from its newest checkpoint, which therefore must not contain NaN.
+            self._check_finite(*self.bare_model.parameters())
+        state.seconds = time.monotonic() - self.start
+        with self.ranks.together():
+            if is_new and (self.is_main or self.is_sharded):
+                path = save_checkpoint(
+                    self.out,
+                    self.bare_model,
+                    self.ema.tensors,
+                    self.optimizer,
+                    state,
+                    self.config.train.keep + temporary,
+                    write=self.is_main,
+                    replaces=self.temporary_checkpoint,
+                )
+                self.temporary_checkpoint = path if temporary else None
+            elif self.is_main:
+                save_state(self.out, state)
+        self.saved_step = state.step
+        if is_new:
+            self.view.saved()
+
+    def _save_after_error(self) -> None:
+        """Save the steps since the last checkpoint after any error.
+
+        Several processes keep their last checkpoint: one that has failed would leave the others waiting in the save.
+        """
+        if self.ranks.world > 1 or self.is_updating or self.state.step <= max(self.saved_step, 0):
+            return
+        with contextlib.suppress(Exception):
+            self.save()
+            say(self.console, self._how_to_resume())
+
+    def _how_to_resume(self) -> str:
+        out = shlex.quote(str(self.out))
+        return f"step {self.state.step} is saved; continue with: flowseg train --out {out} --resume"
+
+    # ---- Validate ----
+
+    def validate(self) -> bool:
+        """Score the validation split, log the scores and keep the best weights. Return False if a signal interrupts this."""
+        begin = time.monotonic()
+        try:
+            self.result.scores = scores = self._score(self.config.sample, self.config.train)
+        except _Interrupted:
+            return False
+        state = self.state
+        best = max(state.best_miou, scores.miou)
+        with self.ranks.together():
+            if self.is_main and state.validated < state.step:
+                self._keep_scores(scores)
+        state.best_miou, state.validated = best, state.step
+        self.view.validated(scores.miou, scores.pixel_accuracy, scores.images, best)
+        self.view.show(fraction=state.step / self.config.train.steps, miou=scores.miou)
+        self.window_start += time.monotonic() - begin
+        self.save()
+        return True
+
+    def _keep_scores(self, scores: Scores) -> None:
+        """Log new scores, save the weights if they are the best so far, and tell the caller of :func:`train`."""
+        step = self.state.step
+        self.result.curve.append((step, scores.miou))
+        self.log(event="validation", step=step, miou=scores.miou, pixel_accuracy=scores.pixel_accuracy)
+        if scores.miou > self.state.best_miou:
+            save_weights(self.out / "best.safetensors", self.ema_model, step=step, miou=scores.miou)
+        if self.on_validation:
+            self.on_validation(step, scores)
+
+    def _score(self, sample: SampleConfig, train: TrainConfig) -> Scores:
+        """Evaluate the weights that ``sample.weights`` names at the size of the current stage.
+
+        Raises:
+            UserError: the validation has failed; the message names the step that is saved.
+        """
+        weights = self.ema.tensors if sample.weights == "ema" else dict(self.bare_model.named_parameters())
+        copy_parameters(self.ema_model, weights)
+        self.segmenter.config = self.config.at_step(self.state.step - 1)
+        ranks, done = self.ranks, 0
+        total = len(chosen_indices(len(self.data.val), train.eval_images))
+
+        def after_batch(images: int) -> None:
+            nonlocal done
+            done += images * ranks.world
+            self.view.validating(done, total)
+            # Several processes would not stop at the same batch: they finish the validation first.
+            if self.signals and ranks.world == 1:
+                raise _Interrupted
+
+        try:
+            with ranks.adding_up() as add_up:
+                return evaluate(
+                    self.segmenter,
+                    self.data.val,
+                    limit=train.eval_images,
+                    rank=ranks.rank,
+                    world=ranks.world,
+                    add_up=add_up,
+                    on_batch=after_batch,
+                )
+        except (PeerError, _Interrupted):
+            raise
+        except UserError as error:
+            raise UserError(f"validation: {error}; {self._how_to_resume()}") from None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                # A bug: let the traceback through.
+                say(self.console, f"validation has failed; {self._how_to_resume()}")
+                raise
+            smaller = f" --set sample.batch_size=1 (now {sample.batch_size})" if sample.batch_size > 1 else ""
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"validation ran out of memory ({reason}); {self._how_to_resume()}{smaller}") from error
+
+
+class _Interrupted(Exception):
+    """A signal arrived during a validation."""
