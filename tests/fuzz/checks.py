@@ -10,7 +10,7 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.ops.shared.formulas import compute_dtype
 
-from ..flowseg_kernels.ops.test_neural_field import pixnerd_field
+from ..support.neural_field import pixnerd_field
 from . import exact
 from .cases import INVALID, Field, Pixels
 from .exact import Answer
