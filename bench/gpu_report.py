@@ -17,7 +17,7 @@ from .subprocesses import Interrupted, raise_on_signals, run_to_end
 
 FOLDER = ROOT.parent / "build" / "gpu-report"
 #: Folder of a dry run, so that its steps do not count as done on a GPU.
-REHEARSAL = ROOT.parent / "build" / "gpu-report-dry"
+DRY_FOLDER = ROOT.parent / "build" / "gpu-report-dry"
 #: Seconds below which no step is started.
 SHORTEST = 5
 
@@ -136,7 +136,7 @@ def parse(arguments):
     parser.add_argument("--list", action="store_true", help="show the steps and their expected seconds, and exit")
     given = parser.parse_args(arguments)
     given.names = [name.strip() for name in given.steps.split(",") if name.strip()]
-    given.folder = given.folder or (REHEARSAL if given.dry_run else FOLDER)
+    given.folder = given.folder or (DRY_FOLDER if given.dry_run else FOLDER)
     given.archive = given.archive or given.folder.with_name(given.folder.name + ".tar.gz")
     if given.seconds is None:
         given.seconds = sum(gpu_steps.BUDGETS.get(name, 0) for name in given.names) or max(gpu_steps.BUDGETS.values())
@@ -158,8 +158,8 @@ def why_no_gpu():
         return f"{sys.executable} has no torch; name an interpreter that has it: make gpu-report PYTHON=..."
     if torch.cuda.is_available():
         return None
-    kind = "sees no GPU here" if torch.version.cuda else "is built without CUDA; install a CUDA build of it"
-    return f"torch {torch.__version__} {kind}; `--dry-run` runs the steps on the CPU"
+    problem = "sees no GPU here" if torch.version.cuda else "is built without CUDA; install a CUDA build of it"
+    return f"torch {torch.__version__} {problem}; `--dry-run` runs the steps on the CPU"
 
 
 def main(arguments=None):

@@ -58,12 +58,12 @@ def case(entry: str, model: str, side: int, dtype: torch.dtype, device: str):
 
 def saved_bytes(entry: str, model: str, side: int, dtype: torch.dtype) -> int:
     decoder, forward, x, s = case(entry, model, side, dtype, "meta")
-    own = {p.untyped_storage()._cdata for p in decoder.parameters()}
+    parameters = {p.untyped_storage()._cdata for p in decoder.parameters()}
     found = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in parameters:
             found[storage._cdata] = storage
         return tensor
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from .groups import PEERS, SCALING, has_peer, main_groups, table_groups
 from .results import best_of_ours, is_ours, times_longer
 
-#: kind: caption of the picture.
+#: name: caption of the picture.
 PICTURES = {
     "speedup": "Time of each peer relative to ours",
     "roofline": "Our ops against the machine's limits",

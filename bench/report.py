@@ -104,9 +104,9 @@ def details(stored, folder):
     head = ("op and workload", "ours, ms", "spread", "rate", "share of peak", *peers)
     text = [where(stored), "", *_table(head, lines), "", *_sentences(stored["rows"])]
     text += ["", *targets.table(stored["machine"], groups_of(stored["rows"]))]
-    for kind, caption in PICTURES.items():
-        if (REPOSITORY / "docs" / "images" / f"bench-{folder}-{kind}.png").exists():
-            text += ["", f"![{caption}](../images/bench-{folder}-{kind}.png)"]
+    for name, caption in PICTURES.items():
+        if (REPOSITORY / "docs" / "images" / f"bench-{folder}-{name}.png").exists():
+            text += ["", f"![{caption}](../images/bench-{folder}-{name}.png)"]
     return text
 
 
@@ -183,10 +183,10 @@ def page(results=RESULTS):
 def write(readme, results=RESULTS, images=REPOSITORY / "docs" / "images"):
     """Render the section of `readme`, docs/results/bench.md next to it and, unless `images` is None, the pictures."""
     for folder, stored in _machines(results) if images else ():
-        for kind, draw in DRAW.items():
+        for name, draw in DRAW.items():
             figure = draw(stored["rows"])
             if figure:
-                figure.savefig(images / f"bench-{folder}-{kind}.png", dpi=130)
+                figure.savefig(images / f"bench-{folder}-{name}.png", dpi=130)
     text = readme.read_text()
     if BEGIN not in text or END not in text:
         sys.exit(f"{readme}: wanted the markers {BEGIN} and {END} around the section; add them")

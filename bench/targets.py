@@ -15,16 +15,16 @@ from .results import best_of_ours, times_longer
 class Target:
     """One target.
 
-    what:    its name in the rendered tables
-    value:   function of {group: {entry: row}} that returns the measured value, None if it was not measured
-    wanted:  the bound; an upper bound if `at_most`
-    form:    format of the values
+    what:     its name in the rendered tables
+    value:    function of {group: {entry: row}} that returns the measured value, None if it was not measured
+    wanted:   the bound; an upper bound if `at_most`
+    template: how a value is shown
     """
 
     what: str
     value: Callable
     wanted: float
-    form: str = "{:.3g}x"
+    template: str = "{:.3g}x"
     at_most: bool = False
 
     def judge(self, groups):
@@ -35,11 +35,11 @@ class Target:
         return measured, measured <= self.wanted if self.at_most else measured >= self.wanted
 
     def shown(self, value):
-        return "not measured" if value is None else self.form.format(value)
+        return "not measured" if value is None else self.template.format(value)
 
     @property
     def bound(self):
-        return f"{'at most' if self.at_most else 'at least'} {self.form.format(self.wanted)}"
+        return f"{'at most' if self.at_most else 'at least'} {self.template.format(self.wanted)}"
 
 
 def find(groups, group, entry=None):
@@ -107,14 +107,14 @@ def _search(spread, workload="ade512"):
     return f"nearest_centroid {workload} spread {spread:g}"
 
 
-def in_alternation(pair, wanted, form="{:.3g}x", at_most=False):
+def in_alternation(pair, wanted, template="{:.3g}x", at_most=False):
     """Ratio of two calls timed alternately; timing them one after the other would measure drift of the machine."""
 
     def value(groups):
         row = find(groups, "calls in alternation", pair)
         return row and row["ratio"]
 
-    return Target(pair, value, wanted, form, at_most)
+    return Target(pair, value, wanted, template, at_most)
 
 
 def _of_bf16(group):

@@ -91,10 +91,11 @@ def test_the_guide_shows_the_steps():
 
 
 class TestRun:
-    def test_failing_missing_and_slow_steps_do_not_stop_the_others(self, made):
+    def test_failing_missing_and_slow_steps_do_not_stop_the_others(self, made, monkeypatch):
+        monkeypatch.setattr(gpu_report, "SHORTEST", 0.1)
         assert not made.run(step("bad", "print('WRONG nearest_centroid'); raise SystemExit('no such thing')"))
         assert not made.run(Step("gone", "first", ("no-such-program",), 5, 1, ""))
-        assert not made.run(step("slow", "import time; time.sleep(60)", limit=5.5))
+        assert not made.run(step("slow", "import time; time.sleep(60)", limit=0.5))
         assert made.run(step("good", "print('here')"))
         text = (made.folder / "report.txt").read_text()
         assert "FAILED    bad: exit 1" in text and "no such thing" in text and "WRONG nearest_centroid" in text
@@ -168,7 +169,7 @@ class TestRun:
         # A background job of a shell script ignores SIGINT; stopping the step must work there too.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            assert not made.run(Step("cut", "first", command, 12, 1, "", bench=True))
+            assert not made.run(Step("cut", "first", command, 8, 1, "", bench=True))
         finally:
             signal.signal(signal.SIGINT, before)
         assert made.state["cut"]["entries"] == 1

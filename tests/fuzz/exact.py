@@ -95,8 +95,8 @@ def correction(
         free |= near_overflow | ((pull.abs().amax((1, 2)) > 1e18) | (slope.abs().amax(1) > 1e37))
     if slack is not None:
         steepest = (2 * slope.abs()[:, :, None] * size).amax((1, 2)) / temperature
-        reach = slack.amax(1)
-        free |= (reach * steepest > 0.05) | (reach > 0.02 * (d.amin(1) + eps).sqrt())
+        error = slack.amax(1)
+        free |= (error * steepest > 0.05) | (error > 0.02 * (d.amin(1) + eps).sqrt())
         for c in range(channels):
             for sign in (1, -1):
                 moved = diff.clone()

@@ -109,25 +109,25 @@ def _with_specials(case: Pixels, name: str, x: torch.Tensor, book: fk.Codebook) 
     """x (B, C, H, W), fp64, with the special values of the case."""
     mu = book.centroids.double()
     points = x.movedim(1, -1).clone(memory_format=torch.contiguous_format).view(-1, case.channels)
-    for tensor, place, kind in case.specials:
+    for tensor, place, special in case.specials:
         if tensor != name or not len(points):
             continue
         at, channel = place % len(points), place % case.channels
         a, b = mu[place % len(mu)], mu[(place // 7) % len(mu)]
-        if kind == "code":
+        if special == "code":
             points[at] = a
-        elif kind == "between":
+        elif special == "between":
             points[at] = (a + b) / 2
-        elif kind == "near_code":
+        elif special == "near_code":
             points[at] = a + 1e-6
-        elif kind == "border":
+        elif special == "border":
             tables = decode_tables(derived_from(book.centroids), torch.device("cpu")) if case.grid else (0.0,) * 5
             low, scale = tables[3:]
             scale = scale or 16.0
             edge = torch.tensor(low + (place % 65) / scale, dtype=torch.float32)
             points[at, channel] = torch.nextafter(edge, edge + (place % 3 - 1)).double()
         else:
-            points[at, channel] = float(kind)
+            points[at, channel] = float(special)
     return points.view(x.shape[0], *x.shape[2:], case.channels).movedim(-1, 1)
 
 

@@ -115,14 +115,14 @@ class Environment:
             (self.folder / mark).unlink(missing_ok=True)
 
 
-def library(commit: str, kind: str, torch: str) -> pathlib.Path:
+def library(commit: str, device: str, torch: str) -> pathlib.Path:
     """Path of the library of "cpu" or "cuda" kernels that was compiled against a torch."""
-    return FOLDER / "libraries" / commit.replace(" ", "_") / f"{kind}-{torch}" / f"libflowseg_{kind}.so"
+    return FOLDER / "libraries" / commit.replace(" ", "_") / f"{device}-{torch}" / f"libflowseg_{device}.so"
 
 
-def libraries(commit: str, kind: str) -> dict[str, pathlib.Path]:
+def libraries(commit: str, device: str) -> dict[str, pathlib.Path]:
     """The compiled libraries by torch. One Python is enough for them, because they do not depend on Python."""
-    found = sorted(library(commit, kind, "").parent.parent.glob(f"{kind}-*/*.so"))
+    found = sorted(library(commit, device, "").parent.parent.glob(f"{device}-*/*.so"))
     return {path.parent.name.partition("-")[2]: path for path in found}
 
 
