@@ -124,7 +124,7 @@ def pixel_results(codebook, x, source, labels, t):
     """{name: tensor} of every per-pixel op and the loss's gradient."""
     leaf = x.detach().requires_grad_()
     loss = fk.flow_loss(leaf, source, labels, t, codebook)
-    # Not 1: the backward has a fast path for 1.
+    # Not 1: for 1 the backward has nothing to compute.
     (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, 3.0))
     with torch.no_grad():
         label, distance, margin = fk.nearest_centroid(x, codebook, return_distance=True, return_margin=True)
