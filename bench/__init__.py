@@ -1,1 +1,1 @@
-"""`pytest bench/`: our kernels and their peers, measured in one run after the results were checked."""
+"""Benchmarks: `pytest bench/` times our kernels and their peers in one run and checks each result first."""

@@ -1,25 +1,25 @@
-"""Fails when our kernels became slower than the stored results of this machine, when there are none, and when one vanished.
+"""Fail if our kernels became slower than the stored results of this machine.
 
-`python -m bench.compare FILE ... [--slower 1.3]`: files that `pytest bench --benchmark-json=FILE` wrote. An entry of ours is too
-slow when its median is more than `--slower` times the stored one and the gap exceeds both spreads.
+Reads files that `pytest bench --benchmark-json=FILE` wrote. An entry of ours is too slow if its median exceeds the stored median
+times `--slower` and the difference exceeds both interquartile ranges together. Also fails if nothing is stored for this machine,
+and if a stored entry was not measured.
 """
 
 import argparse
 import json
 import pathlib
-import sys
 
 from .results import RESULTS, load, machine_name, rows_of
 
 
 def compare(machine, rows, stored, slower):
-    """Lines to print, and whether all is well."""
+    """Lines to print, and whether the comparison passed."""
     known = (
         {(row["group"], row["entry"]): row for row in stored["rows"] if row["entry"].startswith("ours")}
         if stored
         else {}
     )
-    lines, judged, well = [], 0, True
+    lines, judged, passed = [], 0, True
     for row in rows:
         if not row["entry"].startswith("ours"):
             continue
@@ -30,27 +30,25 @@ def compare(machine, rows, stored, slower):
         judged += 1
         ratio = row["ms"] / old["ms"]
         bad = ratio > slower and row["ms"] - old["ms"] > row["iqr_ms"] + old["iqr_ms"]
-        well &= not bad
+        passed &= not bad
         lines.append(f"{'SLOWER' if bad else 'ok':6} {ratio:5.2f}x {row['ms']:7.3f} ms  {row['group']}, {row['entry']}")
     if not judged:
         lines.append(f"nothing stored for {machine}: measure a trusted commit first, `make bench`")
     lines += [f"GONE                       {group}, {entry}: stored, not measured now" for group, entry in known]
-    return lines, well and judged > 0 and not known
+    return lines, passed and judged > 0 and not known
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", type=pathlib.Path, nargs="+")
     parser.add_argument("--slower", type=float, default=1.3, help="largest allowed ratio of medians (default 1.3)")
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder of the stored results")
     given = parser.parse_args(arguments)
     fresh = [json.loads(path.read_text()) for path in given.files]
     machine = machine_name(fresh[0]["machine_info"])
     rows = [row for result in fresh for row in rows_of(result)]
-    lines, well = compare(machine, rows, load(given.results / machine), given.slower)
+    lines, passed = compare(machine, rows, load(given.results / machine), given.slower)
     print("\n".join(lines))
-    return 0 if well else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return 0 if passed else 1

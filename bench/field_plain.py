@@ -10,7 +10,7 @@ def inputs(
     patches: int = 256, depth: int = 4, hidden: int = 64, ratio: int = 2, p: int = 16, channels: int = 3, freqs: int = 8,
     dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu",
 ):  # fmt: skip
-    """One image of a row-major square grid of patches, generated weights, and the shared parameters, as leaves."""
+    """Leaves: one image (a square grid of patches), its generated weights, and the shared parameters."""
     generator = torch.Generator(device).manual_seed(seed)
     side = round(patches**0.5)
 
@@ -30,22 +30,23 @@ def inputs(
 
 
 def products(what: str, device: str) -> int:
-    """Products of (p^2, Hx, r Hx) a patch and block that the op makes: the one count of its work.
+    """Matrix products of size (p^2, Hx, r Hx) per patch and block. All bounds of the op use this count.
 
-    Backward makes the forward's two again and four for the gradients. On a GPU the blocks' z = q W1 do not fit on chip, and
-    products are cheaper than memory: one more finds z again."""
+    Backward repeats the two products of the forward and adds four for the gradients. On a GPU, z = q W1 of all blocks does not fit
+    on chip; one more product recomputes it, which is cheaper than memory traffic.
+    """
     return {"forward": 2, "backward": 7 if device == "cuda" else 6}[what]
 
 
 def unfold_by_views(x, p):
-    """(B N, C, p^2) pixels of the patches. torch.compile of F.unfold and F.fold corrupted the heap on two threads (torch 2.13)."""
+    """(B N, C, p^2) pixels of the patches. Compiled F.unfold and F.fold corrupt the heap on two threads (torch 2.13)."""
     batch, channels, height, width = x.shape
     split = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
     return split.reshape(-1, channels, p * p)
 
 
 def fold_by_views(pixels, shape, p):
-    """The reverse of unfold_by_views."""
+    """The inverse of unfold_by_views."""
     batch, channels, height, width = shape
     split = pixels.reshape(batch, height // p, width // p, channels, p, p).permute(0, 3, 1, 4, 2, 5)
     return split.reshape(shape)
@@ -65,7 +66,7 @@ def field(
     ratio=2,
     views=False,
 ):
-    """The same values as neural_field; `dct` is features(...), which PixNerd keeps between calls."""
+    """The same values as neural_field. `dct` is features(...), which PixNerd caches between calls."""
     hidden, (batch, patches, depth, _) = embed_bias.shape[0], weights.shape
     if views:
         pixels = unfold_by_views(x, p)
@@ -92,7 +93,7 @@ def features(dtype: torch.dtype = torch.float32, p: int = 16, freqs: int = 8):
 
 
 class EagerDecoder(torch.nn.Module):
-    """PixNerd's decoder in plain PyTorch on the parameters of ours."""
+    """PixNerd's decoder in plain PyTorch, with the parameters of our decoder."""
 
     def __init__(self, decoder, views=False):
         super().__init__()
@@ -103,7 +104,7 @@ class EagerDecoder(torch.nn.Module):
         own = self.decoder
         weights = torch.stack([block.param_generator1(s) for block in own.blocks], dim=2)
         embed, last = own.x_embedder.embedder[0], own.final_layer
-        # In the dtype of the products around them, without which the norms leave their fused kernel.
+        # Cast the gains to the dtype of the products: with mixed dtypes rms_norm falls back to an unfused path.
         dtype = weights.dtype
         norms = torch.stack([block.norm.weight for block in own.blocks]).to(dtype)
         shared = (embed.weight, embed.bias, norms, last.norm.weight.to(dtype), last.linear.weight, last.linear.bias)

@@ -1,7 +1,7 @@
-"""The archive of a GPU report: how it is packed there and imported at home.
+"""Pack the archive of a GPU report, and import it at home.
 
-`python -m bench.gpu_archive FILE` stores the figures of an archive in bench/results/, writes the backend preferences that follow
-from them, and renders README, docs/results/bench.md and the pictures.
+The import stores the results of an archive in bench/results/, writes the backend preferences that follow from them, and renders
+README, docs/results/bench.md and the pictures.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import tempfile
 from . import preferences, report
 from .results import RESULTS, ROOT, store
 
-#: Bytes of an archive, and of one log in it; a longer log keeps its beginning and its end.
+#: Largest archive, and largest log in it, in bytes. A longer log keeps its beginning and its end.
 LARGEST, LONGEST_LOG = 16 * 2**20, 4 * 2**20
 
 
@@ -25,7 +25,7 @@ def file_name(step):
 
 
 def read_state(folder):
-    """{step: {"ended", "seconds", ...}} of earlier runs into a folder; {} if there was none."""
+    """{step: {"ended", "seconds", ...}} of earlier runs into a folder; {} if there is no readable state."""
     try:
         return json.loads((folder / "state.json").read_text())
     except (OSError, ValueError):
@@ -39,7 +39,7 @@ def write_state(folder, state):
 
 
 def next_files(folder, step):
-    """(figures, log) of the next attempt at a step: what an earlier one measured stays."""
+    """(results, log) of the next attempt at a step; files of earlier attempts stay."""
     name, attempt = file_name(step), 1
     while (folder / f"{name}.log").exists():
         attempt += 1
@@ -48,7 +48,7 @@ def next_files(folder, step):
 
 
 def slim(path):
-    """Drop the single times from a pytest-benchmark file, most of it; returns its number of entries, 0 if it was cut."""
+    """Drop the single times, which are most of a pytest-benchmark file. Returns its number of entries, 0 if it is unreadable."""
     try:
         result = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -69,7 +69,7 @@ def results_in(folder):
             result = json.loads(path.read_text())
             found += [result] if result["benchmarks"] and result["datetime"] and result["machine_info"] else []
         except (ValueError, KeyError, TypeError):
-            print(f"{path.name}: not the figures of a step, or cut; it is left out")
+            print(f"{path.name}: left out; it is truncated or holds no results of a step")
     return sorted(found, key=lambda result: result["datetime"])
 
 
@@ -82,7 +82,7 @@ def _shortened(path):
 
 
 def pack(folder, archive):
-    """Write everything in a folder to a .tar.gz of at most LARGEST bytes, in one move."""
+    """Write the files of a folder to a .tar.gz of at most LARGEST bytes; replace an older archive only once it is complete."""
     part = archive.with_name(archive.name + ".part")
     with tempfile.TemporaryDirectory() as scratch, tarfile.open(part, "w:gz") as tar:
         for path in sorted(path for path in folder.iterdir() if path.is_file()):
@@ -102,19 +102,23 @@ def unpack(archive, folder):
     except FileNotFoundError:
         sys.exit(f"archive: wanted gpu-report.tar.gz or its folder; {archive} does not exist")
     except (OSError, EOFError, tarfile.TarError):
-        sys.exit(f"archive: wanted what bench.gpu_report packed; {archive} is none or was cut; copy it again")
+        sys.exit(
+            f"archive: wanted an archive of `python -m bench gpu`; {archive} is another file or truncated; copy it again"
+        )
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_archive", description=__doc__.splitlines()[0])
-    parser.add_argument("archive", type=pathlib.Path, help="gpu-report.tar.gz, or the folder it was made of")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench gpu-import", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("archive", type=pathlib.Path, help="gpu-report.tar.gz, or the folder that it was packed from")
     readme = ROOT.parent / "README.md"
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder to store the figures in")
-    parser.add_argument("--readme", type=pathlib.Path, default=readme, help="file to render; docs/ lies beside it")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="folder to store the results in")
+    parser.add_argument("--readme", type=pathlib.Path, default=readme, help="file to render, next to docs/")
     parser.add_argument(
         "--preferences", type=pathlib.Path, default=preferences.FILE, help="file of backend preferences"
     )
-    parser.add_argument("--rehearsal", action="store_true", help="also take figures of a dry run, which mean nothing")
+    parser.add_argument("--rehearsal", action="store_true", help="also import results of a dry run, which mean nothing")
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.archive
@@ -123,11 +127,11 @@ def main(arguments=None):
             unpack(given.archive, folder)
         results = results_in(folder)
         if not results:
-            print(f"archive: wanted figures; {given.archive} has none; run a step that measures, such as own pixel ops")
+            print(f"archive: wanted results; {given.archive} has none; run a step that measures, such as own pixel ops")
             return 1
         if not given.rehearsal and not all("gpu" in result["machine_info"] for result in results):
             print(
-                f"archive: wanted figures of a GPU; {given.archive} has those of a dry run; measure without --dry-run"
+                f"archive: wanted results of a GPU; {given.archive} has those of a dry run; measure without --dry-run"
             )
             return 1
         for result in results:
@@ -139,7 +143,3 @@ def main(arguments=None):
     report.write(given.readme, given.results, images)
     print(f"rendered {given.readme}; wrote {given.preferences}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

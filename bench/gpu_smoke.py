@@ -1,13 +1,13 @@
-"""`python -m bench.gpu_smoke WHAT`: the shortest programs that say whether the kernels are right on this GPU.
+"""Short checks that the kernels are correct on this GPU.
 
-load    what this machine is, and whether the compiled library loads; builds it in place if it does not
+load    show this machine, and load the compiled library; build it in place if it does not load
 ops     every op and gradient on one backend against fp64, in fp32, bf16 and fp16, for 3, 8 and 16 channels
 field   the neural field at PixNerd's sizes against fp64, output and all eight gradients
-calls   every op once, for a memory checker; at the benches' size with --large, for a profiler
+calls   call every op once, for a memory checker; with --large at the size of the benchmarks, for a profiler
 
 `ops` and `field` print one line per check: our error, plain PyTorch's error in the same dtype, and whether ours is at most twice
-that. The exit status is 1 if a check failed; all checks are made. On a GPU the cases run in several processes, since their time
-goes into importing torch and compiling Triton kernels.
+as large. All checks run; the exit status is 1 if one failed. On a GPU the cases run in several processes, because they spend their
+time importing torch and compiling Triton kernels.
 """
 
 import argparse
@@ -29,18 +29,18 @@ from . import field_plain
 from .results import ROOT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-#: Allowed beside twice plain PyTorch's error: it may be right by luck.
+#: Error allowed in addition to twice plain PyTorch's, which may be zero by chance.
 FLOOR = {"fp32": 2e-6, "bf16": 4e-3, "fp16": 5e-4}
 
 
 def relative_error(got, want):
-    """|got - want| / |want| over the whole tensor, NaN if either holds one."""
+    """|got - want| / |want| over the whole tensor; NaN if either tensor has a NaN."""
     want = want.double()
     return float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
 
 
 class Checks:
-    """The lines of the checks of one case, and how many failed."""
+    """The output lines of one case, and its number of failed checks."""
 
     def __init__(self):
         self.failed, self.lines = 0, []
@@ -60,7 +60,7 @@ class Checks:
 
 
 def run_case(name, arguments):
-    """(number of failed checks, lines) of one case; an exception counts as a failed check."""
+    """(number of failed checks, lines) of one case. An exception counts as a failed check."""
     checks = Checks()
     try:
         CHECKS[name](checks, *arguments)
@@ -72,7 +72,7 @@ def run_case(name, arguments):
 
 
 def run_cases(cases, processes):
-    """Print the lines of all cases, each as it ends; returns how many checks failed."""
+    """Print the lines of each case as it ends. Returns the number of failed checks."""
     failed = 0
     if processes == 1:
         ended = (run_case(*case) for case in cases)
@@ -89,7 +89,7 @@ def run_cases(cases, processes):
 
 
 def load(device):
-    """Show the machine; build the library in place if this GPU cannot use it."""
+    """Show the machine; build the library in place if it does not load on this GPU."""
     if device == "cuda":
         if not torch.cuda.is_available():
             sys.exit("torch sees no GPU here")
@@ -99,7 +99,7 @@ def load(device):
             command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
             environment = {**os.environ, "FLOWSEG_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": architecture}
             subprocess.run(command, cwd=ROOT.parent, env=environment, check=True)
-            # In a process of its own: this one remembers that the library does not load.
+            # Use a new process: this one has cached that the library does not load.
             ask = "from flowseg_kernels.runtime import extension; raise SystemExit(extension.why_no_cuda_kernels())"
             subprocess.run([sys.executable, "-c", ask], cwd=ROOT.parent, check=True)
         print(torch.cuda.get_device_properties())
@@ -109,7 +109,7 @@ def load(device):
 
 
 def pixel_inputs(classes, channels, device, dtype, shape=(2, 67, 45)):
-    """(codebook, x, source, labels, t): x near its codes, of odd sides unless told otherwise, with ignored pixels."""
+    """(codebook, x, source, labels, t): x near its codes, with ignored pixels; odd height and width by default."""
     generator = torch.Generator(device).manual_seed(channels)
     codebook = fk.Codebook(fk.kronecker_centroids(classes, channels), ignore_index=-1).to(device)
     labels = torch.randint(0, classes, shape, generator=generator, device=device)
@@ -124,7 +124,7 @@ def pixel_results(codebook, x, source, labels, t):
     """{name: tensor} of every per-pixel op and the loss's gradient."""
     leaf = x.detach().requires_grad_()
     loss = fk.flow_loss(leaf, source, labels, t, codebook)
-    # Not 1, with which a backward has nothing to do.
+    # Not 1: for 1 the backward has nothing to compute.
     (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, 3.0))
     with torch.no_grad():
         label, distance, margin = fk.nearest_centroid(x, codebook, return_distance=True, return_margin=True)
@@ -165,7 +165,7 @@ FIELD_NAMES = (
 
 
 def field_results(inputs, grad, options):
-    """The output and the gradient of every input; None in place of the gains, which the plain form does not have."""
+    """The output and the gradient of every input; None for the gains if the form is "plain", which has none."""
     leaves = [v.detach().requires_grad_() for v in inputs]
     if options.get("form") == "plain":
         leaves[4] = leaves[5] = None
@@ -175,7 +175,7 @@ def field_results(inputs, grad, options):
 
 
 def check_field(checks, backend, device, dtype, patches, depth, options):
-    """Against fp64, beside PixNerd's own form in the same dtype where it has the options, else our reference."""
+    """Compare with fp64 and with plain PyTorch in the same dtype: PixNerd's own form, or our reference if `options` are set."""
     inputs = field_plain.inputs(patches=patches, depth=depth, dtype=DTYPES[dtype], device=device)
     grad = torch.randn(inputs[0].shape, device=device)
     with fk.use_backend("reference"):
@@ -194,7 +194,7 @@ def check_field(checks, backend, device, dtype, patches, depth, options):
 
 
 def plain_field_results(inputs, grad):
-    """As field_results, by PixNerd's own form in plain PyTorch."""
+    """The results of field_results by PixNerd's own form in plain PyTorch."""
     leaves = [v.detach().requires_grad_() for v in inputs]
     out = field_plain.field(*leaves, field_plain.features(inputs[0].dtype).to(grad.device))
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
@@ -215,7 +215,7 @@ def op_cases(backend, device):
 
 
 def field_cases(backend, device):
-    """The cases of `field`: PixNerd's sizes, and every option once."""
+    """The cases of `field`: PixNerd's sizes, and each option once."""
     sizes = ((256, 2), (1024, 4)) if device == "cuda" else ((4, 2),)
     cases = [("field", (backend, device, dtype, *size, {})) for dtype in DTYPES for size in sizes]
     options = ({"form": "plain"}, {"normalise": "first"})
@@ -223,7 +223,7 @@ def field_cases(backend, device):
 
 
 def call_all(backend, device, dtype, shape, patches):
-    """A function that calls every op once on inputs that exist already."""
+    """A function that calls every op once; the inputs are created before."""
     pixels = pixel_inputs(150, 3, device, dtype, shape)
     field = field_plain.inputs(patches=patches, depth=2, dtype=dtype, device=device)
     grad = torch.ones(field[0].shape, device=device)
@@ -238,7 +238,7 @@ def call_all(backend, device, dtype, shape, patches):
 
 
 def calls(backend, device, large):
-    """One call of every op, of odd sides; `large`: at the benches' size, warmed up, between the profiler's start and stop."""
+    """Call every op once at odd sizes. `large`: at the size of the benchmarks, after a warm-up, between profiler start and stop."""
     shape, patches = ((16, 512, 512), 4096) if large else ((2, 67, 45), 4)
     for dtype in (torch.float32, torch.bfloat16):
         run = call_all(backend, device, dtype, shape, patches)
@@ -255,13 +255,15 @@ def calls(backend, device, large):
     print("every op was called")
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_smoke", description=__doc__.splitlines()[0])
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m bench gpu-smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("load", "ops", "field", "calls"))
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--large", action="store_true", help="calls: at the benches' size")
-    given = parser.parse_args()
+    parser.add_argument("--large", action="store_true", help="calls: at the size of the benchmarks")
+    given = parser.parse_args(arguments)
     if given.what == "load":
         return load(given.device)
     if given.what == "calls":
@@ -269,7 +271,3 @@ def main():
     cases = {"ops": op_cases, "field": field_cases}[given.what](given.backend, given.device)
     processes = min(8, os.cpu_count() or 1) if given.device == "cuda" and given.backend == "triton" else 1
     return 1 if run_cases(cases, processes) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

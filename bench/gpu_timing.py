@@ -1,8 +1,7 @@
-"""Times of calls on a GPU, by CUDA events: in CUDA graphs of many calls, call after call from Python, and the host's own time.
-PyTorch's profiler says what each kernel takes of them.
+"""Times of calls on a GPU by CUDA events, and times of single kernels by PyTorch's profiler.
 
-A graph of many calls measures the kernels: launching them costs nothing, and the graph's own start is shared by all calls.
-Call after call measures what a user of eager PyTorch gets. The host time says how long Python and the launches keep the CPU busy.
+A CUDA graph of many calls measures the kernels: launches cost nothing, and the start of the graph is divided by all calls.
+Consecutive calls from Python measure eager PyTorch as a user sees it. The host time is the CPU time of Python and the launches.
 """
 
 import itertools
@@ -11,16 +10,16 @@ import time
 
 import torch
 
-#: Calls in one CUDA graph, and in one timed stretch of calls from Python.
+#: Calls in one CUDA graph, and in one timed series of calls from Python (a "stretch").
 CALLS = 50
-#: Longest graph or stretch, in seconds: fewer calls where one call is long.
+#: Longest graph or stretch in seconds; long calls get shorter stretches.
 STRETCH = 0.1
-#: Stretches whose median counts.
+#: Stretches to take the median of.
 STRETCHES = 9
 
 
 def event_seconds(run, repeats):
-    """Seconds of each of `repeats` calls of run(), by a pair of CUDA events around each."""
+    """Seconds of each of `repeats` calls of run(), by a pair of CUDA events per call."""
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for begin, end in pairs:
         begin.record()
@@ -31,14 +30,14 @@ def event_seconds(run, repeats):
 
 
 def median_seconds(run, repeats=STRETCHES):
-    """Median of event_seconds after two calls that warm up."""
+    """Median of event_seconds after two warm-up calls."""
     for _ in range(2):
         run()
     return statistics.median(event_seconds(run, repeats))
 
 
 def captured(run, sets, calls):
-    """A CUDA graph of `calls` calls of run(inputs) over rotating inputs."""
+    """A CUDA graph of `calls` calls of run(inputs) with rotating inputs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -58,11 +57,11 @@ def _quartile_distance(times):
 
 
 def call_times(run, sets, *, graph=True, stretches=STRETCHES):
-    """What a row stores about run(inputs), which was called before: milliseconds of one call.
+    """The timing fields of a row: milliseconds of one call of run(inputs), which must have been called before.
 
-    ms:         in a CUDA graph, else as stream_ms; iqr_ms is the distance of its quartiles, clock says which of the two it is
-    stream_ms:  call after call from Python, without waiting in between
-    host_ms:    until the call returns to Python, with an idle GPU and a queue that is not full
+    ms:         median in a CUDA graph, or stream_ms without one; `clock` says which, and iqr_ms is the interquartile range
+    stream_ms:  median of consecutive calls from Python, without synchronising in between
+    host_ms:    median time until the call returns to Python, with an idle GPU and an empty launch queue
     """
     turn = itertools.cycle(sets)
 
@@ -84,14 +83,14 @@ def call_times(run, sets, *, graph=True, stretches=STRETCHES):
             median_seconds(replay, 1)
             times = [seconds / calls for seconds in event_seconds(replay, stretches)]
             found["clock"] = "graph"
-        except Exception as error:  # capture forbids what some peers do; their time call after call stands
+        except Exception as error:  # some peers cannot be captured; keep their stream_ms
             torch.cuda.synchronize()
             found["no_graph"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return found | {"ms": statistics.median(times) * 1e3, "iqr_ms": _quartile_distance(times) * 1e3}
 
 
 def host_milliseconds(run, turn, repeats):
-    """Median time until run(inputs) returns to Python, each call with an idle GPU."""
+    """Median time until run(inputs) returns to Python; the GPU is idle before each call."""
     times = []
     for _ in range(repeats):
         inputs = next(turn)
@@ -104,14 +103,14 @@ def host_milliseconds(run, turn, repeats):
 
 
 def kernel_times(run, sets, most=12):
-    """{kernel: microseconds per call} of the longest kernels of run(inputs), by PyTorch's profiler; {} where it cannot look."""
+    """{kernel: microseconds per call} of the longest kernels of run(inputs), by PyTorch's profiler; {} if profiling fails."""
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for inputs in sets:
                 run(inputs)
             torch.cuda.synchronize()
         events = profile.key_averages()
-    except Exception:  # a profiler that fails must not lose the times
+    except Exception:  # the times above are worth more than the profile
         return {}
     times = {event.key[:80]: event.self_device_time_total / len(sets) for event in events}
     longest = sorted(times, key=times.get, reverse=True)[:most]
@@ -119,8 +118,8 @@ def kernel_times(run, sets, most=12):
 
 
 def limits(quick=False):
-    """What this GPU gives, per second: bytes copied (read and written), operations of fused multiply-adds on the fp32 pipes, and
-    of fp32 and bf16 matrix products. `quick` is for a test of the code: its figures mean nothing."""
+    """Rates per second of this GPU: bytes copied (read and written), operations of fp32 fused multiply-adds, operations of fp32 and
+    bf16 matrix products. `quick` only tests the code; its rates mean nothing."""
     found = {"copy": copy_rate(2**20 if quick else 2**29)}
     n = 256 if quick else 8192
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -131,16 +130,16 @@ def limits(quick=False):
 
 
 def copy_rate(count):
-    """Bytes per second, read and written, of a copy of `count` fp32 numbers."""
+    """Bytes per second, reads and writes together, of a copy of `count` fp32 numbers."""
     source = torch.randn(count, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_seconds(lambda: target.copy_(source))
 
 
 def multiply_rate(quick=False):
-    """Operations per second (two for a fused multiply-add) of a loop that does nothing else; None without Triton."""
+    """Operations per second, two per fused multiply-add, of a kernel that only multiplies and adds; None without Triton."""
     try:
-        from .gpu_pipes import BLOCK, STEPS, multiply_kernel
+        from .gpu_throughput import BLOCK, STEPS, multiply_kernel
     except ImportError:
         return None
     programs, rounds = torch.cuda.get_device_properties().multi_processor_count * 16, 1 if quick else 200

@@ -1,7 +1,9 @@
-"""The limits of this machine, measured: what its multiply pipes and the correction's arithmetic give, and memory in use."""
+"""Facts about this machine: CPU model, throughput of its arithmetic units, memory in use."""
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import pathlib
 import shutil
@@ -10,59 +12,82 @@ import tempfile
 
 import torch
 
+BUILD = pathlib.Path(__file__).resolve().parents[1] / "build" / "bench"
+
+
+def cpu_model():
+    """The model name of this CPU; "" where /proc/cpuinfo does not tell."""
+    path = pathlib.Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+
 
 @functools.cache
-def _pipes():
-    """The compiled loops of pipes.cpp; None without a C++ compiler."""
+def _throughput():
+    """The compiled loops of throughput.cpp; None without a C++ compiler.
+
+    The library stays in build/bench/ for later processes; its name depends on source, command and CPU.
+    """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         return None
-    source = pathlib.Path(__file__).with_name("pipes.cpp")
+    source = pathlib.Path(__file__).with_name("throughput.cpp")
+    command = [*compiler.split(), *"-std=c++17 -O3 -march=native -shared -fPIC -pthread".split(), str(source)]
+    key = hashlib.sha256(source.read_bytes() + repr((command, cpu_model())).encode()).hexdigest()[:16]
+    kept = BUILD / f"throughput-{key}.so"
     with tempfile.TemporaryDirectory() as folder:
-        library = pathlib.Path(folder) / "pipes.so"
-        flags = "-std=c++17 -O3 -march=native -shared -fPIC -pthread".split()
-        command = [*compiler.split(), *flags, str(source), "-o", str(library)]
-        if subprocess.run(command, capture_output=True).returncode:
-            return None
-        pipes = ctypes.CDLL(str(library))
-    for function in (pipes.fused_multiply_adds, pipes.pairs):
+        path = kept
+        if not kept.exists():
+            path = pathlib.Path(folder) / kept.name
+            if subprocess.run([*command, "-o", str(path)], capture_output=True).returncode:
+                return None
+            with contextlib.suppress(OSError):  # a read-only checkout compiles in each process
+                BUILD.mkdir(parents=True, exist_ok=True)
+                part = kept.with_suffix(f".{os.getpid()}")
+                shutil.copy(path, part)
+                os.replace(part, kept)
+        library = ctypes.CDLL(str(path))
+    for function in (library.fused_multiply_adds, library.pairs):
         function.restype = ctypes.c_double
-    return pipes
+    return library
 
 
-def multiply_adds(threads, rounds=2_000_000):
-    """Fused multiply-adds a second over some threads of this CPU; None without a C++ compiler."""
-    pipes = _pipes()
-    return pipes and pipes.fused_multiply_adds(threads, ctypes.c_long(rounds))
+def multiply_adds_per_second(threads, rounds=2_000_000):
+    """Fused multiply-adds per second of this CPU on `threads` threads; None without a C++ compiler."""
+    library = _throughput()
+    return library and library.fused_multiply_adds(threads, ctypes.c_long(rounds))
 
 
-def pairs(channels, threads, rounds=2_000_000):
-    """Pairs of a pixel and a class a second that the correction's bare arithmetic gets through; None without a C++ compiler."""
-    pipes = _pipes()
-    # A pair is some 3 C + 3 instructions: about as long for each number of channels.
-    return pipes and pipes.pairs(channels, threads, ctypes.c_long(rounds // (3 * channels + 3)))
+def pairs_per_second(channels, threads, rounds=2_000_000):
+    """Pairs of a pixel and a class per second of the correction's arithmetic alone; None without a C++ compiler."""
+    library = _throughput()
+    # A pair takes about 3 C + 3 instructions; dividing the rounds makes all numbers of channels take about equally long.
+    return library and library.pairs(channels, threads, ctypes.c_long(rounds // (3 * channels + 3)))
 
 
-def _resident():
+def resident():
+    """Current ("VmRSS") and peak ("VmHWM") resident memory of this process, in bytes."""
     lines = dict(line.split(":", 1) for line in open("/proc/self/status") if line.startswith(("VmRSS", "VmHWM")))
-    return {name: int(value.split()[0]) / 1024 for name, value in lines.items()}
+    return {name: int(value.split()[0]) * 1024 for name, value in lines.items()}
 
 
 def peak_mib(run, device):
-    """How far the memory of this process (or of the GPU) rises above what it held while run() works, which it does once; None
-    where nobody can tell."""
+    """Call run() once; return by how many MiB the memory of this process (or of the GPU) peaks above its level before the call.
+
+    None where the system does not tell.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
         run()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        # Freed blocks that the allocator kept would hide what the call asks for.
+        # Freed blocks that the allocator keeps would hide allocations of the call.
         ctypes.CDLL(None).malloc_trim(0)
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # peak := current
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current level
     except (AttributeError, OSError):
         run()
         return None
-    held = _resident()["VmRSS"]
+    before = resident()["VmRSS"]
     run()
-    return max(_resident()["VmHWM"] - held, 0.0)
+    return max(resident()["VmHWM"] - before, 0) / 2**20

@@ -1,10 +1,13 @@
-"""`python -m bench.memory`: what PixNerd's decoder keeps for backward and its peak memory, in eager PyTorch and in ours.
+"""Print the memory that PixNerd's decoder saves for backward and its peak memory, in eager PyTorch and in ours.
 
-One image, forward and backward of the decoder from patch features to pixels. Saved: every tensor kept for backward but parameters,
-counted on meta tensors, so the figures hold for any device. Peak on this CPU: how far the resident memory of a fresh process rises
-above what it held before the step, the gradient of the generators left out as all need the same. Peak by count: the most bytes that
-the field's forward and backward on a GPU hold at once in tensors beyond its inputs, and the same with the generated weights, which
-both sides need unless they are generated in chunks; of ours, what the host code of the Triton kernels allocates.
+One image, forward and backward of the decoder from patch features to pixels. The columns:
+
+saved               all tensors kept for backward except parameters, counted on meta tensors, so the numbers hold for any device
+peak on this CPU    how far the resident memory of a new process rises above its level before the step; without the gradient of the
+                    generators, which all entries need alike
+peak by count       the most bytes that tensors of the field's forward and backward hold at once on a GPU in addition to the inputs;
+                    for ours, the allocations of the Triton kernels' host code. A second column adds the generated weights, which
+                    both sides need unless they are generated in chunks
 """
 
 import argparse
@@ -21,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 import flowseg_kernels as fk
 
 from . import field_plain
+from .machine import resident
 
 #: PixNerd's width D and field blocks L.
 MODELS = {"L": (1024, 2), "XL": (1152, 4)}
@@ -54,12 +58,12 @@ def case(entry: str, model: str, side: int, dtype: torch.dtype, device: str):
 
 def saved_bytes(entry: str, model: str, side: int, dtype: torch.dtype) -> int:
     decoder, forward, x, s = case(entry, model, side, dtype, "meta")
-    own = {p.untyped_storage()._cdata for p in decoder.parameters()}
+    parameters = {p.untyped_storage()._cdata for p in decoder.parameters()}
     found = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in parameters:
             found[storage._cdata] = storage
         return tensor
 
@@ -70,7 +74,7 @@ def saved_bytes(entry: str, model: str, side: int, dtype: torch.dtype) -> int:
 
 
 class Allocated(TorchDispatchMode):
-    """The most bytes that tensors made inside held at once."""
+    """Tracks the most bytes that tensors created inside the block hold at once."""
 
     def __init__(self):
         super().__init__()
@@ -89,7 +93,7 @@ class Allocated(TorchDispatchMode):
 
 
 class _NoKernel:
-    """Takes a launch and at most notes its name."""
+    """Stands for a Triton kernel: a launch only appends the kernel's name to `noted`, if that is a list."""
 
     def __init__(self, name, noted):
         self.name, self.noted = name, noted
@@ -103,7 +107,7 @@ class _NoKernel:
 
 
 def without_kernels(noted: list | None = None):
-    """Inside the block the field's Triton kernels do nothing, on tensors anywhere; `noted` gets the names of those launched."""
+    """Replace the field's Triton kernels by stubs, so the host code runs on any tensors; `noted` collects the names of launches."""
     from flowseg_kernels.ops.neural_field import triton_launch
 
     names = [name for name in vars(triton_launch) if name.endswith("_kernel")]
@@ -112,7 +116,7 @@ def without_kernels(noted: list | None = None):
 
 
 def counted_peak_bytes(entry: str, model: str, side: int, dtype: torch.dtype) -> int:
-    """Of "eager" or "ours", beyond x and the generated weights."""
+    """Peak bytes of the field for "eager" or "ours", in addition to x and the generated weights."""
     from flowseg_kernels.ops.neural_field import triton_launch
 
     dct = torch.zeros(1, PATCH**2, 64, dtype=dtype, device="meta")
@@ -134,12 +138,12 @@ def counted_peak_bytes(entry: str, model: str, side: int, dtype: torch.dtype) ->
 
 
 def generated_bytes(model: str, side: int, dtype: torch.dtype) -> int:
-    """The weights of all blocks that the decoder generates for one image."""
+    """Bytes of the weights that the decoder generates for one image, all blocks."""
     return (side // PATCH) ** 2 * MODELS[model][1] * 2 * 2 * 64 * 64 * dtype.itemsize
 
 
 def counted(entry: str, model: str, side: int) -> list[int | None]:
-    """Bytes that no machine measures: saved in bf16 and fp32, peak for a GPU without and with the generated weights."""
+    """Counted bytes: saved in bf16, saved in fp32, GPU peak without the generated weights, GPU peak with them."""
     found: list[int | None] = [saved_bytes(entry, model, side, t) for t in (torch.bfloat16, torch.float32)]
     if "64" in entry:
         return [*found, None, None]
@@ -148,22 +152,16 @@ def counted(entry: str, model: str, side: int) -> list[int | None]:
 
 
 def cells(row: list[int | None], eager: list[int]) -> list[str]:
-    """MiB, and against eager."""
+    """Table cells in MiB, with the factor relative to eager."""
     return [
         "" if v is None else f"{v / 2**20:,.1f}" + (f" (1/{e / v:.1f})" if row is not eager else "")
         for v, e in zip(row, eager)
     ]
 
 
-def resident() -> dict[str, int]:
-    """Current and highest resident memory of this process, in bytes."""
-    lines = dict(line.split(":", 1) for line in open("/proc/self/status") if line.startswith(("VmRSS", "VmHWM")))
-    return {name: int(value.split()[0]) * 1024 for name, value in lines.items()}
-
-
 def peak_bytes(entry: str, model: str, side: int) -> int:
     decoder, forward, x, s = case(entry, model, side, torch.float32, "cpu")
-    # The generator's own gradient would be the same large block on both sides.
+    # Both sides would hold the same large gradient of the generators.
     for block in decoder.blocks:
         block.param_generator1.requires_grad_(False)
     p = PATCH
@@ -174,10 +172,12 @@ def peak_bytes(entry: str, model: str, side: int) -> int:
     return resident()["VmHWM"] - before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     if given.case:
         entry, model, side = given.case
         print(json.dumps(peak_bytes(entry, model, int(side))))
@@ -188,12 +188,8 @@ def main() -> None:
         for side in (256, 512):
             first = None
             for entry in ENTRIES:
-                command = [sys.executable, "-m", "bench.memory", "--case", entry, model, str(side)]
+                command = [sys.executable, "-m", "bench", "memory", "--case", entry, model, str(side)]
                 peak = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
                 row = [*counted(entry, model, side), peak]
                 first = first or row
                 print(f"| {model} {side} x {side} | {entry} | {' | '.join(cells(row, first))} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The plain PyTorch that a user would write, for eager timing and for torch.compile."""
+"""The per-pixel ops in the plain PyTorch that a user would write, for eager timing and for torch.compile."""
 
 import torch
 
@@ -34,6 +34,6 @@ def nearest(x, mu):
 
 
 def confusion(x, target, mu):
-    """Counts of (true, decoded) classes."""
+    """(K, K) counts of pixels by true and decoded class."""
     pairs = target.flatten() * len(mu) + nearest(x, mu).flatten()
     return torch.bincount(pairs, minlength=len(mu) ** 2).view(len(mu), len(mu))

@@ -1,17 +1,16 @@
-"""Which GPU backend each op tries first: `python -m bench.preferences` writes flowseg_kernels/runtime/preferences.json
-(`--show` prints it only).
+"""The GPU backend that each op tries first: written to flowseg_kernels/runtime/preferences.json.
 
-An op that a GPU has measured on both backends (bench/results/GPU/, of `make gpu-report`) goes by those times. The others go by the
-instructions that were counted in each backend's inner loops, and the reason says that no GPU has measured them.
+If a GPU has timed both backends of an op (bench/results/GPU/, from `make gpu-report`), these times decide. Otherwise the counted
+instructions of each backend's inner loops decide, and the reason says that no GPU has measured the op.
 
-CUDA C++ goes first where the two are close: it compiles nothing at the first call and keeps the host busy for half as long. Close
-is 10 % of a measured time, and 2 % of a count.
+CUDA C++ goes first if both are close: it compiles nothing at the first call and takes half the host time. "Close" is 10 % of a
+measured time and 2 % of an instruction count.
 """
 
+import argparse
 import json
 import pathlib
 import statistics
-import sys
 from collections import defaultdict
 
 from .results import RESULTS, ROOT, load
@@ -22,11 +21,11 @@ REPOSITORY = ROOT.parent
 FILE = REPOSITORY / "flowseg_kernels" / "runtime" / "preferences.json"
 BUDGETS = REPOSITORY / "tests" / "flowseg_kernels" / "static"
 BACKENDS = {"cuda": "CUDA C++", "triton": "Triton"}
-#: Counts, and measured times, that differ by less are a tie.
+#: Relative differences below which instruction counts, and measured times, are a tie.
 TIE, MEASURED_TIE = 0.02, 0.1
 _PAIR = ("pixel and class", ("rivals", "rivals and own class"))
 _CANDIDATE = ("listed candidate", ("listed candidate",), "decode_by_grid", ("nearest_centroid C=3 grid bf16",))
-#: unit, loops in budget.json, kernel there, and forms in triton_budget.json.
+#: op: (unit, loops of the kernel in budget.json, that kernel, forms in triton_budget.json)
 COUNTS = {
     "distance_correction": (
         *_PAIR,
@@ -45,7 +44,7 @@ def _entry(order, because):
 
 
 def static(op):
-    """The entry of an op by what is known without a GPU."""
+    """The entry of an op by instruction counts, without a GPU."""
     ahead = "CUDA C++ compiles nothing at the first call"
     if op not in COUNTS:
         return _entry(BACKENDS, f"no GPU has measured it: both read and write 16 bytes at a time; {ahead}")
@@ -58,12 +57,12 @@ def static(op):
     tie = max(mean.values()) <= (1 + TIE) * min(mean.values())
     order = list(BACKENDS) if tie else sorted(BACKENDS, key=mean.get)
     shown = [f"{' to '.join(f'{round(n, 2):g}' for n in counts[name])} in {BACKENDS[name]}" for name in order]
-    because = f"instructions a {unit}: {', '.join(shown)}" + (f"; a tie, and {ahead}" if tie else "")
+    because = f"instructions per {unit}: {', '.join(shown)}" + (f"; a tie, and {ahead}" if tie else "")
     return _entry(order, f"static count, no GPU has measured it: {because}")
 
 
 def measured(op, folders):
-    """The entry of an op by the stored results of every GPU, None where none has measured it on both backends."""
+    """The entry of an op by the stored results of all GPUs; None if no GPU has timed both backends."""
     ratios, gpus, commits = [], [], set()
     for folder in folders:
         result = load(folder)
@@ -87,23 +86,24 @@ def measured(op, folders):
     order = list(BACKENDS) if ratio >= 1 or tie else list(BACKENDS)[::-1]
     faster, other = (BACKENDS[name] for name in (("cuda", "triton") if ratio >= 1 else ("triton", "cuda")))
     because = f"{faster} takes {min(ratio, 1 / ratio):.2f} of the time of {other}, the geometric mean of {len(ratios)} workloads"
-    because += ", not of one run" if len(commits) > 1 else ""
+    because += ", from several runs" if len(commits) > 1 else ""
     because += "; a tie, and CUDA C++ compiles nothing at the first call" if tie else ""
     return _entry(order, f"measured on {' and '.join(gpus)} at {', '.join(sorted(commits))}: {because}")
 
 
 def preferences(results=RESULTS):
-    """{op: {"order": backends, "because": why}} from what is stored."""
+    """{op: {"order": backends, "because": why}} from the stored results."""
     folders = sorted(path for path in pathlib.Path(results).glob("*") if path.is_dir())
     return {op: measured(op, folders) or static(op) for op in OPS}
 
 
-def main(arguments):
-    text = json.dumps(preferences(), indent=1) + "\n"
-    if arguments != ["--show"]:
-        FILE.write_text(text)
-    sys.stdout.write(text)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m bench preferences", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--show", action="store_true", help="print the preferences without writing them")
+    text = json.dumps(preferences(), indent=1)
+    if not parser.parse_args(arguments).show:
+        FILE.write_text(text + "\n")
+    print(text)
+    return 0

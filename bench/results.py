@@ -1,17 +1,17 @@
-"""Results of `pytest bench/` as files: bench/results/MACHINE/OP.json, one row a measured entry.
+"""Results of `pytest bench/` as files: bench/results/MACHINE/OP.json, one row per entry.
 
-`python -m bench.results FILE` stores what `pytest bench --benchmark-json=FILE` wrote. A row replaces the stored one of the same
-group and entry; rows that were not measured again stay, each with the commit and date that it was measured at. Of a group that
-one commit measured in several passes the quicker pass stays, whole: other guests of a host slow it for minutes.
+A new row replaces the stored row of the same group and entry. Rows that were not measured again stay; each row holds its commit and
+date. If one commit measured a group in several passes, the faster pass stays whole, because other guests of a host slow it for
+minutes.
 """
 
+import argparse
 import contextlib
 import json
 import os
 import pathlib
 import re
 import subprocess
-import sys
 from collections import defaultdict
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -20,7 +20,7 @@ _OURS = re.compile(r"ours( \((cuda|triton)\))?$")
 
 
 def commit():
-    """The commit of this copy: FLOWSEG_BENCH_COMMIT, else what git says, else ""."""
+    """The commit of this copy: FLOWSEG_BENCH_COMMIT, else HEAD of git, else ""."""
     given = os.environ.get("FLOWSEG_BENCH_COMMIT")
     if given:
         return given
@@ -35,12 +35,12 @@ def slug(text):
 
 
 def machine_name(machine):
-    """The folder of a machine: its GPU, or its CPU and threads."""
+    """The folder name of a machine, from its GPU or from its CPU and threads."""
     return slug(machine.get("gpu") or f"{machine['model']}-{machine['threads']}-threads")
 
 
 def rows_of(result):
-    """One row a measured entry of a pytest-benchmark file, times in milliseconds. An entry that was cut short is none."""
+    """One row per entry of a pytest-benchmark file, times in milliseconds. Interrupted entries are left out."""
     mark = {
         "commit": result["commit_info"]["id"][:9],
         "dirty": result["commit_info"]["dirty"],
@@ -51,7 +51,7 @@ def rows_of(result):
         stats, info = item["stats"], dict(item["extra_info"])
         if stats["rounds"] < info.pop("asked", 1):
             continue
-        # A figure of its own, no call that was timed; or a call that CUDA events timed.
+        # pytest-benchmark's times do not count if the entry is a rate or a ratio, or was timed by CUDA events.
         plain = "rate" in info or "ratio" in info or "ms" in info
         times = {"ms": stats["median"] * 1e3, "iqr_ms": stats["iqr"] * 1e3, "rounds": stats["rounds"]}
         rows.append({"group": item["group"], **info, **({} if plain else times), **mark})
@@ -71,13 +71,13 @@ def by_group(rows):
 
 
 def groups_of(rows):
-    """The measured groups, in a fixed order."""
+    """The groups of all ops, in a fixed order."""
     rows = sorted(rows, key=lambda row: (row["op"], row["workload"], row.get("spread", 0), row["group"]))
     return by_group(row for row in rows if row["op"] != "machine")
 
 
 def best_of_ours(members):
-    """The quickest of our entries at the commit that was measured last; None if there is none."""
+    """The fastest of our entries at the commit measured last; None if there is none."""
     ours = [row for row in members.values() if is_ours(row)]
     last = max(ours, key=lambda row: row.get("date", ""), default={})
     return min(
@@ -86,13 +86,13 @@ def best_of_ours(members):
 
 
 def times_longer(row, ours):
-    """How many times as long as ours a row took. Where one of them could not run in a CUDA graph, both call after call."""
+    """The time of a row relative to ours. If only one of both ran in a CUDA graph, compare the times without a graph."""
     key = "ms" if row.get("clock") == ours.get("clock") else "stream_ms"
     return row[key] / ours[key] if key in row and key in ours else row["ms"] / ours["ms"]
 
 
 def load(folder):
-    """{"machine": ..., "rows": [...]} of a machine's folder, all ops together; None if nothing is stored there."""
+    """{"machine": ..., "rows": [...]} of all ops in a machine's folder; None if nothing is stored there."""
     files = sorted(folder.glob("*.json"))
     if not files:
         return None
@@ -101,12 +101,17 @@ def load(folder):
 
 
 def of_one_pass(kept, fresh):
-    """Rows of one group to store: of two passes of one commit the quicker one's, with what the other alone has; else `fresh` over
-    `kept`. A pass stays whole, so that its ratios are of one run. No pass of calls in alternation is the quicker one: the
-    newer stays."""
+    """Choose the rows to store for one group.
+
+    If both passes are of the same clean commit, keep the faster pass whole, so its ratios come from one run, and add the entries
+    that only the other pass has. Otherwise the fresh rows replace the kept ones. Ratios of calls timed alternately have no faster
+    pass; the fresh one replaces the kept one.
+    """
     both = [(kept[entry], row) for entry, row in fresh.items() if entry in kept]
     other = any(old["commit"] != new["commit"] or old["dirty"] or new["dirty"] for old, new in both)
-    if not both or other or all(old["date"] == new["date"] for old, new in both):  # the same date: imported twice
+    if (
+        not both or other or all(old["date"] == new["date"] for old, new in both)
+    ):  # the same date: one pass, imported twice
         return kept | fresh
     passes = 1 + max(old.get("passes", 1) for old, _ in both)
     slower = sum(new.get("ms", 0) - new.get("rate", 0) - old.get("ms", 0) + old.get("rate", 0) for old, new in both) > 0
@@ -115,7 +120,7 @@ def of_one_pass(kept, fresh):
 
 
 def store(result, root=RESULTS):
-    """Write the rows of a pytest-benchmark result; returns the folder."""
+    """Write the rows of a pytest-benchmark result. Returns the folder."""
     folder = root / machine_name(result["machine_info"])
     folder.mkdir(parents=True, exist_ok=True)
     by_op = defaultdict(list)
@@ -133,7 +138,7 @@ def store(result, root=RESULTS):
 
 
 def keep_only(entries, folder):
-    """Drop the stored rows of a machine that are not among (group, entry)."""
+    """Drop the stored rows of a machine whose (group, entry) is not in `entries`."""
     for path in folder.glob("*.json"):
         stored = json.loads(path.read_text())
         rows = [row for row in stored["rows"] if (row["group"], row["entry"]) in entries]
@@ -143,9 +148,10 @@ def keep_only(entries, folder):
             path.unlink()
 
 
-def main(path):
-    print(store(json.loads(pathlib.Path(path).read_text())))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench store", description="Store files of pytest-benchmark.")
+    parser.add_argument(
+        "files", type=pathlib.Path, nargs="+", help="files that `pytest bench --benchmark-json=FILE` wrote"
+    )
+    for path in parser.parse_args(arguments).files:
+        print(store(json.loads(path.read_text())))

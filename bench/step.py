@@ -1,8 +1,8 @@
-"""`python -m bench.step`: one training step and one sampling of a whole model, beside the same model with eager decoder and loss.
+"""Time one training step and one sampling run of a whole model, against the same model with decoder and loss in eager PyTorch.
 
-Random weights, one image, velocity prediction, 150 classes. Eager: PixNerd's decoder, the loss and the decoding as plain PyTorch;
-the transformer, the optimiser and the solver are the same. Both sides' loss, gradient and field are compared before anything is
-timed. Each side runs in a process of its own: the second training step is timed, and the peak is that of both steps.
+Random weights, one image, velocity prediction, 150 classes. The eager side has PixNerd's decoder, the loss and the decoding in
+plain PyTorch; transformer, optimiser and solver are the same. Loss, gradient and field of both sides are compared before anything
+is timed. Each side runs in its own process: the second training step is timed, and the peak memory is that of both steps.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import flowseg_kernels as fk
 
 from . import plain
 from .field_plain import EagerDecoder
-from .memory import resident
+from .machine import resident
 
 CLASSES, EULER_STEPS = 150, 10
 SIDES = ("ours", "eager")
@@ -40,7 +40,7 @@ class Case:
         torch.manual_seed(0)
         with torch.no_grad():
             for p in self.model.parameters():
-                # The zero layers of a new model would leave nothing to compare.
+                # A new model has layers of zeros, which would make both sides return zeros.
                 p.normal_(std=0.02) if not p.any() else None
         if side == "eager":
             self.model.decoder = EagerDecoder(self.model.decoder)
@@ -69,7 +69,7 @@ class Case:
         return field, plain.nearest(field, self.codebook.centroids)
 
     def trainer(self):
-        """A function that makes one training step."""
+        """A function that runs one training step."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
         def step():
@@ -85,14 +85,14 @@ class Case:
 
 
 def check(size, pixels):
-    """Largest differences of the two sides in float32, or an assertion."""
+    """Relative differences of both sides in float32; fails if one exceeds 2e-3."""
     case = Case("ours", size, pixels, "no")
     results = {}
     for side in SIDES:
         if side == "eager":
             case.side, case.model.decoder = side, EagerDecoder(case.model.decoder)
         loss = case.loss()
-        # The gradient of the first layer has come through everything.
+        # The gradient of the first layer passes through all other layers.
         gradient = torch.autograd.grad(loss, case.model.patch_embed.proj.weight)[0]
         results[side] = loss.detach(), gradient, case.sample(steps=2)[0]
     differences = {}
@@ -103,14 +103,14 @@ def check(size, pixels):
 
 
 def measure(side, task, size, pixels, precision):
-    """Seconds and bytes of one side."""
+    """Seconds and bytes of one side, as a dictionary."""
     case = Case(side, size, pixels, precision)
     run = case.trainer() if task == "train" else case.sample
     weights = sum(p.numel() * p.element_size() for p in case.model.parameters())
     if case.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = resident()["VmRSS"]
-    # Once to warm up: as much as is timed of a training step, which makes the optimiser's state; one evaluation of sampling.
+    # Warm up by one whole training step, which creates the optimiser's state, or by one evaluation of sampling.
     run() if task == "train" else run(steps=1)
     case.synchronize()
     start = time.perf_counter()
@@ -121,14 +121,16 @@ def measure(side, task, size, pixels, precision):
     return {"seconds": seconds, "peak": peak, "above": peak - before, "weights": weights, "device": str(case.device)}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="L/16", help="nano, S/16, B/16, L/16 or XL/16")
     parser.add_argument("--pixels", type=int, default=256, help="side of the image")
     parser.add_argument("--precision", default="auto", choices=("auto", "no", "bf16"))
-    parser.add_argument("--only", choices=("check", *TASKS), help="one part of it")
+    parser.add_argument("--only", choices=("check", *TASKS), help="run one part only")
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     shape = given.size, given.pixels
     if given.case:
         print(json.dumps(measure(*given.case, *shape, given.precision)))
@@ -142,7 +144,7 @@ def main():
     for task in TASKS if given.only is None else [given.only] if given.only in TASKS else []:
         rows = {}
         for side in SIDES:
-            command = [sys.executable, "-m", "bench.step", *again, "--case", side, task]
+            command = [sys.executable, "-m", "bench", "step", *again, "--case", side, task]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows[side] = json.loads(done.stdout)
         ours, eager = rows["ours"], rows["eager"]
@@ -150,11 +152,7 @@ def main():
         print(
             f"{given.size} {given.pixels} x {given.pixels}, {given.precision}, {ours['device']}, {title}: "
             f"{ours['seconds']:.2f} s against {eager['seconds']:.2f} s ({eager['seconds'] / ours['seconds']:.2f}x), peak "
-            f"{ours['peak'] / 2**20:,.0f} against {eager['peak'] / 2**20:,.0f} MiB, of which the weights "
-            f"{ours['weights'] / 2**20:,.0f}",
+            f"{ours['peak'] / 2**20:,.0f} against {eager['peak'] / 2**20:,.0f} MiB, weights "
+            f"{ours['weights'] / 2**20:,.0f} MiB",
             flush=True,
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
-"""The targets of the project as a table: what is divided by what, and how much was wanted, on a CPU and on a GPU.
+"""The targets of the project on a CPU and on a GPU: what is measured, and the wanted value.
 
-Measured values come from stored rows alone: the README's table and the GPU report's verdicts are rendered from here.
+Measured values come from stored rows only. README's table and the verdicts of the GPU report are rendered from here.
 """
 
 from __future__ import annotations
@@ -13,27 +13,33 @@ from .results import best_of_ours, times_longer
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """value: {group: {entry: row}} -> the measured figure, None where it was not measured; at_most: smaller is better."""
+    """One target.
+
+    what:     its name in the rendered tables
+    value:    function of {group: {entry: row}} that returns the measured value, None if it was not measured
+    wanted:   the bound; an upper bound if `at_most`
+    template: how a value is shown
+    """
 
     what: str
     value: Callable
     wanted: float
-    form: str = "{:.3g}x"
+    template: str = "{:.3g}x"
     at_most: bool = False
 
     def judge(self, groups):
-        """(measured, met), both None where it was not measured."""
+        """(measured, met), both None if it was not measured."""
         measured = self.value(groups)
         if measured is None:
             return None, None
         return measured, measured <= self.wanted if self.at_most else measured >= self.wanted
 
     def shown(self, value):
-        return "not measured" if value is None else self.form.format(value)
+        return "not measured" if value is None else self.template.format(value)
 
     @property
     def bound(self):
-        return f"{'at most' if self.at_most else 'at least'} {self.form.format(self.wanted)}"
+        return f"{'at most' if self.at_most else 'at least'} {self.template.format(self.wanted)}"
 
 
 def find(groups, group, entry=None):
@@ -42,7 +48,7 @@ def find(groups, group, entry=None):
 
 
 def ratio(over, under, key="ms"):
-    """Of two (group, entry); without an entry the best of ours."""
+    """The ratio of two (group, entry); a (group,) without entry stands for our fastest entry."""
 
     def value(groups):
         a, b = find(groups, *over), find(groups, *under)
@@ -54,7 +60,7 @@ def ratio(over, under, key="ms"):
 
 
 def peer(group, entry, wanted):
-    return Target(f"{group}: {entry} takes", ratio((group, entry), (group,)), wanted)
+    return Target(f"{group}: time of {entry} relative to ours", ratio((group, entry), (group,)), wanted)
 
 
 def share(group, wanted):
@@ -62,17 +68,17 @@ def share(group, wanted):
         row = find(groups, group)
         return row["limit_ms"] / row["ms"] if row and "limit_ms" in row else None
 
-    return Target(f"{group}: share of the limit", value, wanted, "{:.0%}")
+    return Target(f"{group}: share of peak", value, wanted, "{:.0%}")
 
 
 def host_share(group, wanted):
-    """Time that a call keeps Python busy, as a share of the GPU's time."""
+    """Time in which Python launches one call, relative to the time on the GPU."""
 
     def value(groups):
         row = find(groups, group)
         return row["host_ms"] / row["ms"] if row and "host_ms" in row else None
 
-    return Target(f"{group}: host time of a call against the GPU's", value, wanted, "{:.2g}x", at_most=True)
+    return Target(f"{group}: host time per call relative to GPU time", value, wanted, "{:.2g}x", at_most=True)
 
 
 def wrong_pixels(groups):
@@ -82,7 +88,7 @@ def wrong_pixels(groups):
 
 
 def memory(group, peer_name, wanted):
-    """Where ours takes under a MiB the process's own noise would be divided by."""
+    """Our peak memory relative to a peer's. Peaks below 1 MiB count as 1 MiB: they are noise of the process."""
 
     def value(groups):
         ours, other = find(groups, group), find(groups, group, peer_name)
@@ -90,7 +96,7 @@ def memory(group, peer_name, wanted):
             return None
         return max(ours["peak_mib"], 1.0) / max(other["peak_mib"], 1.0)
 
-    return Target(f"{group}: peak memory against {peer_name}", value, wanted, "{:.2f}x", at_most=True)
+    return Target(f"{group}: peak memory relative to {peer_name}", value, wanted, "{:.2f}x", at_most=True)
 
 
 _CORRECTION, _LOSS = "distance_correction ade512", "flow_loss forward+backward ade512"
@@ -101,18 +107,18 @@ def _search(spread, workload="ade512"):
     return f"nearest_centroid {workload} spread {spread:g}"
 
 
-def in_alternation(pair, wanted, form="{:.3g}x", at_most=False):
-    """Of two calls that ran in turn, where entries that ran one after the other would tell more of the host than of the calls."""
+def in_alternation(pair, wanted, template="{:.3g}x", at_most=False):
+    """Ratio of two calls timed alternately; timing them one after the other would measure drift of the machine."""
 
     def value(groups):
         row = find(groups, "calls in alternation", pair)
         return row and row["ratio"]
 
-    return Target(pair, value, wanted, form, at_most)
+    return Target(pair, value, wanted, template, at_most)
 
 
 def _of_bf16(group):
-    # No slower: two medians of the same code differ by as much.
+    # 1.02 means "not slower": two medians of the same code differ by 2 %.
     return in_alternation(f"{group}: bf16 against fp32", 1.02, "{:.2f}x", at_most=True)
 
 
@@ -131,7 +137,7 @@ CPU = (
         in_alternation(f"nearest_centroid spread {spread}: K = 1000 against K = 150", 1.7, at_most=True)
         for spread in (0.05, 0.1, 0.3)
     ),
-    Target("pixels that our decoding gets wrong", wrong_pixels, 0, "{:.0f}", at_most=True),
+    Target("wrong pixels of our decoding", wrong_pixels, 0, "{:.0f}", at_most=True),
     *(
         in_alternation(f"decode_confusion {of}: against nearest_centroid", 2.5, at_most=True)
         for of in ("ade512 spread 0.1", "many spread 0.05")
@@ -167,7 +173,7 @@ GPU = (
     *(share(_search(spread / 2, "many"), 0.85) for spread in (0.05, 0.1, 0.3)),
     peer(_search(0.3), "cdist+argmin compiled", 10),
     *(peer(_search(spread), "flash-kmeans", 5) for spread in (0.05, 0.1, 0.3)),
-    Target("pixels that our decoding gets wrong", wrong_pixels, 0, "{:.0f}", at_most=True),
+    Target("wrong pixels of our decoding", wrong_pixels, 0, "{:.0f}", at_most=True),
     *(
         peer(_FIELD_GPU.format(what, "XL"), name, wanted)
         for what, name, wanted in (
@@ -193,12 +199,12 @@ def targets_of(machine):
 
 
 def missed(machine, groups):
-    """The targets that were measured and not met."""
+    """The targets that were measured and missed."""
     return [target for target in targets_of(machine) if target.judge(groups)[1] is False]
 
 
 def table(machine, groups):
-    """Lines of Markdown: target, measured, met."""
+    """Lines of a Markdown table: target, wanted, measured, met."""
     yield "| target | wanted | measured | met |"
     yield "|---|---|---|---|"
     for target in targets_of(machine):

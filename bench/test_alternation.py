@@ -1,7 +1,7 @@
-"""Two calls against each other, one of each in turn, so that a ratio near its target is of one state of the machine.
+"""Pairs of calls timed alternately; the result is the median of the ratios.
 
-Other guests of a host slow it for seconds: medians of two entries that ran one after the other differ by up to a third for the same
-code, pairs of neighbouring calls by little. What is kept is the median of the ratios of the pairs.
+Other guests of the host slow it for seconds. Medians of two entries timed one after the other differ by up to a third for the same
+code; neighbouring calls differ little. So targets that are ratios of two of our calls are measured here.
 """
 
 import itertools
@@ -13,12 +13,13 @@ import torch
 
 import flowseg_kernels as fk
 
-from .conftest import DEVICE, QUICK
-from .test_correction import assert_corrects, correction_entry, with_long_labels
-from .test_decode import assert_counts, assert_finds, search_entry
-from .test_neural_field import Field, assert_agrees, field_call
+from .cases.correction import assert_corrects, correction_entry
+from .cases.decoding import assert_counts, assert_finds, search_entry
+from .cases.field import Field, assert_agrees, field_call
+from .cases.workloads import with_converted_inputs
+from .settings import DEVICE, QUICK
 
-pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="no target of a GPU is a ratio of two calls of ours")
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="no GPU target is a ratio of two of our calls")
 PATCHES = 4 if QUICK else 256
 
 
@@ -49,7 +50,7 @@ def correction(work, entry):
 
 
 def bf16_correction(workloads):
-    work = with_long_labels(workloads("ade512"))
+    work = with_converted_inputs(workloads("ade512"))
     return correction(work, "ours bf16"), correction(work, "ours")
 
 
@@ -66,7 +67,7 @@ def confusion(name, spread, workloads):
 def threads(op, workloads):
     if torch.get_num_threads() < 2:
         pytest.skip("needs 2 threads; this run has 1 (OMP_NUM_THREADS)")
-    work = with_long_labels(workloads("ade512"))
+    work = with_converted_inputs(workloads("ade512"))
     run = correction_entry("ours", work) if op == "distance_correction" else search_entry("ours", work)
 
     def on(count):
@@ -97,8 +98,8 @@ def bf16_field(what, workloads):
 
 
 SPREADS = (0.05, 0.1, 0.3)
-#: What is divided by what: a function that makes both calls, after it asserted that they are right, and its arguments before
-#: `workloads`. The points of "many" have half the spread that is asked for, as its codes lie closer.
+#: name: a function that checks and returns both calls (dividend first), and its arguments before `workloads`. Points of "many" have
+#: half the spread of the arguments, because its codes lie closer together.
 PAIRS = {
     **{f"nearest_centroid spread {s}: K = 1000 against K = 150": (many_against_few, s) for s in SPREADS},
     **{f"nearest_centroid ade512 spread {s}: bf16 against fp32": (bf16_search, s) for s in SPREADS},

@@ -1,4 +1,4 @@
-"""distance_correction and flow_loss against eager PyTorch, torch.compile and KeOps."""
+"""distance_correction, flow_loss and flow_interpolate against eager PyTorch, torch.compile and KeOps."""
 
 import pytest
 import torch
@@ -6,78 +6,10 @@ import torch
 import flowseg_kernels as fk
 
 from . import plain
-from .conftest import DEVICE, NAMES, OURS, backend_of, peer, skip_unless_it_runs
-
-
-def keops_correction(mu, eps):
-    lazy = peer("pykeops.torch").LazyTensor
-    codes = lazy(mu[None].contiguous())
-
-    def run(x, labels):
-        rows = x.movedim(1, -1).reshape(-1, 1, x.shape[1]).contiguous()
-        diff = lazy(rows) - codes
-        r = 1 / ((diff**2).sum(-1) + eps)
-        total = r.sum(1)
-        pull = ((r * r) * diff).sum(1)
-        own = rows[:, 0] - mu[labels.flatten()]
-        own = own / (own.square().sum(1, keepdim=True) + eps)
-        return (2 * (own - pull / total)).view(*labels.shape, -1).movedim(-1, 1)
-
-    return run
-
-
-def correction_cost(work, bytes_a_channel=4):
-    """Bytes moved, pairs of a pixel and a class, and operations of the multiply pipes.
-
-    These for each pair: C for the distance, the start of the division (on a GPU the reciprocal's own Newton step), a square and
-    C for the sums; a GPU's pipes also do the C subtractions and the sum.
-    """
-    c, pairs = work.channels, work.pixels * work.classes
-    slots = 3 * c + 3 if DEVICE == "cuda" else 2 * c + 2
-    return {
-        "moved": work.pixels * (2 * c * bytes_a_channel + work.label_dtype.itemsize),
-        "operations": 2 * pairs * slots,
-        "pairs": pairs,
-    }
-
-
-def with_long_labels(work):
-    for inputs in work.sets:
-        inputs.setdefault("long", inputs["labels"].long())
-        inputs.setdefault("bf16", inputs["x"].bfloat16())
-    return work
-
-
-def assert_corrects(run, entry, work):
-    """The entry agrees with plain PyTorch in fp64 on the first and the last rows."""
-    inputs = work.sets[0]
-    height = inputs["x"].shape[2]
-    ends = min(height // 2, max(1, min(32, 2**16 // work.classes) // 2))
-    rows = [*range(ends), *range(height - ends, height)]
-    bf16 = "bf16" in entry
-    x = inputs["bf16" if bf16 else "x"][:1, :, rows]
-    mu = work.codebook.centroids.double()
-    want = plain.correction(x.double(), inputs["long"][:1, rows], mu, work.codebook.default_eps)
-    with backend_of(entry):
-        got = run(inputs)[:1, :, rows].double()
-    scale = float(want.abs().max())
-    torch.testing.assert_close(got, want, rtol=1e-2 if bf16 else 1e-4, atol=(5e-3 if bf16 else 1e-5) * max(scale, 1.0))
-
-
-def correction_entry(entry, work):
-    """The function of the inputs that an entry times."""
-    mu, eps = work.codebook.centroids, work.codebook.default_eps
-    if entry in OURS:
-        return lambda i: fk.distance_correction(i["x"], i["labels"], work.codebook)
-    if entry.endswith("bf16"):
-        return lambda i: fk.distance_correction(i["bf16"], i["labels"], work.codebook)
-    if entry == "eager":
-        return lambda i: plain.correction(i["x"], i["long"], mu, eps)
-    if entry == "torch.compile":
-        compiled = torch.compile(plain.correction, dynamic=False)
-        return lambda i: compiled(i["x"], i["long"], mu, eps)
-    formula = keops_correction(mu, eps)
-    return lambda i: formula(i["x"], i["long"])
+from .cases.availability import skip_unless_it_runs
+from .cases.correction import assert_corrects, correction_cost, correction_entry
+from .cases.workloads import NAMES, with_converted_inputs
+from .settings import OURS, backend_of
 
 
 @pytest.mark.parametrize("entry", [*OURS, *(f"{o} bf16" for o in OURS), "eager", "torch.compile", "KeOps"])
@@ -85,10 +17,10 @@ def correction_entry(entry, work):
 def test_distance_correction(workloads, measure, workload, entry):
     skip_unless_it_runs(entry, "distance_correction")
     if workload == "many" and entry in ("eager", "torch.compile"):
-        pytest.skip("plain PyTorch would hold several GB at K = 1000")
+        pytest.skip("plain PyTorch would take several GB at K = 1000")
     if workload == "ade512 random" and entry in ("torch.compile", "KeOps"):
-        pytest.skip("does not depend on where the labels lie")
-    work = with_long_labels(workloads(workload))
+        pytest.skip("the time does not depend on the label map")
+    work = with_converted_inputs(workloads(workload))
     run = correction_entry(entry, work)
     assert_corrects(run, entry, work)
     cost = correction_cost(work, 2 if "bf16" in entry else 4) if entry.startswith("ours") else {}
@@ -101,11 +33,11 @@ def test_flow_loss_forward_and_backward(workloads, measure, workload, entry):
     skip_unless_it_runs(entry)
     if entry not in OURS and workload != "ade512":
         pytest.skip(
-            "grows with the classes as the correction does, and takes long to compile; at K = 1000 it would hold several GB"
+            "its time grows with the classes like the correction's, and compiling is slow; K = 1000 would take several GB"
         )
-    work = with_long_labels(workloads(workload))
+    work = with_converted_inputs(workloads(workload))
     mu, eps = work.codebook.centroids, work.codebook.default_eps
-    # Only where it is used: it imports the compiler, which takes seconds.
+    # Called for its own entry only, because it imports the compiler, which takes seconds.
     formula = torch.compile(plain.loss, dynamic=False) if entry == "torch.compile" else plain.loss
 
     def run(i):
@@ -128,7 +60,7 @@ def test_flow_loss_forward_and_backward(workloads, measure, workload, entry):
     torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-4, atol=1e-5 * float(leaf.grad.abs().max()))
     del leaf, want, gradient
     cost = correction_cost(work)
-    # Prediction and source in, residual out, which is the gradient.
+    # The op reads prediction and source, and writes the residual, which is the gradient.
     cost["moved"] = work.pixels * (3 * 4 * work.channels + work.label_dtype.itemsize)
     measure(run, work, "flow_loss forward+backward", entry, **(cost if entry in OURS else {}))
 
@@ -137,7 +69,7 @@ def test_flow_loss_forward_and_backward(workloads, measure, workload, entry):
 @pytest.mark.parametrize("workload", NAMES)
 def test_flow_interpolate(workloads, measure, workload, entry):
     skip_unless_it_runs(entry, "flow_interpolate")
-    work = with_long_labels(workloads(workload))
+    work = with_converted_inputs(workloads(workload))
     mu = work.codebook.centroids
     formula = torch.compile(plain.interpolate, dynamic=False) if entry == "torch.compile" else plain.interpolate
 

@@ -1,10 +1,12 @@
-"""The limits of the machine themselves."""
+"""The limits of this machine."""
 
 import pytest
 
 from . import machine
-from .conftest import DEVICE, PIPE_ROUNDS, pairs_a_second
+from .measure import pairs_per_second
+from .settings import DEVICE, THROUGHPUT_ROUNDS
 
+#: Stored results have these names; `multiply` and `pairs` are rates of throughput.cpp.
 UNITS = {
     "copy": "GB/s copied",
     "multiply": "GFLOP/s of the multiply pipes",
@@ -14,7 +16,7 @@ UNITS = {
 }
 
 
-def note(benchmark, entry, rate):
+def record(benchmark, entry, rate):
     benchmark.group = "machine limits"
     benchmark.extra_info.update(op="machine", workload="", spread=0.0, entry=entry, pixels=0, rate=rate)
     benchmark.pedantic(lambda: None, rounds=1)
@@ -22,16 +24,16 @@ def note(benchmark, entry, rate):
 
 @pytest.mark.parametrize("name", UNITS)
 def test_limit(benchmark, limits, name):
-    rate = pairs_a_second(3) if name == "pairs" else limits[name]
+    rate = pairs_per_second(3) if name == "pairs" else limits[name]
     if rate is None:
-        pytest.skip("measured on a CPU with a C++ compiler only")
-    note(benchmark, UNITS[name], rate / 1e9)
+        pytest.skip("needs a CPU and a C++ compiler")
+    record(benchmark, UNITS[name], rate / 1e9)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="threads are a CPU's")
+@pytest.mark.skipif(DEVICE == "cuda", reason="a limit of CPU threads")
 def test_threads_of_the_multiply_pipes(benchmark, limits):
-    """Near the number of threads where each has a core of its own, near 1 where they share one."""
-    alone = machine.multiply_adds(1, PIPE_ROUNDS)
+    """Close to the number of threads if each thread has its own core; close to 1 if all share one core."""
+    alone = machine.multiply_adds_per_second(1, THROUGHPUT_ROUNDS)
     if alone is None:
         pytest.skip("no C++ compiler")
-    note(benchmark, "times one thread's multiply pipes on all threads", limits["multiply"] / 2 / alone)
+    record(benchmark, "times one thread's multiply pipes on all threads", limits["multiply"] / 2 / alone)

@@ -1,29 +1,31 @@
-"""How time grows with classes, code channels and pixels."""
+"""Time against classes, code channels and pixels."""
 
 import pytest
 
-from .conftest import DEVICE, OURS, QUICK, SIZE, Workload, skip_unless_it_runs
-from .test_correction import assert_corrects, correction_cost, correction_entry, with_long_labels
-from .test_decode import assert_finds, search_entry
+from .cases.availability import skip_unless_it_runs
+from .cases.correction import assert_corrects, correction_cost, correction_entry
+from .cases.decoding import assert_finds, search_entry
+from .cases.workloads import Workload, with_converted_inputs
+from .settings import DEVICE, OURS, QUICK, SIZE
 
 CLASSES = (2, 16, 150) if QUICK else (2, 16, 150, 1000, 8192, 65536)
 CHANNELS = (3, 4, 8, 16)
 SIDES = (8, 32) if QUICK else (64, 128, 256, 512, 1024)
-#: Side of the image where classes and channels grow: brute force over 65,536 classes takes seconds on more.
+#: Side of the image of the series over classes and channels: brute force over 65,536 classes takes seconds on larger images.
 SIDE = SIZE if QUICK or DEVICE == "cuda" else 128
 
 
 @pytest.fixture(scope="module")
 def grown():
-    """grown(...): a Workload, made once; the last one is kept, as they are large."""
+    """grown(...): a Workload. Only the last one is kept, because workloads are large."""
     kept = {}
 
     def get(name, classes, **options):
         if name not in kept:
             kept.clear()
-            # Codes lie closer the more there are: the spread keeps its proportion to their distance.
+            # More codes lie closer together; scale the spread with their distance.
             factor = (150 / classes) ** (1 / options.get("channels", 3)) if classes > 150 else 1.0
-            kept[name] = with_long_labels(Workload(name, classes, 0.1, spread_factor=factor, batch=1, **options))
+            kept[name] = with_converted_inputs(Workload(name, classes, 0.1, spread_factor=factor, batch=1, **options))
         return kept[name]
 
     return get
@@ -47,7 +49,7 @@ def time_search(measure, work, op, entry, **info):
 def test_correction_by_classes(grown, measure, classes, entry):
     skip_unless_it_runs(entry, "distance_correction")
     if entry == "eager" and classes > 1000:
-        pytest.skip("plain PyTorch would hold several GB")
+        pytest.skip("plain PyTorch would take several GB")
     work = grown(f"K={classes}", classes, size=SIDE)
     time_correction(
         measure, work, "distance_correction by classes", entry, x=classes, rounds=3 if classes > 8192 else None
@@ -59,7 +61,7 @@ def test_correction_by_classes(grown, measure, classes, entry):
 def test_search_by_classes(grown, measure, classes, entry):
     skip_unless_it_runs(entry, "nearest_centroid")
     if entry == "cdist+argmin" and classes > 8192:
-        pytest.skip("plain PyTorch would hold several GB")
+        pytest.skip("plain PyTorch would take several GB")
     work = grown(f"K={classes}", classes, size=SIDE)
     time_search(measure, work, "nearest_centroid by classes", entry, x=classes)
 

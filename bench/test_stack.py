@@ -1,4 +1,4 @@
-"""A whole training step and sampling of the stack: our kernels, the reference backend, and its own parts as plain PyTorch."""
+"""A whole training step and a sampling run: our kernels, the reference backend, and decoder, loss and decoding in plain PyTorch."""
 
 import contextlib
 import copy
@@ -10,16 +10,17 @@ import torch
 import flowseg_kernels as fk
 
 from . import plain
-from .conftest import BATCH, DEVICE, QUICK, SIZE, skip_unless_it_runs
+from .cases.availability import skip_unless_it_runs
 from .field_plain import EagerDecoder
+from .settings import BATCH, DEVICE, QUICK, SIZE
 
 CLASSES = 150
 #: name: (side of the image, images, precision of the network's products)
 NETWORKS = {"nano": (min(SIZE, 256), BATCH if DEVICE == "cuda" else 4, "no")}
 if DEVICE == "cuda":
-    # As the paper trains, first: a GPU's time may be short.
+    # The paper's setting comes first, because the time on a GPU may run out.
     NETWORKS = {"L/16": (512, 16, "bf16"), **NETWORKS}
-#: Our kernels as a user gets them, by the automatic choice of backends.
+#: "ours" takes the automatic choice of backends, as a user gets it.
 ENTRIES = ("ours", "reference", "eager", *(("torch.compile",) if DEVICE == "cuda" else ()))
 
 
@@ -28,7 +29,7 @@ class Stack:
 
     def __init__(self, size):
         pytest.importorskip(
-            "accelerate", reason="the stack's own dependencies are not installed; `make install` installs them"
+            "accelerate", reason="the dependencies of flowseg are not installed; `make install` installs them"
         )
         from flowseg.config import Config
         from flowseg.model import build_model
@@ -39,14 +40,14 @@ class Stack:
         self.name = size if size == "nano" else f"{size} {side} batch {batch} {precision}"
         self.spread, self.batch, self.side, self.pixels = 0.0, batch, side, batch * side**2
         self.autocast = lambda: autocast(precision, torch.device(DEVICE))
-        #: How far rounding of the network may move a loss, and the share of pixels that may change their class.
+        #: Relative tolerance of a loss, and share of pixels that may change their class, both due to rounding in the network.
         self.rounding, self.moved = (1e-3, 0.001) if precision == "no" else (2e-2, 0.1)
         settings = {"model": {"size": size}, "codes": {"channels": 3, "sequence": "sqrt_primes"}}
         self.model = build_model(Config.model_validate(settings)).to(DEVICE)
-        # Its last layer starts at zero, which would leave nothing for the decoder to tell apart.
+        # The last layer starts at zero: without this the decoder's output would not depend on its inputs.
         for p in self.model.parameters():
             torch.nn.init.normal_(p, std=0.02) if p.ndim > 1 and not p.any() else None
-        # The same parameters under PixNerd's own decoder.
+        # PixNerd's own decoder with the same parameters.
         self.eager = self.with_decoder(EagerDecoder(self.model.decoder))
         self.codebook = fk.Codebook(fk.kronecker_centroids(CLASSES, 3)).to(DEVICE)
         shape = (batch, side, side)
@@ -65,7 +66,7 @@ class Stack:
         return model
 
     def of(self, entry):
-        """The model and the loss of plain PyTorch that an entry uses; None for our loss."""
+        """The model of an entry and its loss in plain PyTorch, None for our loss."""
         if entry == "eager":
             return self.eager, plain.loss
         if entry == "torch.compile":
@@ -79,7 +80,7 @@ class Stack:
 
 @pytest.fixture(scope="module")
 def stacks():
-    """stacks(size): a Stack; the last one is kept, as they are large."""
+    """stacks(size): a Stack. Only the last one is kept, because stacks are large."""
     made = {}
 
     def get(size):
@@ -96,7 +97,7 @@ def within(entry):
 
 
 def loss_of(stack, i, model, plain_loss=None):
-    """The loss of one batch; with `plain_loss` interpolation and loss are plain PyTorch."""
+    """The loss of one batch. With `plain_loss`, interpolation and loss are plain PyTorch."""
     if plain_loss is None:
         x_t = fk.flow_interpolate(i["image"], i["labels"], i["t"], stack.codebook)
     else:
@@ -112,7 +113,7 @@ def loss_of(stack, i, model, plain_loss=None):
 def skip_entry(size, entry):
     skip_unless_it_runs(entry, "nearest_centroid")
     if size != "nano" and entry == "reference":
-        pytest.skip("the nano network shows it")
+        pytest.skip("timed with the nano network only")
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -140,7 +141,7 @@ def test_training_step(stacks, measure, size, entry):
 @pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry != "torch.compile"])
 @pytest.mark.parametrize("size", NETWORKS)
 def test_sampling(stacks, measure, size, entry):
-    """Ten Euler steps and decoding; the plain form decodes with cdist."""
+    """Ten Euler steps and decoding. The plain form decodes with cdist."""
     skip_entry(size, entry)
     from flowseg.flow import integrate
 
@@ -165,6 +166,6 @@ def test_sampling(stacks, measure, size, entry):
     with torch.no_grad(), within("reference"):
         want = fk.nearest_centroid(field(stack.sets[0], stack.model), stack.codebook)
     same = (run(stack.sets[0]).long() == want).float().mean()
-    # Rounding of the network moves the few pixels that lie between two codes.
+    # Rounding in the network changes the class of the few pixels between two codes.
     assert same > 1 - stack.moved
     measure(run, stack, "sampling", entry, graph=False)

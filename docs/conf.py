@@ -1,6 +1,6 @@
-"""Sphinx settings: `make docs` builds the site from the same Markdown that is read on GitHub; a warning is an error.
+"""Sphinx settings. `make docs` builds the site from the Markdown that GitHub shows; a warning is an error.
 
-Nothing is fetched when a page is viewed: fonts are the system's, formulas become MathML while building.
+A page fetches nothing when it is viewed: it uses the system's fonts, and the build turns formulas into MathML.
 """
 
 import itertools
@@ -45,9 +45,9 @@ napoleon_custom_sections = [("Returns", "as text")]
 copybutton_prompt_text = ">>> |\\.\\.\\. "
 copybutton_prompt_is_regexp = True
 
-#: The side bar: titles and the pages below them. README.md stays free of directives, as it is read on GitHub too.
+#: The side bar: titles and the pages below them. It is here because README.md must have no directives: GitHub shows it too.
 NAVIGATION = {
-    "Start": ["installing", "method", "codes"],
+    "Start": ["installing", "method", "codes", "glossary"],
     "Guides": [
         "guides/drop_in",
         "guides/composing",
@@ -76,6 +76,7 @@ NAVIGATION = {
         "results/versions",
         "results/routes",
         "notes/performance",
+        "notes/static_counts",
         "notes/h100",
     ],
 }
@@ -88,7 +89,7 @@ def _add_navigation(app, docname, source):
 
 
 def _name_files_outside(app, docname, source):
-    """Files above docs/ are links on GitHub; the site names them. ../README.md of a folder is the site's own."""
+    """Replace links to files above docs/ by their names. On GitHub they are links, but the site does not have these files."""
     outside = r"(?:\.\./)+((?:CONTRIBUTING|CHANGELOG)\.md)|\.\./\.\./(README\.md)"
     source[0] = re.sub(rf"\[[^\]]+\]\((?:{outside})[^)]*\)", lambda link: f"`{link[1] or link[2]}`", source[0])
 
@@ -113,15 +114,15 @@ def _add_options(app, docname, source):
 
 
 def _plain(app, what, name, obj, options, lines):
-    """Docstrings are plain text, in which |x| is a norm; reStructuredText would look for a substitution."""
+    """Escape the bars of norms such as |x| in docstrings; reStructuredText would read them as a substitution."""
     lines[:] = [re.sub(r"(?<![`\\])\|", r"\\|", line) if "``" not in line else line for line in lines]
 
 
 def _mathml(self, node):
-    """MathML, which browsers draw by themselves."""
+    """Write a formula as MathML, which browsers draw without a script."""
     block = node.tagname == "math_block"
     formula = convert(node.astext(), display="block" if block else "inline")
-    # Bars come in pairs; without a form the first of a pair would be spaced as a relation.
+    # Mark bars in turn as opening and closing; an unmarked bar would be spaced like a relation.
     forms = itertools.cycle(("prefix", "postfix"))
     formula = re.sub(
         r"<mo[^>]*>(?=(?:&#x0007C;|\|)</mo>)", lambda _: f'<mo stretchy="false" form="{next(forms)}">', formula
@@ -131,7 +132,7 @@ def _mathml(self, node):
 
 
 def _fetches_nothing(app, error):
-    """A page must be whole without a network: no style, script, font or picture from elsewhere."""
+    """Raise an error if a page fetches a style, script, font or picture from elsewhere: it must work without a network."""
     if error or app.builder.name != "html":
         return
     for page in (*Path(app.outdir).rglob("*.html"), *Path(app.outdir).rglob("*.css")):

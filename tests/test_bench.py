@@ -1,4 +1,4 @@
-"""The benchmarks still run, store, render and judge. No time is judged here."""
+"""The benchmarks run, store, render and judge. These tests judge no time."""
 
 import json
 import os
@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
+from bench import __main__ as main
 from bench import compare, report, results, run, targets
+
+from .house import closure
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "FLOWSEG_BENCH_QUICK": "1", "FLOWSEG_BENCH_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
@@ -16,7 +19,7 @@ ENVIRONMENT = {**os.environ, "FLOWSEG_BENCH_QUICK": "1", "FLOWSEG_BENCH_DEVICE":
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """The result of the short form of `pytest bench`."""
+    """The result of `pytest bench` at tiny sizes."""
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; `make install` installs it")
     path = tmp_path_factory.mktemp("quick") / "bench.json"
     command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", f"--benchmark-json={path}"]
@@ -55,10 +58,10 @@ def test_the_short_form_measures_every_op_and_finds_no_wrong_pixel(quick):
         assert {f"{op} {workload}" for workload in ("ade512", "coco512", "many")} <= groups
     assert {"nearest_centroid", "decode_confusion", "training step", "sampling"} <= ops
     for what in ("forward", "forward+backward"):
-        kinds = {group.split()[2] for group in groups if group.startswith(f"neural_field {what} ")}
-        assert kinds == {"L", "XL"}
+        models = {group.split()[2] for group in groups if group.startswith(f"neural_field {what} ")}
+        assert models == {"L", "XL"}
     for op in ("distance_correction", "nearest_centroid"):
-        assert {f"{op} by {kind}" for kind in ("classes", "channels", "pixels")} <= ops
+        assert {f"{op} by {size}" for size in ("classes", "channels", "pixels")} <= ops
     ours = [row for row in rows if report.is_ours(row)]
     assert all(row["ms"] > 0 for row in ours)
     assert all(row["wrong_pixels"] == 0 for row in ours if row["op"].startswith("nearest_centroid"))
@@ -94,13 +97,13 @@ def test_comparing_fails_on_a_slow_down_and_when_nothing_is_stored(tmp_path, cap
     results.store(made_up(1.0), tmp_path)
     assert compare.main(arguments) == 1 and "SLOWER" in capsys.readouterr().out
     assert compare.main([*arguments, "--slower", "1.6"]) == 0
-    # A gap within the spread of both runs is no slow-down.
+    # A difference within the spread of both runs is no slow-down.
     fresh.write_text(json.dumps(made_up(1.5, iqr=0.6)))
     assert compare.main(arguments) == 0
-    # An entry that is not ours is not judged; with none of ours known nothing was compared.
+    # Entries of peers are not judged. Without any stored entry of ours the comparison fails.
     fresh.write_text(json.dumps(made_up(9.0, entry="eager")))
     assert compare.main(arguments) == 1
-    # One that is stored and was not measured has vanished, however well the others do.
+    # A stored entry that was not measured fails the comparison.
     fresh.write_text(json.dumps(made_up(1.0)))
     capsys.readouterr()
     results.store(made_up(1.0, group="nearest_centroid many"), tmp_path)
@@ -110,13 +113,13 @@ def test_comparing_fails_on_a_slow_down_and_when_nothing_is_stored(tmp_path, cap
     assert compare.main([str(more), *arguments]) == 0
 
 
-def test_the_readme_says_what_is_stored():
+def test_readme_and_page_show_the_stored_results():
     text = (ROOT / "README.md").read_text()
     assert text.split(report.BEGIN)[1].split(report.END)[0].strip() == report.section().strip()
     assert (ROOT / "docs" / "results" / "bench.md").read_text() == report.page()
 
 
-def test_an_entry_that_was_cut_short_is_not_stored_and_changed_sources_are_told(tmp_path):
+def test_an_interrupted_entry_is_not_stored_and_the_page_names_uncommitted_changes(tmp_path):
     cut = made_up(1.0)
     cut["benchmarks"][0]["extra_info"]["asked"] = 6
     assert results.rows_of(cut) == []
@@ -125,7 +128,7 @@ def test_an_entry_that_was_cut_short_is_not_stored_and_changed_sources_are_told(
     assert "commit 012345678 with uncommitted changes" in report.where(results.load(results.store(cut, tmp_path)))
 
 
-def test_the_quicker_of_two_passes_of_a_commit_stays_whole(tmp_path):
+def test_the_faster_of_two_passes_of_a_commit_stays_whole(tmp_path):
     def stored(ours, eager, commit="0" * 40):
         result = made_up(ours) | {"datetime": f"2026-01-01 {ours} {eager}"}
         result["benchmarks"] += made_up(eager, entry="eager")["benchmarks"]
@@ -136,20 +139,33 @@ def test_the_quicker_of_two_passes_of_a_commit_stays_whole(tmp_path):
 
     assert stored(2.0, 90.0) == ({"ours": 2.0, "eager": 90.0}, 1)
     assert stored(1.0, 80.0) == ({"ours": 1.0, "eager": 80.0}, 2)
-    assert stored(0.5, 85.0) == ({"ours": 1.0, "eager": 80.0}, 3), "no ratio of two runs"
-    assert "of each row the quickest of 3 passes" in report.where(results.load(next(tmp_path.iterdir())))
+    assert stored(0.5, 85.0) == ({"ours": 1.0, "eager": 80.0}, 3), "ratios must come from one run"
+    assert "best of 3 passes" in report.where(results.load(next(tmp_path.iterdir())))
     assert stored(4.0, 99.0, "f" * 40) == ({"ours": 4.0, "eager": 99.0}, 1)
 
 
-def test_a_result_that_is_stored_twice_is_one_pass(tmp_path):
+def test_a_result_stored_twice_counts_as_one_pass(tmp_path):
     for _ in range(2):
         folder = results.store(made_up(1.0), tmp_path)
     assert "passes" not in results.load(folder)["rows"][0]
 
 
+def test_benchmarks_import_nothing_from_the_tests():
+    """The tests import the benchmarks, so an import the other way would be a circle."""
+    for path in (ROOT / "bench").rglob("*.py"):
+        assert not [name for name in closure.imports_of(path) if name[0] == "tests"], path
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_every_command_has_a_help_text(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main([command, "--help"])
+    assert ended.value.code == 0 and f"usage: python -m bench {command} " in capsys.readouterr().out
+
+
 class TestRunInParts:
     def test_every_entry_is_in_exactly_one_part(self):
-        """A file is one part, or two of which one takes what the other leaves."""
+        """A file is one part, or two parts with opposite `-k` expressions."""
         chosen = {}
         for file, expression in run.PARTS.values():
             chosen.setdefault(file, []).append(expression)
@@ -161,8 +177,10 @@ class TestRunInParts:
                 or (len(expressions) == 2 and f"not {expressions[1]}" == expressions[0])
             )
 
-    def test_a_run_goes_on_where_it_was_cut_and_ends_with_what_it_measured(self, tmp_path, monkeypatch, capsys):
-        """With parts that measure nothing real: what is kept, measured again, stored, dropped and rendered."""
+    def test_a_run_continues_after_a_failed_part_and_drops_rows_that_nothing_measures(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        """Uses stand-ins for the parts; checks which rows are kept, measured again, stored, dropped and rendered."""
         measured, broken = [], {"b"}
 
         def pretend(part, path, seconds, only=""):
@@ -177,7 +195,7 @@ class TestRunInParts:
 
         monkeypatch.setattr(run, "PARTS", dict.fromkeys("abc", ("", "")))
         monkeypatch.setattr(run, "measure", pretend)
-        monkeypatch.setattr(run, "cut_on_signals", lambda: None)
+        monkeypatch.setattr(run, "raise_on_signals", lambda: None)
         monkeypatch.setattr(report, "DRAW", {})
         readme, stored, progress = tmp_path / "README.md", tmp_path / "results", tmp_path / "progress"
         readme.write_text(f"{report.BEGIN}\n{report.END}\n")
@@ -196,13 +214,13 @@ class TestRunInParts:
         assert groups == {"a", "b", "c"} and not list(progress.glob("*.json"))
         assert run.main(arguments) == 0 and measured[4:] == ["a", "b", "c"]
 
-    def test_a_part_keeps_what_it_measured_and_says_whether_it_ended(self, tmp_path, monkeypatch):
+    def test_a_part_keeps_its_measurements_and_records_whether_it_ended(self, tmp_path, monkeypatch):
         pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed; `make install` installs it")
         for key, value in ENVIRONMENT.items():
             monkeypatch.setenv(key, value)
         path = tmp_path / "limits.json"
-        result, ended, cut = run.measure("limits", path, 60)
-        assert ended == "exit 0" and cut is None and result["complete"] and run.is_complete(path)
+        result, ended, interrupted = run.measure("limits", path, 60)
+        assert ended == "exit 0" and interrupted is None and result["complete"] and run.is_complete(path)
         assert {row["op"] for row in results.rows_of(result)} == {"machine"}
         assert not any("data" in item["stats"] for item in result["benchmarks"])
         assert run.measure("limits", path, 0.2)[1].startswith("stopped at its limit") and not run.is_complete(path)
@@ -225,7 +243,7 @@ class TestTargets:
         assert least.judge(self.groups(ours=1.0)) == (None, None) and least.shown(None) == "not measured"
 
     def test_every_target_of_a_cpu_names_entries_that_are_measured(self, quick):
-        """At tiny sizes, where peers that compile are left out, and the field has other numbers of patches."""
+        """At tiny sizes, without peers that compile; the numbers of patches are mapped to those of the targets."""
         rows = results.rows_of(quick)
         for row in rows:
             row["group"] = row["group"].replace(" 4 patches", " 256 patches").replace(" 16 patches", " 1024 patches")
@@ -234,10 +252,12 @@ class TestTargets:
         left_out = ("torch.compile", "KeOps", "faiss", "cKDTree", "1 thread against 2")
         assert [what for what in absent if not any(word in what for word in left_out)] == []
 
-    def test_missed_targets_stand_in_the_section_of_the_machine(self):
+    def test_missed_targets_appear_in_the_table_of_the_machine(self):
         machine = {"model": "M", "threads": 2}
         slow = self.groups(ours=1.0)
         slow["training step nano"] = {name: {"entry": name, "ms": ms} for name, ms in (("ours", 2.0), ("eager", 1.0))}
-        assert [target.what for target in targets.missed(machine, slow)] == ["training step nano: eager takes"]
+        assert [target.what for target in targets.missed(machine, slow)] == [
+            "training step nano: time of eager relative to ours"
+        ]
         line = next(line for line in targets.table(machine, slow) if "training step" in line)
-        assert line == "| training step nano: eager takes | at least 1x | 0.5x | **no** |"
+        assert line == "| training step nano: time of eager relative to ours | at least 1x | 0.5x | **no** |"

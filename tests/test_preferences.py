@@ -1,4 +1,4 @@
-"""The default backend of a GPU follows from what is stored, and says what it rests on."""
+"""The default GPU backend of each op follows from the stored results, and its reason names them."""
 
 import json
 
@@ -19,8 +19,8 @@ def stored(folder, entries, op="distance_correction", gpu="Made-up GPU", **more)
     (folder / "op.json").write_text(json.dumps({"machine": {"gpu": gpu} if gpu else {}, "rows": rows}))
 
 
-def test_the_checked_in_file_is_what_the_command_writes():
-    assert json.loads(preferences.FILE.read_text()) == preferences.preferences(), "run python -m bench.preferences"
+def test_the_committed_file_equals_the_output_of_the_command():
+    assert json.loads(preferences.FILE.read_text()) == preferences.preferences(), "run python -m bench preferences"
     for op in preferences.OPS:
         order, because = gpu_preference(op)
         assert set(order) == {"cuda", "triton"} and ("no GPU has measured it" in because or "measured on" in because)
@@ -34,7 +34,7 @@ def test_measured_times_decide(tmp_path):
     assert found["distance_correction"]["because"] == (
         "measured on Made-up GPU at 1234abcd9: Triton takes 0.50 of the time of CUDA C++, the geometric mean of 2 workloads"
     )
-    # Nothing was measured of the others.
+    # The other ops have no measurement.
     assert found["nearest_centroid"] == preferences.static("nearest_centroid")
 
 
@@ -46,13 +46,13 @@ def test_a_measured_lead_of_triton_of_less_than_a_tenth_is_a_tie(tmp_path, trito
     assert ("a tie, and CUDA C++ compiles nothing at the first call" in found["because"]) == (triton == 0.95)
 
 
-def test_times_of_several_commits_are_told(tmp_path):
+def test_the_reason_says_when_times_come_from_several_runs(tmp_path):
     stored(tmp_path / "a", {"a": {"ours (cuda)": 1.0, "ours (triton)": 3.0}})
     path = tmp_path / "a" / "op.json"
     result = json.loads(path.read_text())
     result["rows"][1]["commit"] = "f" * 9
     path.write_text(json.dumps(result))
-    assert ", not of one run" in preferences.preferences(tmp_path)["distance_correction"]["because"]
+    assert ", from several runs" in preferences.preferences(tmp_path)["distance_correction"]["because"]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_times_of_several_commits_are_told(tmp_path):
         ({"a": {"ours": 4.0, "eager": 9.0}}, "Made-up GPU"),
     ],
 )
-def test_one_backend_alone_or_a_cpu_decides_nothing(tmp_path, entries, gpu):
+def test_times_of_one_backend_or_of_a_cpu_decide_nothing(tmp_path, entries, gpu):
     stored(tmp_path / "here", entries, gpu=gpu)
     assert preferences.preferences(tmp_path)["distance_correction"] == preferences.static("distance_correction")
 
@@ -71,7 +71,7 @@ def test_one_backend_alone_or_a_cpu_decides_nothing(tmp_path, entries, gpu):
 @pytest.mark.parametrize(
     "listed, order", [(20, ["triton", "cuda"]), (10.9, ["cuda", "triton"]), (5, ["cuda", "triton"])]
 )
-def test_static_counts_decide_where_they_are_no_tie(tmp_path, monkeypatch, listed, order):
+def test_static_counts_decide_unless_they_tie(tmp_path, monkeypatch, listed, order):
     for name in ("budget.json", "triton_budget.json"):
         (tmp_path / name).write_text((preferences.BUDGETS / name).read_text())
     path = tmp_path / "budget.json"

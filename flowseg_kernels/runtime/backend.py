@@ -138,7 +138,7 @@ def _stored_preferences() -> dict[str, dict]:
 def gpu_preference(op: str) -> tuple[tuple[str, ...], str]:
     """(backends in the order to try on a GPU, why) for an op. A backward op has the order of its forward op.
 
-    `python -m bench.preferences` writes the orders to preferences.json: from measured times, or from static instruction counts
+    `python -m bench preferences` writes the orders to preferences.json: from measured times, or from static instruction counts
     for an op that no GPU has measured.
     """
     found = _stored_preferences().get(op.removesuffix("_bwd"))

@@ -14,8 +14,8 @@ from torch._dynamo.utils import counters
 import flowseg_kernels as fk
 from flowseg_kernels.runtime.backend import OPS
 
+from ..support.neural_field import field_inputs
 from ..support.samples import image_batch, layouts
-from .ops.test_neural_field import field_inputs
 
 OPS_ON_IMAGES = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
 

@@ -1,8 +1,8 @@
-"""The long run: python -m tests.fuzz --backend cpu --cases 20000 [--minutes 3]
+"""The long fuzz run: python -m tests.fuzz --backend cpu --cases 20000 [--minutes 3]
 
-Writes tests/fuzz/record.json after every piece of a few hundred cases. A run that was stopped, or whose minutes were over, goes on
-where it was when it is called again at the same commit, with the same torch and seed; --anew starts over. Exit code 1 if any case
-ever failed in this run.
+Each piece of a few hundred cases is stored in tests/fuzz/record.json. A run that was interrupted, or that used up its minutes,
+continues when it is called again at the same commit with the same torch and seed; --anew starts over. The exit code is 1 if any
+case of the run failed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 
+from bench.machine import cpu_model
+
 from ..sources import commit, is_known
 from .backends import prepare
 from .pieces import Piece, run_piece
@@ -26,23 +28,25 @@ RECORD = pathlib.Path(__file__).with_name("record.json")
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "results" / "fuzz.md"
 HEAD = """# Random calls
 
-`python -m tests.fuzz --backend NAME --cases 20000` calls the ops at random and compares results and gradients with fp64:
-sizes from 0 on, every memory layout, dtype and option, NaN, infinities, ties, points on borders of cells of the decode grid. Each
-number must lie within an error bound that follows from the formulas (`tests/fuzz/exact.py`). "Unbounded": the share of the numbers
-for which no bound can be given, because an intermediate result leaves the range of its dtype, or because the rounding of the inputs
-decides which code is nearest; these are not compared. "Changed codebooks" (`--changed`): before each call a codebook's tensors are
-overwritten, replaced, averaged, cast or spoilt; the result is that of the codes it then holds, or an error. A row is one run; below
-20,000 calls it is not finished. Calls that once failed are tests now (`tests/fuzz/test_fuzz.py`).
+`python -m tests.fuzz --backend NAME --cases 20000` calls the ops at random and compares results and gradients with fp64.
+The calls cover sizes from 0, every memory layout, dtype and option, NaN, infinities, ties, and points on cell borders of the decode
+grid. Each number must lie within an error bound that follows from the formulas (`tests/fuzz/exact.py`).
+
+- **Unbounded**: the share of numbers without a bound, which are not compared. Either an intermediate result leaves the range of its
+  dtype, or the rounding of the inputs decides which code is nearest.
+- **Changed codebooks** (`--changed`): before each call the tensors of a codebook are overwritten, replaced, averaged, cast or
+  invalidated. The result must be that of the changed codes, or an error.
+- Each row is one run; a row below 20,000 calls is unfinished. Calls that once failed are tests now (`tests/fuzz/test_fuzz.py`).
 
 | backend | calls | failures | numbers | unbounded | CPU seconds | seed | commit | torch | machine |
 |---|---|---|---|---|---|---|---|---|---|
 """
 TORCH = importlib.metadata.version("torch")
 PIECE = 250
-#: Names the sanitizer in the environment of a run under one.
+#: Environment variable that names the sanitizer of this process.
 UNDER = "FLOWSEG_EMULATED_SANITIZER"
 HOW = {"triton": " (interpreted)", "cuda": " (on the host shim)"}
-#: Share of the cases by op. The field is slow and has no CUDA kernel.
+#: Relative number of cases per op. The field gets few, because it is slow; it has no CUDA kernel.
 SHARES = {
     "flow_interpolate": 3,
     "distance_correction": 5,
@@ -54,7 +58,7 @@ SHARES = {
 
 
 def plan(backend: str, cases: int, changed: bool = False) -> list[tuple[str, int]]:
-    """(op, number of cases) of each piece, the ops in turn."""
+    """(op, number of cases) of each piece; the ops take turns."""
     shares = {op: n for op, n in SHARES.items() if op != "neural_field" or (backend != "cuda" and not changed)}
     left = {op: -(-cases * n // sum(shares.values())) for op, n in shares.items()}
     pieces = []
@@ -66,16 +70,8 @@ def plan(backend: str, cases: int, changed: bool = False) -> list[tuple[str, int
     return pieces
 
 
-def machine() -> str:
-    names = [
-        line.split(":")[1].strip()
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    return names[0] if names else platform.machine()
-
-
 def report(records: dict) -> str:
+    """The page docs/results/fuzz.md of these records."""
     rows = []
     for name, r in records.items():
         free = r["numbers_free"] / max(r["numbers"], 1)
@@ -83,13 +79,13 @@ def report(records: dict) -> str:
         where = f"{r['seed']} | {r['commit']} | {r['torch']} | {r['machine']}"
         backend, *more = name.split(" ")
         how = {"changed": ", changed codebooks", "address": ", under AddressSanitizer"}
-        kind = f"{backend}{HOW.get(backend, '')}{''.join(how[word] for word in more)}"
-        rows.append(f"| {kind} | {counts} | {where} |")
+        title = f"{backend}{HOW.get(backend, '')}{''.join(how[word] for word in more)}"
+        rows.append(f"| {title} | {counts} | {where} |")
     return HEAD + "\n".join(rows) + "\n"
 
 
 def store(backend: str, record: dict, piece: Piece) -> None:
-    """Add a piece to the record of a backend, and write it and the page."""
+    """Add a piece to the record of a backend; write record and page."""
     record["ops"][piece.op] = record["ops"].get(piece.op, 0) + piece.ran
     record |= {
         "cases": record["cases"] + piece.ran,
@@ -99,9 +95,9 @@ def store(backend: str, record: dict, piece: Piece) -> None:
         "seconds": round(record["seconds"] + piece.seconds, 1),
         "numbers": record["numbers"] + piece.seen.get("numbers", 0),
         "numbers_free": record["numbers_free"] + piece.seen.get("free", 0),
-        "machine": machine(),
+        "machine": cpu_model() or platform.machine(),
     }
-    # Other backends may be running beside this one.
+    # Read the file again: runs of other backends may write it at the same time.
     every = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     every = dict(sorted({**every, backend: record}.items()))
     RECORD.write_text(json.dumps(every, indent=1) + "\n")
@@ -109,7 +105,7 @@ def store(backend: str, record: dict, piece: Piece) -> None:
 
 
 def under_sanitizer(options: argparse.Namespace) -> int:
-    """This run again, on kernels that were compiled with a sanitizer."""
+    """Run this command again with kernels that are compiled with a sanitizer."""
     from ..sanitize.__main__ import compiled, prepared
 
     name = options.sanitizer
@@ -124,22 +120,24 @@ def main() -> int:
     parser.add_argument("--backend", required=True, choices=("reference", "cpu", "triton", "cuda"))
     parser.add_argument("--cases", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these; call again to go on")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="stop after this time; call again to continue"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes")
     parser.add_argument("--changed", action="store_true", help="change the codebook's tensors before each call")
     parser.add_argument(
         "--sanitizer",
         choices=("address",),
-        help="compile the kernels of cpu or cuda with it, for a run beside the others",
+        help="compile the kernels of cpu or cuda with it; the run gets its own record",
     )
-    parser.add_argument("--anew", action="store_true", help="forget the record of this backend")
+    parser.add_argument("--anew", action="store_true", help="drop the record of this backend and start over")
     options = parser.parse_args()
     if options.sanitizer and not os.environ.get(UNDER):
         return under_sanitizer(options)
     every = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     name = " ".join(filter(None, (options.backend, options.changed and "changed", options.sanitizer)))
     record = every.get(name)
-    # Of other sources, another torch or another wish a record says nothing.
+    # A record of other sources, another torch or other options does not count.
     wanted = {"seed": options.seed, "wanted": options.cases, "commit": commit(RECORD, RESULTS), "torch": TORCH}
     known = record is not None and is_known(wanted["commit"])
     if options.anew or not known or {k: record.get(k) for k in wanted} != wanted:
@@ -150,9 +148,9 @@ def main() -> int:
         for number, (op, cases) in enumerate(plan(options.backend, options.cases, options.changed))
     ]
     if record["pieces"] >= len(pieces):
-        print(f"{options.backend}: {record['cases']} cases are done at {record['commit']}; --anew takes them again")
+        print(f"{options.backend}: {record['cases']} cases are done at {record['commit']}; --anew runs them again")
     if options.backend == "cuda":
-        prepare("cuda")  # compiles the kernels, which the processes must not do at once
+        prepare("cuda")  # compiles the kernels once, before the processes start
     end = time.monotonic() + 60 * options.minutes
     with multiprocessing.get_context("spawn").Pool(options.jobs, prepare, (options.backend,)) as pool:
         for piece in pool.imap(run_piece, pieces[record["pieces"] :]):
@@ -163,7 +161,7 @@ def main() -> int:
                 print(f"\n{piece.op}: {piece.failed}")
             left = len(pieces) - record["pieces"]
             if left and time.monotonic() > end:
-                print(f"\n{left} of {len(pieces)} pieces left: call again")
+                print(f"\n{left} of {len(pieces)} pieces left: call again to continue")
                 break
     print()
     return 1 if record["failures"] else 0

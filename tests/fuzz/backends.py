@@ -1,4 +1,4 @@
-"""Lets a backend take CPU tensors in this process: Triton's kernels interpreted, the CUDA kernels on the host shim."""
+"""Make a backend accept CPU tensors in this process: Triton kernels are interpreted, CUDA kernels run on the host shim."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def prepare(name: str) -> None:
-    """Call it before flowseg_kernels is imported: Triton reads its environment then."""
+    """Must be called before flowseg_kernels is imported, because Triton reads its environment at import."""
     if name == "triton":
         os.environ["TRITON_INTERPRET"] = "1"
     from ..native import use_named_library

@@ -1,7 +1,7 @@
-"""Random calls of every op, as hypothesis strategies: tiny tensors, every kind of memory, every option, awkward values.
+"""Random calls of every op as hypothesis strategies: tiny tensors, every memory layout, every option, special values.
 
-A case holds choices only, no tensors, so that what hypothesis prints can be pasted into a test; `tensors` in inputs.py makes the
-values from its seed.
+A case holds choices, not tensors, so the line that hypothesis prints can be pasted into a test. `tensors` in inputs.py makes the
+values from the seed of the case.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ LAYOUTS = (
     "expanded_0", "expanded_1", "expanded_2", "expanded_3", "expanded_all",
 )  # fmt: skip
 CODES = ("kronecker", "r_sequence", "grid", "lattice", "doubled", "large", "small", "shifted", "fp64")
-#: Put into one channel of a pixel, or (the last four) into all of them.
+#: Special values; the last four replace all channels of a pixel, the others one channel.
 SPECIALS = (
     "nan", "inf", "-inf", "1e38", "-1e38", "3e19", "1e15", "1e-40", "1e-30", "-0.0", "code", "between", "near_code", "border",
 )  # fmt: skip
-#: What others do to the tensors of a codebook before the call. Those of SPOILT leave no codes, which must be an error.
+#: Changes to the tensors of a codebook before the call. Changes in INVALID leave no valid codes: the call must raise an error.
 CHANGES = (
     "moved",
     "shuffled",
@@ -38,18 +38,18 @@ CHANGES = (
     "none",
     "meta",
 )
-SPOILT = ("nan", "inf", "integers", "flat", "none", "meta")
+INVALID = ("nan", "inf", "integers", "flat", "none", "meta")
 TRANSFORMS = ("neg_log", "neg_sq", "neg_dist", "inverse")
-#: eps down to where fp32 still holds T' of every transform.
+#: eps, down to the smallest values with a finite T' in fp32 for every transform.
 EPS = (None, 0.1, 1e-2, 1e-3, 1.0, 1e-6, 1e-14, 1e-30)
 
 
 class _Brief:
-    """Prints as the call that makes it, without what is as it is anyway."""
+    """Its repr is the call that creates it, without arguments at their defaults."""
 
     def __repr__(self) -> str:
-        unlike = [f for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(type(self)(), f.name)]
-        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in unlike)})"
+        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(type(self)(), f.name)]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in changed)})"
 
     def _repr_pretty_(self, printer, cycle) -> None:
         printer.text(repr(self))
@@ -75,7 +75,7 @@ class Pixels(_Brief):
     ignored: float = 0.1
     bad_label: int | None = None
     times: str = "random"
-    #: of the image, the source, the labels and the gradient
+    #: layouts of image, source, labels and gradient
     layouts: tuple[str, str, str, str] = ("contiguous",) * 4
     exact: bool = False
     spread: float = 0.3
@@ -101,7 +101,7 @@ class Field(_Brief):
     freqs: int = 2
     dtypes: tuple[str, str, str] = ("float32",) * 3  # x, weights, the rest
     layouts: tuple[str, str, str] = ("contiguous",) * 3  # x, weights, gradient
-    needs: int = 255  # bits: which of the eight tensors want a gradient
+    needs: int = 255  # bit i: the i-th of the eight tensors requires a gradient
     scale: float = 1.0
     normalise: str = "both"
     form: str = "residual"
@@ -110,7 +110,7 @@ class Field(_Brief):
 
 @st.composite
 def sizes(draw, most: int):
-    """Height and width: 0 and 1, primes, and one more or less than a vector, a block or a chunk of pixels."""
+    """Height and width: 0, 1, primes, and numbers next to the sizes of a vector, a block and a pixel chunk."""
     if draw(st.integers(0, 19)) == 0:
         long = [n for n in (63, 64, 65, 255, 256, 257, 511, 513, 1024, 1031, 4095, 4097, 8209) if n <= most]
         height, width = 1, draw(st.sampled_from(long))
@@ -124,7 +124,7 @@ def sizes(draw, most: int):
 def pixels(draw, op: str, *, slow: bool = False):
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     height, width = draw(sizes(300 if slow else 9000))
-    # Interpreted kernels take a millisecond a class.
+    # Interpreted kernels take a millisecond per class.
     classes = pick(1, 2, 3, 5, 7, 9, 8, 17) if slow else pick(2, 3, 5, 1, 7, 8, 19, 31, 32, 33, 65, 150, 256, 257)
     if slow and draw(st.integers(0, 29)) == 0:
         classes = pick(33, 40, 65)
@@ -143,7 +143,7 @@ def pixels(draw, op: str, *, slow: bool = False):
         if options["transform"] == "inverse" and options["eps"] is not None:
             options["eps"] = max(options["eps"], 1e-6)
         if op == "flow_loss" and options["eps"] is not None:
-            # x_t itself is rounded: eps far below that rounding makes every answer as good as any other.
+            # x_t itself is rounded. With eps far below that rounding no result could be called wrong.
             options["eps"] = max(options["eps"], 1e-3)
     if op == "flow_loss":
         options |= {
@@ -225,7 +225,7 @@ def fields(draw, *, slow: bool = False):
 
 
 def with_changed_codebook(case: Pixels) -> Pixels:
-    """The same case on a codebook whose tensors were changed, in the way that its seed names."""
+    """The same case on a changed codebook; the seed selects the change."""
     return dataclasses.replace(case, bare=False, change=CHANGES[case.seed % len(CHANGES)])
 
 

@@ -1,4 +1,4 @@
-"""Runs a case on a backend and compares everything that comes out with fp64."""
+"""Run a case on a backend and compare all results and gradients with fp64."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.ops.shared.formulas import compute_dtype
 
-from ..flowseg_kernels.ops.test_neural_field import pixnerd_field
+from ..support.neural_field import pixnerd_field
 from . import exact
-from .cases import SPOILT, Field, Pixels
+from .cases import INVALID, Field, Pixels
 from .exact import Answer
 from .inputs import changed, laid_out, tensors
 
-#: Numbers compared, and those of them of which nothing was promised.
+#: Counts of "numbers" that were checked and of "free" numbers without a bound.
 seen: collections.Counter[str] = collections.Counter()
 
 
 class Wrong(AssertionError):
-    """A result outside what is promised."""
+    """A result outside its bound."""
 
 
 def agree(name: str, got: torch.Tensor, want: Answer) -> None:
-    """got lies within want.bound and one rounding to its dtype of want.value; NaN and infinities are where they belong."""
-    kind = torch.finfo(got.dtype)
+    """Raise Wrong unless got is want.value within want.bound plus one rounding to its dtype; NaN and infinities must match."""
+    dtype = torch.finfo(got.dtype)
     value = got.detach().double()
     off = (value - want.value).abs()
-    half = 0.501 * kind.eps * want.value.abs() + 0.51 * kind.tiny * kind.eps
+    half = 0.501 * dtype.eps * want.value.abs() + 0.51 * dtype.tiny * dtype.eps
     near = off <= want.bound + half
     same = (value == want.value) | (value.isnan() & want.value.isnan())
-    # What rounds beyond the dtype is infinite.
-    too_large = want.value.abs() + want.bound >= kind.max * (1 + kind.eps / 4) * (1 - kind.eps / 2)
+    # A true value beyond the range of the dtype must come out as inf.
+    too_large = want.value.abs() + want.bound >= dtype.max * (1 + dtype.eps / 4) * (1 - dtype.eps / 2)
     over = value.isinf() & too_large & (value.sign() == want.value.sign())
     right = near | same | over | want.free
     seen["numbers"] += got.numel()
@@ -48,7 +48,7 @@ def agree(name: str, got: torch.Tensor, want: Answer) -> None:
 
 @contextlib.contextmanager
 def poisoned():
-    """Memory that torch hands out uninitialised is full of NaN, so that what a kernel leaves out shows."""
+    """Fill uninitialised memory with NaN, so numbers that a kernel does not write are found."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -63,9 +63,9 @@ def unchanged(inputs, before) -> None:
 
 
 def check(op: str, case: Pixels | Field, backend: str) -> None:
-    """Raises Wrong when the op's result or gradients on `backend` are not what the contract promises.
+    """Raise Wrong if a result or gradient of the op on `backend` breaks the contract.
 
-    Whatever else a call raises is a failure too, but for a bad label, which is an error on the CPU.
+    Any other exception of the call is a failure too, except the error for a bad label on the CPU.
     """
     with poisoned(), fk.use_backend(backend):
         if isinstance(case, Field):
@@ -74,7 +74,7 @@ def check(op: str, case: Pixels | Field, backend: str) -> None:
 
 
 class _Call:
-    """What the checks of the per-pixel ops share: inputs as given and in fp64."""
+    """Inputs of a per-pixel op, as given and in fp64."""
 
     def __init__(self, case: Pixels, backend: str, leader: str):
         self.case, self.backend = case, backend
@@ -84,11 +84,10 @@ class _Call:
         dtype = compute_dtype((self.x if leader == "x" else self.source).dtype)
         self.u = torch.finfo(dtype).eps
         self.codes = self.book.centroids if case.bare else self.book
-        # A cast is undone, and a spoilt codebook is compared with nothing.
-        mu = known if case.change in (*SPOILT, "bfloat16", "float16") else self.book.centroids
+        # Expected values use the codes from before a cast; an invalid codebook has no expected values.
+        mu = known if case.change in (*INVALID, "bfloat16", "float16") else self.book.centroids
         self.mu = mu.to(dtype).double()
         self.time = self.t.to(dtype).double()
-        # float64 images are compared with fp64 of another order.
         self.before = [v.clone() for v in (self.x, self.source, self.labels, self.t)]
 
     @property
@@ -97,7 +96,7 @@ class _Call:
         return self.book.default_eps if eps is None else eps
 
     def given(self):
-        """The options as the public function takes them."""
+        """The options of the public function."""
         options = {**self.case.options, "ignore_index": self.case.ignore}
         if self.case.bare and "eps" in options:
             options["eps"] = self.eps
@@ -108,8 +107,8 @@ class _Call:
         return bool((((y < 0) | (y >= self.case.classes)) & (y != self.case.ignore)).any())
 
     def is_refused(self, call) -> bool:
-        """Whether the codebook holds no codes, which call() must say."""
-        if self.case.change not in SPOILT:
+        """Whether the codebook is invalid; call() must then raise an error about it."""
+        if self.case.change not in INVALID:
             return False
         try:
             call()
@@ -117,10 +116,10 @@ class _Call:
             if str(error).startswith(("centroids: wanted", "codebook: wanted")):
                 return True
             raise
-        raise Wrong("a codebook without codes raised nothing")
+        raise Wrong("an invalid codebook raised no error")
 
     def run(self, call):
-        """call(), which must raise for a bad label on the CPU and for a spoilt codebook; None if it did."""
+        """The result of call(), or None if it raised the expected error for a bad label on the CPU or for an invalid codebook."""
         if self.is_refused(call):
             return None
         if self.backend in ("cpu", "reference") and self.has_bad_label():
@@ -130,7 +129,7 @@ class _Call:
                 if "wanted values in [0, " not in str(error):
                     raise
                 return None
-            raise Wrong("a label that is no class raised nothing")
+            raise Wrong("a label that is no class raised no error")
         result = call()
         unchanged((self.x, self.source, self.labels, self.t), self.before)
         return result
@@ -183,9 +182,9 @@ def check_flow_loss(case: Pixels, backend: str) -> None:
         schedule=options["schedule"], t_min=options["t_min"], ignore=case.ignore, u=c.u, **_correction_options(c),
     )  # fmt: skip
     count = max(int(valid.sum()), 1)
-    kind = options["reduction"]
-    share = 1 / count if kind == "mean" else 1.0
-    if kind == "none":
+    reduction = options["reduction"]
+    share = 1 / count if reduction == "mean" else 1.0
+    if reduction == "none":
         agree("loss", got, each)
         arrives = laid_out(torch.randn(got.shape, generator=torch.Generator().manual_seed(case.seed)), case.layouts[3])
         arrives = arrives.to(got.dtype)
@@ -197,7 +196,7 @@ def check_flow_loss(case: Pixels, backend: str) -> None:
         arrives = torch.tensor(0.7, dtype=got.dtype)
         factor = arrives.double() * share
     (grad,) = torch.autograd.grad(got, x, arrives)
-    # The residual is kept in the dtype of the prediction: one rounding, and its range, of their own.
+    # The residual is stored in the dtype of the prediction, which adds one rounding and limits its range.
     stored = torch.finfo(x.dtype)
     rounding = 0.501 * stored.eps * residual.value.abs() + 0.51 * stored.tiny * stored.eps
     free = residual.free | ((residual.value.abs() + residual.bound > stored.max * 0.99) & residual.value.isfinite())
@@ -210,9 +209,9 @@ def check_flow_loss(case: Pixels, backend: str) -> None:
 
 
 def _allowed(c: _Call, d: torch.Tensor) -> torch.Tensor:
-    """Which classes (B, K, H, W) fp32 distances may take for the nearest: all whose distance is the smallest but for rounding.
+    """(B, K, H, W): the classes that are an allowed answer, because their distance is the smallest within rounding.
 
-    Where every operation is exact there is no rounding, and equal distances go to the lowest index.
+    Where every operation is exact, only the lowest index among equal distances is allowed.
     """
     small = c.u > 1e-10
     finite = d.nan_to_num(nan=torch.inf)
@@ -222,11 +221,11 @@ def _allowed(c: _Call, d: torch.Tensor) -> torch.Tensor:
     first = torch.zeros_like(d, dtype=torch.bool).scatter_(1, (finite == nearest).int().argmax(1, keepdim=True), True)
     off = 2 * (c.case.channels + 3) * c.u
     close = finite <= nearest * (1 + off) + (8 * c.case.channels * exact.SMALLEST if small else 0)
-    # Multiples of 2^-6 of at most 32: squares and their sums have few bits.
+    # Multiples of 2^-6 up to 32 have exact squares and sums.
     x, mu = c.x.double(), c.mu
     whole = ((x * 64).round() == x * 64).all(1, keepdim=True) & (x.abs() <= 32).all(1, keepdim=True)
     whole = whole & bool(((mu * 64).round() == mu * 64).all() and (mu.abs() <= 32).all())
-    # Equal codes are equally far in any arithmetic; of them only the first.
+    # Equal codes have equal distances in any arithmetic, so only the first of them is allowed.
     same = (mu[:, None] == mu[None]).all(-1)
     is_first = (same.int().argmax(1) == torch.arange(len(mu)))[None, :, None, None]
     overflow = nearest.isinf() & ~(d.isinf().all(1, keepdim=True)) & small
@@ -260,7 +259,7 @@ def check_nearest_centroid(case: Pixels, backend: str) -> None:
     smallest = d.topk(min(2, case.classes), dim=1, largest=False).values
     root = smallest.sqrt()
     off = (case.channels + 4) * c.u * root + (2e-22 * case.channels if c.u > 1e-10 else 0)
-    # An infinite coordinate is infinitely far from all; near the end of fp32 the square may or may not overflow.
+    # Near the largest fp32 number the square may or may not overflow.
     free = (
         (smallest > exact.HUGE * 0.9) & smallest.isfinite()
         if c.u > 1e-10
@@ -320,14 +319,14 @@ def _field_inputs(case: Field) -> list[torch.Tensor | None]:
     else:
         shared += [None, None]
     shared += [normal(channels, hidden) * 0.3, normal(channels) * 0.3]
-    kinds = [getattr(torch, name) for name in case.dtypes]
-    x = laid_out(x.to(kinds[0]), case.layouts[0])
-    weights = laid_out(weights.to(kinds[1]), case.layouts[1])
-    return [x, weights, *(v if v is None else v.to(kinds[2]) for v in shared)]
+    dtypes = [getattr(torch, name) for name in case.dtypes]
+    x = laid_out(x.to(dtypes[0]), case.layouts[0])
+    weights = laid_out(weights.to(dtypes[1]), case.layouts[1])
+    return [x, weights, *(v if v is None else v.to(dtypes[2]) for v in shared)]
 
 
 def _field_run(case: Field, inputs, weighting, call) -> list[torch.Tensor]:
-    """The output, then the gradients of those that want one."""
+    """The output, then the gradients of the inputs that require one."""
     leaves = [v if v is None else v.detach().requires_grad_(bool(case.needs >> i & 1)) for i, v in enumerate(inputs)]
     out = call(*leaves)
     wanted = [v for v in leaves if v is not None and v.requires_grad]
@@ -336,7 +335,7 @@ def _field_run(case: Field, inputs, weighting, call) -> list[torch.Tensor]:
 
 
 def _with_approximate_tanh(run):
-    """run() with SiLU by a tanh off by the error that PTX allows tanh.approx.f32, up for some numbers and down for others."""
+    """run() with a SiLU whose tanh has the error that PTX allows tanh.approx.f32, of either sign."""
 
     def silu(z):
         return z / 2 * (1 + (z / 2).tanh() * (1 + 2.0**-11 * torch.sign(torch.sin(1e4 * z.detach()))))
@@ -349,7 +348,7 @@ def _with_approximate_tanh(run):
 
 
 def check_field(case: Field, backend: str) -> None:
-    """In the norm of the output and of each gradient, against what a rounding of every input does to the answer."""
+    """Compare the norms of output and gradients; the tolerance is the effect of rounding every input."""
     inputs = _field_inputs(case)
     weighting = torch.randn(
         inputs[0].shape, generator=torch.Generator().manual_seed(case.seed + 1), dtype=torch.float64
@@ -361,44 +360,44 @@ def check_field(case: Field, backend: str) -> None:
     unchanged([v for v in inputs if v is not None], before)
     lowest = max((v.dtype for v in inputs if v is not None), key=lambda d: torch.finfo(d).eps)
     u = max(torch.finfo(lowest).eps, torch.finfo(compute_dtype(inputs[0].dtype)).eps)
-    wide = [v if v is None else v.double() for v in inputs]
+    doubles = [v if v is None else v.double() for v in inputs]
 
-    def plainly(values):
+    def by_reference(values):
         with fk.use_backend("reference"):
             return _field_run(case, values, weighting, lambda *v: fk.neural_field(*v, **options))
 
-    want = plainly(wide)
+    want = by_reference(doubles)
     make = torch.Generator().manual_seed(case.seed + 2)
     off = [torch.zeros((), dtype=torch.float64) for _ in want]
     for _ in range(2):
         moved = [
             v if v is None else v * (1 + u * (2 * torch.rand(v.shape, generator=make, dtype=torch.float64) - 1))
-            for v in wide
+            for v in doubles
         ]
-        off = [torch.maximum(a, (b - c).norm()) for a, b, c in zip(off, plainly(moved), want)]
-    # What cancels inside, as the gradient along the direction that a norm takes away, is in no input's rounding.
-    off = [a + (b.double() - c).norm() / 4 for a, b, c in zip(off, plainly(inputs), want)]
+        off = [torch.maximum(a, (b - c).norm()) for a, b, c in zip(off, by_reference(moved), want)]
+    # Add the error of the reference itself. Rounding the inputs does not reveal cancellation inside, as in the gradient of a norm.
+    off = [a + (b.double() - c).norm() / 4 for a, b, c in zip(off, by_reference(inputs), want)]
     if lowest.itemsize == 2 and inputs[0].numel() and case.depth and case.scale:
-        # Some kernels multiply values of two bytes: what plain PyTorch loses by that inside, they may too. Where it leaves the
-        # range of fp16 nothing is promised.
+        # Some kernels multiply 16-bit values, so they may lose as much inside as plain PyTorch in 16 bits. Beyond the range of fp16
+        # there is no bound.
         low = [v if v is None else v.to(lowest) for v in inputs]
         variant = (case.normalise, case.form)
         plain = _field_run(case, low, weighting, lambda *v: pixnerd_field(*v, case.patch, case.ratio, variant))
         off = [a + (b.double() - c).norm().nan_to_num(nan=torch.inf) / 10 for a, b, c in zip(off, plain, want)]
         if backend == "triton" and lowest == torch.bfloat16 and case.form == "residual":
-            # docs/ops/neural_field.md: next to an exact SiLU its negative tail is far off.
+            # The negative tail of the approximate SiLU is inexact; see docs/ops/neural_field.md.
             def formula(*v):
                 return pixnerd_field(*v, case.patch, case.ratio, variant)
 
-            rough = _with_approximate_tanh(lambda: _field_run(case, wide, weighting, formula))
+            rough = _with_approximate_tanh(lambda: _field_run(case, doubles, weighting, formula))
             off = [a + (b - c).norm() / 10 for a, b, c in zip(off, rough, want)]
     names = ["out", *(f"gradient {i}" for i in range(8) if inputs[i] is not None and case.needs >> i & 1)]
     for name, a, b, sensitivity in zip(names, got, want, off):
-        kind = torch.finfo(a.dtype)
+        dtype = torch.finfo(a.dtype)
         seen["numbers"] += a.numel()
         error, norm = (a.double() - b).norm(), b.norm()
-        allowed = 40 * sensitivity + 40 * max(u, kind.eps) * norm + kind.tiny * kind.eps * a.numel()
-        if bool((b.abs() > kind.max * 0.5).any()) or bool(allowed.isinf()):
+        allowed = 40 * sensitivity + 40 * max(u, dtype.eps) * norm + dtype.tiny * dtype.eps * a.numel()
+        if bool((b.abs() > dtype.max * 0.5).any()) or bool(allowed.isinf()):
             seen["free"] += a.numel()
             continue
         if a.shape != b.shape or not bool(error <= allowed):

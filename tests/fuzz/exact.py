@@ -1,7 +1,7 @@
-"""The formulas in fp64, each with a bound on what the same arithmetic may lose in the compute dtype.
+"""The formulas in fp64, each with a bound on the error of the same arithmetic in the compute dtype.
 
-The bounds are first-order forward error analysis: every operation is off by one unit `u` of the last place, conversions of a
-distance to a logit by what its slope makes of it. They are what is promised, so they are written down here and nowhere fitted.
+The bounds are a first-order forward error analysis. Every operation has a relative error of at most `u`; the error of a logit is
+the error of its distance times the slope of the transform. The bounds are derived, not fitted to results.
 """
 
 from __future__ import annotations
@@ -13,19 +13,18 @@ from torch import Tensor
 
 from ..support.samples import logits_and_slope
 
-#: fp32; beyond it a distance overflows, below `TINY` a number loses digits.
+#: Largest fp32 number, smallest normal one (below it a number loses digits), smallest subnormal one.
 HUGE, TINY, SMALLEST = 3.4028234e38, 1.1754944e-38, 1.5e-45
-#: What a sum in fp64 may lose a term, here and there.
+#: Error per term of a sum in fp64.
 ROUNDING = 2.3e-16
 
 
 @dataclasses.dataclass
 class Answer:
-    """What is promised of a result.
+    """The expected result.
 
-    value, bound: fp64; got is right when |got - value| <= bound, before it is rounded to its dtype.
-    free:         where nothing is promised but that no other number is touched: ranges that overflow half way, or an answer that
-                  the rounding of its inputs decides.
+    value, bound: fp64; a result is right if |result - value| <= bound, before it is rounded to its dtype
+    free:         numbers without a bound: an intermediate result overflows, or the rounding of the inputs decides the answer
     """
 
     value: Tensor
@@ -49,7 +48,7 @@ def correction(
     x: Tensor, labels: Tensor, mu: Tensor, *, temperature: float, eps: float, transform: str, max_norm: float | None,
     ignore: int, u: float, slack: Tensor | None = None,
 ) -> Answer:  # fmt: skip
-    """grad Phi, with 1 - p_y summed from the other classes. `slack` (B, C, H, W): how far off x itself may be."""
+    """grad Phi, with 1 - p_y as the sum over the other classes. `slack` (B, C, H, W) bounds the error of x itself."""
     classes, channels = mu.shape
     valid, y = split_labels(labels, classes, ignore)
     single = u > 1e-10
@@ -60,18 +59,18 @@ def correction(
     def gradient(diff, d):
         logits, slope = logits_and_slope(d, eps, transform)
         rivals = torch.softmax(logits / temperature, 1).masked_fill(hot, 0)
-        home = (slope[:, :, None] * diff).gather(1, y[:, None, None].expand(-1, 1, *diff.shape[2:]))
+        own = (slope[:, :, None] * diff).gather(1, y[:, None, None].expand(-1, 1, *diff.shape[2:]))
         pull = slope[:, :, None] * diff
         return (
-            (2 / temperature) * (rivals[:, :, None] * (pull - home)).sum(1),
+            (2 / temperature) * (rivals[:, :, None] * (pull - own)).sum(1),
             logits / temperature,
             slope,
             rivals,
             pull,
-            home,
+            own,
         )
 
-    grad, logits, slope, rivals, pull, home = gradient(diff, d)
+    grad, logits, slope, rivals, pull, own = gradient(diff, d)
     d_off = (channels + 3) * u * d + (SMALLEST if single else 0)
     logit_off = (slope.abs() * d_off + 3 * u * logits.abs() * temperature + 2 * u) / temperature + u * logits.abs()
     nearest = logits.amax(1, keepdim=True)
@@ -83,9 +82,9 @@ def correction(
     relative = relative + (p * relative).sum(1, keepdim=True) + sums + (2 * channels + 12) * u
     weight = rivals * relative + (2e-38 if single else 0)
     if single:
-        # Slopes below the normal range are lost whole.
+        # Slopes below the normal range may be flushed to zero.
         weight = weight + (slope.abs() < TINY) * rivals
-    bound = (2 / temperature) * (weight[:, :, None] * (pull.abs() + home.abs())).sum(1) + 4 * u * grad.abs() + SMALLEST
+    bound = (2 / temperature) * (weight[:, :, None] * (pull.abs() + own.abs())).sum(1) + 4 * u * grad.abs() + SMALLEST
 
     biggest = d.amax(1)
     nan = x.isnan().any(1) | x.isinf().any(1)
@@ -96,8 +95,8 @@ def correction(
         free |= near_overflow | ((pull.abs().amax((1, 2)) > 1e18) | (slope.abs().amax(1) > 1e37))
     if slack is not None:
         steepest = (2 * slope.abs()[:, :, None] * size).amax((1, 2)) / temperature
-        reach = slack.amax(1)
-        free |= (reach * steepest > 0.05) | (reach > 0.02 * (d.amin(1) + eps).sqrt())
+        error = slack.amax(1)
+        free |= (error * steepest > 0.05) | (error > 0.02 * (d.amin(1) + eps).sqrt())
         for c in range(channels):
             for sign in (1, -1):
                 moved = diff.clone()
@@ -106,7 +105,7 @@ def correction(
     if max_norm is not None:
         norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
         grad = grad * (max_norm / norm.clamp_min(max_norm))
-        # Projection on a ball moves no two points apart.
+        # Projection onto a ball never increases the distance of two points.
         bound = torch.linalg.vector_norm(bound, dim=1, keepdim=True).expand_as(grad) + 8 * u * grad.abs()
     grad = grad.masked_fill((nan | lost)[:, None], torch.nan)
     inside = valid[:, None]
@@ -133,7 +132,7 @@ def interpolate_backward(grad: Tensor, x0: Tensor, labels: Tensor, t: Tensor, mu
     code = mu[y].movedim(-1, 1)
     slope = torch.where(inside, code - x0, 0)
     by_time = (grad * slope).sum((1, 2, 3))
-    # A difference that rounds to zero, times a gradient.
+    # The difference may round to zero, so the bound uses both absolute values.
     terms = grad[0].numel() if len(grad) else 0
     off = (4 * u + terms * ROUNDING) * (grad.abs() * torch.where(inside, code.abs() + x0.abs(), 0)).sum((1, 2, 3))
     no = torch.zeros_like
@@ -147,7 +146,7 @@ def loss(
     out: Tensor, x0: Tensor, labels: Tensor, t: Tensor, mu: Tensor, *, predicts: str, space: str, weight: float,
     schedule: str, t_min: float, ignore: int, u: float, **options,
 ) -> tuple[Answer, Answer, Tensor]:  # fmt: skip
-    """Answers for the loss of each pixel (B, H, W) and for the residual (B, C, H, W), and the valid pixels."""
+    """Answers for the loss per pixel (B, H, W) and for the residual (B, C, H, W), and the mask of valid pixels."""
     valid, y = split_labels(labels, mu.shape[0], ignore)
     inside = valid[:, None]
     x1 = mu[y].movedim(-1, 1)
@@ -170,7 +169,7 @@ def loss(
         bound = bound + by * (g.bound + 4 * u * g.value.abs())
         free = g.free
     if u > 1e-10:
-        # Sums of inputs that overflow before they are scaled down again.
+        # A sum of inputs may overflow before it is scaled down.
         middle = torch.maximum(xhat.abs(), out.abs() + x0.abs())
         free = free | ((middle > HUGE * 0.5) | (error.abs() > HUGE * 0.5)) & middle.isfinite()
     error = torch.where(inside, error, 0)

@@ -1,4 +1,4 @@
-"""The tensors of a case."""
+"""Make the tensors of a case."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .cases import Pixels
 
 
 def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """x in a memory layout; the expanded ones repeat the first entry of a dimension, so their values differ from those of x."""
-    kind, _, number = layout.partition("_")
-    if kind == "expanded":
+    """x in a memory layout. "expanded" layouts repeat the first entry of a dimension, so their values differ from x."""
+    family, _, number = layout.partition("_")
+    if family == "expanded":
         dims = range(x.ndim) if number == "all" else [min(int(number), x.ndim - 1)]
         part = x.clone()
         for dim in dims:
             if x.shape[dim]:
                 part = part.narrow(dim, 0, 1)
         return part.expand(x.shape)
-    if kind == "offset":
+    if family == "offset":
         flat = torch.zeros(x.numel() + int(number), dtype=x.dtype)
         flat[int(number) :] = x.flatten()
         return flat[int(number) :].view(x.shape)
@@ -34,9 +34,9 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "transposed":
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "every_second":
-        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), 99, dtype=x.dtype)
-        wide[..., 1::2] = x
-        return wide[..., 1::2]
+        padded = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), 99, dtype=x.dtype)
+        padded[..., 1::2] = x
+        return padded[..., 1::2]
     if layout == "reversed_dims":
         order = tuple(reversed(range(x.ndim)))
         return x.permute(order).contiguous().permute(order)
@@ -44,21 +44,21 @@ def laid_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=512)
-def _codebook(kind: str, classes: int, channels: int) -> fk.Codebook:
-    if kind == "lattice":
-        # Multiples of 1/4: distances of points on a lattice are exact in fp32, ties are ties.
+def _codebook(codes: str, classes: int, channels: int) -> fk.Codebook:
+    if codes == "lattice":
+        # Multiples of 1/4: distances between lattice points are exact in fp32, so ties are exact too.
         side = torch.Generator().manual_seed(classes * 31 + channels)
         mu = torch.randint(-4, 5, (classes, channels), generator=side).float() / 4
-    elif kind == "doubled":
+    elif codes == "doubled":
         mu = fk.kronecker_centroids((classes + 1) // 2, channels).repeat(2, 1)[:classes]
-    elif kind == "grid":
+    elif codes == "grid":
         mu = fk.grid_centroids(classes, channels)
-    elif kind == "r_sequence":
+    elif codes == "r_sequence":
         mu = fk.kronecker_centroids(classes, channels, sequence="r_sequence")
     else:
-        mu = fk.kronecker_centroids(classes, channels, dtype=torch.float64 if kind == "fp64" else torch.float32)
-    if kind in ("large", "small", "shifted"):
-        mu = mu * {"large": 1e3, "small": 1e-3}.get(kind, 1) + (5.0 if kind == "shifted" else 0.0)
+        mu = fk.kronecker_centroids(classes, channels, dtype=torch.float64 if codes == "fp64" else torch.float32)
+    if codes in ("large", "small", "shifted"):
+        mu = mu * {"large": 1e3, "small": 1e-3}.get(codes, 1) + (5.0 if codes == "shifted" else 0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return fk.Codebook(mu)
@@ -71,7 +71,7 @@ def codebook(case: Pixels) -> fk.Codebook:
 
 
 def changed(case: Pixels, book: fk.Codebook) -> fk.Codebook:
-    """The codebook after `case.change` was done to its tensors."""
+    """The codebook with its tensors changed by `case.change`."""
     if case.change is None:
         return book
     book = copy.deepcopy(book)
@@ -106,28 +106,28 @@ def changed(case: Pixels, book: fk.Codebook) -> fk.Codebook:
 
 
 def _with_specials(case: Pixels, name: str, x: torch.Tensor, book: fk.Codebook) -> torch.Tensor:
-    """x (B, C, H, W), fp64, with the awkward values in it."""
+    """x (B, C, H, W), fp64, with the special values of the case."""
     mu = book.centroids.double()
     points = x.movedim(1, -1).clone(memory_format=torch.contiguous_format).view(-1, case.channels)
-    for tensor, place, kind in case.specials:
+    for tensor, place, special in case.specials:
         if tensor != name or not len(points):
             continue
         at, channel = place % len(points), place % case.channels
         a, b = mu[place % len(mu)], mu[(place // 7) % len(mu)]
-        if kind == "code":
+        if special == "code":
             points[at] = a
-        elif kind == "between":
+        elif special == "between":
             points[at] = (a + b) / 2
-        elif kind == "near_code":
+        elif special == "near_code":
             points[at] = a + 1e-6
-        elif kind == "border":
+        elif special == "border":
             tables = decode_tables(derived_from(book.centroids), torch.device("cpu")) if case.grid else (0.0,) * 5
             low, scale = tables[3:]
             scale = scale or 16.0
             edge = torch.tensor(low + (place % 65) / scale, dtype=torch.float32)
             points[at, channel] = torch.nextafter(edge, edge + (place % 3 - 1)).double()
         else:
-            points[at, channel] = float(kind)
+            points[at, channel] = float(special)
     return points.view(x.shape[0], *x.shape[2:], case.channels).movedim(-1, 1)
 
 

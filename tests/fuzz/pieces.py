@@ -1,4 +1,4 @@
-"""A part of the long run, in whatever process."""
+"""One piece of the long run, in any process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import traceback
 
 @dataclasses.dataclass
 class Piece:
-    """Cases of one op in one go, and what came of them."""
+    """A number of cases of one op, and their results."""
 
     op: str
     backend: str
@@ -23,7 +23,7 @@ class Piece:
 
 
 def run_piece(piece: Piece) -> Piece:
-    """The piece with its results; `failed` is the smallest failing case and its reason."""
+    """Run a piece and fill in its results; `failed` is the smallest failing case and its reason."""
     from hypothesis import HealthCheck, Phase, given, seed, settings
 
     from .cases import cases, with_changed_codebook

@@ -6,90 +6,16 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.runtime.triton import INTERPRETED
 
+from ...support.neural_field import VARIANTS, WIDTH, field_inputs, pixnerd_field
 from ...support.samples import layouts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-VARIANTS = [("both", "residual"), ("first", "residual"), ("both", "plain"), ("first", "plain")]
-#: Height and width of images with 4 x 4 patches. The interpreter takes some 50 ms per patch for forward and backward.
-HEIGHT, WIDTH = (8, 4) if INTERPRETED else (8, 12)
 
 
 @pytest.fixture
 def brief(backend, request):
     """Whether to test fewer and smaller fields: with the slow interpreter, unless --every-variant is given."""
     return backend == "triton" and INTERPRETED and not request.config.getoption("--every-variant")
-
-
-def pixnerd_field(x, s_weights, embed_w, embed_b, norms, out_norm, out_w, out_b, p, r, variant=VARIANTS[0], eps=1e-6):
-    """PixNerd's decoder written from its formulas (docs/ops/neural_field.md), per patch and per pixel of a patch."""
-    normalise, form = variant
-    batch, channels, height, width = x.shape
-    hidden = embed_b.shape[0]
-    freqs_count = math.isqrt(embed_w.shape[1] - channels)
-    at = torch.linspace(0, 1, p, dtype=x.dtype)
-    freqs = torch.linspace(0, freqs_count, freqs_count, dtype=x.dtype)
-    rows = []
-    for v in at:
-        for u in at:
-            wave = torch.cos(math.pi * u * freqs)[:, None] * torch.cos(math.pi * v * freqs)[None, :]
-            rows.append((wave / (1 + freqs[:, None] * freqs[None, :])).flatten())
-    dct = torch.stack(rows)
-
-    def rms(h, gain):
-        return h / torch.sqrt((h * h).mean(-1, keepdim=True) + eps) * gain
-
-    images = []
-    for b in range(batch):
-        lines = []
-        for i in range(height // p):
-            line = []
-            for j in range(width // p):
-                patch = x[b, :, i * p : (i + 1) * p, j * p : (j + 1) * p].reshape(channels, -1).T
-                h = torch.nn.functional.linear(torch.cat((patch, dct), 1), embed_w, embed_b)
-                for block in range(s_weights.shape[2]):
-                    first, second = s_weights[b, i * (width // p) + j, block].chunk(2)
-                    w1 = torch.nn.functional.normalize(first.view(hidden, r * hidden), dim=-2)
-                    w2 = second.view(r * hidden, hidden)
-                    if normalise == "both":
-                        w2 = torch.nn.functional.normalize(w2, dim=-2)
-                    if form == "residual":
-                        h = h + torch.nn.functional.silu(rms(h, norms[block]) @ w1) @ w2
-                    else:
-                        h = torch.nn.functional.silu(h @ w1) @ w2
-                if form == "residual":
-                    h = rms(h, out_norm)
-                line.append((h @ out_w.T + out_b).T.reshape(channels, p, p))
-            lines.append(torch.cat(line, 2))
-        images.append(torch.cat(lines, 1))
-    return torch.stack(images)
-
-
-def field_inputs(
-    channels=3,
-    hidden=16,
-    depth=2,
-    ratio=2,
-    p=4,
-    freqs=4,
-    dtype=torch.float64,
-    batch=2,
-    height=HEIGHT,
-    width=WIDTH,
-    form="residual",
-):
-    def normal(*shape, scale=1.0):
-        return (scale * torch.randn(*shape, dtype=torch.float64)).to(dtype).requires_grad_()
-
-    patches = (height // p) * (width // p)
-    return (
-        normal(batch, channels, height, width),
-        normal(batch, patches, depth, 2 * ratio * hidden * hidden, scale=0.1),
-        normal(hidden, channels + freqs**2, scale=0.3),
-        normal(hidden, scale=0.3),
-        *((normal(depth, hidden), normal(hidden)) if form == "residual" else (None, None)),
-        normal(channels, hidden, scale=0.3),
-        normal(channels, scale=0.3),
-    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,7 +1,7 @@
 """The cost of the CUDA kernels, read from their machine code: registers on every architecture, instructions per loop on sm_90.
 
 `python -m tests.flowseg_kernels.static.cuda_budget` compiles every kernel for every architecture (7 minutes of one core), writes
-budget.json and prints the table of docs/notes/performance.md. It needs no GPU.
+what it finds to budget.json and prints the table of docs/notes/static_counts.md. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import sass
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 PATH = pathlib.Path(__file__).with_name("budget.json")
-NOTES = ROOT / "docs" / "notes" / "performance.md"
+NOTES = ROOT / "docs" / "notes" / "static_counts.md"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 #: Threads per block: kThreads and kGridThreads of csrc/cuda/block.cuh.
 THREADS, GRID_THREADS = 128, 512

@@ -1,7 +1,7 @@
 """Predicts the time of the neural field's Triton kernels on an H200 from their machine code, with their roofs.
 
 `python -m tests.flowseg_kernels.static.field_roof` writes the results to field_budget.json and prints the tables of
-docs/notes/performance.md (a minute). The sizes: bf16, Hx = 64, r = 2, p = 16, C = 3.
+docs/notes/static_counts.md (a minute). The sizes: bf16, Hx = 64, r = 2, p = 16, C = 3.
 
 Lengths of loops times their trip counts give the warp instructions. A kernel's time is the longest of four: warp instructions,
 matrix products, reads of their operands from shared memory, and bytes of global memory. Measurements on an H100 refuted these

@@ -1,7 +1,7 @@
 """Cost of the per-pixel Triton kernels in machine code for sm_90: registers, and instructions of the inner loops.
 
-`python -m tests.flowseg_kernels.static.triton_budget` writes the counts to triton_budget.json and prints the table of
-docs/notes/performance.md (10 s). It needs no GPU.
+`python -m tests.flowseg_kernels.static.triton_budget` writes what it counts to triton_budget.json and prints the table of
+docs/notes/static_counts.md (10 s). No GPU is needed.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A Triton kernel that keeps a GPU's fp32 pipes busy with fused multiply-adds alone."""
+"""A Triton kernel of fused multiply-adds only, to measure the fp32 throughput of a GPU."""
 
 import triton
 import triton.language as tl
 
-#: Numbers per program: 16 independent chains per thread at four warps.
+#: Numbers per program; with four warps each thread has 16 independent chains.
 BLOCK = tl.constexpr(2048)
-#: Multiply-adds per number and round.
+#: Multiply-adds per number and per round.
 STEPS = tl.constexpr(64)
 
 

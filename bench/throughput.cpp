@@ -1,5 +1,5 @@
-// What the arithmetic of one CPU gives on its widest vectors, over a number of threads: fused multiply-adds a second, and the
-// arithmetic that a pixel and a class cost the distance-aware correction, whatever loop is around it.
+// Throughput of a CPU's arithmetic units on its widest vectors: fused multiply-adds per second, and pairs of a pixel and a class per
+// second of the distance-aware correction's arithmetic, without the loop around it.
 #include <chrono>
 #include <thread>
 #include <vector>
@@ -14,7 +14,7 @@
 #endif
 typedef float V __attribute__((vector_size(BYTES)));
 
-// From here on the compiler knows nothing of v, at no instruction's cost: nothing is worked out beforehand or kept.
+// Hides the value of v from the compiler without an instruction, so nothing is precomputed or kept.
 #if defined(__x86_64__) || defined(__i386__)
 #define FORGET(v) asm volatile("" : "+v"(v))
 #else
@@ -54,9 +54,9 @@ struct Newton {
 };
 #endif
 
-// What no direct algorithm can leave out: sum_k r_k and sum_k r_k^2 (x - mu_k) with r_k = 1 / (|x - mu_k|^2 + eps). All operands
-// stay in registers; pixels, loads, the own class and loops over classes are left out.
-template <int C, class How>
+// The arithmetic that every direct algorithm needs: sum_k r_k and sum_k r_k^2 (x - mu_k) with r_k = 1 / (|x - mu_k|^2 + eps). All
+// operands stay in registers: no loads, no pixel loop, no class loop, no special case for the pixel's own class.
+template <int C, class Division>
 struct Pair {
   static constexpr int kUnroll = 8;
   V x = V{} + 0.2f, mu{}, eps = V{} + 1e-3f, pull[C]{}, weight{};
@@ -68,7 +68,7 @@ struct Pair {
       diff[c] = x - mu;
       d += diff[c] * diff[c];
     }
-    const V r = How::reciprocal(d), square = r * r;
+    const V r = Division::reciprocal(d), square = r * r;
     weight += r;
     for (int c = 0; c < C; ++c) pull[c] += square * diff[c];
   }
@@ -89,7 +89,7 @@ float spin(long rounds) {
   return work.sum()[0];
 }
 
-// Steps a second of all threads and lanes, the best of five.
+// Steps per second, summed over threads and SIMD lanes; the best of five attempts.
 template <class Work>
 double rate(int threads, long rounds) {
   double best = 0;
@@ -108,7 +108,7 @@ double rate(int threads, long rounds) {
   return best;
 }
 
-// By the reciprocal that is faster here.
+// Uses the reciprocal that is faster on this CPU.
 template <int C>
 double pair_rate(int threads, long rounds) {
   const double divided = rate<Pair<C, Divide>>(threads, rounds);
@@ -124,7 +124,7 @@ double pair_rate(int threads, long rounds) {
 
 extern "C" double fused_multiply_adds(int threads, long rounds) { return rate<MultiplyAdd>(threads, rounds); }
 
-// Pairs of a pixel and a class a second; 0 for channels that have no kernel.
+// Pairs of a pixel and a class per second; 0 for a number of channels without an instance.
 extern "C" double pairs(int channels, int threads, long rounds) {
   switch (channels) {
     case 2: return pair_rate<2>(threads, rounds);

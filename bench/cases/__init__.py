@@ -1,0 +1,1 @@
+"""Entries of the benchmarks by op: the calls to time and the check of each result. The test files time them."""
