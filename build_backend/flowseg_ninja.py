@@ -15,15 +15,16 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c -mbmi -mbmi2",
     "avx512": "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx2 -mfma -mf16c -mbmi -mbmi2",
 }
-#: csrc/cpu/NAME.cpp and csrc/cpu/pixel/NAME.cpp
-PIXEL_OPS = ("flow_loss", "distance_correction", "nearest_centroid", "decode_confusion", "flow_interpolate")
+#: csrc/cpu/NAME.cpp
+CPU_OPS = (
+    "flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion", "neural_field",
+)  # fmt: skip
 #: Sources in csrc/cpu that are compiled once per instruction set, with the flags of each.
 CPU_KERNELS = {
+    "pixel/all": ISA_FLAGS,
     "field/kernels": {**ISA_FLAGS, "avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"},
-    **{f"pixel/{name}": ISA_FLAGS for name in PIXEL_OPS},
 }
-CPU_LAUNCHERS = (*PIXEL_OPS, "neural_field", "isa")
-#: csrc/cuda/NAME.cu. The slowest to compile come first: no core then waits for one of them at the end.
+#: csrc/cuda/NAME.cu. Those that take longest to compile come first: no core then waits for one of them at the end.
 CUDA_OPS = ("flow_loss", "distance_correction", "decode_confusion", "nearest_centroid", "flow_interpolate")
 
 
@@ -53,11 +54,11 @@ def cpu_ninja_file(
     )
     folder = root / "csrc" / "cpu"
     builds = []
-    # The kernels before the launchers, and AVX-512 first: the slowest to compile come first.
+    # The kernels come before the launchers, and AVX-512 first: they take longest to compile.
     for source, sets in CPU_KERNELS.items():
         for isa, isa_flags in reversed(sets.items()) if instruction_sets else (("baseline", ""),):
             builds.append((f"{source.replace('/', '_')}_{isa}.o", folder / f"{source}.cpp", isa_flags))
-    builds += [(f"{name}.o", folder / f"{name}.cpp", "") for name in CPU_LAUNCHERS]
+    builds += [(f"{name}.o", folder / f"{name}.cpp", "") for name in (*CPU_OPS, "isa")]
     return _ninja_file("C++", f"{compiler} {flags}", link, builds, target)
 
 

@@ -14,7 +14,7 @@ namespace flowseg::cpu {
 
 Isa instruction_set();  // the best of baseline, avx2 and avx512 that this CPU has
 
-// Calls run(PixelKernels<isa>{}) for that instruction set.
+// Calls run(PixelKernels<isa>{}) for this instruction set.
 template <class Run>
 void with_kernels(Run run) {
 #if defined(FLOWSEG_X86)
@@ -113,7 +113,7 @@ class PaddedCodes {
     const int64_t classes = t.size(0), channels = t.size(1);
     const bool is_double = image.type == Real::f64;
     const int padded = channels <= 2 ? 2 : channels <= 4 ? static_cast<int>(channels) : channels <= 8 ? 8 : 16;
-    codes = {t.data_ptr(), classes, padded, 0};
+    codes = {.data = t.data_ptr(), .classes = classes, .padded = padded, .max_abs = 0};
     const auto measure = [&](const auto* values) {
       const int64_t numbers = classes * channels;
       FLOWSEG_CHECK(all_finite(values, numbers), "centroids: wanted finite values; got NaN or infinity");

@@ -1,4 +1,4 @@
-// neural_field and its backward on the CPU. Each patch is a task of its own; the backward has one task per group of patches.
+// neural_field and its backward on the CPU. The forward has one task per patch, the backward one per group of patches.
 #include <cstdlib>
 #include <memory>
 

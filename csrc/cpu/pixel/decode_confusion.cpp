@@ -1,4 +1,4 @@
-// decode_confusion for one chunk of pixels. Compiled once per instruction set.
+// decode_confusion for one chunk of pixels. all.cpp compiles it once per instruction set.
 #include "cpu/pixel/decode.h"
 
 namespace flowseg::cpu {

@@ -1,4 +1,4 @@
-// distance_correction for one chunk of pixels. Compiled once per instruction set.
+// distance_correction for one chunk of pixels. all.cpp compiles it once per instruction set.
 #include "cpu/pixel/correction.h"
 
 namespace flowseg::cpu {

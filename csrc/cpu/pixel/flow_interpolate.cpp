@@ -1,4 +1,4 @@
-// flow_interpolate and its backward for one chunk of pixels. Compiled once per instruction set.
+// flow_interpolate and its backward for one chunk of pixels. all.cpp compiles it once per instruction set.
 #include "cpu/pixel/blocks.h"
 
 namespace flowseg::cpu {

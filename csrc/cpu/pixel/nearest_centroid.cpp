@@ -1,4 +1,4 @@
-// nearest_centroid for one chunk of pixels. Compiled once per instruction set.
+// nearest_centroid for one chunk of pixels. all.cpp compiles it once per instruction set.
 #include "cpu/pixel/decode.h"
 
 namespace flowseg::cpu {

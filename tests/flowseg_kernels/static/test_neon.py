@@ -32,23 +32,22 @@ def build(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def objects(build):
-    names = ("distance_correction", "nearest_centroid")
-    return [build([ROOT / "csrc" / "cpu" / "pixel" / f"{name}.cpp"], f"{name}.o", "-c") for name in names]
+def kernels(build):
+    return build([ROOT / "csrc" / "cpu" / "pixel" / "all.cpp"], "kernels.o", "-c")
 
 
-def test_the_loops_over_pixels_are_neon(objects):
-    dump = [COMPILER.replace("g++", "objdump"), "-d", *objects]
+def test_the_loops_over_pixels_are_neon(kernels):
+    dump = [COMPILER.replace("g++", "objdump"), "-d", kernels]
     code = subprocess.run(dump, capture_output=True, text=True).stdout
     for instruction in ("fmla", "fdiv", "fcmgt"):
         assert re.search(rf"{instruction}\s+v\d+\.4s", code), instruction
 
 
-def test_correction_and_decoding_are_right_there(build, objects):
+def test_correction_and_decoding_are_right_there(build, kernels):
     if not shutil.which(EMULATOR):
         pytest.skip(f"{EMULATOR} is not installed")
     driver = ROOT / "tests" / "flowseg_kernels" / "static" / "neon_driver.cpp"
-    program = build([driver, *objects], "driver", "-static")
+    program = build([driver, kernels], "driver", "-static")
     done = subprocess.run([EMULATOR, program], capture_output=True, text=True, timeout=60)
     found = re.fullmatch(r"relative error (\S+), wrong pixels (\d+) of 1369\n", done.stdout)
     assert found, done.stdout + done.stderr
