@@ -1,5 +1,5 @@
-# make demo: install, train, sample and report.   make test: everything that a change must pass.
-# Each target installs what it needs into .venv; PYTHON, VENV and TORCH may be set, e.g. make TORCH=torch==2.12.0 test.
+# make demo: install, train, sample and report.   make test: all checks that a change must pass.
+# Each target installs its dependencies into .venv. PYTHON, VENV and TORCH can be set, e.g. make TORCH=torch==2.12.0 test.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -7,12 +7,17 @@ BIN := $(VENV)/bin
 RUN := $(BIN)/python
 SOURCES := $(shell find csrc build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') setup.py pyproject.toml
 
-.PHONY: install demo docs figures test test-library test-kernels test-packaging fuzz sanitize coverage mutation versions lint format bench bench-compare gpu-report clean
+# The test runs of `make test`, longest first. They are independent of each other; each uses one core.
+TESTS := test-stack test-ops test-machine-code test-host-cuda test-interpreted test-packaging test-tools
+# Test runs at the same time.
+JOBS ?= 2
+
+.PHONY: install demo docs figures test $(TESTS) fuzz sanitize coverage mutation versions lint format bench bench-compare gpu-report clean
 
 install: $(VENV)/.installed
 
-# torch first and alone, so that nothing else chooses it: the CPU build where there is no NVIDIA driver and the configured
-# package index has one, else the default build. A torch that is already in the environment is kept.
+# Install torch first, or another package would choose its version: the CPU build if there is no NVIDIA driver and the package index
+# has one, else the default build. A torch that is already in the environment is kept.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
@@ -29,29 +34,40 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 demo: install
 	$(RUN) -m flowseg demo --out demo_out
 
-# Two test runs at once, a core each and about as long; the second one's output follows the first one's.
-test: install lint docs
-	mkdir -p build
-	$(MAKE) --no-print-directory --keep-going test-kernels test-packaging >build/test-kernels.log 2>&1 & kernels=$$!; \
-	$(MAKE) --no-print-directory test-library; status=$$?; \
-	wait $$kernels || status=1; cat build/test-kernels.log; exit $$status
+# Run $(JOBS) of the test runs at a time; the output of each is shown when it ends.
+test: install lint
+	$(MAKE) --no-print-directory --jobs=$(JOBS) --keep-going --output-sync=target $(TESTS) docs
 
-test-library:
-	FLOWSEG_REQUIRE_BACKENDS=reference,cpu OMP_NUM_THREADS=1 $(RUN) -m pytest tests \
-	  --ignore tests/flowseg_kernels/cuda --ignore tests/flowseg_kernels/static --ignore tests/packaging
+test-stack:
+	FLOWSEG_REQUIRE_BACKENDS=reference,cpu OMP_NUM_THREADS=1 $(RUN) -m pytest tests/flowseg
+
+test-ops:
+	FLOWSEG_REQUIRE_BACKENDS=reference,cpu OMP_NUM_THREADS=1 $(RUN) -m pytest tests/flowseg_kernels tests/fuzz tests/test_last.py \
+	  --ignore tests/flowseg_kernels/cuda --ignore tests/flowseg_kernels/static
+
+# Everything that no other test run covers.
+test-tools:
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests --ignore tests/flowseg --ignore tests/flowseg_kernels --ignore tests/fuzz \
+	  --ignore tests/packaging
 
 test-packaging:
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/packaging
 
-# GPU kernels without a GPU: Triton's interpreted, CUDA's on the host shim, both as machine code. Without nvcc the machine code of the
-# CUDA kernels is left out, and the last lines say so; make PROOFS=emulated,triton_code,cuda_code makes that a failure.
-PROOFS ?= emulated,triton_code$(shell PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; command -v nvcc >/dev/null && echo ,cuda_code)
-test-kernels:
+# The GPU kernels without a GPU: Triton kernels in the interpreter, CUDA kernels on the host shim, both as machine code.
+test-interpreted:
 	TRITON_INTERPRET=1 FLOWSEG_REQUIRE_BACKENDS=triton OMP_NUM_THREADS=1 $(RUN) -m pytest \
 	  tests/flowseg_kernels/ops tests/flowseg_kernels/test_contract.py tests/fuzz tests/test_last.py
-	FLOWSEG_REQUIRE_PROOFS=$(PROOFS) OMP_NUM_THREADS=1 $(RUN) -m pytest tests/flowseg_kernels/cuda tests/flowseg_kernels/static tests/test_last.py
 
-# What is too long for every change: CONTRIBUTING.md says how long.
+test-host-cuda:
+	FLOWSEG_REQUIRE_PROOFS=emulated OMP_NUM_THREADS=1 $(RUN) -m pytest tests/flowseg_kernels/cuda tests/test_last.py
+
+# Without nvcc the machine code of the CUDA kernels is not tested, and the last lines of the run say so. `make CUDA_CODE=,cuda_code`
+# makes a missing nvcc a failure.
+CUDA_CODE ?= $(shell PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; command -v nvcc >/dev/null && echo ,cuda_code)
+test-machine-code:
+	FLOWSEG_REQUIRE_PROOFS=triton_code$(CUDA_CODE) OMP_NUM_THREADS=1 $(RUN) -m pytest tests/flowseg_kernels/static tests/test_last.py
+
+# Longer checks, which are not part of `make test`; CONTRIBUTING.md says how long they take.
 fuzz: install
 	for backend in reference cpu cuda triton; do OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz --backend $$backend --cases 20000 || exit 1; done
 
@@ -64,15 +80,15 @@ coverage: install
 mutation: install
 	$(RUN) -m tests.mutation
 
-# Environments with other torches and other Pythons, which are downloaded: some 3 GB each.
+# Downloads other versions of torch, 3 GB each.
 versions: install
 	$(RUN) -m tests.versions
 
-# The site, in build/docs; a warning (a link that leads nowhere, a name without an entry) is an error.
+# Build the site in build/docs. Warnings, such as a broken link, are errors.
 docs: install
 	$(RUN) -m sphinx -b html -E -W --keep-going -q docs build/docs
 
-# Draws the pictures of docs/method.md anew, from our own ops.
+# Draw the pictures of docs/method.md with our ops.
 figures: install
 	$(RUN) -m docs.figures
 
@@ -84,17 +100,17 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Our kernels against their peers, on an otherwise idle machine: about 20 minutes, in parts. Each part is stored and rendered as it
-# ends; cut, it goes on where it was when it is started again.
+# Time our kernels and their peers; needs an idle machine and about 20 minutes. Each part is stored and rendered as it ends. An
+# interrupted run continues where it stopped.
 bench: $(VENV)/.bench
 	$(RUN) -m bench run
 
-# Fails when our kernels became slower than the stored results of this machine, when none are stored, or when an entry vanished.
+# Fail if our kernels became slower than the stored results of this machine, if none are stored, or if an entry vanished.
 bench-compare: $(VENV)/.bench
 	$(RUN) -m bench run -k ours --again --progress build/bench-compare
 	$(RUN) -m bench compare build/bench-compare/*.json
 
-# On a machine with a GPU, with .venv where there is one, else with PYTHON: nothing is installed or downloaded. docs/guides/gpu.md says more.
+# Run on a machine with a GPU, in .venv if it exists, else with PYTHON. Installs and downloads nothing; see docs/guides/gpu.md.
 gpu-report:
 	$(if $(wildcard $(RUN)),$(RUN),$(PYTHON)) -m bench gpu
 

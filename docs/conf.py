@@ -122,7 +122,7 @@ def _mathml(self, node):
     """Write a formula as MathML, which browsers draw without a script."""
     block = node.tagname == "math_block"
     formula = convert(node.astext(), display="block" if block else "inline")
-    # Bars come in pairs; without a form the first of a pair would be spaced as a relation.
+    # Mark bars in turn as opening and closing; an unmarked bar would be spaced like a relation.
     forms = itertools.cycle(("prefix", "postfix"))
     formula = re.sub(
         r"<mo[^>]*>(?=(?:&#x0007C;|\|)</mo>)", lambda _: f'<mo stretchy="false" form="{next(forms)}">', formula

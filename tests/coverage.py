@@ -1,7 +1,7 @@
-"""What the tests run through: python -m tests.coverage [pytest arguments]
+"""Lines that the tests execute: python -m tests.coverage [pytest arguments]
 
-Python lines by coverage.py, C++ lines by a build with gcov's counters. Writes docs/results/coverage.md, unless it was given
-arguments. Triton's kernels are left out; lines that run on a GPU only, or in processes that a test starts, count as not run.
+Python lines are counted by coverage.py, C++ lines by a build with gcov's counters. Writes docs/results/coverage.md unless arguments
+are given. Triton kernels are left out. Lines that run only on a GPU, or in processes that a test starts, count as not run.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from .sources import commit
 
 FOLDER = ROOT / "build" / "coverage"
 RESULTS = ROOT / "docs" / "results" / "coverage.md"
-#: Processes of tests, two at a time. What runs none of the library's lines in its own process is left out: packaging, the host
-#: shim, machine code, benches.
+#: Test runs, two at a time. Tests that execute no line of the library in their own process are left out: packaging, host shim,
+#: machine code, benchmarks.
 TESTS = [
     ["tests/flowseg_kernels/ops", "tests/fuzz"],
     ["tests/flowseg"],
     [
         "tests/flowseg_kernels/compose",
         *map(str, sorted((ROOT / "tests" / "flowseg_kernels").glob("test_*.py"))),
-        # Its spawned workers run the installed library, which rounds in other places than the one with counters.
+        # Its spawned workers load the installed library, which rounds differently from the build with counters.
         "--deselect=tests/flowseg_kernels/compose/test_processes.py::test_workers_of_a_data_loader_call_ops[spawn]",
     ],
 ]
 HEAD = """# Coverage
 
-`python -m tests.coverage`: lines of the library that its tests run through on a CPU, commit {}. Triton's kernels, which
-run in the interpreter, are left out; what needs a GPU, and what a test runs in a process of its own, counts as not run.
+`python -m tests.coverage`: lines of the library that its tests execute on a CPU, commit {}. Triton kernels, which run in the
+interpreter, are left out. Lines that need a GPU, and lines that run only in a process that a test starts, count as not run.
 
 """
 Lines = dict[str, tuple[int, int]]  # by file: (run, all)
@@ -65,7 +65,7 @@ def python_lines(data: pathlib.Path) -> Lines:
 
 
 def native_lines() -> Lines:
-    """A line of a header counts once, and as run when it ran in any of the objects that hold it."""
+    """Lines of C++. A line of a header counts once, as run if it ran in any object file."""
     counts: dict[str, dict[int, int]] = collections.defaultdict(lambda: collections.defaultdict(int))
     with tempfile.TemporaryDirectory() as folder:
         for notes in (FOLDER / "objects").glob("*.gcda"):
@@ -87,7 +87,7 @@ def folders(lines: Lines) -> dict[str, tuple[int, int]]:
     return total
 
 
-def tested(groups: list[list[str]], library: pathlib.Path) -> bool:
+def run_tests(groups: list[list[str]], library: pathlib.Path) -> bool:
     environment = {**os.environ, "FLOWSEG_TEST_LIBRARY": str(library), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def run(number: int) -> int:
@@ -111,15 +111,15 @@ def main() -> int:
     print(f"built in {time.monotonic() - begin:.0f} s", flush=True)
     for old in (*(FOLDER / "objects").glob("*.gcda"), *FOLDER.glob("part.*")):
         old.unlink()
-    passed = tested([sys.argv[1:]] if sys.argv[1:] else TESTS, library)
+    passed = run_tests([sys.argv[1:]] if sys.argv[1:] else TESTS, library)
     data = FOLDER / "python.data"
     parts = map(str, FOLDER.glob("part.*"))
     combine = [sys.executable, "-m", "coverage", "combine", "-q", "--data-file", str(data), *parts]
     subprocess.run(combine, cwd=ROOT, check=True)
     rows = []
-    for kind, lines in (("Python", python_lines(data)), ("C++", native_lines())):
+    for language, lines in (("Python", python_lines(data)), ("C++", native_lines())):
         ran, every = (sum(v[i] for v in lines.values()) for i in (0, 1))
-        rows.append(f"| **{kind}** | **{ran}** | **{every}** | **{ran / max(every, 1):.1%}** |")
+        rows.append(f"| **{language}** | **{ran}** | **{every}** | **{ran / max(every, 1):.1%}** |")
         rows += [f"| `{name}` | {r} | {n} | {r / max(n, 1):.1%} |" for name, (r, n) in folders(lines).items()]
     table = "\n".join(("| folder | lines run | lines | |", "|---|---|---|---|", *rows))
     print(table)

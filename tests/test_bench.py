@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
+from bench import __main__ as main
 from bench import compare, report, results, run, targets
+
+from .house import closure
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "FLOWSEG_BENCH_QUICK": "1", "FLOWSEG_BENCH_DEVICE": "cpu", "PYTHONPATH": str(ROOT)}
@@ -145,6 +148,19 @@ def test_a_result_stored_twice_counts_as_one_pass(tmp_path):
     for _ in range(2):
         folder = results.store(made_up(1.0), tmp_path)
     assert "passes" not in results.load(folder)["rows"][0]
+
+
+def test_benchmarks_import_nothing_from_the_tests():
+    """The tests import the benchmarks, so an import the other way would be a circle."""
+    for path in (ROOT / "bench").rglob("*.py"):
+        assert not [name for name in closure.imports_of(path) if name[0] == "tests"], path
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_every_command_has_a_help_text(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.main([command, "--help"])
+    assert ended.value.code == 0 and f"usage: python -m bench {command} " in capsys.readouterr().out
 
 
 class TestRunInParts:

@@ -1,4 +1,4 @@
-"""The README and docs/ tell the truth: examples run, commands parse, links lead somewhere, names and settings are all listed."""
+"""README and docs/ are correct: examples run, commands parse, links exist, all names and settings are listed."""
 
 import ast
 import contextlib
@@ -19,6 +19,7 @@ import typer
 
 import flowseg
 import flowseg_kernels as fk
+from bench.__main__ import COMMANDS as BENCH_COMMANDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -37,7 +38,7 @@ def name_of(page):
 
 
 def blocks(page, *languages):
-    """(line, text) of the fenced blocks in these languages."""
+    """(line, text) of the fenced blocks in `languages`."""
     text = page.read_text()
     return [(text[: m.start(2)].count("\n"), m[2]) for m in FENCE.finditer(text) if m[1] in languages]
 
@@ -45,7 +46,7 @@ def blocks(page, *languages):
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
 def test_python_of_a_page_runs_from_top_to_bottom(page, monkeypatch, tmp_path):
     if "define_op(" in page.read_text():
-        # An op stays registered for the life of a process; other tests go through all ops.
+        # Use a new process: the page registers an op, and other tests iterate over all ops.
         code = "\n".join(text for _, text in blocks(page, "python"))
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
@@ -71,14 +72,14 @@ def test_the_example_of_the_readme_is_ten_lines():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_somewhere(page):
+def test_links_exist(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+            assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
 
 
 def commands(page):
-    """Shell commands of a page: lines of blocks without a language, continued lines joined, and `flowseg ...` in the text."""
+    """Shell commands of a page: lines of shell blocks, with continued lines joined, and commands in backticks."""
     for _, block in blocks(page, "", "sh"):
         yield from (line for line in block.replace("\\\n", " ").splitlines() if line.strip())
     text = FENCE.sub("", page.read_text())
@@ -86,7 +87,7 @@ def commands(page):
 
 
 def check_flowseg(words):
-    """Parse, without running it, a line of the `flowseg` command; --set and --config are read too."""
+    """Parse a `flowseg` command without running it, including its --set and --config."""
     from flowseg.cli import app
     from flowseg.config import load_config
 
@@ -95,7 +96,7 @@ def check_flowseg(words):
     _, command, _ = group.resolve_command(context, list(words[:1]))
     if not words[1:]:
         return
-    # Placeholders such as N in the text are numbers.
+    # A single capital letter such as N is a placeholder for a number.
     given = ["1" if re.fullmatch(r"[A-Z]", w) else w for w in words[1:]]
     with command.make_context(words[0], given, parent=context) as parsed:
         config = parsed.params.get("config")
@@ -103,7 +104,7 @@ def check_flowseg(words):
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(commands(p))], ids=name_of)
-def test_commands_of_a_page_are_ones_that_exist(page):
+def test_commands_of_a_page_exist(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for line in commands(page):
         words = [w for w in shlex.split(line, comments=True) if w != "..."]
@@ -114,6 +115,8 @@ def test_commands_of_a_page_are_ones_that_exist(page):
         if words[0].endswith("python"):
             if words[1:2] == ["-m"] and words[2].split(".")[0] in ("flowseg", "flowseg_kernels", "bench", "tests"):
                 assert importlib.util.find_spec(words[2]), f"{line}: no such module"
+                if words[2] == "bench":
+                    assert words[3] in BENCH_COMMANDS, f"{line}: no such command of bench"
             elif words[1:2] == ["-c"]:
                 ast.parse(words[2])
         elif words[0] == "make":
@@ -128,10 +131,10 @@ def test_commands_of_a_page_are_ones_that_exist(page):
                 pytest.fail(f"{name_of(page)}: {line}: {error!r}")
         elif words[0] == "pytest":
             missing = [w for w in words[1:] if "/" in w and not w.startswith("-") and not (ROOT / w).exists()]
-            assert not missing, f"{line}: {missing} is not there"
+            assert not missing, f"{line}: {missing} does not exist"
 
 
-def test_every_environment_variable_that_is_read_is_listed_and_no_other():
+def test_docs_list_exactly_the_environment_variables_that_the_code_reads():
     read = set()
     for path in SOURCES:
         read |= set(re.findall(r"""["'](FLOWSEG_[A-Z_]+)["']""", path.read_text()))
@@ -141,17 +144,17 @@ def test_every_environment_variable_that_is_read_is_listed_and_no_other():
     assert listed == read
 
 
-def test_messages_quoted_in_troubleshooting_are_those_of_the_code():
+def test_messages_quoted_in_troubleshooting_are_in_the_code():
     code = re.sub(r"\"\s*\n\s*f?\"", "", "\n".join(path.read_text() for path in SOURCES))
     quoted = blocks(DOCS / "troubleshooting.md", "text")
     assert len(quoted) >= 5
     for _, block in quoted:
         for piece in re.split(r"\s*(?:…|\n)\s*", block.strip()):
-            assert piece in code, f"no message of ours holds: {piece}"
+            assert piece in code, f"no source contains this message: {piece}"
 
 
 def public_names():
-    """(module, name, object) of everything that the kernels and the stack make public by __all__."""
+    """(module, name, object) of every name in an `__all__` of flowseg_kernels and flowseg."""
     for name in fk.__all__:
         yield "flowseg_kernels", name, getattr(fk, name)
     for package in ["flowseg", *(f"flowseg.{m.name}" for m in pkgutil.iter_modules(flowseg.__path__) if m.ispkg)]:
@@ -176,20 +179,20 @@ def test_public_names_are_documented(module, name, thing):
     if not inspect.isfunction(thing):
         return
     lines = re.findall(r"^ {4}(\w[\w, ]*?)(?: \([^)]*\))?:", text, re.MULTILINE)
-    # The kernels' functions have a line for each argument; the stack's mention each.
+    # Functions of flowseg_kernels have one line per argument; functions of flowseg mention each argument.
     described = set(re.findall(r"\w+", " ".join(lines) if module == "flowseg_kernels" else text))
-    # A function of one argument may name it in its first sentence.
+    # A function of one argument may leave out its line.
     parameters = set(inspect.signature(thing).parameters)
     if len(parameters) > 1:
         assert parameters <= described, f"{name}: no line for {sorted(parameters - described)}"
-    holds_tensor = torch.Tensor.__name__ in str(inspect.signature(thing))
-    if module == "flowseg_kernels" and holds_tensor:
+    takes_tensor = torch.Tensor.__name__ in str(inspect.signature(thing))
+    if module == "flowseg_kernels" and takes_tensor:
         assert "Returns:" in text and "Raises:" in text and re.search(r"\((B|K), ", text), (
             f"{name}: shapes, returns, raises"
         )
 
 
-def test_the_command_says_what_to_install_when_an_extra_is_missing():
+def test_the_command_names_the_missing_extra():
     code = "import sys; sys.modules['typer'] = None; import flowseg.__main__ as m; m.main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and "pip install '.[train]'" in done.stderr

@@ -1,22 +1,36 @@
-// The middle of the backward of one block by three warp groups: 1 and 2 have 64 of the 128 wide rows each (z, du, dW1, dW2), 0 has dn and the new g, and loads. See README.md.
-// backward check | time | list
+// Designs of the middle of the backward of one block for sm_90a. Three warp groups: 1 and 2 compute z, du, dW1 and dW2 of 64 of the 128
+// inner rows each; 0 loads and computes dn and the new g. README.md says what is left out.
+// Usage: backward list | backward [check] [time] from=I to=J
 #include "common.h"
 #include "wgmma.h"
 #include "wgmma8.h"
 #include <thread>
 constexpr int H = 64, BLOCK_BYTES = 32768;
-enum { NO_TANH = 2, NO_TMA = 8, NO_STORE = 64, STORE_TMA = 128, NO_DN = 256, NO_DW = 512, STATES = 1024, EARLY = 1, W1SS = 4, W2SS = 16, STAGGER = 32, LIGHT = 2048, LAZY = 4096, AHEAD = 8192 };   // LAZY: du awaited alone, the gradients' products run on
+enum {
+  // Parts that are left out, to measure the time of the others.
+  NO_TANH = 2, NO_TMA = 8, NO_STORE = 64, NO_DN = 256, NO_DW = 512,
+  EARLY = 1,          // start z and du of the next chunk before the gradients of this one
+  W1SS = 4,           // operand of the dW1 product from shared memory, not from registers
+  W2SS = 16,          // operand of the dW2 product from shared memory, not from registers
+  STAGGER = 32,       // groups start at different times
+  STORE_TMA = 128,    // store the gradients by TMA
+  STATES = 1024,      // load the states by TMA for each step
+  LIGHT = 2048,       // derivative of SiLU in fewer instructions
+  LAZY = 4096,        // wait for du only; the products of the gradients continue
+  AHEAD = 8192,       // start the first chunk of the next step before this step ends
+};
 struct Back {
-  alignas(1024) uint8_t weights[2][BLOCK_BYTES];      // W2's half: at the end of a step the gradient of W2
-  alignas(1024) uint8_t state[2][4][8192];            // [64 pixels][64 hx] bf16, 4 chunks; the second set only with STATES
-  alignas(1024) uint8_t g[5][8192];                   // a ring: chunk c of step s is (c + 4 s) % 5
-  alignas(1024) uint8_t dz[2][2][8192];               // [buffer][wide half][64 wide][64 pixels]
+  alignas(1024) uint8_t weights[2][BLOCK_BYTES];      // the half of W2 holds the gradient of W2 at the end of a step
+  alignas(1024) uint8_t state[2][4][8192];            // 4 chunks of [64 pixels][64 hx] bf16; the second set is used with STATES only
+  alignas(1024) uint8_t g[5][8192];                   // a ring: chunk c of step s is at (c + 4 s) % 5
+  alignas(1024) uint8_t dz[2][2][8192];               // [buffer][half of the inner rows][64 inner][64 pixels]
   alignas(1024) uint8_t staged[2][8192];              // the gradient of W1
   float inverse_rms[256];
   uint64_t full[2], empty[2], dz_full[2], dz_empty[2], g_ready[4];
 };
 struct BArgs { int items; __nv_bfloat16* grad; const __nv_bfloat16 *n, *g; const float* inverse_rms; float* g_out; };
-// A lane's place in a swizzled tile of 128-byte rows: rows 16 warp + lane % 16, chunk lane / 16 (steps of 16 columns: ^ 32 k); transposed: rows 8 (lane / 16) + lane % 8 (+ 16 k), chunk 2 warp + lane / 8 % 2.
+// Byte offset of a lane in a swizzled tile of 128-byte rows: row 16 warp + lane % 16, 16-byte chunk lane / 16 (next 16 columns: ^ 32 k).
+// Transposed: row 8 (lane / 16) + lane % 8 (+ 16 k), chunk 2 warp + lane / 8 % 2.
 __device__ __forceinline__ uint32_t place(int warp, int lane) { const int row = warp * 16 + lane % 16; return row * 128 + (((lane / 16) ^ (row & 7)) << 4); }
 __device__ __forceinline__ uint32_t place_t(int warp, int lane) { const int row = 8 * (lane / 16) + lane % 8; return row * 128 + (((2 * warp + (lane / 8 & 1)) ^ (lane & 7)) << 4); }
 __device__ __forceinline__ void ldsm(uint32_t (&r)[16], uint32_t at) {
@@ -63,7 +77,7 @@ template <int SKIP> __global__ void __launch_bounds__(384, 1) field_backward(con
     give_registers<72>();
     const uint32_t own_place = place(warp, lane);
     int loaded = 0;
-    auto load = [&](bool must) {   // the next step's weights, if their place is empty
+    auto load = [&](bool must) {   // load the weights of the next step if their stage is empty
       if (loaded >= steps) return;
       const int stage = loaded & 1, parity = (loaded / 2 & 1) ^ 1;
       if (must) spin(&s.empty[stage], parity); else if (!test(&s.empty[stage], parity)) return;
@@ -93,7 +107,7 @@ template <int SKIP> __global__ void __launch_bounds__(384, 1) field_backward(con
           if (lane == 0) arrive(&s.dz_empty[c & 1]);
           for (int i = t; i < 512; i += 128) reinterpret_cast<uint4*>(s.g[next])[i] = reinterpret_cast<const uint4*>(s.g[slot])[i];
         } else {
-          // dn (64 pixels, 64): A = dz of both halves, pixels along the rows; B = W1 as it lies.
+          // dn (64 pixels, 64): A = dz of both halves, pixels along the rows; B = W1 in its stored layout.
           float dn[32];
           const uint32_t d = low_word(smem(s.dz[c & 1][0]));
           fence();
@@ -181,7 +195,7 @@ template <int SKIP> __global__ void __launch_bounds__(384, 1) field_backward(con
           else if (k) W<0, 64>::rs<0>(du, w2 + 4 * k, offset(g, 32 * k), 1); else W<0, 64>::rs_new<0>(du, w2, offset(g, 0));
         commit();
       };
-      auto ahead = [&] {   // the next step's first chunk; after the last step of nothing in particular
+      auto ahead = [&] {   // the first chunk of the next step; after the last step the result is unused
         const int after = step + 1;
         const uint32_t wn = smem(s.weights[after & 1]) + half * 8192;
         if (after < steps) spin(&s.full[after & 1], after / 2 & 1);
@@ -219,7 +233,7 @@ template <int SKIP> __global__ void __launch_bounds__(384, 1) field_backward(con
           }
         }
         pin(z); pinu(u);
-        spin(&s.dz_empty[c & 1], (step * 2 + c / 2 & 1) ^ 1);   // a turn here keeps ptxas from waiting for du before the tanh
+        spin(&s.dz_empty[c & 1], (step * 2 + c / 2 & 1) ^ 1);   // this loop keeps ptxas from waiting for du before the tanh
         if ((SKIP & LAZY) && (SKIP & EARLY) && c && !(SKIP & NO_DW)) drain<1>(); else drain<0>();
         pin(du);
 #pragma unroll
@@ -239,18 +253,18 @@ template <int SKIP> __global__ void __launch_bounds__(384, 1) field_backward(con
           for (int k = 0; k < 4; ++k) if (c + k) W<0, 64>::rs<1>(dw1, dz + 4 * k, offset(n, 2048 * k), 1); else W<0, 64>::rs_new<1>(dw1, dz, offset(n, 0));
           commit();
         } else if (!c) { for (int i = 0; i < 32; ++i) dw1[i] = dw2[i] = __uint_as_float(u[i / 2]); }
-        if (c == 0 && step && t == 0) { if (SKIP & STORE_TMA) bulk_wait_read(); arrive(&s.empty[(step - 1) & 1]); }   // the step before: its gradients have left their places
+        if (c == 0 && step && t == 0) { if (SKIP & STORE_TMA) bulk_wait_read(); arrive(&s.empty[(step - 1) & 1]); }   // the gradients of the previous step are stored
       }
       drain<0>(); pin(dw1); pin(dw2);
       if (SKIP & AHEAD) { pin(z); pin(du); }
       base = base == 0 ? 4 : base - 1;
-      own(half);   // all of the group's products have read; the one before's staged gradient has left
+      own(half);   // all products of the group have read their operands, and the previous staged gradient is stored
       if (SKIP & STORE_TMA) {
         const int item = blockIdx.x + step * gridDim.x;
         uint32_t p[16];
 #pragma unroll
         for (int i = 0; i < 16; ++i) p[i] = pack(dw1[2 * i], dw1[2 * i + 1]);
-        stsm_t(smem(s.staged[half]) + place_t(warp, lane), p);   // dW1^T (wide, hx) to rows of hx
+        stsm_t(smem(s.staged[half]) + place_t(warp, lane), p);   // dW1^T (inner, hx) to rows of hx
 #pragma unroll
         for (int i = 0; i < 16; ++i) p[i] = pack(dw2[2 * i], dw2[2 * i + 1]);
         stsm(wa + 16384 + own_place, p);
@@ -267,7 +281,7 @@ template <int SKIP> __global__ void __launch_bounds__(384, 1) field_backward(con
     bar_sync<2, 384>();
   }
 }
-#include "breference.h"
+#include "backward_reference.h"
 struct Device { std::vector<CUtensorMap> m1, m2, o1, o2; CUtensorMap st; BArgs args; __nv_bfloat16* grad; };
 static Device device(int items, std::vector<__nv_bfloat16*> w, std::vector<__nv_bfloat16*> grads, const Host& h, float* g_out, int blocks) {
   Device d; const uint64_t rows = (uint64_t)items * 128;
@@ -318,7 +332,7 @@ template <int SKIP> static bool check(const char* name, bool transposed) {
     int step = 0;
     for (int item = i; item < items; item += grid, ++step)
       for (int k = 0; k < 16384; ++k) {
-        const int at = k < 8192 && transposed ? (k % 128) * 64 + k / 128 : k;   // dW1 as (wide, hx)
+        const int at = k < 8192 && transposed ? (k % 128) * 64 + k / 128 : k;   // dW1 as (inner, hx)
         const float v = __bfloat162float(b[(size_t)item * 16384 + at]);
         (k < 8192 ? a1 : a2).push_back(v); (k < 8192 ? w1 : w2).push_back(dw[i][step * 16384 + k]); (k < 8192 ? r1 : r2).push_back(dwr[i][step * 16384 + k]);
         if (!step && k < 8192) { f1.push_back(v); v1.push_back(dw[i][k]); }
@@ -332,7 +346,7 @@ template <int SKIP> static bool check(const char* name, bool transposed) {
 }
 struct Variant { const char* name; bool whole; bool (*check)(const char*, bool); void (*timed)(const char*, const Device&, int, int, int); };
 template <int SKIP> static Variant variant(const char* name) { return {name, (SKIP & STORE_TMA) && !(SKIP & (NO_TANH | NO_TMA | NO_DN | NO_DW | STATES)), check<SKIP>, timed<SKIP>}; }
-#include "bvariants.h"
+#include "backward_variants.h"
 int main(int argc, char** argv) {
   g_program = "backward";
   const std::vector<Variant> all = variants();

@@ -1,8 +1,8 @@
 #!/bin/bash
-# build.sh [NAME...]: compiles NAME.cu into bin/NAME for sm_90a. Needs nvcc 12.8 or newer, no GPU; the programs need neither torch nor Python.
+# build.sh [NAME...]: compile NAME.cu into bin/NAME for sm_90a. Needs nvcc 12.8 or newer, but no GPU, no torch and no Python.
 cd "$(dirname "$0")" || exit 1
 mkdir -p bin
-for name in ${*:-roofs_tc roofs layouts forward backward}; do
+for name in ${*:-layouts forward backward}; do
   nvcc -std=c++17 -O3 -diag-suppress 128,177,550 -gencode=arch=compute_90a,code=sm_90a -cudart static -Xptxas -v \
     -Xlinker -s -Xcompiler -static-libstdc++,-static-libgcc -Xfatbin -compress-all -o "bin/$name" "$name.cu" -lpthread \
     >"bin/$name.log" 2>&1 || { echo "$name did not compile:"; grep -m 20 -E 'error|fatal' "bin/$name.log"; exit 1; }

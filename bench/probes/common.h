@@ -1,4 +1,4 @@
-// Shared by the probes: checks, JSON lines, timing, mbarriers with a bounded wait, TMA.
+// Shared by the probes: error checks, JSON output, timing, mbarriers with a bounded wait, TMA.
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -32,7 +32,7 @@ struct J {
 };
 static int* g_fault_host = nullptr;
 #define CK(x) do { cudaError_t e_ = (x); if (e_ != cudaSuccess) { { J("error", #x).t("what", cudaGetErrorString(e_)).f("line", __LINE__).t("file", __FILE__).f("fault", g_fault_host ? *g_fault_host : 0); } _Exit(3); } } while (0)
-// A CUDA result as a string, without leaving: for steps whose failure should not end the program.
+// The CUDA error as a string, "" for none: for steps whose failure must not end the program.
 static std::string sync_error() { cudaError_t a = cudaGetLastError(), b = cudaDeviceSynchronize(); return a != cudaSuccess ? cudaGetErrorString(a) : b != cudaSuccess ? cudaGetErrorString(b) : ""; }
 static bool has(int argc, char** argv, const char* flag) { for (int i = 1; i < argc; ++i) if (!strcmp(argv[i], flag)) return true; return false; }
 static double number(int argc, char** argv, const char* key, double otherwise) {   // key=value
@@ -44,7 +44,7 @@ struct Timer {
   cudaEvent_t a, b;
   Timer() { CK(cudaEventCreate(&a)); CK(cudaEventCreate(&b)); }
   template <class F> double once(F&& f) { CK(cudaEventRecord(a)); f(); CK(cudaEventRecord(b)); CK(cudaEventSynchronize(b)); CK(cudaGetLastError()); float ms; CK(cudaEventElapsedTime(&ms, a, b)); return ms * 1e-3; }
-  // median and best seconds of reps runs, after one warm run
+  // Median and best seconds of `reps` runs, after one warm-up run.
   template <class F> double median(F&& f, int reps, double* best = nullptr) {
     f(); CK(cudaDeviceSynchronize());
     std::vector<double> v; for (int i = 0; i < reps; ++i) v.push_back(once(f));
@@ -57,7 +57,7 @@ static void load_driver() {
   CK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&g_encode, 12000, cudaEnableDefault, &q));
   if (!g_encode) { { J("error", "cuTensorMapEncodeTiled").t("what", "not found"); } _Exit(3); }
 }
-// bf16 tensor map of rank n, innermost dimension first, contiguous.
+// Tensor map of a contiguous bf16 array, innermost dimension first.
 static CUtensorMap tensor_map(void* at, std::vector<uint64_t> dims, std::vector<uint32_t> box, CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   CUtensorMap m; cuuint64_t d[5], st[5]; cuuint32_t b[5], e[5]; uint64_t stride = 2;
   for (size_t i = 0; i < dims.size(); ++i) { d[i] = dims[i]; b[i] = box[i]; e[i] = 1; stride *= dims[i]; st[i] = stride; }
@@ -82,7 +82,7 @@ __device__ __forceinline__ bool test(uint64_t* bar, int parity) {
   return ok;
 }
 __device__ __forceinline__ uint32_t nanoseconds() { uint32_t t; asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(t)); return t; }
-// Waits at most 0.3 s, then says which barrier and traps.
+// Wait at most 0.3 s, then record the code of the barrier and trap.
 __device__ __forceinline__ void wait(uint64_t* bar, int parity, int code = 0) {
   const uint32_t at = smem(bar);
   if (try_wait(at, parity)) return;
@@ -90,7 +90,8 @@ __device__ __forceinline__ void wait(uint64_t* bar, int parity, int code = 0) {
   while (!try_wait(at, parity))
     if (nanoseconds() - start > 300000000u) { *(volatile int*)g_fault = 1000 + code; __threadfence_system(); asm volatile("trap;"); }
 }
-// Unbounded, for the consumers: the bounded one in a consumer made ptxas serialise the backward's products (C7512). The producer's bounded waits end a kernel that hangs.
+// Unbounded wait for the consumers: with the bounded wait, ptxas serialises the products of the backward (C7512). The bounded waits of
+// the producer still end a kernel that hangs.
 __device__ __forceinline__ void spin(uint64_t* bar, int parity) { const uint32_t at = smem(bar); while (!try_wait(at, parity)); }
 __device__ __forceinline__ void init(uint64_t* bar, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem(bar)), "r"(count) : "memory"); }
 __device__ __forceinline__ void init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
@@ -119,7 +120,7 @@ template <int N> __device__ __forceinline__ void pin(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 __device__ __forceinline__ void proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// leading and stride byte offsets, 128-byte swizzle
+// Bits of a wgmma descriptor: leading and stride byte offsets, by default with 128-byte swizzle.
 __device__ __host__ constexpr uint64_t descriptor_bits(uint32_t lbo, uint32_t sbo, int swizzle = 1, int base = 0) {
   return (uint64_t)(lbo >> 4 & 0x3fff) << 16 | (uint64_t)(sbo >> 4 & 0x3fff) << 32 | (uint64_t)(base & 7) << 49 | (uint64_t)swizzle << 62;
 }
@@ -141,7 +142,7 @@ __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_g
 __device__ __forceinline__ uint32_t pack(float a, float b) { uint32_t r; asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(r) : "f"(a), "f"(b)); return r; }
 __device__ __forceinline__ float tanh_(float y) { float t; asm("tanh.approx.f32 %0, %1;" : "=f"(t) : "f"(y)); return t; }
 __device__ __host__ inline uint32_t hash32(uint32_t x) { x ^= x >> 16; x *= 0x7feb352dU; x ^= x >> 15; x *= 0x846ca68bU; x ^= x >> 16; return x; }
-// about normal, variance 1: sum of four uniform bytes
+// Approximately normal with variance 1: the sum of four uniform bytes.
 __device__ __host__ inline float noise(uint32_t i, uint32_t seed) {
   const uint32_t h = hash32(i * 0x9E3779B1u + hash32(seed));
   return ((float)(h & 255) + (float)(h >> 8 & 255) + (float)(h >> 16 & 255) + (float)(h >> 24) - 510.0f) * (1.0f / 147.8f);
@@ -149,3 +150,7 @@ __device__ __host__ inline float noise(uint32_t i, uint32_t seed) {
 static __global__ void fill_bf16(__nv_bfloat16* p, size_t n, uint32_t seed, float scale) {
   for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) p[i] = __float2bfloat16(scale * noise((uint32_t)i, seed));
 }
+// Helpers of the host references.
+static float rounded(float v) { return __bfloat162float(__float2bfloat16(v)); }
+static double relative(const std::vector<float>& a, const std::vector<float>& b) { double d = 0, s = 0; for (size_t i = 0; i < a.size(); ++i) { const double e = (double)a[i] - b[i]; d += e * e; s += (double)b[i] * b[i]; } return std::sqrt(d / s); }
+template <class T> static T* up(const std::vector<T>& v) { T* d; CK(cudaMalloc(&d, v.size() * sizeof(T) + 16)); CK(cudaMemcpy(d, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice)); return d; }

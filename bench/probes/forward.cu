@@ -1,12 +1,31 @@
-// Forward designs. See README.md for what each variant is.
-// forward check NAME | time NAME | list
+// Designs of the forward of the neural field for sm_90a: wgmma products, weights loaded by TMA. README.md explains the names.
+// Usage: forward list | forward [check] [time] from=I to=J
 #include "common.h"
 #include "wgmma.h"
 #include "wgmma8.h"
 #include <thread>
 #include <type_traits>
 constexpr int H = 64, WIDE = 128, BLOCK_BYTES = 32768;
-enum { NO_TANH = 1, NO_PRODUCTS = 2, NO_TMA = 4, NO_NORMS = 8, CLOCKS = 16, SEPARATE = 32, ENDS = 64, STAGGER = 128, CROSS = 256, MIX = 512, ALU = 1 << 10, SCALES = 1 << 11, NO_NORMALISE = 1 << 12, TABLE32 = 1 << 13, NO_ENDS = 1 << 14, TURNS = 1 << 15, FLAT = 1 << 16, CHAIN = 1 << 17, TWICE = 1 << 18, FOUR = 1 << 19, PACKED = 1 << 20, LATE = 1 << 21, OWN = 1 << 22 };   // OWN: no normaliser group, every warp scales a sixteenth of the weights two steps ahead. PACKED: sums of 4 squares in bf16
+enum {
+  // Parts that are left out, to measure the time of the others.
+  NO_TANH = 1, NO_PRODUCTS = 2, NO_TMA = 4, NO_NORMS = 8, NO_NORMALISE = 1 << 12, NO_ENDS = 1 << 14,
+  CLOCKS = 16,        // record the clocks that groups wait and work
+  SEPARATE = 32,      // a separate group for the loads; needs TWICE
+  ENDS = 64,          // first and last linear layer by wgmma, not by fp32 multiply-adds
+  STAGGER = 128,      // groups start 500 ns apart
+  CROSS = 256,        // two groups: the last product of a block overlaps the norm of the next block
+  MIX = 512,          // one tanh of eight by a polynomial
+  ALU = 1 << 10,      // squares of columns are summed in fp32, not by mma
+  SCALES = 1 << 11,   // weights stay as they are; the lengths scale the results of the products
+  TABLE32 = 1 << 13,  // cosine features in fp32, not in fp16
+  FLAT = 1 << 16,     // second product of one half before the first product of the other half
+  CHAIN = 1 << 17,    // four groups: wait for each second product before the next first product
+  TWICE = 1 << 18,    // fewer registers for the normaliser: it reads the weights twice
+  FOUR = 1 << 19,     // with CROSS: four blocks unrolled, not two
+  PACKED = 1 << 20,   // sums of four squares in bf16 pairs
+  LATE = 1 << 21,     // the norm's factor is applied after the first product
+  OWN = 1 << 22,      // no normalising group: every warp scales a sixteenth of the weights two steps ahead
+};
 struct Args {
   const __nv_bfloat16* x; __nv_bfloat16* out; const float* table; const float* gains; const float* out_gain;
   const float* embed; const float* out_weight; const float* out_bias;
@@ -24,8 +43,8 @@ __device__ __forceinline__ void norms(const float (&h)[32], float eps, float& n0
   for (int m = 1; m < 4; m *= 2) { n0 += __shfl_xor_sync(~0u, n0, m); n1 += __shfl_xor_sync(~0u, n1, m); }
   n0 = rsqrtf(n0 * (1.0f / H) + eps); n1 = rsqrtf(n1 * (1.0f / H) + eps);
 }
-// tanh of a share of the elements by a rational function on the FMA pipe, clamped: one reciprocal less
-__device__ __forceinline__ float tanh_poly(float y) {   // odd polynomial on [-2.6, 2.6] is too coarse for the tails; used with a clamp, a measurement of speed
+// tanh by a clamped odd polynomial on the multiply-add units. It is too inexact for the tails; it only measures the speed.
+__device__ __forceinline__ float tanh_poly(float y) {
   const float c = fminf(fmaxf(y, -2.9f), 2.9f), s = c * c;
   float p = fmaf(s, -2.2337e-5f, 6.5226e-4f); p = fmaf(p, s, -7.7093e-3f); p = fmaf(p, s, 4.8735e-2f); p = fmaf(p, s, -1.9135e-1f); p = fmaf(p, s, 8.8047e-1f + 0.1129f);
   return c * p;
@@ -34,25 +53,25 @@ template <int F> __device__ __forceinline__ void silu(const float (&z)[32], uint
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
     float a = z[2 * j], b = z[2 * j + 1];
-    if (F & LATE) { a *= j % 2 ? n1 : n0; b *= j % 2 ? n1 : n0; }   // the norm's factor after the product
+    if (F & LATE) { a *= j % 2 ? n1 : n0; b *= j % 2 ? n1 : n0; }
     if (F & NO_TANH) u[j] = pack(fmaf(a, a, a), fmaf(b, b, b));
     else if ((F & MIX) && j % 4 == 3) u[j] = pack(fmaf(a, tanh_(a), a), fmaf(b, tanh_poly(b), b));
     else u[j] = pack(fmaf(a, tanh_(a), a), fmaf(b, tanh_(b), b));
   }
 }
 __device__ __forceinline__ void split(float a, float b, uint32_t& hi, uint32_t& lo) { hi = pack(a, b); lo = pack(a - __uint_as_float(hi << 16), b - __uint_as_float(hi & 0xffff0000u)); }
-__device__ __forceinline__ void vec(float (&v)[16], const float* from, int quad) {   // a quad's 16 of 64 columns
+__device__ __forceinline__ void vec(float (&v)[16], const float* from, int quad) {   // the 16 of 64 columns of a quad
   const float4* p = reinterpret_cast<const float4*>(from + quad * 20);
 #pragma unroll
   for (int i = 0; i < 4; ++i) { const float4 f = p[i]; v[4 * i] = f.x; v[4 * i + 1] = f.y; v[4 * i + 2] = f.z; v[4 * i + 3] = f.w; }
 }
 __device__ __forceinline__ int permuted(int col) { return col % 8 / 2 * 20 + col / 8 * 2 + col % 2; }
-// A stage's descriptor as a low word to which offsets are added (no carry) and a constant high word.
+// The descriptor of a stage: a low word, to which offsets are added without carry, and a constant high word.
 __device__ __forceinline__ uint32_t low_word(uint32_t at) { return (at >> 4 & 0x3fff) | (uint32_t)descriptor_bits(16, 1024); }
 __device__ __forceinline__ uint64_t offset(uint32_t low, uint32_t bytes) { return (uint64_t)(low + (bytes >> 4)) | (descriptor_bits(16, 1024) >> 32 << 32); }
 template <int STAGES, int F> struct Shared {
   alignas(1024) uint8_t weights[STAGES][BLOCK_BYTES];  // W1 left half, W1 right half, W2
-  alignas(1024) uint8_t embed_b[2048], out_b[1024];    // B operands of the ends: embed hi, lo (16, 64) MN-major; out (8, 64) K-major
+  alignas(1024) uint8_t embed_b[2048], out_b[1024];    // B operands of the ends: embed high and low parts (16, 64) MN-major; out (8, 64) K-major
   alignas(128) uint8_t x[STAGES][1536];
   uint4 table[4][F & TABLE32 ? 8 : 4][128];
   float gains[4][80], out_gain[80], embed[3][80], out_weight[3][80];   // permuted
@@ -61,8 +80,8 @@ template <int STAGES, int F> struct Shared {
   uint64_t full[STAGES], ready[STAGES], empty[STAGES];
 };
 template <int GROUPS, int F> struct Shape {
-  static constexpr int THREADS = (F & OWN ? 0 : 128) + GROUPS * 128 + (F & SEPARATE ? 128 : 0);   // a lone warp would cost the registers of a group: they are split over four quarters
-  static constexpr int CONSUMER = GROUPS == 4 ? (F & TWICE ? 112 : 104) : 224, NORMALISER = GROUPS == 4 ? (F & TWICE ? 32 : 64) : F & SEPARATE ? 40 : 56;   // SEPARATE wants TWICE
+  static constexpr int THREADS = (F & OWN ? 0 : 128) + GROUPS * 128 + (F & SEPARATE ? 128 : 0);   // a single warp would take the registers of a whole group
+  static constexpr int CONSUMER = GROUPS == 4 ? (F & TWICE ? 112 : 104) : 224, NORMALISER = GROUPS == 4 ? (F & TWICE ? 32 : 64) : F & SEPARATE ? 40 : 56;
 };
 template <int GROUPS, int STAGES, int LEAD, int F> __global__ void __launch_bounds__(Shape<GROUPS, F>::THREADS, 1) field(const __grid_constant__ CUtensorMap map1, const __grid_constant__ CUtensorMap map2, const __grid_constant__ CUtensorMap mapx, const Args a) {
   using S = Shared<STAGES, F>;
@@ -115,12 +134,12 @@ template <int GROUPS, int STAGES, int LEAD, int F> __global__ void __launch_boun
     give_registers<24>();
     if (t == 0) {
       for (int step = 0; step < steps; ++step) load(step);
-      for (int step = steps; step < steps + STAGES; ++step) wait(&s.empty[step % STAGES], (step / STAGES & 1) ^ 1, 3);   // only watches for a hang
+      for (int step = steps; step < steps + STAGES; ++step) wait(&s.empty[step % STAGES], (step / STAGES & 1) ^ 1, 3);   // only to detect a hang
     }
   } else if (!(F & OWN) && group == 0) {
     give_registers<Shape<GROUPS, F>::NORMALISER>();
     uint32_t waited = 0, worked = 0, begun = F & CLOCKS ? clock() : 0;
-    int next = 0;   // to load: without a producer of its own, as far ahead as stages are empty, waiting only for the step in hand
+    int next = 0;   // next step to load: as far ahead as stages are empty; only the current step is waited for
     int stage = 0, phase = 0;
     for (int step = 0; step < steps; ++step) {
       if (!(F & SEPARATE) && t == 0) while (next < steps && next < step + STAGES && load(next, next == step)) ++next;
@@ -130,12 +149,12 @@ template <int GROUPS, int STAGES, int LEAD, int F> __global__ void __launch_boun
       if (F & CLOCKS) waited += c1 - c0;
       if (!(F & NO_NORMALISE)) {
       const uint32_t w = smem(s.weights[stage]) + (8 * (lane / 16) + lane % 8) * 128;
-      const int own = (lane & 28) | (lane >> 3);   // the lane that has the diagonal of this lane's row
+      const int own = (lane & 28) | (lane >> 3);   // the lane that holds the diagonal element of this lane's row
       const uint2* gains = s.gain_pairs[step % a.depth];
-      // 16 columns, KF times 16 rows; where: place of the first columns among the scales
+      // Normalise 16 columns of KF times 16 rows; col and half select the place of their scales.
       auto block = [&](uint32_t at, auto kf, bool one, int col, int half) {
         constexpr int KF = decltype(kf)::value;
-        constexpr bool AGAIN = (F & TWICE) != 0;    // few registers: read again what is scaled
+        constexpr bool AGAIN = (F & TWICE) != 0;    // read the weights again to scale them, which saves registers
         uint32_t q[AGAIN ? 1 : KF][4];
         float s0 = 0, s1 = 0, d0[4] = {}, d1[4] = {}; uint32_t p0 = 0, p1 = 0;
         if (!AGAIN)
@@ -211,7 +230,7 @@ template <int GROUPS, int STAGES, int LEAD, int F> __global__ void __launch_boun
     uint32_t waited = 0, begun = F & CLOCKS ? clock() : 0;
     int stage = 0, phase = 0;
     auto enter = [&](float (&h)[32], int tile, int st) {
-      const uint32_t t = tid_() % 128, quad = t % 4, row0 = t / 32 * 16 + t % 32 / 4;   // read anew: registers are short
+      const uint32_t t = tid_() % 128, quad = t % 4, row0 = t / 32 * 16 + t % 32 / 4;   // recomputed to save registers
       const uint4* from = s.table[tile][0] + t;
 #pragma unroll
       for (int i = 0; i < (F & TABLE32 ? 8 : 4); ++i) {
@@ -264,7 +283,7 @@ template <int GROUPS, int STAGES, int LEAD, int F> __global__ void __launch_boun
         drain<0>(); pin(v);
         v[0] *= n0; v[1] *= n0; v[2] *= n1; v[3] *= n1;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) v[i] += __shfl_xor_sync(~0u, v[i], 2);   // hi and lo of the weights
+        for (int i = 0; i < 4; ++i) v[i] += __shfl_xor_sync(~0u, v[i], 2);   // add the products of the high and low parts
         if (quad < 2) {
           const float b0 = __ldg(a.out_bias + 2 * quad);
           out[2 * quad * plane] = __float2bfloat16(v[0] + b0); out[2 * quad * plane + 8] = __float2bfloat16(v[2] + b0);
@@ -343,7 +362,7 @@ template <int GROUPS, int STAGES, int LEAD, int F> __global__ void __launch_boun
     auto done = [&](int st) { __syncwarp(); if (tid_() % 32 == 0) arrive(&s.empty[st]); };
     int next = 0, step = 0;
     auto feed = [&] { if (tid_() == 0) while (next < steps && next < step + STAGES && load(next, false)) ++next; };
-    auto part = [&](int at, int st, int ph, int level) {   // of step at's weights
+    auto part = [&](int at, int st, int ph, int level) {   // this warp's part of the weights of step `at`
       if (at >= steps) return;
       const uint32_t tid = tid_(), lane = tid % 32, warp = tid / 32 % 4, g = tid / 128;
       spin(&s.full[st], ph);
@@ -428,7 +447,7 @@ template <int GROUPS, int STAGES, int LEAD, int F> __global__ void __launch_boun
         enter(h0, tile, stage);
         enter(h1, tile + 1, stage);
         int before = 0;
-        // CROSS: a level's last product overlaps the next level's norm; inside an unrolled run of levels only, as ptxas waits for all products at a loop's turn
+        // CROSS works inside an unrolled run of levels only: ptxas waits for all products at the end of a loop iteration.
         constexpr int RUN = F & CROSS ? (F & FOUR ? 4 : 2) : 1;
 #pragma unroll 1
         for (int level0 = 0; level0 < a.depth; level0 += RUN) {
@@ -481,9 +500,8 @@ template <int GROUPS, int STAGES, int LEAD, int F> __global__ void __launch_boun
     if ((F & CLOCKS) && t == 0 && group == 1) { a.clocks[blockIdx.x * 8 + 3] = waited; a.clocks[blockIdx.x * 8 + 4] = (uint32_t)clock() - begun; }
   }
 }
-#include "reference.h"
+#include "forward_reference.h"
 struct Device { std::vector<__nv_bfloat16*> weights; Args args; std::vector<CUtensorMap> m1, m2; CUtensorMap mx; };
-template <class T> static T* up(const std::vector<T>& v) { T* d; CK(cudaMalloc(&d, v.size() * sizeof(T) + 16)); CK(cudaMemcpy(d, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice)); return d; }
 static Device device(const Host& h, int sets, uint64_t bits) {
   Device d; const size_t n = (size_t)h.patches * h.depth * 16384, nx = (size_t)h.patches * 768;
   for (int s = 0; s < sets; ++s) {
@@ -553,7 +571,7 @@ template <int G, int STAGES, int LEAD, int F> static bool check(const char* name
 }
 struct Variant { const char* name; bool whole; bool (*check)(const char*, const Host&, const Device&, const std::vector<float>&, const std::vector<float>&); void (*timed)(const char*, const Device&, int); };
 template <int G, int STAGES, int LEAD, int F> static Variant variant(const char* name) { return {name, !(F & (NO_TANH | NO_PRODUCTS | NO_TMA | NO_NORMS | NO_NORMALISE | NO_ENDS)), check<G, STAGES, LEAD, F>, timed<G, STAGES, LEAD, F>}; }
-#include "variants.h"
+#include "forward_variants.h"
 int main(int argc, char** argv) {
   g_program = "forward";
   const std::vector<Variant> all = variants();
@@ -568,7 +586,7 @@ int main(int argc, char** argv) {
   const int from = (int)number(argc, argv, "from", 0), to = (int)number(argc, argv, "to", 1000);
   const bool small = has(argc, argv, "sizes");
   if (has(argc, argv, "once")) { const Host h = make(1056, 4, 4, 16, true); Device d = device(h, 1, 0); CK(cudaDeviceSynchronize()); for (int i = from; i < (int)all.size() && i < to; ++i) all[i].timed(all[i].name, d, 1); return 0; }
-  const Host hc = make(140, 4, 10, 70, false);   // two patches an SM, 6 steps: stages turn over
+  const Host hc = make(140, 4, 10, 70, false);   // two patches per SM and more steps than stages
   std::vector<float> exact, emu;
   if (has(argc, argv, "check")) {
     const std::string at = std::string(argv[0]).substr(0, std::string(argv[0]).rfind('/') + 1) + "reference.bin";
@@ -587,7 +605,7 @@ int main(int argc, char** argv) {
     if (v.whole && has(argc, argv, "check")) g_right = v.check(v.name, hc, dc, exact, emu);
     if (has(argc, argv, "time")) v.timed(v.name, d, (int)number(argc, argv, "runs", 12));
   }
-  if (small) {   // the other sizes of the variant chosen by from, to
+  if (small) {   // also time the other sizes of the chosen variant
     for (const Host* o : {&h2, &h3, &h4}) { if (o->depth == 2 && from < (int)all.size() && strstr(all[from].name, "four")) continue; Device e = device(*o, 4, 0); CK(cudaDeviceSynchronize()); for (int i = from; i < (int)all.size() && i < to; ++i) all[i].timed(all[i].name, e, 10); release(e); }
   }
   return 0;

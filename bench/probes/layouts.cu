@@ -1,9 +1,11 @@
-// Finds the descriptors that give the right product: D (64, N) = A (64, 64) B (64, N), small integers: exact. One block a candidate.
+// Finds the wgmma descriptors that give the right product D (64, N) = A (64, 64) B (64, N) of small integers, which is exact. Each
+// candidate is one thread block.
 #include "common.h"
 #include "wgmma.h"
 struct Candidate { uint64_t a_bits, b_bits; int a_step, b_step, a_at, b_at, image_a, image_b; };
 constexpr int A_BYTES = 8192, B_BYTES = 32768;   // room for N = 256
-// Images: A 0 = rows m of 64 k (K-major), 1 = rows k of 64 m (M-major). B 0 = rows n of 64 k (K-major), 1 = tiles of 64 n, rows k (MN-major). All 128-byte swizzled.
+// Images in shared memory, all with 128-byte swizzle. A: 0 = rows m of 64 k (K-major), 1 = rows k of 64 m (M-major). B: 0 = rows n of 64 k
+// (K-major), 1 = tiles of 64 n with rows k (MN-major).
 template <int TYPE, int N, bool RS, int TA, int TB> __global__ void __launch_bounds__(128) product(const uint8_t* images_a, const uint8_t* images_b, const uint16_t* a_plain, const float* want, const Candidate* cs, int* wrong, float* dump) {
   extern __shared__ uint8_t raw[];
   uint8_t* base = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t(1023));
@@ -100,7 +102,7 @@ template <int TYPE, int N, bool RS, int TA, int TB> void test(bool sweep) {
   for (size_t i = 0; i < cs.size(); ++i) if (!bad[i]) { if (right < 200) list += (right ? ",\"" : "\"") + text(cs[i], RS) + "\""; ++right; }
   list += "]";
   J j("layout", name); j.b("expected_right", !bad[0]).f("wrong_of", bad[0]).f("candidates", cs.size()).f("right", right).t("expected", text(cs[0], RS)).raw("all_right", sweep ? list : "[]");
-  if (bad[0]) {   // where do the values sit? The first registers of some threads beside the wanted ones, and a search for the right place
+  if (bad[0]) {   // print the first registers of some threads, the wanted values, and the places where the got values occur
     std::vector<float> d(128 * N / 2); CK(cudaMemcpy(d.data(), dump, d.size() * 4, cudaMemcpyDeviceToHost));
     std::string s; char b[128];
     for (int t : {0, 1, 4, 32}) for (int i = 0; i < 8; ++i) {
@@ -112,9 +114,10 @@ template <int TYPE, int N, bool RS, int TA, int TB> void test(bool sweep) {
   }
   cudaFree(ia); cudaFree(ib); cudaFree(ap); cudaFree(w); cudaFree(dc); cudaFree(wrong); cudaFree(dump);
 }
-// ---- the copy engine's swizzle, ldmatrix and stmatrix on swizzled tiles
-// status: 0 bytes unlike the host's image after a 2-D box {64, 64}; 1 the same of a 3-D box {64, 1, 64} at half 1; 2 box {64, 128}; 3 stmatrix K-major; 4 stmatrix.trans M-major;
-// 5 ldmatrix fragments of the K-major tile; 6 ldmatrix.trans fragments of the M-major tile; 7 product from stmatrix-written tile; 8 TMA store round trip
+// ---- swizzle of TMA, ldmatrix and stmatrix on swizzled tiles
+// status, number of wrong bytes or values: 0 a 2-D box {64, 64}; 1 a 3-D box {64, 1, 64} at half 1; 2 a box {64, 128}; 3 stmatrix K-major;
+// 4 stmatrix.trans M-major; 5 ldmatrix fragments of the K-major tile; 6 ldmatrix.trans fragments of the M-major tile; 7 product from a tile
+// written by stmatrix; 9 product from a tile written by stmatrix.trans.
 __global__ void __launch_bounds__(128) movers(const __grid_constant__ CUtensorMap two, const __grid_constant__ CUtensorMap three, const __grid_constant__ CUtensorMap tall, const __grid_constant__ CUtensorMap back, const uint8_t* want2, const uint8_t* want3, const uint8_t* want_tall,
                                               const uint8_t* image_k, const uint8_t* image_m, const uint8_t* image_b, const uint16_t* a_plain, const float* want, int* status) {
   extern __shared__ uint8_t raw[];
@@ -208,7 +211,7 @@ int main(int argc, char** argv) {
   }
   make_fault(); load_driver();
   const bool sweep = !has(argc, argv, "--plain");
-  // those the kernels need, alone, before any sweep
+  // The products that the kernels need, before any sweep.
   test<0, 64, true, 0, 1>(false); test<0, 64, true, 0, 0>(false); test<0, 64, false, 1, 0>(false); test<0, 64, false, 0, 0>(false); test<0, 64, false, 1, 1>(false); test<0, 64, false, 0, 1>(false);
   test<0, 128, true, 0, 1>(false); test<0, 128, true, 0, 0>(false); test<0, 256, true, 0, 1>(false); test<0, 128, false, 1, 1>(false); test<0, 128, false, 1, 0>(false);
   test<1, 64, true, 0, 1>(false); test<1, 64, true, 0, 0>(false); test<1, 64, false, 1, 0>(false); test<1, 64, false, 1, 1>(false); test<1, 128, true, 0, 1>(false);

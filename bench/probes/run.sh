@@ -1,5 +1,5 @@
 #!/bin/bash
-# run.sh: checks and times every variant of both kernels; one that hangs is killed after 5 s. Prints one JSON line per finding.
+# run.sh: check and time every variant of both kernels; a variant that hangs is killed after 5 s. Prints one JSON line per result.
 cd "$(dirname "$0")" || exit 1
 bin/forward reference >/dev/null
 for name in forward backward; do

@@ -1,1 +1,1 @@
-"""The pictures of docs/method.md, drawn from our own ops: `python -m docs.figures [NAME ...]`."""
+"""The pictures of docs/method.md, computed by our ops: `python -m docs.figures [NAME ...]`."""

@@ -1,4 +1,4 @@
-"""Draw the pictures that are named, or all."""
+"""Draw the named pictures, by default all."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Masks of two runs on CamVid and where they are right: python -m docs.figures.camvid CAMVID VANILLA_MASKS FLOWSEG_MASKS
+"""Masks of two runs on CamVid and their correct pixels: python -m docs.figures.camvid CAMVID VANILLA_MASKS FLOWSEG_MASKS
 
-The folders of masks are what `flowseg predict "CAMVID/images/val/*"` wrote. Neither photographs nor labels are in the picture: the
-data set is for research only, and this project is not.
+`flowseg predict "CAMVID/images/val/*"` writes the folders of masks. The picture shows no photographs and no labels, because the
+data set is for research only.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""Training curves of a small network on drawn features: squared error alone, with the correction, and a softmax head."""
+"""Training curves of a small network on random features: squared error alone, with the correction, and a softmax head."""
 
 import matplotlib.pyplot as plt
 import torch
@@ -26,17 +26,17 @@ def network(outputs):
 
 
 def run(weight, seed, book):
-    """Accuracy in percent on fresh draws, after every EVERY steps."""
+    """Accuracy in percent on held-out samples, every EVERY steps."""
     torch.manual_seed(seed)
     means = torch.randn(CLASSES, FEATURES)
     model = network(CLASSES if weight is None else book.channels)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
 
-    def draws(count):
+    def samples(count):
         labels = torch.randint(CLASSES, (1, 1, count))
         return means[labels[0, 0]] + 1.1 * torch.randn(count, FEATURES), labels
 
-    held_out, truth = draws(8192)
+    held_out, truth = samples(8192)
     curve = []
     for step in range(STEPS + 1):
         if step % EVERY == 0:
@@ -44,7 +44,7 @@ def run(weight, seed, book):
                 out = model(held_out)
             found = out.argmax(dim=1) if weight is None else book.decode(out.T[None, :, None])[0, 0]
             curve.append(100 * float((found == truth[0, 0]).double().mean()))
-        x, labels = draws(BATCH)
+        x, labels = samples(BATCH)
         out = model(x)
         if weight is None:
             loss = torch.nn.functional.cross_entropy(out, labels[0, 0])

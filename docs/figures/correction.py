@@ -1,4 +1,4 @@
-"""The correction around codes in the plane: what it does to a point of one class, and to one that may be of either of two."""
+"""The correction around codes in the plane: for a point of one class, and for a point of one of two classes."""
 
 import matplotlib.pyplot as plt
 import torch
@@ -25,7 +25,7 @@ def codes_on(axis, codes):
 
 
 def field(axis, book, label, eps):
-    """Arrows along -grad Phi of a class, over the size of grad Phi."""
+    """Draw arrows along -grad Phi of a class on top of |grad Phi|."""
     fine = plane(260)
     same = torch.full((1, 260, 260), label)
     size = fk.distance_correction(fine, same, book, eps=eps).square().sum(dim=1).sqrt()[0]

@@ -1,4 +1,4 @@
-"""A slice of code space: which class each point decodes to, and how many candidates the cells of the decode grid list."""
+"""A slice of code space: the class of each point, and the number of candidates per cell of the decode grid."""
 
 import matplotlib.pyplot as plt
 import torch
@@ -13,11 +13,11 @@ CLASSES, HEIGHT = 150, 0.1
 
 
 def candidates(book):
-    """How many centroids each cell (channel 2, 1, 0) of the grid lists."""
+    """The number of centroids that each cell (channel 2, 1, 0) of the grid lists."""
     cells, records, groups, _, _ = decode_tables(derived_from(book.centroids), torch.device("cpu"))
     in_record = records[:, 0].isfinite().sum(dim=1)
     total = in_record.clone()
-    # A list of g records: its first record's total runs over the g that follow.
+    # A list has g consecutive records; the total at its first record is the sum over all g.
     for more in range(1, int(groups.max())):
         total[: len(total) - more] += torch.where(groups[: len(total) - more] > more, in_record[more:], 0)
     return torch.where(cells[0] >= 0, 1, total[(-1 - cells[0]).clamp_min(0)])
@@ -39,7 +39,7 @@ def draw():
     axes[0].scatter(near[:, 0], near[:, 1], s=8, color="black")
     axes[0].set(title="nearest code", xlabel="channel 0", ylabel="channel 1")
     shown = axes[1].imshow(count[int((HEIGHT - low) * scale)].clamp_max(8), cmap="viridis_r", vmin=1, vmax=8, **box)
-    axes[1].set(title="candidates a cell lists", xlabel="channel 0")
+    axes[1].set(title="candidates per cell", xlabel="channel 0")
     figure.colorbar(shown, ax=axes, shrink=0.8, ticks=(1, 2, 4, 6, 8))
     share, mean = float((count == 1).double().mean()), float(count.double().mean())
     print(f"one candidate: {share:.3f} of all cells; mean {mean:.2f}; most {int(count.max())}")

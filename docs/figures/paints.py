@@ -1,4 +1,4 @@
-"""The embedded scenes of 48 paints: images, and their classes in the report's colours."""
+"""The embedded data set "paints" (synthetic scenes of 48 classes): images, and classes in the colours of the report."""
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -1,4 +1,4 @@
-"""The path of the flow: a scene at five times, and where its pixels are in code space."""
+"""The path of the flow: a scene at five times, and its pixels in code space."""
 
 import matplotlib.pyplot as plt
 import torch

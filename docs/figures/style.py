@@ -1,4 +1,4 @@
-"""What the pictures share: colours of classes, a drawn scene, saving."""
+"""Shared by the pictures: colours of classes, a synthetic scene, saving."""
 
 import pathlib
 
@@ -23,7 +23,7 @@ CLASSES = ("sky", "ground", "road", "wall", "roof", "tree", "sun")
 
 
 def scene(height=96, width=128, seed=0):
-    """A drawn landscape: image (1, 3, H, W) in [-1, 1] with noise and shading, labels (1, H, W)."""
+    """A synthetic landscape: image (1, 3, H, W) in [-1, 1] with noise and shading, labels (1, H, W)."""
     v, u = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, width / height, width), indexing="ij")
     labels = torch.zeros(height, width, dtype=torch.int64)
     labels[v > 0.62 + 0.03 * torch.sin(5 * u)] = 1
@@ -56,7 +56,7 @@ def to_rgb(x):
 
 
 def colours(count):
-    """Distinct colours for so many classes."""
+    """`count` distinct colours."""
     return plt.get_cmap("tab10" if count <= 10 else "tab20")(range(count))
 
 

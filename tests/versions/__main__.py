@@ -1,9 +1,9 @@
-"""Other versions of Python and torch: python -m tests.versions [3.11:2.10.0 3.13:newest ...]
+"""Test other versions of Python and torch: python -m tests.versions [3.11:2.10.0 3.13:newest ...]
 
-Makes an environment of each under build/versions/, with pip's default torch and the Triton that comes with it, compiles and
-installs this project there, and runs the parts of the tests that a version can break, on the CPU. Without arguments: this Python
-with torch 2.10.0, 2.11.0 and the newest, and every other Python of PATH with its newest. Writes tests/versions/record.json and
-docs/results/versions.md after each part; cut, it goes on where it was. Exit code 1 when something fails.
+Makes one environment per version under build/versions/, with pip's default torch and its Triton; compiles and installs this
+project there; runs the tests that a version can break, on the CPU. Without arguments: this Python with torch 2.10.0, 2.11.0 and the
+newest, and every other Python on PATH with its newest torch. Each part is stored in tests/versions/record.json and
+docs/results/versions.md as it ends. An interrupted run continues where it stopped. The exit code is 1 if something fails.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ RECORD = pathlib.Path(__file__).with_name("record.json")
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "results" / "versions.md"
 HEAD = """# Versions
 
-`python -m tests.versions` makes an environment for each row, with torch from the package index as pip chooses it (a build for
-CUDA, which also runs on a CPU) and the Triton that comes with it, compiles the C++ kernels there and runs on the CPU:
+`python -m tests.versions` makes one environment per row, with torch as pip chooses it from the package index (a CUDA build, which
+also runs on a CPU) and the Triton that comes with it. It compiles the C++ kernels there and runs on the CPU:
 
 | part | what |
 |---|---|
 | info | `python -m flowseg_kernels.info` says that the C++ kernels are loaded |
-| ops | every op on the backends `cpu` and `reference`, of tests with many forms a part |
+| ops | every op on the backends `cpu` and `reference`; tests with many variants run some of them |
 | contract | opcheck, compiled graphs with fixed and dynamic shapes, autocast, derivatives |
 | calls | codes, choice of the backend, settings, messages for bad arguments |
 | compose | export, AOTInductor, torch.func, DDP, FSDP2, checkpointing, workers, threads |
 | interpreted | the Triton kernels of `flow_loss` and `nearest_centroid` in Triton's interpreter |
-| launches | every op's launches of its Triton kernels, compiled for sm_90, up to a driver that is pretended |
+| launches | the launches of every op's Triton kernels, compiled for sm_90, against a mock driver |
 
-A cell is the number of tests that passed, or that the one thing tried works; what failed or was skipped is named (tests that are
-about Triton's kernels alone skip the other backends). The commit is the last one that changed what runs.
+A cell is the number of tests that passed, or "yes" if a single check passed; failed and skipped tests are counted too (tests of
+Triton kernels skip the other backends). The commit is the last one that changed the tested sources.
 
 """
 LIBRARIES = """
-One library serves every torch: each was compiled in the environment of one torch and loaded in those of others. C++ kernels went
-through the ops' tests there; CUDA kernels, compiled for sm_90, were loaded without a GPU.
+One library works with every torch: each was compiled in the environment of one torch and loaded in the others. The C++ kernels
+passed the tests of the ops there; the CUDA kernels, compiled for sm_90, were loaded without a GPU.
 
 """
 
@@ -71,9 +71,9 @@ def report(records: dict) -> str:
         commits = ", ".join(dict.fromkeys(part["commit"] for part in r["parts"].values()))
         rows.append([*versions, *(cell(r["parts"].get(name)) for name in names), r["date"], commits])
         for name, result in r["parts"].items():
-            kind, _, torch = name.partition(" library of ")
+            device, _, torch = name.partition(" library of ")
             if torch:
-                loaded.append([{"cpu": "C++", "cuda": "CUDA"}[kind], torch, *versions[:2], cell(result)])
+                loaded.append([{"cpu": "C++", "cuda": "CUDA"}[device], torch, *versions[:2], cell(result)])
     text = HEAD + table(["Python", "torch", "Triton", *names, "date", "commit"], rows)
     if loaded:
         text += LIBRARIES + table(
@@ -97,7 +97,7 @@ def stored() -> dict:
 
 
 def store(name: str, record: dict) -> None:
-    # Another run, of other environments, may be under way.
+    # Read the file again: a run of other environments may write it at the same time.
     every = stored()
     every[name] = record | {"date": datetime.date.today().isoformat()}
     every = {k: every[k] for k in sorted(every, key=order)}
@@ -106,7 +106,7 @@ def store(name: str, record: dict) -> None:
 
 
 def left(environment: Environment, commit: str, only: list[str] | None, again: bool) -> list[parts.Part]:
-    """Parts that have no result at this commit."""
+    """The parts without a result at this commit."""
     known = stored().get(environment.name, {}).get("parts", {}) if is_known(commit) and not again else {}
     every = (*parts.PARTS, *parts.foreign(environment, commit))
     every = [part for part in every if not only or any(word in part.name for word in only)]
@@ -114,7 +114,7 @@ def left(environment: Environment, commit: str, only: list[str] | None, again: b
 
 
 def check(environment: Environment, todo: list[parts.Part], commit: str) -> bool:
-    """Run parts in an environment that is made, and store each as it ends."""
+    """Run parts in an installed environment, and store each as it ends."""
     passed = True
     for part in todo:
         result = parts.run(part, environment) | {"commit": commit}
@@ -128,11 +128,11 @@ def check(environment: Environment, todo: list[parts.Part], commit: str) -> bool
     return passed
 
 
-def made(environment: Environment, commit: str) -> bool:
+def install(environment: Environment, commit: str) -> bool:
     begin = time.monotonic()
     failed = environment.make(commit)
     seconds = round(time.monotonic() - begin)
-    print(f"{environment.name}: {failed + ' failed' if failed else 'made'} in {seconds} s", flush=True)
+    print(f"{environment.name}: {failed + ' failed' if failed else 'installed'} in {seconds} s", flush=True)
     if failed:
         last = parts.last_lines(environment.log.read_text(), environment)
         print("\n".join(f"    {line}" for line in last), flush=True)
@@ -145,16 +145,18 @@ def made(environment: Environment, commit: str) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.versions", description=__doc__.partition("\n")[0])
     parser.add_argument("environments", nargs="*", metavar="PYTHON:TORCH", help="such as 3.11:2.10.0 or 3.13:newest")
-    parser.add_argument("--only", action="append", metavar="WORD", help="parts whose name holds one of these words")
-    parser.add_argument("--keep", action="store_true", help="leave the environments, of 5 GB each, where they are")
-    parser.add_argument("--again", action="store_true", help="run what is recorded at this commit again")
+    parser.add_argument(
+        "--only", action="append", metavar="WORD", help="run parts with one of these words in their name"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep the environments of 5 GB each")
+    parser.add_argument("--again", action="store_true", help="also run parts that are recorded at this commit")
     options = parser.parse_args()
     commit = last_change(*SOURCES)
     chosen, ready, passed = wanted(options.environments), [], True
-    # All of them first: each loads the libraries of all others.
+    # Install all environments first: each loads the libraries of all others.
     for environment in chosen:
         if left(environment, commit, options.only, options.again):
-            ok = made(environment, commit)
+            ok = install(environment, commit)
             passed &= ok
             ready += [environment] if ok else []
         else:
@@ -166,7 +168,7 @@ def main() -> int:
     for environment in ready:
         ok = check(environment, left(environment, commit, options.only, options.again), commit)
         passed &= ok
-        # An environment in which something failed stays, to be looked at.
+        # Keep an environment with failures for inspection.
         if ok and not options.keep and not options.only:
             environment.remove()
     return 0 if passed else 1

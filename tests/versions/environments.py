@@ -1,4 +1,4 @@
-"""Environments with one Python and one torch each, under build/versions/, with this project compiled and installed in a copy."""
+"""Environments of one Python and one torch under build/versions/, each with this project compiled and installed from a copy."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..native import ROOT
 from ..sources import is_known
 
 FOLDER = ROOT / "build" / "versions"
-#: What an environment is of: later commits that change none of these say nothing new about a version.
+#: Tested sources: a commit that changes none of these needs no new run.
 SOURCES = ("csrc", "flowseg_kernels", "build_backend", "setup.py", "pyproject.toml", "tests/conftest.py")
 SOURCES += ("tests/native.py", "tests/quick_interpreter.py", "tests/gpu_arithmetic.py", "tests/flowseg_kernels")
-#: What the tests below need beside torch, which brings its own Triton.
+#: Packages that the tests need in addition to torch, which brings its own Triton.
 NEEDS = ("hypothesis", "ninja", "numpy", "pytest>=8", "pytest-benchmark>=4", "safetensors>=0.4", "setuptools>=77")
 NEEDS += ("torchmetrics>=1.3",)
 OLDEST, HEADERS = "2.10.0", "2.11.0"  # HEADERS: the torch that the CUDA kernels are compiled against
@@ -55,7 +55,7 @@ class Environment:
         return self.folder / "logs" / "make.log"
 
     def run(self, log: pathlib.Path, *arguments: str, **variables: str) -> int:
-        """The exit code of its Python in its copy of the tree; 124 after twenty minutes. What it prints is added to the log."""
+        """Run this Python in the copy of the tree, with its output appended to the log. Returns the exit code, 124 on timeout."""
         kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "PYTHONHOME")}
         binaries = self.folder / "venv" / "bin"
         environment = {**kept, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", **variables}
@@ -71,13 +71,13 @@ class Environment:
                 out.write(f"\nstopped after {MINUTES} minutes\n")
                 return 124
             finally:
-                # Its own processes too, when it was cut.
+                # After an interrupt, also kill the processes that the command started.
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
 
     def make(self, commit: str) -> str | None:
-        """Install torch, what the tests need and this project, unless they are there at this commit. Returns what failed."""
+        """Install torch, NEEDS and this project unless that was done at this commit. Returns the step that failed, or None."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.write_text("")
         built = self.folder / "commit"
@@ -108,7 +108,7 @@ class Environment:
         return None
 
     def remove(self) -> None:
-        """What takes the place; its logs stay."""
+        """Delete everything except the logs."""
         for part in ("venv", "tree"):
             shutil.rmtree(self.folder / part, ignore_errors=True)
         for mark in ("installed", "commit"):
@@ -116,12 +116,12 @@ class Environment:
 
 
 def library(commit: str, kind: str, torch: str) -> pathlib.Path:
-    """Where the library of "cpu" or "cuda" kernels is kept that was compiled against a torch."""
+    """Path of the library of "cpu" or "cuda" kernels that was compiled against a torch."""
     return FOLDER / "libraries" / commit.replace(" ", "_") / f"{kind}-{torch}" / f"libflowseg_{kind}.so"
 
 
 def libraries(commit: str, kind: str) -> dict[str, pathlib.Path]:
-    """Those that are there, by torch. Environments of this Python leave theirs: the libraries need none."""
+    """The compiled libraries by torch. One Python is enough for them, because they do not depend on Python."""
     found = sorted(library(commit, kind, "").parent.parent.glob(f"{kind}-*/*.so"))
     return {path.parent.name.partition("-")[2]: path for path in found}
 
@@ -133,7 +133,7 @@ def store_library(built: pathlib.Path, to: pathlib.Path) -> None:
 
 
 def interpreter(python: str) -> str | None:
-    """The interpreter of a version, "3.12", of PATH: one that starts, which a shim of another version does not."""
+    """The interpreter on PATH of a version such as "3.12". It must start: a pyenv shim of an inactive version does not."""
     if python == OWN:
         return sys.executable
     for folder in os.environ["PATH"].split(os.pathsep):
@@ -154,7 +154,10 @@ def newest(python: str) -> str:
 
 
 def wanted(words: list[str]) -> list[Environment]:
-    """Of "3.11:2.10.0" or "3.13:newest" each; without any: this Python with three torches, every other one with its newest."""
+    """The environments of words such as "3.11:2.10.0" or "3.13:newest".
+
+    Without words: this Python with three torches, and every other Python with its newest torch.
+    """
     if not words:
         others = [f"3.{minor}" for minor in range(10, 20)]
         words = [f"{OWN}:{torch}" for torch in (OLDEST, HEADERS, "newest")]
@@ -165,6 +168,6 @@ def wanted(words: list[str]) -> list[Environment]:
         if not re.fullmatch(r"3\.\d+", python) or not re.fullmatch(r"newest|\d+\.\d+\.\d+", torch):
             raise SystemExit(f"wanted such as 3.11:2.10.0 or 3.13:newest; got {word!r}")
         if not interpreter(python):
-            raise SystemExit(f"no python{python} of PATH starts")
+            raise SystemExit(f"no python{python} on PATH starts")
         found.append(Environment(python, newest(python) if torch == "newest" else torch))
     return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""What is run in each environment, and what came of it."""
+"""The parts that run in each environment, and their results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .environments import Environment, libraries
 
 TESTS = "tests/flowseg_kernels"
 PYTEST = ("-m", "pytest", "-o", "addopts=", "-q", "--strict-markers", "-rf", "--tb=short", "-p", "no:cacheprovider")
-#: Loads a CUDA library, on a machine without a GPU too: its symbols are found, and every op has its kernel.
+#: Loads a CUDA library, also without a GPU: checks that its symbols resolve and that every op has its kernel.
 LOAD_CUDA = """
 import dataclasses, pathlib, sys
 import flowseg_kernels
@@ -32,12 +32,12 @@ print(platform.python_version(), torch.__version__, getattr(triton, "__version__
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One run. arguments: of Python, in the copy of the tree."""
+    """One run of Python with `arguments` and `variables` in the copy of the tree."""
 
     name: str
     arguments: tuple[str, ...]
     variables: tuple[tuple[str, str], ...] = ()
-    #: Words that the output must hold.
+    #: Words that the output must contain.
     words: str = ""
 
 
@@ -63,7 +63,7 @@ PARTS = (
 
 
 def foreign(environment: Environment, commit: str) -> list[Part]:
-    """Loading of the libraries that other environments compiled; the ops' tests go through those of C++ kernels."""
+    """Parts that load libraries of other environments; C++ libraries also run the tests of the ops."""
     arguments = ("-p", "tests.native", f"{TESTS}/ops", "--few-forms", "-k", "cpu and not ten_million")
     found = [
         tests(f"cpu library of {torch}", *arguments, FLOWSEG_TEST_LIBRARY=str(path), **CPU)
@@ -75,7 +75,7 @@ def foreign(environment: Environment, commit: str) -> list[Part]:
 
 
 def run(part: Part, environment: Environment) -> dict:
-    """passed, failed, skipped: numbers of tests, or of the one thing that was tried; seconds; last: lines, where it failed."""
+    """Numbers of tests passed, failed and skipped (or 1 for a single check), seconds, and the last lines of a failure."""
     log = environment.folder / "logs" / f"{part.name.replace(' ', '_')}.log"
     log.unlink(missing_ok=True)
     begin = time.monotonic()
@@ -90,7 +90,7 @@ def run(part: Part, environment: Environment) -> dict:
 
 
 def last_lines(output: str, environment: Environment) -> list[str]:
-    """Without the folders that this machine keeps things in, and without what pip says of its indexes."""
+    """The last lines of the output, without folders of this machine and without pip's notes on its indexes."""
     for folder in (environment.tree, environment.folder, ROOT, pathlib.Path.home()):
         output = output.replace(f"{folder}/", "")
     lines = [line for line in output.strip().splitlines() if not line.startswith("WARNING: Location")]
@@ -98,7 +98,7 @@ def last_lines(output: str, environment: Environment) -> list[str]:
 
 
 def counts(output: str) -> dict:
-    """Numbers of pytest's last line; an error of a fixture or while tests are collected is a failure."""
+    """Numbers in pytest's last line. Errors of fixtures and of collection count as failures."""
     last = (output.strip().splitlines() or [""])[-1]
     found = {word.rstrip("s"): int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
     return {

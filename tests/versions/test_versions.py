@@ -1,4 +1,4 @@
-"""The page of the record, how results are read, and what a run that was cut has left. The long run: python -m tests.versions."""
+"""The rendered page, reading of results, and resumption of a run. The long run: python -m tests.versions."""
 
 import json
 
@@ -9,11 +9,11 @@ from . import environments, parts
 from .environments import Environment
 
 
-def test_the_page_is_what_the_record_renders():
+def test_the_page_equals_the_rendered_record():
     assert command.RESULTS.read_text() == command.report(json.loads(command.RECORD.read_text()))
 
 
-def test_the_last_line_of_pytest_is_counted():
+def test_numbers_are_read_from_the_last_line_of_pytest():
     read = parts.counts
     assert read("x\n3 failed, 12 passed, 1 skipped, 2 deselected, 2 errors in 4.1s") == {
         "passed": 12,
@@ -23,7 +23,7 @@ def test_the_last_line_of_pytest_is_counted():
     assert read("1 error in 0.1s")["failed"] == 1 and read("") == {"passed": 0, "failed": 0, "skipped": 0}
 
 
-def test_a_part_that_died_without_a_count_failed(monkeypatch, tmp_path):
+def test_a_part_that_dies_without_a_summary_counts_as_failed(monkeypatch, tmp_path):
     environment = Environment("3.11", "2.10.0")
     monkeypatch.setattr(environments, "FOLDER", tmp_path)
 
@@ -40,7 +40,7 @@ def test_a_part_that_died_without_a_count_failed(monkeypatch, tmp_path):
     assert "| **1 failed** |" in page and "a.py died" in page and page.count("| not run |") >= 1
 
 
-def test_what_is_recorded_at_this_commit_is_not_run_again(monkeypatch, tmp_path):
+def test_parts_recorded_at_this_commit_are_not_run_again(monkeypatch, tmp_path):
     environment = Environment("3.11", "2.10.0")
     monkeypatch.setattr(command, "RECORD", tmp_path / "record.json")
     monkeypatch.setattr(command, "RESULTS", tmp_path / "page.md")
@@ -61,7 +61,7 @@ def test_what_is_recorded_at_this_commit_is_not_run_again(monkeypatch, tmp_path)
     assert left() == every - {"ops"} | {"cpu library of 2.11.0"}
 
 
-def test_only_versions_are_taken():
+def test_words_that_are_no_versions_are_refused():
     with pytest.raises(SystemExit, match=r"wanted such as 3\.11:2\.10\.0"):
         environments.wanted(["torch"])
     (found,) = environments.wanted([f"{environments.OWN}:2.10.0"])

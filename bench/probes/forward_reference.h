@@ -1,9 +1,8 @@
 // ---- host
 struct Host {
   int patches, depth, columns, per_image;
-  std::vector<float> x, weights, table, gains, out_gain, embed, out_weight, out_bias;   // bf16 values in x and weights
+  std::vector<float> x, weights, table, gains, out_gain, embed, out_weight, out_bias;   // x and weights hold bf16 values
 };
-static float rounded(float v) { return __bfloat162float(__float2bfloat16(v)); }
 static Host make(int patches, int depth, int columns, int per_image, bool big) {
   Host h{patches, depth, columns, per_image};
   auto fill = [](std::vector<float>& v, size_t n, uint32_t seed, float scale, float shift, bool bf) { v.resize(n); for (size_t i = 0; i < n; ++i) { v[i] = shift + scale * noise((uint32_t)i, seed); if (bf) v[i] = rounded(v[i]); } };
@@ -13,7 +12,7 @@ static Host make(int patches, int depth, int columns, int per_image, bool big) {
   fill(h.embed, 3 * H, 16, 0.5f, 0, false); fill(h.out_weight, 3 * H, 17, 0.2f, 0, false); fill(h.out_bias, 3, 18, 0.1f, 0, false);
   return h;
 }
-// One patch, in T; ROUND: the roundings of the kernel (weights scaled and rounded, A operands rounded).
+// One patch, computed in T. ROUND: with the roundings of the kernel (scaled weights and A operands in bf16).
 template <class T, bool ROUND> static void reference(const Host& a, int patch, float* out) {   // out (3, 256)
   auto R = [](T v) { return ROUND ? (T)rounded((float)v) : v; };
   std::vector<T> h(256 * H), u(WIDE), z(WIDE), q(H), w1(H * WIDE), w2(WIDE * H);
@@ -52,4 +51,3 @@ template <class T, bool ROUND> static std::vector<float> reference_all(const Hos
   for (auto& t : ts) t.join();
   return out;
 }
-static double relative(const std::vector<float>& a, const std::vector<float>& b) { double d = 0, s = 0; for (size_t i = 0; i < a.size(); ++i) { const double e = (double)a[i] - b[i]; d += e * e; s += (double)b[i] * b[i]; } return std::sqrt(d / s); }

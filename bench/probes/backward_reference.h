@@ -1,15 +1,13 @@
 // ---- host
-static float rounded(float v) { return __bfloat162float(__float2bfloat16(v)); }
-static double relative(const std::vector<float>& a, const std::vector<float>& b) { double d = 0, s = 0; for (size_t i = 0; i < a.size(); ++i) { const double e = (double)a[i] - b[i]; d += e * e; s += (double)b[i] * b[i]; } return std::sqrt(d / s); }
 struct Host { int items, grid; std::vector<float> w, n, g, r; };
 static Host make(int items, int grid) {
   Host h{items, grid}; h.w.resize((size_t)items * 16384); h.n.resize(256 * H); h.g.resize(256 * H); h.r.resize(256);
-  for (size_t i = 0; i < h.w.size(); ++i) h.w[i] = rounded((i % 16384 < 8192 ? 0.0625f : 0.088f) * noise((uint32_t)i, 21));   // W1 half / length, W2 1 / length
+  for (size_t i = 0; i < h.w.size(); ++i) h.w[i] = rounded((i % 16384 < 8192 ? 0.0625f : 0.088f) * noise((uint32_t)i, 21));   // W1 scaled by half the inverse length, W2 by the inverse length
   for (int i = 0; i < 256 * H; ++i) { h.n[i] = rounded(noise(i, 22)); h.g[i] = rounded(noise(i, 23)); }
   for (int i = 0; i < 256; ++i) h.r[i] = 0.3f + 0.001f * i;
   return h;
 }
-// Results of one block of the grid: dw (steps, [dW1 (hx, wide), dW2 (wide, hx)]) and the last g; ROUND: u, dz, g as bf16.
+// Results of one thread block: dw (steps, [dW1 (hx, inner), dW2 (inner, hx)]) and the last g. ROUND: u, dz and g are rounded to bf16.
 template <bool ROUND> static void reference(const Host& h, int block, std::vector<float>& dw, std::vector<float>& gl) {
   auto R = [](double v) { return ROUND ? (double)rounded((float)v) : v; };
   std::vector<double> g(h.g.begin(), h.g.end()), u(256 * 128), dz(256 * 128), next(256 * H);
@@ -35,5 +33,4 @@ template <bool ROUND> static void reference(const Host& h, int block, std::vecto
   }
   gl.assign(g.begin(), g.end());
 }
-template <class T> static T* up(const std::vector<T>& v) { T* d; CK(cudaMalloc(&d, v.size() * sizeof(T) + 16)); CK(cudaMemcpy(d, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice)); return d; }
 static __nv_bfloat16* up16(const std::vector<float>& v) { std::vector<__nv_bfloat16> b(v.size()); for (size_t i = 0; i < v.size(); ++i) b[i] = __float2bfloat16(v[i]); return up(b); }
