@@ -35,13 +35,13 @@ class ModelConfig(Section):
     condition_on_image: bool = True
     """Concatenate the image with ``x_t`` before the patch embedding."""
     pixnerd: Path | None = None
-    """PixNerd checkpoint whose weights training starts from (``flowseg/model/pixnerd.py``)."""
+    """PixNerd checkpoint to start training from (``flowseg/model/pixnerd.py``)."""
     compile: bool = False
     """Compile the network with ``torch.compile``, as one graph."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     field_chunk: Count | None = None
-    """Number of patches whose neural-field weights are generated at a time (fewer need less memory); ``None``: all."""
+    """Generate the neural-field weights of this many patches at a time (fewer need less memory); ``None``: of all."""
     patch_size: Count | None = None
     dim: Count | None = None
     heads: Count | None = None

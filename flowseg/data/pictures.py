@@ -87,8 +87,8 @@ def read_picture(path: Path, reading: Reading) -> tuple[Image.Image, Shape]:
             _check_upper_byte(path, image)
         elif deep_color and reading.white != 65535:
             raise UserError(
-                f"{path}: image has 16-bit colours, whose white is 65535, but data.white is {reading.white:g}, which only "
-                "grey images can have; save this image with 8 bits"
+                f"{path}: image has 16-bit colours with white at 65535, but data.white is {reading.white:g}; only grey images can "
+                "have another white; save this image with 8 bits"
             )
         # For an RGB image, convert() would make a copy.
         picture = picture if picture.mode == "RGB" else picture.convert("RGB")
@@ -178,7 +178,7 @@ def read_values(path: Path, reading: Reading) -> tuple[np.ndarray, Shape]:
         tile = str(image.tile)
         shape = _shape(image)
         if image.format in ("JPEG", "MPO"):
-            raise UserError(f"{path}: label map is a JPEG, whose compression changes the values; save it as PNG")
+            raise UserError(f"{path}: label map is a JPEG file, and JPEG changes label values; save it as PNG")
         image.load()
         values = np.asarray(image)
         if values.ndim != 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,7 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from flowseg.data.datasets import Pairs
-from flowseg.segment import Segmenter
+
+if TYPE_CHECKING:
+    # segment imports inference.views; a second import in the other direction would make the packages circular.
+    from flowseg.segment import Segmenter
 
 
 @dataclasses.dataclass

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -18,7 +19,10 @@ from flowseg.data.pictures import Reading, read_picture, turn_back
 from flowseg.errors import DataWarning, UserError
 from flowseg.runs.files import replacing
 from flowseg.runs.memory import is_out_of_memory
-from flowseg.segment import Segmenter
+
+if TYPE_CHECKING:
+    # segment imports inference.views; a second import in the other direction would make the packages circular.
+    from flowseg.segment import Segmenter
 
 # Number of rows to colour at a time: a whole photograph in floats would take many times its size.
 _ROWS = 256
@@ -152,14 +156,14 @@ def output_names(inputs: Sequence[Input]) -> list[Path]:
     groups: dict[str, list[int]] = {}
     for index, one in enumerate(inputs):
         groups.setdefault(_folded(one.place / one.path.stem), []).append(index)
-    alone = [same[0] for same in groups.values() if len(same) == 1]
-    names: dict[int, Path] = {index: inputs[index].place / inputs[index].path.stem for index in alone}
-    taken = set(map(_folded, names.values()))
+    unique = [same[0] for same in groups.values() if len(same) == 1]
+    names: dict[int, Path] = {index: inputs[index].place / inputs[index].path.stem for index in unique}
+    used = set(map(_folded, names.values()))
     for same in groups.values():
         if len(same) > 1:
-            chosen = _distinct([inputs[index] for index in same], taken)
+            chosen = _distinct([inputs[index] for index in same], used)
             names.update(zip(same, chosen))
-            taken.update(map(_folded, chosen))
+            used.update(map(_folded, chosen))
     return [names[index] for index in range(len(inputs))]
 
 
@@ -167,7 +171,7 @@ def _folded(name: Path) -> str:
     return str(name).casefold()
 
 
-def _distinct(inputs: Sequence[Input], taken: set[str]) -> list[Path]:
+def _distinct(inputs: Sequence[Input], used: set[str]) -> list[Path]:
     def named(one: Input, folders: int, suffix: bool) -> str:
         parents = one.path.absolute().parts[1:-1]
         return "_".join([*parents[len(parents) - folders :], one.path.name if suffix else one.path.stem])
@@ -175,11 +179,11 @@ def _distinct(inputs: Sequence[Input], taken: set[str]) -> list[Path]:
     for folders, suffix in ((1, False), (0, True), (1, True), (2, False), (2, True), (3, False), (3, True)):
         names = [one.place / named(one, folders, suffix) for one in inputs]
         folded = set(map(_folded, names))
-        if len(folded) == len(names) and not taken.intersection(folded):
+        if len(folded) == len(names) and not used.intersection(folded):
             return names
     names, number = [], 0
     for one in inputs:
-        while _folded(name := one.place / f"{one.path.name}-{number}") in taken:
+        while _folded(name := one.place / f"{one.path.name}-{number}") in used:
             number += 1
         names.append(name)
         number += 1

@@ -23,7 +23,7 @@ class FlowSegModel(nn.Module):
         channels: number of code channels C.
         condition_on_image: concatenate the image (3 channels) with ``x_t`` before the patch embedding.
         activation_checkpointing: store only the input of each block for the backward pass and recompute the rest.
-        field_chunk: number of patches whose neural-field weights are generated at a time; ``None``: all.
+        field_chunk: generate the neural-field weights of this many patches at a time; ``None``: of all.
         align_dim: width of the encoder features for REPA; adds the projector to that width.
     """
 

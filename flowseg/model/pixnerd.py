@@ -1,4 +1,4 @@
-"""Load the weights of a published PixNerd model (arXiv 2507.23268) into our network, whose tensors have other names."""
+"""Load the weights of a published PixNerd model (arXiv 2507.23268) into our network; its tensors have other names."""
 
 from __future__ import annotations
 
