@@ -264,7 +264,7 @@ def damage(pairs, index):
 @pytest.mark.parametrize(
     "workers, fault, words",
     [
-        (1, kill, "data.workers: a worker process died .*use fewer than 1 workers"),
+        (1, kill, "data.workers: a worker process died .*fewer than 1 workers"),
         (1, damage, r"\.jpg: cannot be read as an image"),
         (0, damage, r"\.jpg: cannot be read as an image"),
     ],

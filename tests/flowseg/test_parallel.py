@@ -47,43 +47,43 @@ def config(batch, **shape):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    run = tmp_path_factory.mktemp("alone") / "run"
+def one_process(tmp_path_factory):
+    run = tmp_path_factory.mktemp("one_process") / "run"
     train(config(8), run)
     return run
 
 
-def assert_same_run(run, alone, steps=5):
+def assert_same_run(run, one_process, steps=5):
     """Both runs logged the same losses, gradients and scores, and have the same weights, up to the order of sums."""
 
     def close(event, names, **tolerance):
-        ours, theirs = (torch.tensor(logged(r, event, *names)) for r in (run, alone))
+        ours, theirs = (torch.tensor(logged(r, event, *names)) for r in (run, one_process))
         torch.testing.assert_close(ours, theirs, **tolerance)
         return len(ours)
 
     assert close("train", ("loss", "grad_norm"), rtol=1e-4, atol=0) == steps
     close("validation", ("miou", "pixel_accuracy"), rtol=0.02, atol=0.5)
-    for name, value in weights(alone).items():
+    for name, value in weights(one_process).items():
         torch.testing.assert_close(weights(run)[name], value, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_accumulated_batches_train_as_one(alone, tmp_path):
+def test_accumulated_batches_train_as_one(one_process, tmp_path):
     train(config(2, accumulation=4), tmp_path / "run")
-    assert_same_run(tmp_path / "run", alone)
+    assert_same_run(tmp_path / "run", one_process)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_as_one(alone, tmp_path, strategy):
+def test_two_processes_train_as_one(one_process, tmp_path, strategy):
     shape = {"strategy": strategy, "accumulation": 2}
     assert forked(lambda rank: train(config(2, **shape), tmp_path / "run"), world=2) == [0, 0]
-    assert_same_run(tmp_path / "run", alone)
+    assert_same_run(tmp_path / "run", one_process)
     # The result is an ordinary run, which one process can evaluate and resume.
     whole = Segmenter.from_run(tmp_path / "run", config(8))
     assert all(type(p) is torch.nn.Parameter for p in whole.model.parameters())
-    shutil.copytree(alone, tmp_path / "alone")
-    for run in ("run", "alone"):
+    shutil.copytree(one_process, tmp_path / "one_process")
+    for run in ("run", "one_process"):
         train(config(8, steps=6), tmp_path / run, resume=True)
-    assert_same_run(tmp_path / "run", tmp_path / "alone", steps=6)
+    assert_same_run(tmp_path / "run", tmp_path / "one_process", steps=6)
 
 
 def test_two_sharded_processes_resume_their_run_exactly(tmp_path):
@@ -102,9 +102,11 @@ def test_two_sharded_processes_resume_their_run_exactly(tmp_path):
         assert torch.equal(weights(tmp_path / "part")[name], value), name
 
 
-def test_two_processes_evaluate_as_one(alone, tmp_path, monkeypatch):
+def test_two_processes_evaluate_as_one(one_process, tmp_path, monkeypatch):
     def scores(name):
-        monkeypatch.setattr(sys, "argv", ["flowseg", "evaluate", "--run", str(alone), "--json", str(tmp_path / name)])
+        monkeypatch.setattr(
+            sys, "argv", ["flowseg", "evaluate", "--run", str(one_process), "--json", str(tmp_path / name)]
+        )
         cli.main()
 
     def quietly(rank):
@@ -179,10 +181,10 @@ def test_a_bad_file_in_one_of_two_processes_loses_no_step_and_is_reported_once(
     assert "error:" not in output[0] and output[1].count("error:") == 1 and "Traceback" not in "".join(output)
     assert f"a file of the {split} split; step {saved} is saved; continue with: flowseg train" in output[1]
     # A single process continues with the next example, whatever its batch size.
-    alone, seen, original = settings.model_copy(deep=True), [], training.flow_step
-    alone.train.batch_size = 3
+    larger, seen, original = settings.model_copy(deep=True), [], training.flow_step
+    larger.train.batch_size = 3
     monkeypatch.setattr(training, "flow_step", lambda *given: (seen.extend(given[5].tolist()), original(*given))[1])
-    train(alone, tmp_path / "run", resume=True)
+    train(larger, tmp_path / "run", resume=True)
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
     assert seen == list(range(2 * saved, 2 * saved + 3 * (6 - saved)))
 
