@@ -11,6 +11,8 @@ import os
 
 # Do not read compiled graphs from a cache on disk: an earlier version of an op may have written them.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+# Start no pool of compile workers: Inductor uses them only for Triton code on GPUs, and each one imports torch.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch

@@ -121,6 +121,13 @@ def test_codebook_survives_casts_moves_copies_and_saving(codes150):
     assert not hasattr(book.to("meta").centroids, "nothing") and book.centroids.device.type == "meta"
 
 
+def test_pickles_with_the_former_module_of_codebook_load(codes19):
+    former = pickle.dumps(codes19, protocol=2).replace(b"flowseg_kernels.codebook\n", b"flowseg_kernels.codes\n")
+    assert b"flowseg_kernels.codes\nCodebook" in former
+    book = pickle.loads(former)
+    assert type(book) is fk.Codebook and torch.equal(book.centroids, codes19.centroids)
+
+
 def test_state_dict_holds_tensors_only_and_loads_into_meta(codes150):
     from safetensors.torch import load, save
 

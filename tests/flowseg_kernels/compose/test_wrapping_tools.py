@@ -97,7 +97,7 @@ def test_a_checkpointed_block_generates_its_weights_again(patch_chunk, monkeypat
     decoder.blocks[0].param_generator1.register_forward_pre_hook(lambda m, args: ran.append(1))
     calls = called(monkeypatch, ["neural_field"])
     decoder(x, s).square().mean().backward()
-    # With chunks, a checkpoint is nested in a checkpoint, and the generator may run more often.
+    # Chunks nest a checkpoint in a checkpoint, and the generator may run more often.
     assert len(ran) >= (2 if patch_chunk is None else 8) and calls
     decoder.zero_grad()
     got = two_steps(decoder, decoder, x, s)
