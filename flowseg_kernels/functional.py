@@ -18,8 +18,6 @@ from .ops.distance_correction.reference import TRANSFORMS
 from .ops.flow_loss.reference import REDUCTIONS, SCHEDULES, SPACES
 from .ops.neural_field.checks import checked_arguments
 from .ops.neural_field.reference import neural_field as _plain_neural_field
-from .ops.shared.formulas import compute_dtype, valid_mask
-from .ops.shared.formulas import encode_labels as _encode_valid
 from .runtime.checks import (
     FLOAT_DTYPES,
     LABEL_DTYPES,
@@ -32,7 +30,9 @@ from .runtime.checks import (
     check_labels,
     check_tensor,
     check_time,
+    compute_dtype,
     pack,
+    valid_mask,
 )
 from .runtime.transforms import call, check_no_forward_mode, under_transform
 
@@ -145,7 +145,7 @@ def encode_labels(labels: Tensor, codebook: Tensor | Codebook, *, ignore_index: 
     # A compiled graph keeps the tensor, as its value may change between calls.
     number = ignored if ignored is not None and torch.compiler.is_compiling() else label_of(ignored, number)
     valid, classes = valid_mask(labels, mu.shape[0], number)
-    return torch.where(valid[:, None], _encode_valid(classes, mu), 0).contiguous()
+    return torch.where(valid[:, None], mu[classes].movedim(-1, 1), 0).contiguous()
 
 
 def flow_interpolate(

@@ -21,7 +21,6 @@ from .ops.neural_field.reference import (
     split_generated,
     to_patches,
 )
-from .ops.shared.formulas import compute_dtype
 from .runtime.checks import (
     FLOAT_DTYPES,
     check_choice,
@@ -31,6 +30,7 @@ from .runtime.checks import (
     check_numbers,
     check_positive,
     check_tensor,
+    compute_dtype,
 )
 from .runtime.transforms import in_transform
 

@@ -13,7 +13,7 @@
 #endif
 
 #include "cuda/params.h"
-#include "shared/half.h"
+#include "shared/types.h"
 
 #ifndef FLOWSEG_THREADS
 #define FLOWSEG_THREADS 128  // the host build uses fewer

@@ -7,7 +7,7 @@
 
 #include "cuda/block.cuh"
 #include "cuda/params.h"
-#include "shared/half.h"
+#include "shared/types.h"
 
 namespace flowseg::cuda {
 

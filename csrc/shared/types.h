@@ -1,7 +1,9 @@
-// Macros and plain types that the kernels of every compiled backend share: inputs, options and results of an op, without torch.
+// Macros and types that the kernels of every compiled backend share, without torch: numbers of 16 bits, and inputs, options and
+// results of an op.
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define FLOWSEG_INLINE __host__ __device__ __forceinline__
@@ -17,6 +19,15 @@
 #define FLOWSEG_ONE_CLASS_AT_A_TIME
 #endif
 #define FLOWSEG_RESTRICT __restrict__
+
+#if !defined(FLOWSEG_HALF_BITS) && !defined(__CUDACC__)
+#if defined(__aarch64__)
+#define FLOWSEG_FLOAT16 __fp16  // GCC has _Float16 in C++ on ARM only from version 13 on
+#elif defined(__FLT16_MANT_DIG__) && !defined(__clang__)
+// clang has _Float16 from version 15 on, but converts it with library functions that older systems lack.
+#define FLOWSEG_FLOAT16 _Float16
+#endif
+#endif
 
 namespace flowseg {
 
@@ -69,5 +80,113 @@ struct Grid {
   int size;              // G
   const int32_t* words;  // (G, G, G), the second table of cells
 };
+
+// fp16 and bf16 as the kernels of every backend store them, and their conversions from and to float and double. All conversions
+// round to the nearest value, ties to even.
+//
+// fp16 has three implementations:
+//   - on a GPU, PTX instructions;
+//   - on a CPU, the compiler's own type where it has one (FLOWSEG_FLOAT16);
+//   - else integer arithmetic on its bits, for compilers such as GCC 11 and clang 14. FLOWSEG_HALF_BITS forces this one.
+template <class To, class From>
+FLOWSEG_INLINE To same_bits(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &v, sizeof to);
+  return to;
+}
+
+// The three functions below have no branches, no tables and no instructions that only some CPUs have: loops over them vectorise.
+// A NaN keeps the upper bits of its payload, as in the hardware's conversions.
+FLOWSEG_INLINE float float_of_half(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16, magnitude = bits + bits;
+  // A normal number: the exponent moves by 224 - 112. Infinity and NaN overflow to themselves.
+  const float normal = same_bits<float>((magnitude >> 4) + (0xe0u << 23)) * 0x1p-112f;
+  // A subnormal number is a multiple of 2^-24: it goes into the last bits of 0.5, which is then subtracted.
+  const float subnormal = same_bits<float>((magnitude >> 17) | (126u << 23)) - 0.5f;
+  const uint32_t chosen = magnitude < (1u << 27) ? same_bits<uint32_t>(subnormal) : same_bits<uint32_t>(normal);
+  return same_bits<float>(chosen | (bits & 0x80000000u));
+}
+
+FLOWSEG_INLINE uint16_t half_of_float(float f) {
+  const uint32_t bits = same_bits<uint32_t>(f), magnitude = bits & 0x7fffffffu;
+  // A normal result: drop 13 bits; a tie rounds to the even result.
+  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  // A subnormal result: adding 0.5 rounds to a multiple of 2^-24 and leaves it in the last bits.
+  const uint32_t subnormal = same_bits<uint32_t>(same_bits<float>(magnitude) + 0.5f) - (126u << 23);
+  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= (143u << 23) ? 0x7c00u : half;
+  half = magnitude > (255u << 23) ? 0x7e00u | ((magnitude >> 13) & 0x3ffu) : half;
+  return static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
+}
+
+// Rounds to odd on the way through float: an inexact float gets an odd last bit, so rounding it again gives the correct result.
+FLOWSEG_INLINE uint16_t half_of_double(double v) {
+  const float near = static_cast<float>(v);
+  const double back = static_cast<double>(near);
+  const bool inexact = back != v && v == v, away = inexact && (back > v) == (v > 0);
+  return half_of_float(same_bits<float>((same_bits<uint32_t>(near) - (away ? 1u : 0u)) | (inexact ? 1u : 0u)));
+}
+
+struct Half {
+#ifdef FLOWSEG_FLOAT16
+  FLOWSEG_FLOAT16 value;
+#else
+  uint16_t bits;
+#endif
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+FLOWSEG_INLINE float widen(float v) { return v; }
+FLOWSEG_INLINE double widen(double v) { return v; }
+FLOWSEG_INLINE float widen(BFloat v) { return same_bits<float>(static_cast<uint32_t>(v.bits) << 16); }
+FLOWSEG_INLINE float widen(Half v) {
+#if defined(__CUDA_ARCH__)
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+  return f;
+#elif defined(FLOWSEG_FLOAT16)
+  return static_cast<float>(v.value);
+#else
+  return float_of_half(v.bits);
+#endif
+}
+
+FLOWSEG_INLINE void narrow(float v, float& out) { out = v; }
+FLOWSEG_INLINE void narrow(double v, double& out) { out = v; }
+FLOWSEG_INLINE void narrow(double v, float& out) { out = static_cast<float>(v); }
+FLOWSEG_INLINE void narrow(float v, double& out) { out = v; }
+
+FLOWSEG_INLINE void narrow(float v, Half& out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
+#elif defined(FLOWSEG_FLOAT16)
+  out.value = static_cast<FLOWSEG_FLOAT16>(v);
+#else
+  out.bits = half_of_float(v);
+#endif
+}
+// A GPU rounds a double twice, through float.
+FLOWSEG_INLINE void narrow(double v, Half& out) {
+#if defined(__CUDACC__)
+  narrow(static_cast<float>(v), out);
+#elif defined(FLOWSEG_FLOAT16)
+  out.value = static_cast<FLOWSEG_FLOAT16>(v);
+#else
+  out.bits = half_of_double(v);
+#endif
+}
+
+FLOWSEG_INLINE void narrow(float v, BFloat& out) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
+#else
+  const uint32_t bits = same_bits<uint32_t>(v), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  out.bits = static_cast<uint16_t>(v != v ? 0x7fc0 : rounded);
+#endif
+}
+FLOWSEG_INLINE void narrow(double v, BFloat& out) { narrow(static_cast<float>(v), out); }
 
 }  // namespace flowseg

@@ -29,8 +29,10 @@ __all__ = [
     "check_tensor",
     "check_time",
     "check_time_values",
+    "compute_dtype",
     "pack",
     "unpack",
+    "valid_mask",
 ]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -265,3 +267,19 @@ def _is_abstract(value: object) -> bool:
     if isinstance(value, Tensor):
         return type(value) not in (Tensor, torch.nn.Parameter) or under_transform(value)
     return isinstance(value, (torch.SymFloat, torch.SymInt))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of distances and sums: fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def valid_mask(labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Split labels (B, H, W) into (valid (B, H, W) bool, class (B, H, W) int64). The class of an invalid pixel is 0.
+
+    Raises ValueError for CPU labels outside [0, K) that are not ignore_index; on other devices such pixels count as ignored.
+    """
+    labels = labels.long()
+    check_label_values("labels", labels, num_classes, ignore_index)
+    valid = (labels != ignore_index) & (labels >= 0) & (labels < num_classes)
+    return valid, torch.where(valid, labels, 0)

@@ -188,7 +188,7 @@ assert not {"torch._dynamo", "triton"} & (set(sys.modules) - before)
 
 
 def test_triton_kernels_get_codes_on_wide_boundaries():
-    from flowseg_kernels.ops.shared.triton_launch import aligned
+    from flowseg_kernels.runtime.triton import aligned
 
     store = torch.arange(41.0)
     for codes in (store[1:].view(10, 4), store[:40].view(10, 4), store[:40].view(4, 10).T):

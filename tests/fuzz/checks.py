@@ -8,7 +8,7 @@ import contextlib
 import torch
 
 import flowseg_kernels as fk
-from flowseg_kernels.ops.shared.formulas import compute_dtype
+from flowseg_kernels.runtime.checks import compute_dtype
 
 from ..support.neural_field import pixnerd_field
 from . import exact

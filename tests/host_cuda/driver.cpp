@@ -14,7 +14,7 @@
 
 #include "ops.h"
 #include "shared/decode_grid.h"
-#include "shared/half.h"
+#include "shared/types.h"
 
 namespace {
 

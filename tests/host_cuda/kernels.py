@@ -15,8 +15,8 @@ import subprocess
 
 import torch
 
-from flowseg_kernels.ops.shared.formulas import compute_dtype
 from flowseg_kernels.runtime import backend
+from flowseg_kernels.runtime.checks import compute_dtype
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]

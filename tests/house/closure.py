@@ -70,14 +70,13 @@ def include_closure(starts: list[pathlib.Path]) -> set[pathlib.Path]:
 
 
 def files_of(op: str) -> list[pathlib.Path]:
-    """All files of the repository that an op's registration, its Triton, C++ and CUDA kernels take."""
+    """The files behind an op: its registration, and its Triton, C++ and CUDA kernels."""
     folder = ROOT / "flowseg_kernels" / "ops" / op
     python = python_closure([folder / "op.py", *folder.glob("triton_*.py")])
     compiled = [CSRC / "cpu" / f"{op}.cpp", CSRC / "cuda" / f"{op}.cu"]
-    # What the C++ entry calls through a table of functions stands in files that no include names.
-    inner = [file for folder in ("chunk", "pixel") for file in (CSRC / "cpu" / folder).glob("*.cpp")]
-    inner = [file for file in inner if file.name in ("kernels.cpp", f"{op}.cpp")]
-    return sorted(python | include_closure([f for f in compiled + inner if f.exists()]))
+    # No include leads from the launcher to the kernel, which is compiled once per instruction set.
+    compiled.append(CSRC / "cpu" / "pixel" / f"{op}.cpp")
+    return sorted(python | include_closure([file for file in compiled if file.exists()]))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ LAYERS: dict[str, list[set[str]]] = {
     "flowseg_kernels": [
         {"runtime", "bare_layers"},
         {"derived"},
-        {"codes", "decode_grid", "ops.shared"},
-        {"ops.distance_correction", "ops.flow_interpolate", "ops.nearest_centroid", "ops.neural_field"},
-        {"ops.decode_confusion", "ops.flow_loss"},
+        {"codes", "decode_grid", "ops.triton_pixels"},
+        {"ops.distance_correction", "ops.flow_interpolate", "ops.neural_field"},
+        {"ops.flow_loss", "ops.nearest_centroid"},
+        {"ops.decode_confusion"},
         {"ops"},
         {"functional"},
         {"codebook"},

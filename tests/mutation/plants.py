@@ -53,7 +53,7 @@ PLANTS = (
     ),
     Plant(
         "swapped stride",
-        "flowseg_kernels/ops/shared/triton_pixels.py",
+        "flowseg_kernels/ops/triton_pixels.py",
         (
             (
                 "return (p // width) * stride_h + (p % width) * stride_w",
@@ -65,7 +65,7 @@ PLANTS = (
     ),
     Plant(
         "missing mask",
-        "flowseg_kernels/ops/shared/triton_pixels.py",
+        "flowseg_kernels/ops/triton_pixels.py",
         (("valid = inside & (label >= 0)", "valid = (label >= 0)"),),
         "Triton",
         (f"{OPS}/test_flow_loss.py", "-k", "reductions_agree or all_ignored"),

@@ -50,7 +50,7 @@ def test_the_kernels_compile_without_a_warning(name, source, isa):
 
 
 CONVERSIONS = """
-#include "shared/half.h"
+#include "shared/types.h"
 #ifdef FLOWSEG_FLOAT16
 #error this tests the conversions for compilers without the type
 #endif

@@ -24,7 +24,7 @@ from flowseg_kernels.ops.flow_loss import triton_kernels as flow_loss
 from flowseg_kernels.ops.nearest_centroid import triton_kernels as nearest_centroid
 from flowseg_kernels.ops.neural_field import triton_launch as field
 from flowseg_kernels.ops.neural_field import triton_settings as field_settings
-from flowseg_kernels.ops.shared.triton_launch import VECTOR, compile_options, elementwise_block
+from flowseg_kernels.runtime.triton import VECTOR, compile_options, elementwise_block
 
 __all__ = [
     "PIXEL_OPS",

@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "cpu/pixel/simd.h"
-#include "shared/half.h"
+#include "shared/types.h"
 
 namespace flowseg::cpu {
 namespace {

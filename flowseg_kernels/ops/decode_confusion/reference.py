@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...runtime.checks import valid_mask
 from ..nearest_centroid.reference import nearest_centroid
-from ..shared.formulas import valid_mask
 
 __all__ = ["decode_confusion"]
 

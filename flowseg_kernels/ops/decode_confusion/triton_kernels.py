@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ...runtime.triton import aligned, assembly_for, on_device_of, over_blocks
 from ..nearest_centroid.triton_kernels import block_of, decode, grid_arguments, options_of
-from ..shared.triton_launch import aligned, assembly_for, on_device_of, over_blocks
-from ..shared.triton_pixels import block_of_program, load_classes, load_pixels
+from ..triton_pixels import block_of_program, load_classes, load_pixels
 
 __all__ = ["decode_confusion"]
 

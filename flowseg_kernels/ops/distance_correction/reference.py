@@ -5,13 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...runtime.checks import check_code_values
-from ..shared.formulas import compute_dtype, squared_distances, valid_mask
+from ...runtime.checks import check_code_values, compute_dtype, valid_mask
 
 __all__ = ["TRANSFORMS", "distance_correction", "potential"]
 
 #: Names of the decreasing functions T from squared distance to logit. Compiled kernels use the position as the transform's number.
 TRANSFORMS = ("neg_log", "neg_sq", "neg_dist", "inverse")
+
+
+def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
+    """d[b, k, h, w] = sum_c (x[b, c, h, w] - mu[k, c])^2. The expanded square would cancel near centroids."""
+    total = None
+    for c in range(centroids.shape[1]):
+        square = (x[:, c, None] - centroids[None, :, c, None, None]).square()
+        total = square if total is None else total + square
+    return total
 
 
 def transform_distances(d: Tensor, eps: float, transform: str) -> tuple[Tensor, Tensor]:

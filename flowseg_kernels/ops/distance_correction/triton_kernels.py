@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...runtime.triton import INTERPRETED
-from ..shared.triton_launch import (
+from ...runtime.triton import (
+    INTERPRETED,
     aligned,
     assembly_for,
     compile_options,
@@ -24,7 +24,7 @@ from ..shared.triton_launch import (
     pixel_strides,
     two_floats,
 )
-from ..shared.triton_pixels import (
+from ..triton_pixels import (
     add,
     block_of_program,
     combined,

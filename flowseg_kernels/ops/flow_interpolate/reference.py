@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...runtime.checks import check_code_values, check_time_values
-from ..shared.formulas import compute_dtype, encode_labels, valid_mask
+from ...runtime.checks import check_code_values, check_time_values, compute_dtype, valid_mask
 
 __all__ = ["flow_interpolate", "flow_interpolate_bwd"]
 
@@ -19,7 +18,7 @@ def flow_interpolate(source: Tensor, labels: Tensor, t: Tensor, centroids: Tenso
     check_time_values(t)
     time = t.to(dtype)[:, None, None, None]
     x0 = source.to(dtype)
-    moved = (1 - time) * x0 + time * encode_labels(classes, centroids.to(dtype))
+    moved = (1 - time) * x0 + time * centroids.to(dtype)[classes].movedim(-1, 1)
     return torch.where(valid[:, None], moved, x0).to(source.dtype).contiguous()
 
 
@@ -38,5 +37,5 @@ def flow_interpolate_bwd(
     grad_source = torch.where(valid[:, None], (1 - time) * g, g).to(source.dtype).contiguous()
     if not need_t:
         return grad_source, t.new_empty(0)
-    slope = torch.where(valid[:, None], encode_labels(classes, centroids.to(dtype)) - source.to(dtype), 0)
+    slope = torch.where(valid[:, None], centroids.to(dtype)[classes].movedim(-1, 1) - source.to(dtype), 0)
     return grad_source, (g * slope).sum(dim=(1, 2, 3), dtype=torch.float64).to(t.dtype)

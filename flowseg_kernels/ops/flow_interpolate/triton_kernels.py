@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..shared.triton_launch import (
+from ...runtime.triton import (
     aligned,
     compile_options,
     elementwise_block,
@@ -14,7 +14,7 @@ from ..shared.triton_launch import (
     over_blocks,
     pixel_strides,
 )
-from ..shared.triton_pixels import block_of_program, gather_codes, load_classes, load_pixels, store_pixels
+from ..triton_pixels import block_of_program, gather_codes, load_classes, load_pixels, store_pixels
 
 __all__ = ["flow_interpolate", "flow_interpolate_bwd"]
 

@@ -7,11 +7,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ...derived import eps_of, label_of
 from ...runtime import backend
-from ...runtime.checks import unpack
+from ...runtime.checks import compute_dtype, unpack
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from ...runtime.transforms import call, under_transform
 from ..distance_correction.reference import TRANSFORMS
-from ..shared.formulas import compute_dtype
 from . import reference
 
 _FORWARD = (

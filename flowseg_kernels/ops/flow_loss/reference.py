@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...runtime.checks import check_code_values, check_time_values
+from ...runtime.checks import check_code_values, check_time_values, compute_dtype, valid_mask
 from ..distance_correction.reference import distance_correction
-from ..shared.formulas import compute_dtype, encode_labels, valid_mask
 
 __all__ = ["REDUCTIONS", "SCHEDULES", "SPACES", "flow_loss", "flow_loss_bwd"]
 
@@ -53,7 +52,7 @@ def flow_loss(
     out, x0, time = prediction.to(dtype), source.to(dtype), t.to(dtype)[:, None, None, None]
     valid, classes = valid_mask(labels, mu.shape[0], ignore_index)
     check_time_values(t)
-    x1 = encode_labels(classes, mu)
+    x1 = mu[classes].movedim(-1, 1)
     xhat = (1 - time) * (x0 + out) + time * x1 if predicts == "velocity" else out
     scale = error_scale(time, predicts, loss_space, t_min)
     error = scale * (out - (x1 - x0 if predicts == "velocity" else x1))

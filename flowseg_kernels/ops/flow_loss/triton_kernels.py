@@ -10,10 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...runtime.triton import INTERPRETED
-from ..distance_correction.triton_kernels import correct, correction_arguments, launch_settings
-from ..shared.formulas import compute_dtype
-from ..shared.triton_launch import (
+from ...runtime.checks import compute_dtype
+from ...runtime.triton import (
+    INTERPRETED,
     aligned,
     assembly_for,
     compile_options,
@@ -23,7 +22,8 @@ from ..shared.triton_launch import (
     pixel_strides,
     two_floats,
 )
-from ..shared.triton_pixels import (
+from ..distance_correction.triton_kernels import correct, correction_arguments, launch_settings
+from ..triton_pixels import (
     block_of_program,
     combined,
     gather_codes,

@@ -6,8 +6,8 @@ import torch
 
 from ...decode_grid import grid_of
 from ...derived import label_of
+from ...runtime.checks import compute_dtype
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
-from ..shared.formulas import compute_dtype
 from . import reference
 
 _KERNEL = (

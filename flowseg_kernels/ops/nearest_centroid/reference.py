@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...runtime.checks import check_code_values
-from ..shared.formulas import compute_dtype, squared_distances
+from ...runtime.checks import check_code_values, compute_dtype
+from ..distance_correction.reference import squared_distances
 
 __all__ = ["nearest_centroid"]
 

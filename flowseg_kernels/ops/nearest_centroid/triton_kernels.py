@@ -10,10 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...runtime.triton import INTERPRETED
-from ..shared.formulas import compute_dtype
-from ..shared.triton_launch import aligned, assembly_for, compile_options, on_device_of, over_blocks
-from ..shared.triton_pixels import any_nan, block_of_program, load_code, load_pixels, load_row, squared_norm, subtract
+from ...runtime.checks import compute_dtype
+from ...runtime.triton import INTERPRETED, aligned, assembly_for, compile_options, on_device_of, over_blocks
+from ..triton_pixels import any_nan, block_of_program, load_code, load_pixels, load_row, squared_norm, subtract
 
 __all__ = ["block_of", "decode", "grid_arguments", "nearest_centroid", "options_of"]
 

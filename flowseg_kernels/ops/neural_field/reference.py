@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..shared.formulas import compute_dtype
+from ...runtime.checks import compute_dtype
 
 __all__ = [
     "FORMS",

@@ -14,7 +14,7 @@ dg = rowsum(N W1n). triton_forward.py explains the names.
 import triton
 import triton.language as tl
 
-from ..shared.triton_pixels import rounded
+from ..triton_pixels import rounded
 from .triton_forward import (
     dense_places,
     image_places,

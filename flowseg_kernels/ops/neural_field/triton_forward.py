@@ -12,7 +12,7 @@ L = blocks. *_PADDED is the next power of two. A "row" is a pixel, a "column" a 
 import triton
 import triton.language as tl
 
-from ..shared.triton_pixels import INTERPRETED, rounded
+from ..triton_pixels import INTERPRETED, rounded
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..shared.triton_launch import on_device_of
+from ...runtime.triton import on_device_of
 from . import reference
 from .triton_backward import backward_kernel, enter_kernel, finish_kernel
 from .triton_forward import forward_kernel, table_kernel

@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 
 from ...runtime.registry import COMPILED_CHANNELS
-from ...runtime.triton import INTERPRETED
-from ..shared.triton_launch import compile_options
+from ...runtime.triton import INTERPRETED, compile_options
 
 __all__ = [
     "TABLE_BLOCK",

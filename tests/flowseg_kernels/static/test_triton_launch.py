@@ -16,8 +16,7 @@ import pytest
 import torch
 
 import flowseg_kernels as fk
-from flowseg_kernels.ops.shared.triton_launch import compile_options, over_blocks
-from flowseg_kernels.runtime.triton import INTERPRETED
+from flowseg_kernels.runtime.triton import INTERPRETED, compile_options, over_blocks
 
 from ...support.samples import image_batch, layouts
 from . import sass

@@ -1,14 +1,14 @@
 """Device functions over a block of pixels, shared by the Triton kernels of the per-pixel ops.
 
 A block is BLOCK consecutive pixels of one image. A value with C channels is a tuple of C blocks, so every channel has its own
-registers for any C. Strides are in elements. `layout` is STRIDED, PLANE or VECTOR (0, 1, 2) of triton_launch.py; ASSEMBLY is the
+registers for any C. Strides are in elements. `layout` is STRIDED, PLANE or VECTOR (0, 1, 2) of runtime/triton.py; ASSEMBLY is the
 inline assembly that may be used, as its `assembly_for` returns it.
 """
 
 import triton
 import triton.language as tl
 
-from ...runtime import triton as availability
+from ..runtime import triton as availability
 
 # Kernels can only read a module-level value that is a constexpr.
 INTERPRETED: tl.constexpr = tl.constexpr(availability.INTERPRETED)
@@ -199,5 +199,5 @@ def any_nan(x, C: tl.constexpr):
 
 @triton.jit
 def combined(high, low, ACC: tl.constexpr):
-    """Return the number that `two_floats` of triton_launch.py split."""
+    """Return the number that `two_floats` of runtime/triton.py split."""
     return tl.cast(high, ACC) + tl.cast(low, ACC)
