@@ -12,7 +12,7 @@ import re
 
 from ...support import aot
 from . import sass
-from .cuda_budget import MOST_THREADS, NOTES, REGISTERS
+from .cuda_budget import MAX_THREADS, NOTES, REGISTERS
 
 __all__ = ["COUNTED", "NOTES", "PATH", "VARIANTS", "compiled", "counted", "table"]
 
@@ -77,7 +77,7 @@ def table(budget: dict) -> str:
     for name, costs in budget["counted"].items():
         threads = costs["threads"]
         programs = REGISTERS // (-(-costs["registers"] // 8) * 8 * threads)
-        share = f"{programs} programs of {threads}: {100 * programs * threads / MOST_THREADS:.0f} %"
+        share = f"{programs} programs of {threads}: {100 * programs * threads / MAX_THREADS:.0f} %"
         for i, (way, cost) in enumerate(costs["instructions"].items()):
             first = (name, costs["registers"], share) if i == 0 else ("", "", "")
             lines.append(f"| {first[0]} | {way} | {cost:g} | {first[1]} | {first[2]} |")
