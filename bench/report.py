@@ -152,7 +152,8 @@ _WORKLOADS = (
 _COLUMNS = (
     "All times are medians. Every result, gradients included, was checked before it was timed. Peers: time relative to ours. "
     "Share of peak: the machine's bound for this op (memory or arithmetic, measured in the same run) divided by our time. On a "
-    "GPU, ours is the faster of two backends at the commit measured last; CUDA C++ is the default if both are within 10 %."
+    "GPU, ours is the faster of the two backends that were measured at the last commit; CUDA C++ is the default if both are "
+    "within 10 %."
 )
 
 

@@ -1,4 +1,4 @@
-"""Compiles the libraries libflowseg_cpu.so and libflowseg_cuda.so, and writes a record of how next to each."""
+"""Compiles the libraries libflowseg_cpu.so and libflowseg_cuda.so, and writes how each was built to a .json file next to it."""
 
 import contextlib
 import json
@@ -127,7 +127,7 @@ def compile_library(path: Path, work: Path, ninja_file: str, at_once: int, show:
         log = work / "build.log"
         log.write_text("".join(lines))
         errors = [line.strip() for line in lines if "error" in line.lower()] or ["no message"]
-        raise Unbuildable(f"they did not compile: {errors[0]} (all of it: {log})")
+        raise Unbuildable(f"the sources did not compile: {errors[0]} (all of it: {log})")
 
 
 def write_record(library: Path, facts: dict) -> None:

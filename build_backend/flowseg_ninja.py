@@ -24,7 +24,7 @@ CPU_KERNELS = {
     "pixel/all": ISA_FLAGS,
     "field/kernels": {**ISA_FLAGS, "avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"},
 }
-#: csrc/cuda/NAME.cu. Those that take longest to compile come first: no core then waits for one of them at the end.
+#: csrc/cuda/NAME.cu. The slowest to compile come first, so that no core waits for one at the end.
 CUDA_OPS = ("flow_loss", "distance_correction", "decode_confusion", "nearest_centroid", "flow_interpolate")
 
 

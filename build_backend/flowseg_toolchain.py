@@ -29,7 +29,7 @@ def find_compiler() -> str:
 
 
 def find_ninja() -> str:
-    """The ninja of this environment, of PATH, or of the installed package `ninja`."""
+    """The ninja of PATH, of this environment, or of the installed package `ninja`."""
     local = Path(sys.executable).parent / "ninja"
     found = shutil.which("ninja") or (str(local) if local.exists() else None)
     if not found and importlib.util.find_spec("ninja"):

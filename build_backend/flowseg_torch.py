@@ -18,7 +18,8 @@ from pathlib import Path
 
 from flowseg_toolchain import Unbuildable
 
-#: The libraries use the stable ABI of this torch, and run on it and on every later one. No other file repeats this number.
+#: The libraries use the stable ABI of this torch, and run on it and on every later one.
+#: flowseg_kernels reads it from the library's JSON file.
 TORCH_TARGET = "2.10"
 
 #: Prints facts about torch as JSON, or the reason why torch does not import; prints nothing if there is no torch.

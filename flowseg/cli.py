@@ -89,7 +89,10 @@ def main() -> None:
         if error.errno not in _NOT_WRITABLE:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        _leave(f"{place}cannot be written ({error.strerror}); free disk space or give another folder, then --resume")
+        _leave(
+            f"{place}cannot be written ({error.strerror}); free disk space or give another folder; `flowseg train` then "
+            "continues with --resume"
+        )
 
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
@@ -159,7 +162,7 @@ def demo(
 
 @app.command(cls=_BareResume)
 def train(
-    out: Annotated[Path, typer.Option(help="Run folder to write: a new one, or with --resume one with a run.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write: a new folder, or with --resume the folder of a run.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with settings, such as configs/camvid.yaml.")] = None,
     data: Annotated[
         DataName | None,
@@ -178,7 +181,7 @@ def train(
         Resume | None,
         typer.Option(
             metavar="[=auto]",
-            help="Continue from the newest checkpoint in --out; without --config, with the settings of that run. "
+            help="Continue from the newest checkpoint in --out; without --config the run keeps its settings. "
             "--resume=auto starts a new run if there is no checkpoint, for jobs that a scheduler restarts.",
         ),
     ] = None,
@@ -238,7 +241,7 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this JSON file.")] = None,
     sets: Sets = [],  # noqa: B006
 ) -> None:
-    """Score a run: IoU of each class, mIoU, pixel accuracy. Under `accelerate launch` all processes share the images."""
+    """Score a run: IoU of each class, mIoU, pixel accuracy. Under `accelerate launch` the processes divide the images."""
     import torch
     from accelerate import PartialState
 

@@ -78,7 +78,8 @@ class FlowConfig(Section):
     """Share of the times that are exactly t = 0, where ``x_t`` contains nothing of the answer. 1 trains a network for a
     single Euler step: other values of ``sample.steps`` and ``sample.method`` are then errors."""
     t_min: Annotated[float, Field(gt=0.0, le=0.01)] = 1e-3
-    """Lower limit of the ``1 - t`` by which the ODE solver divides to turn an end-point prediction into a velocity."""
+    """Lower limit of the ``1 - t`` by which the ODE solver divides to turn an end-point prediction into a velocity.
+    The loss has its own ``t_min``, 0.05."""
 
 
 class LossConfig(Section):
@@ -173,7 +174,7 @@ class OptimConfig(Section):
 
 
 class Stage(Section):
-    """A later part of a run at another resolution; a field that is ``None`` keeps its value."""
+    """A later part of a run at another resolution; a field that is ``None`` keeps the value of the stage before."""
 
     at: Count
     """First step of the stage."""
@@ -195,7 +196,7 @@ class TrainConfig(Section):
     batch_size: Count = 32
     accumulation: Count = 1
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """``auto``: bf16 if the hardware multiplies it; ``no``: float32. Loss and correction are always computed in float32."""
+    """``auto``: bf16 if the hardware has bf16 products; ``no``: float32. Loss and correction are always computed in float32."""
     seed: Annotated[int, Field(ge=0)] = 0
     log_every: Count = 10
     eval_every: Count = 500

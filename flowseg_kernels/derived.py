@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
-#: Number of codes whose derived values are kept after the last codebook with them is gone.
+#: Number of sets of codes whose derived values are kept after the last codebook with them is gone.
 _KEPT = 8
 #: Number of tensors on other devices whose values are remembered.
 _KEPT_ON_DEVICES = 64

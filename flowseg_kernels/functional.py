@@ -49,7 +49,7 @@ __all__ = [
     "neural_field",
 ]
 
-#: Default ignored label of bare centroids. With at most this many centroids it is not one of their classes.
+#: The default ignored label of bare centroids. It is no class of 255 or fewer centroids, whose classes end at 254.
 _IGNORE_INDEX = 255
 
 
@@ -66,7 +66,7 @@ def _check_codes(codes: Tensor | Codebook, name: str, like: tuple[str, Tensor]) 
         raise ValueError(f"{name}: wanted at least one centroid; got shape {tuple(mu.shape)}")
     if mu.requires_grad:
         raise ValueError(
-            f"{name}: wanted fixed codes, no op is differentiable in them; got a tensor that requires grad"
+            f"{name}: wanted fixed codes, because no op is differentiable in its codes; got a tensor that requires grad"
         )
     check_device(name, mu, like)
     return mu, ignored
@@ -199,7 +199,8 @@ def distance_correction(
         centroids: (K, C), or a Codebook.
         temperature: tau, above 0. Default 1. For schedules, temperature, eps and max_norm may be floating tensors of shape ();
             they get no gradient.
-        eps: added to squared distances; caps the correction near 1 / (tau sqrt(eps)). None: 0.2 * min_distance**2 of the
+        eps: added to squared distances (neg_sq does not use it). With neg_log it limits the correction to about
+            1 / (tau sqrt(eps)). None: 0.2 * min_distance**2 of the
             Codebook. Bare centroids need a number.
         transform: "neg_log" -log(d + eps) (default), "neg_sq" -d, "neg_dist" -sqrt(d + eps), "inverse" 1 / (d + eps).
         max_norm: cap on the norm of each pixel's correction; None for no cap.
@@ -252,7 +253,7 @@ def flow_loss(
     reduction: str = "mean",
     t_min: float | Tensor = 0.05,
 ) -> Tensor:
-    """Squared error of a flow network against the reshaped target. One pass computes loss and gradient.
+    """Squared error of a flow network against the target that the correction has moved. One pass computes loss and gradient.
 
     Let x_t = (1-t) x0 + t x1, x1 = mu_y, g = grad Phi at the estimated end point (distance_correction, detached) and
     w = 1 ("static") or 1 - t ("annealed").

@@ -108,6 +108,7 @@ def test_comparing_fails_on_a_slow_down_and_when_nothing_is_stored(tmp_path, cap
     capsys.readouterr()
     results.store(made_up(1.0, group="nearest_centroid many"), tmp_path)
     assert compare.main(arguments) == 1 and "GONE" in capsys.readouterr().out
+    assert compare.main([*arguments, "--part"]) == 0
     more = tmp_path / "more.json"
     more.write_text(json.dumps(made_up(1.0, group="nearest_centroid many")))
     assert compare.main([str(more), *arguments]) == 0

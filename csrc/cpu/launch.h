@@ -84,7 +84,7 @@ class CheckedLabels {
   int64_t first_bad_ = std::numeric_limits<int64_t>::max();
 };
 
-// The largest magnitude; ignores NaN. 16 independent maxima: a single one is a chain of dependent compares, which would take longer
+// The largest magnitude; ignores NaN. Sixteen independent maxima: one chain of dependent compares would take longer
 // than decoding with many classes does.
 template <class T>
 T max_abs(const T* v, int64_t n) {

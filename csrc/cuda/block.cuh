@@ -110,7 +110,7 @@ __device__ __forceinline__ void stage(const InputCodes& codes, int first, int co
 }
 
 // Stages the centroids part by part, in order, and calls use(first class, number of classes) with each part in `tile`.
-// `staged`: the tile already holds all centroids. Updated for the next call.
+// `staged` says whether the tile already holds all centroids. The function updates it.
 template <class T, int C, class Use>
 __device__ __forceinline__ void for_each_part(const InputCodes& codes, const CodeTile<T, C>& tile, bool& staged, Use use) {
   constexpr int kRows = CodeTile<T, C>::kRows;

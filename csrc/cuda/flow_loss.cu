@@ -65,7 +65,7 @@ Tensor flow_loss_bwd(Tensor grad_loss, Tensor residual, Tensor count, int64_t re
 }
 
 void flow_loss_bwd_(Tensor grad_loss, Tensor residual, Tensor count, int64_t reduction) {
-  FLOWSEG_CHECK(reduction != Reduction::none, "reduction: a gradient for each pixel has no pass in place");
+  FLOWSEG_CHECK(reduction != Reduction::none, "reduction: wanted mean or sum; got none, whose gradient flow_loss_bwd computes");
   scale_residual(grad_loss, residual, count, reduction, residual, true);
 }
 

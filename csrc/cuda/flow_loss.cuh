@@ -40,7 +40,7 @@ struct LossOptions {
   double t_min;
 };
 
-// All parameters but the sizes of the launches (plan_loss) and the scratch memory. `residual.data` is null if no gradient is
+// All parameters except the launch sizes (plan_loss sets them) and the scratch memory. `residual.data` is null if no gradient is
 // needed.
 //
 // For a mean, the residual is divided by the pixel count here: it then is the gradient if the incoming gradient is 1. Not in fp16,
@@ -70,7 +70,7 @@ inline LossParams loss_params(const InputImage& prediction, const InputImage& so
 
 constexpr int kCountPixels = 16;  // per thread
 
-// Counts the labels before the loss runs, if the residual is divided by their number.
+// Counts the valid labels before the loss runs, if the residual is divided by their number.
 static __global__ void __launch_bounds__(kThreads) count_valid(const LossParams a) {
   double count = 0;
   for (unsigned tile = blockIdx.x; tile < a.count_tiles; tile += gridDim.x) {

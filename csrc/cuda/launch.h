@@ -65,7 +65,7 @@ class Launch {
   template <class... Parameters, class... Arguments>
   void with_threads(int64_t threads, void (*kernel)(Parameters...), int64_t blocks, int64_t shared,
                     const Arguments&... arguments) const {
-    FLOWSEG_CHECK(blocks <= INT32_MAX, "image: wanted at most 2^31 blocks of pixels");
+    FLOWSEG_CHECK(blocks <= INT32_MAX, "image: wanted fewer than 2^31 blocks of pixels");
     // CUDA requires an opt-in for more than 48 KiB of shared memory; the static arrays of a kernel take up to 16 KiB of them.
     if (shared > 32 * 1024) {
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));

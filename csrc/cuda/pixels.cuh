@@ -61,7 +61,7 @@ struct Tiling {
   unsigned tiles_per_block;
 };
 
-// As many blocks as the GPU runs at once (`resident_blocks`), unless a block would then exceed `max_tiles_per_block`.
+// Return the tiling with `resident_blocks` blocks, or with more if a block would otherwise exceed `max_tiles_per_block`.
 inline Tiling tiling_of(int64_t images, int64_t pixels, int64_t pixels_per_tile, int64_t resident_blocks,
                         int64_t max_tiles_per_block) {
   const int64_t tiles_per_image = (pixels + pixels_per_tile - 1) / pixels_per_tile, tiles = tiles_per_image * images;

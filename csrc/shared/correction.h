@@ -107,6 +107,7 @@ FLOWSEG_INLINE void transform_distance(const V& d, T eps, T inverse_temperature,
     logit = -root * inverse_temperature;
     slope = T(-0.5) / root;
   } else {
+    static_assert(transform == Transform::inverse);
     const V r = T(1) / (d + eps);
     logit = r * inverse_temperature;
     slope = -r * r;

@@ -1,4 +1,4 @@
-// Macros and types that the kernels of every compiled backend share, without torch: numbers of 16 bits, and inputs, options and
+// Macros and types that the kernels of every compiled backend share, without torch: 16-bit floats, and the inputs, options and
 // results of an op.
 #pragma once
 
@@ -81,8 +81,8 @@ struct Grid {
   const int32_t* words;  // (G, G, G), the second table of cells
 };
 
-// fp16 and bf16 as the kernels of every backend store them, and their conversions from and to float and double. All conversions
-// round to the nearest value, ties to even.
+// fp16 and bf16 as the kernels of every backend store them, and their conversions from and to float and double. Conversions from
+// float round to the nearest value, ties to even. double to bf16, and on a GPU double to fp16, round twice.
 //
 // fp16 has three implementations:
 //   - on a GPU, PTX instructions;

@@ -81,7 +81,7 @@ def _read_metrics(path: Path) -> list[dict]:
         return read_metrics(path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); --run must be a folder written by training"
+            f"{path}: cannot be read ({error.strerror}); RUN must be a folder written by training"
         ) from None
 
 

@@ -7,8 +7,8 @@
 
 The first trains on embedded digits and needs no download. From Python: ``train(load_config("configs/digits.yaml"), out)``.
 
-:func:`train` prepares the run folder. :class:`Trainer` sets up the network, the optimiser and the files, and then calls
-``train_step``, ``save`` and ``validate`` in ``train``, the loop.
+:func:`train` prepares the run folder. :class:`Trainer` sets up the network, the optimiser and the files. Its loop
+is ``_loop``, which calls ``train_step``, ``save`` and ``validate``.
 """
 
 from __future__ import annotations
@@ -163,14 +163,14 @@ class Trainer:
 
         self.state = self._load_newest_checkpoint() if resume else TrainState()
         self.saved_step = self.state.step if resume else -1
-        # The newest checkpoint, if it was written only because a validation followed; the next one replaces it.
+        # The newest checkpoint, if only a coming validation was the reason to write it. The next checkpoint replaces it.
         self.temporary_checkpoint: Path | None = None
         # True while the weights belong to a step that self.state does not count yet.
         self.is_updating = False
         self.result = TrainResult(self.state, None, "steps", [])
         self._open_files(resume)
 
-        # train() replaces these three.
+        # Placeholders: train() sets the signals, the progress view and the log.
         self.signals: list[int] = []
         self.view = TrainingView()
         self.log: Callable[..., None] = lambda **_: None
@@ -201,7 +201,7 @@ class Trainer:
         self.segmenter = Segmenter(self.ema_model, self.codebook, config, self.device)
 
     def _build_optimizer(self, optim: OptimConfig, train: TrainConfig, *, compiled: bool) -> None:
-        """Shard, average, optimise and compile the network."""
+        """Shard the network (FSDP), create its averages and its optimiser, compile it and prepare it for DDP."""
         self.is_sharded = train.strategy == "fsdp" and self.ranks.world > 1
         if self.is_sharded:
             shard(self.bare_model)
@@ -220,6 +220,7 @@ class Trainer:
     def _load_newest_checkpoint(self) -> TrainState:
         newest = list_checkpoints(self.out)[-1]
         state = load_checkpoint(newest, self.bare_model, self.ema.tensors, self.optimizer)
+        # Checkpoints of earlier versions do not record the draws.
         if state.draws is None:
             settings = self.out / "config.yaml"
             before = load_config(settings) if settings.is_file() else self.config
@@ -334,7 +335,7 @@ class Trainer:
         the time limit ends the run.
         """
         labelled = sum(int((labels != IGNORE_INDEX).sum()) for _, labels, _ in batches)
-        # Clocks differ between processes: the first process decides, or learning rates would differ too.
+        # Clocks differ between processes, and the learning rate follows the clock. So the first process decides.
         elapsed = time.monotonic() - self.start if self.is_main else 0.0
         elapsed, labelled, signals, failures = self.ranks.add_up(
             elapsed, labelled, len(self.signals), failure is not None
@@ -404,7 +405,7 @@ class Trainer:
         self.view.show(loss=mean_loss, speed=speed, fraction=progress, miou=miou)
 
     def _check_finite(self, *values: Tensor) -> None:
-        """Raise UserError in all processes if a value in one of them is infinite or NaN. A collective."""
+        """Raise UserError in all processes if a value in one of them is infinite or NaN. Every process must call this."""
         wrong = not all(bool(torch.isfinite(local_part(value)).all()) for value in values)
         if self.ranks.add_up(wrong)[0]:
             raise UserError(
@@ -444,9 +445,9 @@ class Trainer:
             self.view.saved()
 
     def _save_after_error(self) -> None:
-        """Save the steps since the last checkpoint after any error.
+        """After an error in a single process, save the steps since the last checkpoint.
 
-        Several processes keep their last checkpoint: one that has failed would leave the others waiting in the save.
+        With several processes nothing is saved: the save is a collective, and the failed process would not join it.
         """
         if self.ranks.world > 1 or self.is_updating or self.state.step <= max(self.saved_step, 0):
             return
@@ -490,7 +491,7 @@ class Trainer:
             self.on_validation(step, scores)
 
     def _score(self, sample: SampleConfig, train: TrainConfig) -> Scores:
-        """Evaluate the weights that ``sample.weights`` names at the size of the current stage.
+        """Score the validation split at the image size of the current stage, with the weights that ``sample.weights`` selects.
 
         Raises:
             UserError: the validation has failed; the message names the step that is saved.

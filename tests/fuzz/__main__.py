@@ -30,7 +30,8 @@ HEAD = """# Random calls
 
 `python -m tests.fuzz --backend NAME --cases 20000` calls the ops at random and compares results and gradients with fp64.
 The calls cover sizes from 0, every memory layout, dtype and option, NaN, infinities, ties, and points on cell borders of the decode
-grid. Each number must lie within an error bound that follows from the formulas (`tests/fuzz/exact.py`).
+grid. Each number of a per-pixel op must lie within an error bound that follows from the formulas (`tests/fuzz/exact.py`).
+For `neural_field` the norms of the output and of the gradients must agree within 40 times the effect of rounding the inputs.
 
 - **Unbounded**: the share of numbers without a bound, which are not compared. Either an intermediate result leaves the range of its
   dtype, or the rounding of the inputs decides which code is nearest.

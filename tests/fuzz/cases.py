@@ -17,7 +17,7 @@ LAYOUTS = (
     "expanded_0", "expanded_1", "expanded_2", "expanded_3", "expanded_all",
 )  # fmt: skip
 CODES = ("kronecker", "r_sequence", "grid", "lattice", "doubled", "large", "small", "shifted", "fp64")
-#: Special values; the last four replace all channels of a pixel, the others one channel.
+#: Special values; code, between and near_code replace all channels of a pixel; the others replace one.
 SPECIALS = (
     "nan", "inf", "-inf", "1e38", "-1e38", "3e19", "1e15", "1e-40", "1e-30", "-0.0", "code", "between", "near_code", "border",
 )  # fmt: skip
@@ -40,7 +40,7 @@ CHANGES = (
 )
 INVALID = ("nan", "inf", "integers", "flat", "none", "meta")
 TRANSFORMS = ("neg_log", "neg_sq", "neg_dist", "inverse")
-#: eps, down to the smallest values with a finite T' in fp32 for every transform.
+#: eps. `pixels` raises it to 1e-6 for `inverse`.
 EPS = (None, 0.1, 1e-2, 1e-3, 1.0, 1e-6, 1e-14, 1e-30)
 
 

@@ -49,7 +49,7 @@ struct Block {
   }
 };
 inline Block* block = nullptr;
-// The number of blocks at the end of a launch that run. Tests of huge images compute only the end of the image.
+// A launch runs only its last `last_blocks` blocks. Tests of huge images compute only the end of the image.
 inline int64_t last_blocks = int64_t{1} << 62;
 
 // Every thread that waits at `barrier` publishes `own`. Each thread then returns use(value), where value(i) is the value that
@@ -167,7 +167,7 @@ inline unsigned atomicMax(unsigned* at, unsigned v) {
 namespace flowseg {
 
 // 1 / v with the largest error that rcp.approx.ftz.f32 may have: for two thirds of all arguments the result is 1 ulp off, to either
-// side. Results that are accurate here are accurate on a GPU.
+// side. So an error test that passes here covers a GPU's reciprocal.
 inline float inexact_reciprocal(float v) {
   if (std::fabs(v) < 1.17549435e-38f) v = std::copysign(0.0f, v);
   const float r = 1.0f / v;

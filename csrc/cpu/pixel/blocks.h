@@ -56,7 +56,7 @@ FLOWSEG_INLINE void for_each_pixel(const PixelRange& p, int64_t width, int64_t s
   }
 }
 
-// The same, faster if the rows have no gaps between them: then the block is a single run.
+// As for_each_pixel, but faster if the rows have no gaps between them: the block is then one contiguous range.
 template <class Use>
 FLOWSEG_INLINE void for_each_element(const PixelRange& p, int64_t height, int64_t width, int64_t stride_row, int64_t stride_column,
                                      Use use) {
@@ -129,7 +129,7 @@ struct alignas(64) Classes {
 template <class S, class Use>
 FLOWSEG_INLINE void for_each_label_as(const Labels& labels, int64_t classes, const Image& shape, const PixelRange& p, Use use) {
   const S* FLOWSEG_RESTRICT from = static_cast<const S*>(labels.data) + p.image * labels.stride[0];
-  // Labels of 8 and 16 bits are compared as int32, which gives as many per vector as the classes have.
+  // Compare labels of 8 and 16 bits as int32: a vector then holds as many labels as classes.
   using Int = std::conditional_t<(sizeof(S) < 4), int32_t, int64_t>;
   const Int ignore = static_cast<Int>(labels.ignore), count = static_cast<Int>(classes);
   const bool has_ignored = ignore == labels.ignore;

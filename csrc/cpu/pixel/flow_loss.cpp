@@ -5,7 +5,7 @@ namespace flowseg::cpu {
 
 namespace {
 
-// 16 independent sums: with a single one every addition would wait for the one before.
+// Sixteen independent sums. In a single sum every addition would wait for the previous one.
 constexpr int kSums = 16;
 
 template <class T>

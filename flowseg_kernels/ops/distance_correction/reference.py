@@ -31,6 +31,7 @@ def transform_distances(d: Tensor, eps: float, transform: str) -> tuple[Tensor, 
     if transform == "neg_dist":
         root = (d + eps).sqrt()
         return -root, -0.5 / root
+    assert transform == "inverse"
     return 1 / (d + eps), -1 / (d + eps).square()
 
 

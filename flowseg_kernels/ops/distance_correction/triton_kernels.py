@@ -178,6 +178,7 @@ def _transform(d, eps, inverse_temperature, TRANSFORM: tl.constexpr):
         root = tl.sqrt(d + eps)
         return -root * inverse_temperature, -0.5 / root
     else:
+        tl.static_assert(TRANSFORM == 3)
         # Logits reach 1 / eps, and the exponential amplifies each ulp, so the quotient must be correctly rounded. In fp64 it is.
         if d.dtype == tl.float32:
             r = tl.div_rn(tl.full(d.shape, 1.0, tl.float32), d + eps)

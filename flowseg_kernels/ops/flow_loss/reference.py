@@ -17,7 +17,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def error_scale(t: Tensor, predicts: str, loss_space: str, t_min: float) -> Tensor:
-    """Return d(error) / d(prediction): 1 if the loss is in the prediction's space, else 1 - t or 1 / (1 - t)."""
+    """Return d(error) / d(prediction): 1 if the loss is in the prediction's space, else 1 - t or 1 / max(1 - t, t_min)."""
     if predicts == loss_space:
         return torch.ones_like(t)
     return 1 - t if loss_space == "endpoint" else 1 / (1 - t).clamp_min(t_min)

@@ -51,7 +51,7 @@ def cast_in_range(v, dtype: tl.constexpr):
 
 @triton.jit
 def scaled(g, lengths, column, H: tl.constexpr, H_PADDED: tl.constexpr, BOTH: tl.constexpr, OPERAND: tl.constexpr):
-    """Return g over the column norms of W2, as an operand of products. Both gradients need this, and neither a normalised W2."""
+    """Return g divided by the column norms of W2, as an operand of products. With it no gradient needs a normalised W2."""
     if BOTH:
         g *= load_vector(lengths, column, H, H_PADDED != H)[None, :]
     return cast_in_range(g, OPERAND)

@@ -67,7 +67,7 @@ def test_a_batch_of_incoming_gradients(backend, codes19, keep):
 
 @pytest.mark.parametrize("transform", ["neg_log", "neg_sq", "neg_dist", "inverse"])
 def test_the_correction_is_an_auxiliary_cross_entropy(backend, transform):
-    """grad of the corrected loss = grad of |v - v_gt|^2 + 2 lambda w / (1-t) Phi(xhat): see docs/method.md."""
+    """grad of the corrected loss = grad of |v - v_gt|^2 + 2 lambda w / (1-t) Phi(xhat): see docs/ops/flow_loss.md."""
     mu = fk.kronecker_centroids(12, 3, dtype=torch.float64)
     v, source, labels, t = image_batch(mu, dtype=torch.float64)
     t = 0.8 * t

@@ -119,7 +119,7 @@ def table(budget: dict) -> str:
         "| kernel, `C = 3`, fp32 inside | | instructions | registers | threads of an SM in use | H200, K = 150, at most |",
         "|---|---|---|---|---|---|",
     ]
-    titles = {"correct": "distance_correction, a pixel and class", "loss": "flow_loss, a pixel and class",
+    titles = {"correct": "distance_correction, per pixel and class", "loss": "flow_loss, per pixel and class",
               "decode_by_grid": "decoding by grid", "decode_by_search": "decoding by search"}  # fmt: skip
     for kernel, costs in budget["instructions"].items():
         used = budget["registers"].get(kernel) or budget["registers"][f"{kernel} float 3"]

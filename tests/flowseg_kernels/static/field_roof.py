@@ -180,13 +180,13 @@ def table(budget: dict) -> str:
             f"| {found['HGMMA']} HGMMA, {found['HMMA']} HMMA | {found['loop']} |"
         )
     names = " | ".join((*Cost._fields, "longest"))
-    lines += ["", f"| ns a patch | network | {names} |", "|---" * 7 + "|"]
+    lines += ["", f"| ns per patch | network | {names} |", "|---" * 7 + "|"]
     for network, kernels in budget["costs"].items():
         for name, found in kernels.items():
             lines.append(f"| {name} | {network} | {' | '.join(map(str, (*found, max(found))))} |")
     lines += [
         "",
-        "| predicted us an image | forward | its roof | share | backward | its roof | share | share of 6 products |",
+        "| predicted us per image | forward | its roof | share | backward | its roof | share | share of 6 products |",
         "|---" * 8 + "|",
     ]
     for image, (forward, backward) in budget["predicted"].items():
