@@ -158,7 +158,7 @@ class Trainer:
             if self.is_main and config.data.check != "none":
                 tell_labels(self.data, config.data.name, self.console)
             self._build_network(config, resume)
-        self._build_optimizer(config.optim, config.train, compiled=config.model.compile)
+        self._prepare_for_training(config.optim, config.train, compiled=config.model.compile)
         self.batches = StepBatches(self.data.train, ranks)
 
         self.state = self._load_newest_checkpoint() if resume else TrainState()
@@ -196,11 +196,11 @@ class Trainer:
             say(self.console, f"{config.model.pixnerd}: {report}")
         self.codebook = codebook.to(self.device)
         self.bare_model.to(self.device)
-        self.ema_model = copy.deepcopy(self.bare_model).requires_grad_(False)
-        self.ema_model.projector = None
-        self.segmenter = Segmenter(self.ema_model, self.codebook, config, self.device)
+        self.scored_model = copy.deepcopy(self.bare_model).requires_grad_(False)
+        self.scored_model.projector = None
+        self.segmenter = Segmenter(self.scored_model, self.codebook, config, self.device)
 
-    def _build_optimizer(self, optim: OptimConfig, train: TrainConfig, *, compiled: bool) -> None:
+    def _prepare_for_training(self, optim: OptimConfig, train: TrainConfig, *, compiled: bool) -> None:
         """Shard the network (FSDP), create its averages and its optimiser, compile it and prepare it for DDP."""
         self.is_sharded = train.strategy == "fsdp" and self.ranks.world > 1
         if self.is_sharded:
@@ -341,7 +341,7 @@ class Trainer:
             elapsed, labelled, len(self.signals), failure is not None
         )
         if failures:
-            self._leave(failure)
+            self._save_and_raise(failure)
         if signals:
             self.result.stopped_by = self.signals[0] if self.signals else signal.SIGTERM
             return None
@@ -350,7 +350,7 @@ class Trainer:
             return None
         return labelled, max(self.state.step / self.config.train.steps, elapsed / self.time_limit)
 
-    def _leave(self, failure: Exception | None) -> NoReturn:
+    def _save_and_raise(self, failure: Exception | None) -> NoReturn:
         """Save, then raise this process's failure, or PeerError if another process has failed."""
         if self.state.step:
             self.save()
@@ -486,7 +486,7 @@ class Trainer:
         self.result.curve.append((step, scores.miou))
         self.log(event="validation", step=step, miou=scores.miou, pixel_accuracy=scores.pixel_accuracy)
         if scores.miou > self.state.best_miou:
-            save_weights(self.out / "best.safetensors", self.ema_model, step=step, miou=scores.miou)
+            save_weights(self.out / "best.safetensors", self.scored_model, step=step, miou=scores.miou)
         if self.on_validation:
             self.on_validation(step, scores)
 
@@ -497,7 +497,7 @@ class Trainer:
             UserError: the validation has failed; the message names the step that is saved.
         """
         weights = self.ema.tensors if sample.weights == "ema" else dict(self.bare_model.named_parameters())
-        copy_parameters(self.ema_model, weights)
+        copy_parameters(self.scored_model, weights)
         self.segmenter.config = self.config.at_step(self.state.step - 1)
         ranks, done = self.ranks, 0
         total = len(chosen_indices(len(self.data.val), train.eval_images))
