@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import flowseg_kernels as fk
+from flowseg.runs.machine import cpu_model
 
-from . import machine
 from . import measure as measuring
 from .cases.workloads import named_workload
 from .settings import DEVICE
@@ -65,7 +65,7 @@ def gpu_tools():
 
 def pytest_benchmark_generate_machine_info(config):
     """Replaces pytest-benchmark's facts, whose collection takes a second."""
-    model = machine.cpu_model() or platform.processor()
+    model = cpu_model() or platform.processor()
     info = {"model": model, "threads": torch.get_num_threads(), "torch": torch.__version__}
     if DEVICE == "cuda":
         info |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, **gpu_tools()}

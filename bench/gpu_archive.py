@@ -6,12 +6,13 @@ README, docs/results/bench.md and the pictures.
 
 import argparse
 import json
-import os
 import pathlib
 import re
 import sys
 import tarfile
 import tempfile
+
+from flowseg.runs.files import replacing, write_whole
 
 from . import preferences, report
 from .results import RESULTS, ROOT, store
@@ -33,9 +34,7 @@ def read_state(folder):
 
 
 def write_state(folder, state):
-    part = folder / "state.json.part"
-    part.write_text(json.dumps(state, indent=1) + "\n")
-    os.replace(part, folder / "state.json")
+    write_whole(folder / "state.json", json.dumps(state, indent=1) + "\n")
 
 
 def next_files(folder, step):
@@ -83,16 +82,14 @@ def _shortened(path):
 
 def pack(folder, archive):
     """Write the files of a folder to a .tar.gz of at most LARGEST bytes; replace an older archive only once it is complete."""
-    part = archive.with_name(archive.name + ".part")
-    with tempfile.TemporaryDirectory() as scratch, tarfile.open(part, "w:gz") as tar:
-        for path in sorted(path for path in folder.iterdir() if path.is_file()):
-            copy = pathlib.Path(scratch) / path.name
-            copy.write_bytes(_shortened(path))
-            tar.add(copy, path.name)
-    if part.stat().st_size > LARGEST:
-        part.unlink()
-        raise OSError(f"{archive}: wanted at most {LARGEST >> 20} MiB; the logs in {folder} are too long")
-    os.replace(part, archive)
+    with replacing(archive) as part:
+        with tempfile.TemporaryDirectory() as scratch, tarfile.open(part, "w:gz") as tar:
+            for path in sorted(path for path in folder.iterdir() if path.is_file()):
+                copy = pathlib.Path(scratch) / path.name
+                copy.write_bytes(_shortened(path))
+                tar.add(copy, path.name)
+        if part.stat().st_size > LARGEST:
+            raise OSError(f"{archive}: wanted at most {LARGEST >> 20} MiB; the logs in {folder} are too long")
 
 
 def unpack(archive, folder):

@@ -12,14 +12,10 @@ import tempfile
 
 import torch
 
+from flowseg.runs.files import replacing
+from flowseg.runs.machine import cpu_model
+
 BUILD = pathlib.Path(__file__).resolve().parents[1] / "build" / "bench"
-
-
-def cpu_model():
-    """The model name of this CPU; "" where /proc/cpuinfo does not tell."""
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 @functools.cache
@@ -43,9 +39,8 @@ def _throughput():
                 return None
             with contextlib.suppress(OSError):  # a read-only checkout compiles in each process
                 BUILD.mkdir(parents=True, exist_ok=True)
-                part = kept.with_suffix(f".{os.getpid()}")
-                shutil.copy(path, part)
-                os.replace(part, kept)
+                with replacing(kept) as part:
+                    shutil.copy(path, part)
         library = ctypes.CDLL(str(path))
     for function in (library.fused_multiply_adds, library.pairs):
         function.restype = ctypes.c_double

@@ -55,7 +55,7 @@ _IGNORE_INDEX = 255
 
 def _is_codebook(codes: object) -> bool:
     """Whether `codes` is a Codebook. codebook.py imports this module, so the class cannot be named here."""
-    return isinstance(codes, torch.nn.Module) and hasattr(type(codes), "default_eps")
+    return getattr(type(codes), "_is_flowseg_codebook", False)
 
 
 def _check_codes(codes: Tensor | Codebook, name: str, like: tuple[str, Tensor]) -> tuple[Tensor, Tensor | None]:

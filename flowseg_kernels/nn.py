@@ -145,8 +145,13 @@ class CentroidDecoder(nn.Module):
 
 
 def _not_default(function: Callable, given: dict) -> dict:
-    """The keyword arguments that are not the default object of `function`."""
-    return {name: value for name, value in given.items() if value is not function.__kwdefaults__[name]}
+    """The keyword arguments that differ from the defaults of `function`. A tensor always differs."""
+    defaults = function.__kwdefaults__
+    return {
+        name: value
+        for name, value in given.items()
+        if isinstance(value, Tensor) or type(value) is not type(defaults[name]) or value != defaults[name]
+    }
 
 
 #: eps of every RMSNorm of the field.

@@ -1,6 +1,6 @@
 // The thread block: its size, its shared memory, and what its threads do together (sums, staging centroids).
 //
-// nvcc reads its own header here. The host build of the tests (tests/host_cuda) includes a header with the same names first.
+// nvcc reads its own header here. A build for the host includes a header with the same names before this one.
 #pragma once
 
 #include <cmath>

@@ -150,8 +150,8 @@ template <class T, int C>
 constexpr int kMinBlocks = sizeof(T) == 8 ? 1 : C == 3 ? 4 : C == 8 ? 3 : 1;
 
 // If a pixel's own weight is at most kSmallOwn times the sum of the others, the kernel sums over all classes and subtracts the
-// own weight. The error is then at most 4 ulp of the sum. Near a centroid with a small eps the own weight can be a million times the
-// rest, and the subtraction would cancel.
+// own weight. The error is then at most 4 ulp of the sum. Near a centroid with a small eps the own weight can be a million times
+// the rest, and the subtraction would cancel.
 constexpr int kSmallOwn = 4;
 
 // State that a block computes once from the codes, for all its pixels.
@@ -249,7 +249,8 @@ __device__ __forceinline__ void load_own_codes(const InputCodes& codes, const St
   }
 }
 
-// The gradients of a run of pixels. Every thread of the block must call this function the same number of times. The caller discards those of ignored pixels.
+// The gradients of a run of pixels. Every thread of the block must call this function the same number of times. The caller discards
+// the gradients of ignored pixels.
 //
 // The fast formula is as exact as the general one, and its squares stay inside the range of fp32, only while no point of the warp
 // is far away compared with the codes; NaN counts as far. If the codes take several parts, the whole block decides together.

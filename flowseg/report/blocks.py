@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
 import accelerate
 import torch
@@ -11,6 +10,7 @@ import torch
 from flowseg import __version__
 from flowseg.report import figures
 from flowseg.report.page import paragraph, picture, table
+from flowseg.runs.machine import cpu_model
 
 
 def speed_blocks(speed: list[dict], size: int) -> list[str]:
@@ -57,17 +57,7 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "accelerate": accelerate.__version__,
         "Python": platform.python_version(),
-        "processor": _processor(),
+        "processor": cpu_model() or platform.processor() or platform.machine(),
         "threads": str(torch.get_num_threads()),
         "system": platform.platform(terse=True),
     }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

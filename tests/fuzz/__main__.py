@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from bench.machine import cpu_model
+from flowseg.runs.machine import cpu_model
 
 from ..sources import commit, is_known
 from .backends import prepare

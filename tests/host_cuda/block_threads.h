@@ -3,7 +3,8 @@
 //
 // Under a sanitizer they are operating-system threads, which the sanitizer can watch. Otherwise they are fibers that take turns in
 // one thread: a barrier then takes microseconds. A fiber runs until it waits at a barrier; the last fiber to arrive goes on first.
-// If a barrier is missing, an earlier fiber never sees what a later one should have written, in every run.
+// The fibers of every other block take turns in reverse order. If a barrier is missing, either order lets some fiber read before
+// the fiber that should have written, so a launch of two blocks shows the fault in every run.
 #pragma once
 
 struct Index {
@@ -59,13 +60,14 @@ struct Fibers {
   std::unique_ptr<char[]> stacks;
   std::function<void()> body;
   unsigned count = 0, left = 0;
+  bool in_reverse = false;
 
   // Lets the next unfinished fiber run.
   void yield() {
     const unsigned own = threadIdx.x;
     unsigned other = own;
     do {
-      other = (other + 1) % count;
+      other = (other + (in_reverse ? count - 1 : 1)) % count;
     } while (finished[other]);
     if (other == own) std::abort();  // a deadlock: all other fibers have finished
     threadIdx.x = other;
@@ -114,8 +116,9 @@ void run_threads(unsigned count, const Body& body) {
     context.uc_stack.ss_size = Fibers::kStackBytes;
     makecontext(&context, [] { fibers.run(); }, 0);
   }
-  threadIdx.x = 0;
-  swapcontext(&fibers.caller, &fibers.contexts[0]);
+  fibers.in_reverse = !fibers.in_reverse;
+  threadIdx.x = fibers.in_reverse ? count - 1 : 0;
+  swapcontext(&fibers.caller, &fibers.contexts[threadIdx.x]);
 }
 
 }  // namespace flowseg::host

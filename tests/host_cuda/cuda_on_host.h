@@ -5,6 +5,8 @@
 // exchange values between two barriers of 32 threads. Only the parts of CUDA that csrc/cuda uses are defined.
 #pragma once
 
+#define FLOWSEG_GPU_ROUNDING
+
 #include <atomic>
 #include <cmath>
 #include <cstdint>

@@ -36,8 +36,11 @@ def compiled(name: str, *flags: str, sources: tuple[str, ...] = ("ops.cpp",)) ->
         BUILD.mkdir(parents=True, exist_ok=True)
         command = ["g++", "-std=c++20", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
                    f"-I{ROOT}/csrc", "-include", FOLDER / "cuda_on_host.h", *flags, *(FOLDER / s for s in sources)]  # fmt: skip
-        done = subprocess.run([*command, "-o", target], capture_output=True, text=True)
+        # Another process may load the file meanwhile: it sees the old one or the whole new one.
+        written = target.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([*command, "-o", written], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-5000:]
+        written.replace(target)
     return target
 
 
@@ -149,21 +152,31 @@ OPS = (
 
 
 _registered: list[torch.library.Library] = []
+#: The "cuda" implementations that install() replaced, by op.
+_replaced: dict[str, backend.Implementation] = {}
 
 
 def installed() -> bool:
-    """Whether the "cuda" backend runs on the host in this process."""
-    return bool(_registered)
+    """Whether the "cuda" backend runs on the host now."""
+    return bool(_replaced)
 
 
 def install() -> None:
-    """Let the "cuda" backend accept CPU tensors and run them on the host, for the rest of the process."""
+    """Let the "cuda" backend accept CPU tensors and run them on the host, until uninstall()."""
     if installed():
         return
-    _registered.append(torch.library.Library("flowseg_cuda", "IMPL"))
-    for op in OPS:
-        _registered[0].impl(op.__name__, op, "CPU")
-    for implementations in backend.OPS.values():
+    if not _registered:
+        _registered.append(torch.library.Library("flowseg_cuda", "IMPL"))
+        for op in OPS:
+            _registered[0].impl(op.__name__, op, "CPU")
+    for name, implementations in backend.OPS.items():
         if "cuda" in implementations:
-            anywhere = dataclasses.replace(implementations["cuda"], why_not=lambda device, channels: why_not())
-            implementations["cuda"] = anywhere
+            _replaced[name] = implementations["cuda"]
+            implementations["cuda"] = dataclasses.replace(_replaced[name], why_not=lambda device, channels: why_not())
+
+
+def uninstall() -> None:
+    """Give the "cuda" backend back to the GPU."""
+    for name, implementation in _replaced.items():
+        backend.OPS[name]["cuda"] = implementation
+    _replaced.clear()

@@ -70,7 +70,11 @@ def include_closure(starts: list[pathlib.Path]) -> set[pathlib.Path]:
 
 
 def files_of(op: str) -> list[pathlib.Path]:
-    """The files behind an op: its registration, and its Triton, C++ and CUDA kernels."""
+    """The files behind an op: its registration, its Triton, C++ and CUDA kernels, and all that these import or include.
+
+    Two files of the build do not count, as they contain no code of an op: csrc/cpu/isa.cpp chooses the instruction set, and
+    csrc/cpu/pixel/all.cpp lists the kernels of one translation unit.
+    """
     folder = ROOT / "flowseg_kernels" / "ops" / op
     python = python_closure([folder / "op.py", *folder.glob("triton_*.py")])
     compiled = [CSRC / "cpu" / f"{op}.cpp", CSRC / "cuda" / f"{op}.cu"]

@@ -8,7 +8,10 @@ from . import closure
 #: "" is the package's `__init__`.
 LAYERS: dict[str, list[set[str]]] = {
     "flowseg_kernels": [
-        {"runtime", "bare_layers"},
+        {"runtime", "runtime.backend", "runtime.transforms", "runtime.triton", "bare_layers"},
+        {"runtime.checks", "runtime.extension"},
+        {"runtime.registry"},
+        # It also calls torch.ops.flowseg.nearest_centroid, which an import would not show.
         {"derived"},
         {"codes", "decode_grid", "ops.triton_pixels"},
         {"ops.distance_correction", "ops.flow_interpolate", "ops.neural_field"},

@@ -17,7 +17,8 @@ template <class T, int C>
 bool is_moderate(const Block<T, C>& x, double max_abs) {
   using I = typename Lanes<T>::I;
   using Int = typename Lanes<T>::Int;
-  // Compare the bits as integers. They have the order of the magnitudes, NaN is larger than every number, and the integer units are idle.
+  // Compare the bits as integers. They have the order of the magnitudes, NaN is larger than every number, and the integer units are
+  // idle.
   I largest{};
   for (int c = 0; c < C; ++c) {
     for (int i = 0; i < kBlock; i += Lanes<T>::width) {

@@ -10,13 +10,18 @@ from ...host_cuda import kernels as host_kernels
 
 @pytest.fixture(scope="session")
 def kernels():
-    """Compile the kernels for the host and let the "cuda" backend run them."""
+    """Compile the kernels for the host."""
     proof("emulated", host_kernels.why_not())
     host_kernels.library()
-    host_kernels.install()
 
 
 @pytest.fixture
 def backend(kernels):
-    with fk.use_backend("cuda"):
-        yield "cuda"
+    was_installed = host_kernels.installed()
+    host_kernels.install()
+    try:
+        with fk.use_backend("cuda"):
+            yield "cuda"
+    finally:
+        if not was_installed:
+            host_kernels.uninstall()

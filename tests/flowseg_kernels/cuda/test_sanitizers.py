@@ -1,7 +1,7 @@
 """The CUDA kernels on the host under ThreadSanitizer and AddressSanitizer, which must also find the faults planted for them.
 
-Only the kernels for three channels, fp32 arithmetic and neg_log: the others are instances of the same templates, and the other
-tests of this folder run them without a sanitizer.
+Only the kernels for three channels, fp32 arithmetic and neg_log: the others are instances of the same templates, and the
+tests of the ops run them without a sanitizer (`pytest -p tests.host_cuda.plugin tests/flowseg_kernels/ops`).
 """
 
 import os

@@ -93,9 +93,8 @@ def test_own_weights_that_dominate_leave_the_rest_exact(backend, codes150):
 @pytest.mark.parametrize("classes", [1, 2, 255, 256, 257, 3000])
 def test_sums_stay_accurate_for_any_number_of_classes(backend, classes, request):
     if backend == "triton" and INTERPRETED and not request.config.getoption("--every-variant"):
-        classes = min(
-            classes, 1040
-        )  # the interpreter is slow; 65 runs of 16 classes already wrap the kernel's mask of 64 runs
+        # The interpreter is slow, and 65 runs of 16 classes already wrap the kernel's mask of 64 runs.
+        classes = min(classes, 1040)
     book = fk.Codebook(fk.kronecker_centroids(classes, 3), ignore_index=-1)
     labels = torch.randint(0, classes, (1, 16, 20))
     x = book.encode(labels) + 0.05 * torch.randn(1, 3, 16, 20)
