@@ -1,7 +1,7 @@
 """The long fuzz run: python -m tests.fuzz --backend cpu --cases 20000 [--minutes 3]
 
 Each piece of a few hundred cases is stored in tests/fuzz/record.json. A run that was interrupted, or that used up its minutes,
-continues when it is called again at the same commit with the same torch and seed; --anew starts over. The exit code is 1 if any
+continues when it is called again at the same commit with the same torch and seed; --again starts over. The exit code is 1 if any
 case of the run failed.
 """
 
@@ -131,7 +131,7 @@ def main() -> int:
         choices=("address",),
         help="compile the kernels of cpu or cuda with it; the run gets its own record",
     )
-    parser.add_argument("--anew", action="store_true", help="drop the record of this backend and start over")
+    parser.add_argument("--again", action="store_true", help="drop the record of this backend and start over")
     options = parser.parse_args()
     if options.sanitizer and not os.environ.get(UNDER):
         return under_sanitizer(options)
@@ -141,7 +141,7 @@ def main() -> int:
     # A record of other sources, another torch or other options does not count.
     wanted = {"seed": options.seed, "wanted": options.cases, "commit": commit(RECORD, RESULTS), "torch": TORCH}
     known = record is not None and is_known(wanted["commit"])
-    if options.anew or not known or {k: record.get(k) for k in wanted} != wanted:
+    if options.again or not known or {k: record.get(k) for k in wanted} != wanted:
         record = {**wanted, "cases": 0, "failures": 0, "pieces": 0, "seconds": 0.0, "numbers": 0, "numbers_free": 0}
         record |= {"failed": [], "ops": {}}
     pieces = [
@@ -149,7 +149,7 @@ def main() -> int:
         for number, (op, cases) in enumerate(plan(options.backend, options.cases, options.changed))
     ]
     if record["pieces"] >= len(pieces):
-        print(f"{options.backend}: {record['cases']} cases are done at {record['commit']}; --anew runs them again")
+        print(f"{options.backend}: {record['cases']} cases are done at {record['commit']}; --again runs them again")
     if options.backend == "cuda":
         prepare("cuda")  # compiles the kernels once, before the processes start
     end = time.monotonic() + 60 * options.minutes

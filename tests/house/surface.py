@@ -1,4 +1,4 @@
-"""The public surface: what a user of another version may have written down. `python -m tests.house.surface` lists it anew."""
+"""The public surface: what a user of another version may have written down. `python -m tests.house.surface` writes the list again."""
 
 from __future__ import annotations
 
