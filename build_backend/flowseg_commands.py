@@ -93,7 +93,7 @@ class BuildKernels(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """Names the wheel for every Python 3 of the platform, or of any platform if it has no library: there is no Python ABI in it."""
+    """Tags the wheel py3-none-PLATFORM, or py3-none-any if it has no library. The libraries use no Python ABI."""
 
     def get_tag(self):
         # setuptools asks after the build, so the name follows what was compiled, not what was asked for.

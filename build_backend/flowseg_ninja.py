@@ -45,9 +45,9 @@ def cpu_ninja_file(
         f"-Wno-ignored-attributes {quiet} {'-DFLOWSEG_X86 ' if instruction_sets else ''}"
         f"{_includes_and_target(root, torch_folder)} {os.environ.get('FLOWSEG_CXXFLAGS', '')}"
     )
-    # No rpath and no Python: the process has loaded torch before the library. No libc10: the library would take copies of C++
-    # library functions from it that another torch may not have. libgcc: its conversions of fp16 are linked in, because the shared
-    # libgcc of older systems lacks them.
+    # Set no rpath and link no Python: the process has loaded torch before the library. Do not link libc10: the library would import
+    # C++ library functions from it, and the libc10 of another torch may not have them. Link libgcc statically: the shared libgcc of
+    # older systems lacks the conversions of fp16.
     link = (
         f"{compiler} -shared {os.environ.get('FLOWSEG_LDFLAGS', '')} $in -o $out "
         f"-L{_quoted(torch_folder / 'lib')} -ltorch -ltorch_cpu -lgcc"
@@ -71,14 +71,14 @@ def cuda_ninja_file(
         architectures: nvcc's -gencode flags.
         jobs: how many compilers run at once.
     """
-    # nvcc compiles the architectures of one file in parallel only if there are more jobs than files.
+    # Compile the architectures of a file in parallel only if there are more jobs than files.
     threads = max(1, jobs // len(ops))
     flags = (
         f"-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA --threads={threads} {architectures} "
         f"{_includes_and_target(ROOT, torch_folder)} {os.environ.get('FLOWSEG_NVCCFLAGS', '')}"
     )
-    # The CUDA runtime is linked in: torch's own may have another major version. libtorch loads libtorch_cuda, so it is kept even
-    # though no symbol is found in it.
+    # Link the CUDA runtime statically: torch's own may have another major version. Keep libtorch although the library uses no
+    # symbol of libtorch itself: libtorch loads libtorch_cuda.
     link = (
         f"{_quoted(nvcc)} -shared -cudart=static $in -o $out -L{_quoted(torch_folder / 'lib')} "
         "-Xlinker=--no-as-needed -ltorch -ltorch_cpu"

@@ -21,7 +21,7 @@ def require_linux() -> None:
 
 
 def find_compiler() -> str:
-    """The C++ compiler: CXX if it is set, which may hold a launcher or options too, else g++, clang++ or c++."""
+    """Return CXX if it is set, else g++, clang++ or c++. CXX may include a launcher and options."""
     for name in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
         if shutil.which(name.split()[0]):
             return name

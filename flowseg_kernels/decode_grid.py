@@ -18,7 +18,7 @@ from .derived import Derived, derived_from
 
 __all__ = ["DecodeGrid", "Tables", "build_decode_grid", "decode_tables", "grid_of"]
 
-#: A decode grid as kernels take it: cells, records, groups, low, scale.
+#: A decode grid as kernels take it: cells, records, records_left, low, scale.
 Tables = tuple[Tensor | None, Tensor | None, Tensor | None, float, float]
 _NO_GRID: Tables = (None, None, None, 0.0, 0.0)
 
@@ -43,13 +43,13 @@ class DecodeGrid:
              the word itself, in the order of the classes, the last one repeated; longer lists are in the records as before. With
              more than 1024 classes the second table equals the first.
     records: (R, 4, 8) fp32: channels 0, 1, 2 and the class of up to eight candidates; padding is at +inf.
-    groups:  (R,) int32: number of records from record r to the end of its list, r included.
+    records_left: (R,) int32: number of records from record r to the end of its list, r included. The ops call it `groups`.
     low, scale: cell index along an axis = floor((x - low) * scale).
     """
 
     cells: Tensor
     records: Tensor
-    groups: Tensor
+    records_left: Tensor
     low: float
     scale: float
 
@@ -127,24 +127,26 @@ def _pack(cell: Tensor, candidate: Tensor, mu: Tensor, low: float, scale: float)
     count = torch.bincount(cell, minlength=_SIZE**3)
     start = count.cumsum(0) - count
     cells = candidate[start].to(torch.int32)  # correct for single candidates; the loop sets all others
-    all_records, all_groups, base = [], [], 0
+    all_records, all_records_left, base = [], [], 0
     for n in count.unique().tolist():
         if n == 1:
             continue
         where = (count == n).nonzero()[:, 0]
         lists, which = candidate[start[where][:, None] + torch.arange(n)].unique(dim=0, return_inverse=True)
-        groups = -(-n // LANES)
-        padded = torch.full((lists.shape[0], groups * LANES), -1)
+        length = -(-n // LANES)  # records per list
+        padded = torch.full((lists.shape[0], length * LANES), -1)
         padded[:, :n] = lists
-        padded = padded.view(-1, groups, LANES)
+        padded = padded.view(-1, length, LANES)
         point = torch.where(padded[..., None] >= 0, mu[padded.clamp_min(0)], float("inf"))
-        record = torch.cat((point, padded[..., None].float()), dim=3).transpose(2, 3)  # (lists, groups, 4, LANES)
+        record = torch.cat((point, padded[..., None].float()), dim=3).transpose(2, 3)  # (lists, length, 4, LANES)
         all_records.append(record.reshape(-1, 4, LANES))
-        all_groups.append(torch.arange(groups, 0, -1).repeat(lists.shape[0]))
-        cells[where] = (-1 - base - which * groups).to(torch.int32)
-        base += lists.shape[0] * groups
+        all_records_left.append(torch.arange(length, 0, -1).repeat(lists.shape[0]))
+        cells[where] = (-1 - base - which * length).to(torch.int32)
+        base += lists.shape[0] * length
     records = torch.cat(all_records) if all_records else torch.empty(0, 4, LANES)
-    groups = torch.cat(all_groups).to(torch.int32) if all_groups else torch.empty(0, dtype=torch.int32)
+    records_left = (
+        torch.cat(all_records_left).to(torch.int32) if all_records_left else torch.empty(0, dtype=torch.int32)
+    )
     words = cells.clone()
     if mu.shape[0] <= _WORD_CLASSES:
         short = (count <= 3).nonzero()[:, 0]
@@ -153,7 +155,7 @@ def _pack(cell: Tensor, candidate: Tensor, mu: Tensor, low: float, scale: float)
             (candidate[start[short][:, None] + places] << torch.arange(3) * _WORD_BITS).sum(dim=1).to(torch.int32)
         )
     cells = torch.stack((cells, words)).view(2, _SIZE, _SIZE, _SIZE)
-    return DecodeGrid(cells, records.contiguous(), groups, low, scale)
+    return DecodeGrid(cells, records.contiguous(), records_left, low, scale)
 
 
 def _grid(derived: Derived) -> DecodeGrid | None:
@@ -170,7 +172,7 @@ def decode_tables(derived: Derived, device: torch.device) -> Tables:
     grid = _grid(derived)
     if grid is None:
         return _NO_GRID
-    tensors = (grid.cells, grid.records, grid.groups)
+    tensors = (grid.cells, grid.records, grid.records_left)
     copies = derived.cached(("decode grid", device), lambda: tuple(v.to(device) for v in tensors))
     return *copies, grid.low, grid.scale
 
@@ -180,4 +182,4 @@ def grid_of(x: Tensor, centroids: Tensor, wanted: bool) -> Tables:
     if not wanted or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
         return _NO_GRID
     derived = derived_from(centroids)
-    return decode_tables(derived, x.device) if derived.pays_for_grid() else _NO_GRID
+    return decode_tables(derived, x.device) if derived.count_decode() else _NO_GRID

@@ -57,7 +57,8 @@ def smallest_distance(centroids: Tensor) -> float:
 def _rows_with_close_neighbours(mu: Tensor) -> Tensor:
     """A small set of rows that contains the closest pair.
 
-    Decoding each code gives its distance to its nearest neighbour, the margin. The rows with the smallest margins are kept.
+    A code decoded among all codes has distance 0 to itself. So its margin is the distance to its nearest neighbour. The rows with
+    the smallest margins are kept.
     """
     single = mu.float().contiguous()
     image = single.T.reshape(1, -1, 1, mu.shape[0])
@@ -70,8 +71,8 @@ def _rows_with_close_neighbours(mu: Tensor) -> Tensor:
     return close[:4096]
 
 
-#: Decodes without a grid, for codes that were written into a buffer. An average may change such codes at each step, and building a
-#: grid takes as long as many decodes without one.
+#: Number of decodes without a grid after codes were written into a buffer. An average may change such codes at each step, and
+#: building a grid takes as long as many decodes.
 _USES_WITHOUT_GRID = 2
 
 
@@ -132,8 +133,8 @@ class Derived:
         """Whether `codes`, of any dtype and device, are these codes cast to that dtype."""
         return torch.equal(self.codes.to(codes.dtype), _on_cpu(codes))
 
-    def pays_for_grid(self) -> bool:
-        """Whether this decode should use the grid, and build it first if necessary. Counts the decodes."""
+    def count_decode(self) -> bool:
+        """Count a decode. Return whether it should use the grid, which is then built if necessary."""
         self._uses += 1
         return self.settled or self._uses > _USES_WITHOUT_GRID
 
@@ -225,7 +226,7 @@ def _whole_number(ignored: Tensor) -> int:
 
 def _of_values(codes: Tensor) -> Derived:
     codes = codes.detach()
-    for known in _recent:  # without the lock: a list that is replaced, never changed
+    for known in _recent:  # needs no lock: the list is replaced, never modified
         if known.codes.dtype == codes.dtype and torch.equal(known.codes, codes):
             return known if known is _recent[0] else _to_front(known)
     with _lock:
@@ -261,9 +262,9 @@ def forget(tensor: Tensor) -> None:
 
 
 def _once_per_version(tensor: Tensor, read: Callable[[Tensor], object]):
-    """read(tensor on the CPU), cached until the tensor is written to.
+    """Return read(tensor on the CPU). The result is cached until the tensor is written to.
 
-    The cache holds an alias of the tensor, so that its memory is not reused for another tensor.
+    The cache keeps an alias of the tensor. So the memory cannot be reused for another tensor.
     """
     if tensor.is_inference():
         return read(tensor.cpu())  # an inference tensor has no version

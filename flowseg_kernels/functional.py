@@ -1,4 +1,4 @@
-"""The public functions. Each checks its arguments, fills in defaults and calls one registered op.
+"""The public functions. Each checks its arguments and fills in defaults. All but encode_labels then call one registered op.
 
 Shapes: B images, C code channels, H x W pixels, K classes. Images are (B, C, H, W) in fp32, bf16, fp16 or fp64 with any
 strides. Labels are (B, H, W) of uint8, int16, int32 or int64. Distances, sums and losses are computed in fp32, or in fp64 for
@@ -89,8 +89,13 @@ def _resolve(
     return mu.to(dtype).contiguous(), ignored
 
 
-def _label(ignore_index: int | None, ignored: Tensor | None, classes: int) -> tuple[Tensor | None, int]:
-    """The ignored label as op arguments: a codebook's tensor, which the op reads when it runs, or None and a number."""
+def _ignored_label_arguments(
+    ignore_index: int | None, ignored: Tensor | None, classes: int
+) -> tuple[Tensor | None, int]:
+    """Return the op arguments (tensor, number) for the ignored label.
+
+    A codebook gives its tensor, which the op reads when it runs. Otherwise the tensor is None.
+    """
     if ignore_index is not None:
         return None, check_index("ignore_index", ignore_index)
     if ignored is None and classes > _IGNORE_INDEX:
@@ -141,7 +146,7 @@ def encode_labels(labels: Tensor, codebook: Tensor | Codebook, *, ignore_index: 
     mu, ignored = _check_codes(codebook, "codebook", ("labels", labels))
     mu = mu.to(compute_dtype(mu.dtype))
     check_code_values(mu)
-    ignored, number = _label(ignore_index, ignored, mu.shape[0])
+    ignored, number = _ignored_label_arguments(ignore_index, ignored, mu.shape[0])
     # A compiled graph keeps the tensor, as its value may change between calls.
     number = ignored if ignored is not None and torch.compiler.is_compiling() else label_of(ignored, number)
     valid, classes = valid_mask(labels, mu.shape[0], number)
@@ -156,7 +161,7 @@ def flow_interpolate(
     Args:
         source: x0, (B, C, H, W).
         labels: y, (B, H, W).
-        t: (B,), times in [0, 1]. CPU tensors are checked, up to rounding.
+        t: (B,), times in [0, 1]. On a CPU other values are an error, except for a rounding error.
         centroids: (K, C), or a Codebook.
         ignore_index: label of pixels without a class, default the codebook's, or 255 for bare centroids. They stay at x0.
 
@@ -175,7 +180,9 @@ def flow_interpolate(
     check_labels("labels", labels, ("source", source))
     check_time("t", t, ("source", source))
     check_no_forward_mode("flow_interpolate", source, t)
-    return call("flow_interpolate", source, labels, t, mu, *_label(ignore_index, ignored, mu.shape[0]))
+    return call(
+        "flow_interpolate", source, labels, t, mu, *_ignored_label_arguments(ignore_index, ignored, mu.shape[0])
+    )
 
 
 def distance_correction(
@@ -229,7 +236,7 @@ def distance_correction(
         eps,
         transform,
         max_norm,
-        *_label(ignore_index, ignored, mu.shape[0]),
+        *_ignored_label_arguments(ignore_index, ignored, mu.shape[0]),
         numbers,
     )
 
@@ -266,7 +273,7 @@ def flow_loss(
         prediction: velocity or end point, as `predicts` says, (B, C, H, W).
         source: x0, (B, C, H, W), of any floating dtype.
         labels: y, (B, H, W).
-        t: (B,), times in [0, 1]. CPU tensors are checked, up to rounding.
+        t: (B,), times in [0, 1]. On a CPU other values are an error, except for a rounding error.
         centroids: (K, C), or a Codebook.
         predicts: "velocity" (default) or "endpoint".
         loss_space: "velocity", "endpoint" or None for the space of the prediction.
@@ -284,8 +291,8 @@ def flow_loss(
 
     Differentiable once in prediction, also with torch.func.grad, vjp and vmap. Second derivatives and forward mode raise
     NotImplementedError. Bitwise repeatable.
-    Cost: reads prediction, source and labels once and writes the gradient once. Until backward, memory holds the gradient and the
-    prediction.
+    Cost: reads prediction and source once and writes the gradient once. Reads the labels once, or twice if valid pixels are counted
+    first (compiled kernels, "mean"). The gradient and the prediction stay in memory until the backward.
 
     Raises:
         TypeError, ValueError: as flow_interpolate.
@@ -320,7 +327,7 @@ def flow_loss(
         eps,
         transform,
         max_norm,
-        *_label(ignore_index, ignored, mu.shape[0]),
+        *_ignored_label_arguments(ignore_index, ignored, mu.shape[0]),
         reduction,
         t_min,
         numbers,
@@ -350,8 +357,9 @@ def nearest_centroid(
         ignore_index: label of a pixel with NaN. Default the codebook's; for bare centroids 255, or -1 for more than 255 of them.
 
     Returns:
-        labels (B, H, W), or a tuple of labels and the requested ones of distance and margin, in this order; distance and margin
-        in fp32 (fp64 for fp64 inputs). A pixel with NaN gets ignore_index and NaN.
+        labels (B, H, W). With return_distance or return_margin a tuple: labels, then distance if requested, then margin if
+        requested. Distance and margin are in fp32 (fp64 for fp64 inputs). A pixel with NaN gets the label ignore_index, and NaN as
+        distance and margin.
 
     Not differentiable. Cost: reads x once, writes the labels once.
 
@@ -370,7 +378,7 @@ def nearest_centroid(
         str(out_dtype).removeprefix("torch."),
         return_distance,
         return_margin,
-        *_label(ignore_index, ignored, mu.shape[0]),
+        *_ignored_label_arguments(ignore_index, ignored, mu.shape[0]),
     )
     if not (return_distance or return_margin):
         return found[0]
@@ -397,7 +405,7 @@ def decode_confusion(
     """
     mu, ignored = _resolve("x", x, codebook, "codebook")
     check_labels("target", target, ("x", x))
-    label = _label(ignore_index, ignored, mu.shape[0])
+    label = _ignored_label_arguments(ignore_index, ignored, mu.shape[0])
     return call("decode_confusion", x.detach(), target, mu, _is_codebook(codebook), *label)
 
 

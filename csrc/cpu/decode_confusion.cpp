@@ -3,16 +3,16 @@
 
 namespace flowseg::cpu {
 
-// Each thread counts in its own K x K table if the table has at most so many numbers (8 MiB) and no more numbers than the batch has
-// pixels: clearing and adding up the tables costs K^2 per thread. Otherwise all threads add to one table with integer atomics, and
-// the result does not depend on their order either.
+// Each thread counts in its own K x K table if K^2 is at most kLargestTablePerThread (8 MiB) and at most the number of pixels of
+// the batch: clearing and adding up the tables costs K^2 per thread. Otherwise all threads add to one table with integer atomics.
+// The result does not depend on the order of the additions in either case.
 constexpr int64_t kLargestTablePerThread = int64_t{1} << 20;
 
 Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional<Tensor> cells, std::optional<Tensor> records,
-                        std::optional<Tensor> groups, double grid_low, double grid_scale, int64_t ignore_index) {
+                        std::optional<Tensor> records_left, double grid_low, double grid_scale, int64_t ignore_index) {
   const Image image = image_of(x, "x");
   const PaddedCodes codes(centroids, image);
-  const Grid grid = grid_of(centroids, cells, records, groups, grid_low, grid_scale);
+  const Grid grid = grid_of(centroids, cells, records, records_left, grid_low, grid_scale);
   const int64_t classes = codes.codes.classes, size = classes * classes;
   const CheckedLabels y(target, image, classes, ignore_index, "target");
   const Confusion a{.decode = {.x = image, .codes = codes.codes, .grid = grid}, .target = y.labels};

@@ -35,11 +35,11 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, T
   const int64_t chunks = chunks_of(image);
   std::vector<double> sums(chunks);
   std::vector<int64_t> counts(chunks);
-  // For the mean the residual is divided by the number of valid pixels here, so it already is the gradient if the incoming gradient
-  // is 1. fp16 underflows at 6e-8: there the backward divides.
-  const bool divided = need_grad && is_mean && image.type != Real::f16;
+  // For the mean, divide the residual by the number of valid pixels. The residual is then the gradient if the incoming gradient is
+  // 1. fp16 underflows at 6e-8, so there the backward divides.
+  const bool residual_is_divided = need_grad && is_mean && image.type != Real::f16;
   double residual_scale = 1;
-  if (divided) {
+  if (residual_is_divided) {
     const Count c{.shape = image, .labels = y.labels, .classes = codes.codes.classes, .counts = counts.data()};
     for_each_chunk(image, [&](auto kernels, int64_t chunk) { kernels.count(c, chunk); });
     residual_scale = 1.0 / static_cast<double>(std::max<int64_t>(1, std::accumulate(counts.begin(), counts.end(), int64_t{0})));
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_loss(Tensor prediction, Tensor source, T
     total += sums[i];
     valid += counts[i];
   }
-  *static_cast<int64_t*>(count.data_ptr()) = divided ? 1 : valid;
+  *static_cast<int64_t*>(count.data_ptr()) = residual_is_divided ? 1 : valid;
   if (!is_per_pixel) store_scalar(loss, is_mean ? total / static_cast<double>(valid ? valid : 1) : total);
   return {loss, residual, count};
 }

@@ -97,8 +97,8 @@ struct FieldInputs {
   std::vector<float> padded_table_;
 };
 
-// Gradients of shared parameters are summed within at most so many groups of patches, and the groups are added in order: results do
-// not depend on the number of threads.
+// Gradients of shared parameters are summed within groups of patches, at most kPatchGroups groups. The sums of the groups are added
+// in order, so results do not depend on the number of threads.
 constexpr int64_t kPatchGroups = 64;
 
 }  // namespace

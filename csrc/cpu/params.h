@@ -19,7 +19,7 @@ struct Codes {
   double max_abs;  // largest magnitude of a coordinate
 };
 
-// A chunk is the work of one task: up to so many pixels, all of one image. Sums are kept per chunk and added in the order of the
+// A chunk is the work of one task: at most kChunkPixels pixels of one image. Sums are kept per chunk and added in the order of the
 // chunks, so results do not depend on the number of threads.
 constexpr int64_t kChunkPixels = 4096;
 

@@ -149,18 +149,18 @@ constexpr int kCorrectionPixels = (C <= 4 ? 4 : C <= 8 ? 2 : 1) / (sizeof(T) == 
 template <class T, int C>
 constexpr int kMinBlocks = sizeof(T) == 8 ? 1 : C == 3 ? 4 : C == 8 ? 3 : 1;
 
-// If a pixel's own weight is at most kSmallOwn times the sum of the others, the kernel sums over all classes and subtracts the
-// own weight. The error is then at most 4 ulp of the sum. Near a centroid with a small eps the own weight can be a million times
-// the rest, and the subtraction would cancel.
-constexpr int kSmallOwn = 4;
+// If a pixel's own weight is at most kMaxOwnToRivals times the sum of the rivals, the kernel sums over all classes and subtracts
+// the own weight. The error is then at most 4 ulp of the sum. Near a centroid with a small eps the own weight can be a million
+// times the rest, and the subtraction would cancel.
+constexpr int kMaxOwnToRivals = 4;
 
 // State that a block computes once from the codes, for all its pixels.
 template <class T, int C>
 struct StagedCodes {
   CodeTile<T, C> tile;
-  bool whole;         // the tile holds every centroid
-  bool own_is_small;  // so far, no pixel of the warp had a dominating own weight
-  T limit;            // the fast formula needs |coordinate| <= limit; negative: it is never used
+  bool whole;             // the tile holds every centroid
+  bool may_subtract_own;  // so far, no pixel of the warp had a dominating own weight
+  T limit;                // the fast formula needs |coordinate| <= limit; negative: it is never used
 };
 
 // Every thread of the block calls it.
@@ -168,9 +168,10 @@ template <Transform kTransform, class T, int C>
 __device__ __forceinline__ StagedCodes<T, C> stage_codes(const Correction& options, const InputCodes& codes,
                                                          const CodeTile<T, C>& tile) {
   const bool whole = codes.classes <= CodeTile<T, C>::kRows;
-  StagedCodes<T, C> staged{.tile = tile, .whole = whole, .own_is_small = whole && codes.classes > kRun, .limit = T(-1)};
+  StagedCodes<T, C> staged{.tile = tile, .whole = whole, .may_subtract_own = whole && codes.classes > kRun, .limit = T(-1)};
   if (kTransform == Transform::neg_log && options.temperature == 1) {
     const float reach = largest_coordinate<T>(codes);
+    // cpu/pixel/correction.h explains these bounds.
     const bool moderate = reach < 1e4f && options.eps >= 1e-12 * (reach > 1 ? static_cast<double>(reach) * reach : 1.0);
     if (moderate) staged.limit = static_cast<T>(8 * reach);
   }
@@ -227,7 +228,7 @@ __device__ __forceinline__ bool subtract_own(const Pack<T, P> (&x)[C], const Pac
 #pragma unroll
   for (int c = 0; c < C; ++c) sum.pull[c] = sum.pull[c] - square * diff[c];
   bool small = true;
-  FLOWSEG_EACH(P) small &= y.at[p] < 0 || weight.at[p] <= T(kSmallOwn) * sum.weight.at[p];
+  FLOWSEG_EACH(P) small &= y.at[p] < 0 || weight.at[p] <= T(kMaxOwnToRivals) * sum.weight.at[p];
   return __all_sync(kAllLanes, small);
 }
 
@@ -249,11 +250,11 @@ __device__ __forceinline__ void load_own_codes(const InputCodes& codes, const St
   }
 }
 
-// The gradients of a run of pixels. Every thread of the block must call this function the same number of times. The caller discards
-// the gradients of ignored pixels.
+// Computes the gradients of a run of pixels. Every thread of the block must call this function the same number of times. The caller
+// discards the gradients of ignored pixels.
 //
-// The fast formula is as exact as the general one, and its squares stay inside the range of fp32, only while no point of the warp
-// is far away compared with the codes; NaN counts as far. If the codes take several parts, the whole block decides together.
+// The fast formula needs points near the codes: far away its sums lose digits and its squares leave the range of fp32. A NaN counts
+// as far. The warp decides together; if the codes take several parts, the block does.
 template <Transform kTransform, class T, int C, int P>
 __device__ __forceinline__ void correct_pixels(const Correction& options, const InputCodes& codes, StagedCodes<T, C>& staged,
                                                const Pack<T, P> (&x)[C], const Pack<int, P>& y, Pack<T, P> (&grad)[C]) {
@@ -275,14 +276,14 @@ __device__ __forceinline__ void correct_pixels(const Correction& options, const 
   }
   if (fast) {
     Rivals<C, V> sum;
-    if (staged.own_is_small) {
+    if (staged.may_subtract_own) {
       add_all_classes<C>(x, staged.tile, codes.classes, eps, sum);
       V own[C];
       load_own_codes(codes, staged, y, own);
-      staged.own_is_small = subtract_own<C>(x, own, y, eps, sum);
+      staged.may_subtract_own = subtract_own<C>(x, own, y, eps, sum);
     }
     // Once an own weight dominates, the pixels that follow probably have dominating ones too.
-    if (!staged.own_is_small) {
+    if (!staged.may_subtract_own) {
       sum = {};
       for_each_part(codes, staged.tile, is_staged,
                     [&](int first, int count) { add_reciprocals<C>(x, class_in_part(first), staged.tile, count, eps, sum); });

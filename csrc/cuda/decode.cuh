@@ -93,7 +93,7 @@ __device__ __forceinline__ int search_list(const Grid& grid, int first, float x,
     for (int i = 0; i < 4; ++i) found.offer(x - xs.at[i], y - ys.at[i], z - zs.at[i], labels.at[i]);
   };
   const auto* record = reinterpret_cast<const Packed<float, 4>*>(grid.records) + static_cast<int64_t>(first) * 8;
-  for (int left = grid.groups[first] + FLOWSEG_PLANTED(list); left > 0; --left, record += 8) {
+  for (int left = grid.records_left[first] + FLOWSEG_PLANTED(list); left > 0; --left, record += 8) {
     offer_four(record);
     if (record[1].at[0] == infinity<float>()) break;  // most lists have at most four candidates; the rest is padding
     offer_four(record + 1);
@@ -212,8 +212,8 @@ __device__ __forceinline__ int cell_at(const Grid& grid, float x, float y, float
   return (a | b | c) < size ? static_cast<int>((c * size + b) * size + a) : -1;
 }
 
-// Looks up a run of pixels. All table loads are issued before the first is waited for. Then each thread searches for its few
-// pending pixels, which a word did not answer, one by one: a warp makes as many passes as its thread with the most pending pixels.
+// Looks up a run of pixels. All table loads are issued before the first is waited for. A pixel that no word answers is pending.
+// Each thread searches its pending pixels one by one. A warp makes as many passes as its thread with the most pending pixels.
 template <bool kWords, class S>
 __device__ __forceinline__ void look_up(const Grid& grid, const InputCodes& codes, const GridCode* rows, const RawPixels<S>& x,
                                         int (&label)[kLookupPixels]) {

@@ -8,7 +8,7 @@ namespace flowseg::cuda {
 namespace {
 
 Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional<Tensor> cells, std::optional<Tensor> records,
-                        std::optional<Tensor> groups, double grid_low, double grid_scale, int64_t ignore_index) {
+                        std::optional<Tensor> records_left, double grid_low, double grid_scale, int64_t ignore_index) {
   const Image image = image_of(x, "x");
   const InputCodes codes = input_codes(centroids, image);
   Tensor counts = torch::stable::new_zeros(x, std::vector<int64_t>{codes.classes, codes.classes}, ScalarType::Long);
@@ -16,7 +16,7 @@ Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional
   const ConfusionParams params{.x = input_image(image),
                                .target = input_labels(target, image, ignore_index, "target"),
                                .codes = codes,
-                               .grid = aligned_grid(centroids, cells, records, groups, grid_low, grid_scale),
+                               .grid = aligned_grid(centroids, cells, records, records_left, grid_low, grid_scale),
                                .counts = static_cast<unsigned long long*>(counts.data_ptr())};
   launch_confusion(params, Launch(x));
   return counts;

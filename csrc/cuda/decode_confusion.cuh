@@ -9,8 +9,8 @@
 
 namespace flowseg::cuda {
 
-// A block counts in shared memory, in 16-bit counters, two per word; it therefore processes fewer than 65,536 pixels. If the
-// histogram does not fit, blocks count in global memory. Sums of integers do not depend on the order of the additions.
+// A block counts in 16-bit counters in shared memory, two per word. So it must process fewer than 65,536 pixels. If the histogram
+// does not fit, blocks count in global memory. Sums of integers do not depend on the order of the additions.
 constexpr int kMaxPixelsPerBlock = 32768;
 
 struct ConfusionParams {

@@ -20,7 +20,7 @@ struct LossParams {
   InputCodes codes;               // (K, C)
   Correction correction;
   bool predicts_endpoint, endpoint_space, annealed, mean;
-  bool divided;  // the residual is divided by the number of valid pixels
+  bool residual_is_divided;  // by the number of valid pixels
   double weight, t_min;
   OutputImage residual;                       // (B, C, H, W); data null if not needed
   OutputImage per_pixel;                      // (B, H, W), the loss for Reduction::none; else data null
@@ -43,8 +43,8 @@ struct LossOptions {
 // All parameters except the launch sizes (plan_loss sets them) and the scratch memory. `residual.data` is null if no gradient is
 // needed.
 //
-// For a mean, the residual is divided by the pixel count here: it then is the gradient if the incoming gradient is 1. Not in fp16,
-// where it could underflow in a large batch; there the backward divides.
+// For a mean, `loss` divides the residual by the number of valid pixels. The residual is then the gradient if the incoming gradient
+// is 1. In fp16 the quotient could underflow in a large batch, so there the backward divides.
 inline LossParams loss_params(const InputImage& prediction, const InputImage& source, const InputLabels& labels,
                               const InputTimes& times, const InputCodes& codes, const LossOptions& options, const OutputImage& loss,
                               const OutputImage& residual, int64_t* count) {
@@ -59,7 +59,7 @@ inline LossParams loss_params(const InputImage& prediction, const InputImage& so
           .endpoint_space = options.endpoint_space,
           .annealed = options.annealed,
           .mean = mean,
-          .divided = residual.data && mean && prediction.type != Real::f16,
+          .residual_is_divided = residual.data && mean && prediction.type != Real::f16,
           .weight = options.weight,
           .t_min = options.t_min,
           .residual = residual,
@@ -96,7 +96,7 @@ struct LossScratch {
 template <class T, int C>
 __device__ __forceinline__ void initialise(const LossParams& a, LossScratch<T, C>& scratch) {
   scratch.partial[threadIdx.x] = {0, 0};
-  const double count = a.divided ? strided_sum(&a.partials[a.loss_blocks].count, a.count_blocks, 2) : 1;
+  const double count = a.residual_is_divided ? strided_sum(&a.partials[a.loss_blocks].count, a.count_blocks, 2) : 1;
   if (threadIdx.x == 0) scratch.residual_factor = 1 / (count > 0 ? count : 1);
   __syncthreads();
 }
@@ -139,8 +139,9 @@ __device__ __forceinline__ void store_losses(const LossParams& a, const PixelRun
                                              const Pack<T, P> (&grad)[C], LossScratch<T, C>& scratch) {
   using V = Pack<T, P>;
   const T t = static_cast<T>(time_of(a.times, run.image));
-  const T weight = static_cast<T>(a.weight) * (a.annealed ? 1 - t : T(1)), mean = static_cast<T>(1.0 / a.codes.channels);
-  const T residual_scale = error_scale(a, t) * 2 * mean * static_cast<T>(scratch.residual_factor);
+  const T weight = static_cast<T>(a.weight) * (a.annealed ? 1 - t : T(1));
+  const T inverse_channels = static_cast<T>(1.0 / a.codes.channels);
+  const T residual_scale = error_scale(a, t) * 2 * inverse_channels * static_cast<T>(scratch.residual_factor);
   V square{};
 #pragma unroll
   for (int c = 0; c < C; ++c) {
@@ -152,7 +153,7 @@ __device__ __forceinline__ void store_losses(const LossParams& a, const PixelRun
     error *= residual_scale;
     if (a.residual.data && c < a.codes.channels) store_plane(a.residual, c, run, error.at);
   }
-  square *= mean;
+  square *= inverse_channels;
   if (a.per_pixel.data) store_plane(a.per_pixel, 0, run, square.at);
   Partial& partial = scratch.partial[threadIdx.x];
   FLOWSEG_EACH(P) {
@@ -179,10 +180,11 @@ __device__ __forceinline__ void loss_tile(const LossParams& a, unsigned tile, St
   }
   compiler_barrier(tile);
   if (a.weight != 0) correct_pixels<kTransform>(a.correction, a.codes, staged, xhat, y, grad);
+  // Compute the run again. Kept during the correction it would take registers.
   store_losses(a, run_in_batch<P>(pixels, a.tiles_per_image, tile), y, grad, scratch);
 }
 
-// ptxas needs a few more registers for sm_100 and newer, and would spill.
+// For sm_100 and newer ptxas needs a few more registers and would spill with four blocks per SM. Ask for three.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <class T, int C>
 constexpr int kMinLossBlocks = kMinBlocks<T, C> == 4 ? 3 : kMinBlocks<T, C>;
@@ -211,7 +213,7 @@ static __global__ void __launch_bounds__(kThreads) finish_loss(const LossParams 
   const double count = strided_sum(&a.partials->count, a.loss_blocks, 2);
   const double sum = strided_sum(&a.partials->sum, a.loss_blocks, 2);
   if (threadIdx.x != 0) return;
-  *a.count = a.divided ? 1 : static_cast<int64_t>(count);
+  *a.count = a.residual_is_divided ? 1 : static_cast<int64_t>(count);
   const double value[1] = {a.mean && count > 0 ? sum / count : sum};
   if (a.loss.data) store_plane<true>(a.loss, 0, {0, 0, 1}, value);
 }
@@ -273,14 +275,14 @@ void plan_loss(LossParams& a, const Launch& launch) {
   for_loss_kernel(a, [&](auto kernel, int pixels_per_thread) {
     a.loss_blocks = launch.resident_blocks(kernel, tile(pixels_per_thread, a.tiles, a.tiles_per_image));
   });
-  if (a.divided) {
+  if (a.residual_is_divided) {
     a.count_blocks = launch.resident_blocks(count_valid, tile(kCountPixels, a.count_tiles, a.count_tiles_per_image));
   }
 }
 
 template <class Launch>
 void launch_loss(const LossParams& a, const Launch& launch) {
-  if (a.divided) launch(count_valid, a.count_blocks, 0, a);
+  if (a.residual_is_divided) launch(count_valid, a.count_blocks, 0, a);
   for_loss_kernel(a, [&](auto kernel, int) { launch(kernel, a.loss_blocks, 0, a); });
   launch(finish_loss, 1, 0, a);
 }

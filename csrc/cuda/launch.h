@@ -40,8 +40,8 @@ inline InputTimes input_times(const Tensor& t, const Image& image) {
 
 // The decode grid, or none where the centroids do not start at 16 bytes: the kernels then search all centroids.
 inline Grid aligned_grid(const Tensor& centroids, const std::optional<Tensor>& cells, const std::optional<Tensor>& records,
-                         const std::optional<Tensor>& groups, double low, double scale) {
-  const Grid grid = grid_of(centroids, cells, records, groups, low, scale);
+                         const std::optional<Tensor>& records_left, double low, double scale) {
+  const Grid grid = grid_of(centroids, cells, records, records_left, low, scale);
   return starts_at_16_bytes(centroids.data_ptr(), 0, 0) ? grid : Grid{};
 }
 

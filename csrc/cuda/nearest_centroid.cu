@@ -8,7 +8,7 @@ namespace flowseg::cuda {
 namespace {
 
 void nearest_centroid(Tensor x, Tensor centroids, std::optional<Tensor> cells, std::optional<Tensor> records,
-                      std::optional<Tensor> groups, double grid_low, double grid_scale, Tensor labels, Tensor distance,
+                      std::optional<Tensor> records_left, double grid_low, double grid_scale, Tensor labels, Tensor distance,
                       Tensor margin, int64_t ignore_index) {
   const Image image = image_of(x, "x");
   if (x.numel() == 0) return;
@@ -16,7 +16,7 @@ void nearest_centroid(Tensor x, Tensor centroids, std::optional<Tensor> cells, s
   const DecodeParams params{
       .x = input_image(image),
       .codes = input_codes(centroids, image),
-      .grid = aligned_grid(centroids, cells, records, groups, grid_low, grid_scale),
+      .grid = aligned_grid(centroids, cells, records, records_left, grid_low, grid_scale),
       .ignore = ignore_index,
       .labels = labels.data_ptr(),
       .label_type = label_type,

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) decode_by_search(const DecodeParams 
 
 template <class Launch>
 void launch_decode_by_grid(DecodeParams a, const Launch& launch) {
-  // Long-lived blocks: each block first copies the codes to shared memory, and ends only when its slowest warp does.
+  // Give each block many tiles: it first copies the codes to shared memory, and it ends only when its slowest warp ends.
   constexpr int64_t kMaxTilesPerBlock = 64;
   const Device device = launch.device();
   const bool words = has_words(a.codes);

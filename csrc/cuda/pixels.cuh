@@ -11,8 +11,8 @@
 
 namespace flowseg::cuda {
 
-// The pixels of one thread: `count` pixels of one image from flat position `first` on. A tile, the runs of one block, never crosses
-// images, so all threads of a block share one t.
+// The pixels of one thread: `count` pixels of one image from flat position `first` on. A tile is the runs of all threads of a
+// block. A tile lies in one image, so its pixels share one t.
 struct PixelRun {
   int64_t image, first;
   int count;

@@ -73,9 +73,9 @@ struct Correction {
 
 // The decode grid (flowseg_kernels/decode_grid.py).
 struct Grid {
-  const int32_t* cells;  // (G, G, G); null without a grid
-  const float* records;  // (R, 4, 8)
-  const int32_t* groups; // (R,)
+  const int32_t* cells;         // (G, G, G); null without a grid
+  const float* records;         // (R, 4, 8)
+  const int32_t* records_left;  // (R,): from record r to the end of its list, r included
   float low, scale;
   int size;              // G
   const int32_t* words;  // (G, G, G), the second table of cells

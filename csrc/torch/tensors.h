@@ -80,12 +80,12 @@ inline void check_codes(const Tensor& t, const Image& image) {
 
 // The decode grid, or none: a grid has fp32 codes with three channels, and other codes are searched without one.
 inline Grid grid_of(const Tensor& centroids, const std::optional<Tensor>& cells, const std::optional<Tensor>& records,
-                    const std::optional<Tensor>& groups, double low, double scale) {
+                    const std::optional<Tensor>& records_left, double low, double scale) {
   if (!cells || centroids.scalar_type() != ScalarType::Float || centroids.size(1) != 3) return {};
   const auto is_usable = [&](const std::optional<Tensor>& t) {
     return t && t->is_contiguous() && t->is_cuda() == centroids.is_cuda();
   };
-  FLOWSEG_CHECK(is_usable(cells) && is_usable(records) && is_usable(groups),
+  FLOWSEG_CHECK(is_usable(cells) && is_usable(records) && is_usable(records_left),
                 "codebook: wanted a contiguous decode grid on the device of its centroids");
   const int64_t side = cells->dim() == 4 ? cells->size(3) : 0;
   FLOWSEG_CHECK(side > 0 && (side & (side - 1)) == 0 && cells->size(0) == 2 && cells->size(1) == side && cells->size(2) == side &&
@@ -94,13 +94,14 @@ inline Grid grid_of(const Tensor& centroids, const std::optional<Tensor>& cells,
   FLOWSEG_CHECK(records->dim() == 3 && records->size(1) == 4 && records->size(2) == 8 &&
                     records->scalar_type() == ScalarType::Float,
                 "codebook: wanted the records of its decode grid as float32 (R, 4, 8); make a new Codebook");
-  FLOWSEG_CHECK(groups->dim() == 1 && groups->size(0) == records->size(0) && groups->scalar_type() == ScalarType::Int,
-                "codebook: wanted the groups of its decode grid as int32 (R,); make a new Codebook");
+  FLOWSEG_CHECK(records_left->dim() == 1 && records_left->size(0) == records->size(0) &&
+                    records_left->scalar_type() == ScalarType::Int,
+                "codebook: wanted the record counts of its decode grid as int32 (R,); make a new Codebook");
   const auto* table = static_cast<const int32_t*>(cells->data_ptr());
   return {
       .cells = table,
       .records = static_cast<const float*>(records->data_ptr()),
-      .groups = static_cast<const int32_t*>(groups->data_ptr()),
+      .records_left = static_cast<const int32_t*>(records_left->data_ptr()),
       .low = static_cast<float>(low),
       .scale = static_cast<float>(scale),
       .size = static_cast<int>(side),

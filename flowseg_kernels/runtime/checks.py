@@ -154,7 +154,8 @@ def check_label_values(name: str, labels: Tensor, num_classes: int, ignore_index
 # calls into a symbolic float, and a symbolic float that reaches an op keeps the value of the first call in some graphs
 # (pytorch/pytorch#197889). A tensor has the right value and causes no recompilation.
 
-#: Values of a call that gives no number. A compiled graph holds them as constants.
+#: The defaults in the signatures of distance_correction, flow_loss and FlowLoss. A compiled graph holds a number as a constant if
+#: the number equals its default, else as a tensor. A number may be None only if None is its default.
 _DEFAULTS = {"correction_weight": 1.0, "temperature": 1.0, "eps": None, "max_norm": None, "t_min": 0.05}
 
 

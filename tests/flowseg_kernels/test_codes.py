@@ -72,7 +72,7 @@ def test_most_classes_with_a_decode_grid():
 
 @pytest.mark.parametrize("classes", [1, 2, 150, 1024, 1025])
 def test_words_of_the_grid_name_what_its_lists_do(classes):
-    cells, records, groups, _, _ = decode_tables(fk.kronecker_centroids(classes, 3))
+    cells, records, records_left, _, _ = decode_tables(fk.kronecker_centroids(classes, 3))
     cell, word = cells.flatten(1)
     if classes > 1024:
         assert torch.equal(cell, word)
@@ -82,7 +82,7 @@ def test_words_of_the_grid_name_what_its_lists_do(classes):
     assert torch.equal(named[single], cell[single, None].expand(-1, 3))
     assert torch.equal(word[long], cell[long]) and (records[-1 - cell[long]][:, 3, 3] >= 0).all()
     listed = records[-1 - cell[short]][:, 3]
-    assert (groups[-1 - cell[short]] == 1).all() and (listed[:, 3:] < 0).all()
+    assert (records_left[-1 - cell[short]] == 1).all() and (listed[:, 3:] < 0).all()
     # A list with fewer than three classes repeats its last class.
     assert torch.equal(
         named[short].float(), torch.where(listed[:, :3] >= 0, listed[:, :3], listed.amax(1, keepdim=True))

@@ -138,14 +138,6 @@ inline unsigned __reduce_max_sync(unsigned, unsigned own) {
     return most;
   });
 }
-template <class T>
-unsigned __match_any_sync(unsigned, T own) {
-  return flowseg::host::exchange_in_warp(own, [&](auto value) {
-    unsigned same = 0;
-    for (int i = 0; i < flowseg::host::kLanes; ++i) same |= static_cast<unsigned>(value(i) == own) << i;
-    return same;
-  });
-}
 // a + b rounded down. Correct if the sum in double is exact or lies on the same side of the float as the exact sum.
 inline float __fadd_rd(float a, float b) {
   const float sum = a + b;

@@ -103,7 +103,7 @@ bool run_all(int64_t batch, int64_t height, int64_t width, int64_t gap, int64_t 
 struct Octants {
   static constexpr int kClasses = 22, kMore = 12;
   std::vector<float> mu, records;
-  std::vector<int32_t> cells, words, groups{1, 1, 2, 1};
+  std::vector<int32_t> cells, words, records_left{1, 1, 2, 1};
 
   Octants() : records(4 * 32, std::numeric_limits<float>::infinity()) {
     std::vector<int> corner;
@@ -157,9 +157,9 @@ bool run_grid(int64_t height, int64_t width) {
   }
   const Array x_array = array(x, {1, 3, height, width}), found_array = array(found, plane);
   const Array code_array = array(grid.mu, {Octants::kClasses, 3}), cell_array = array(grid.cells, {2, 2, 2, 2});
-  const Array record_array = array(grid.records, {4, 4, 8}), group_array = array(grid.groups, {4});
-  nearest_centroid(x_array, code_array, cell_array, record_array, group_array, -1, 1, found_array, {}, {}, 255);
-  decode_confusion(x_array, found_array, code_array, cell_array, record_array, group_array, -1, 1, 255,
+  const Array record_array = array(grid.records, {4, 4, 8}), records_left_array = array(grid.records_left, {4});
+  nearest_centroid(x_array, code_array, cell_array, record_array, records_left_array, -1, 1, found_array, {}, {}, 255);
+  decode_confusion(x_array, found_array, code_array, cell_array, record_array, records_left_array, -1, 1, 255,
                    array(counts, {Octants::kClasses, Octants::kClasses}));
   int64_t diagonal = 0, known = 0;
   for (int k = 0; k < Octants::kClasses; ++k) diagonal += counts[k * Octants::kClasses + k];

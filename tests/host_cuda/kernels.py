@@ -126,16 +126,18 @@ def flow_loss_bwd_(grad_loss, residual, count, reduction):
     call("flow_loss_bwd", grad_loss.to(compute_dtype(residual.dtype)), residual, count, reduction, residual)
 
 
-def nearest_centroid(x, centroids, cells, records, groups, low, scale, labels, distance, margin, ignore_index):
+def nearest_centroid(x, centroids, cells, records, records_left, low, scale, labels, distance, margin, ignore_index):
     # aligned_grid of csrc/cuda/launch.h drops the grid for other centroids.
     assert centroids.data_ptr() % 16 == 0
-    call("nearest_centroid", x, centroids, cells, records, groups, low, scale, labels, distance, margin, ignore_index)
+    call(
+        "nearest_centroid", x, centroids, cells, records, records_left, low, scale, labels, distance, margin, ignore_index
+    )  # fmt: skip
 
 
-def decode_confusion(x, target, centroids, cells, records, groups, low, scale, ignore_index):
+def decode_confusion(x, target, centroids, cells, records, records_left, low, scale, ignore_index):
     counts = torch.zeros(centroids.shape[0], centroids.shape[0], dtype=torch.int64)
     if x.numel():  # the CUDA launcher too returns zeros for an empty image
-        call("decode_confusion", x, target, centroids, cells, records, groups, low, scale, ignore_index, counts)
+        call("decode_confusion", x, target, centroids, cells, records, records_left, low, scale, ignore_index, counts)
     return counts
 
 

@@ -76,12 +76,12 @@ InputCodes codes(const Array& a) {
   return {.data = a.data, .classes = static_cast<int>(a.shape[0]), .channels = static_cast<int>(a.shape[1])};
 }
 
-Grid decode_grid(const Array& cells, const Array& records, const Array& groups, double low, double scale) {
+Grid decode_grid(const Array& cells, const Array& records, const Array& records_left, double low, double scale) {
   if (!cells.data) return {};
   const auto* table = static_cast<const int32_t*>(cells.data);
   return {.cells = table,
           .records = static_cast<const float*>(records.data),
-          .groups = static_cast<const int32_t*>(groups.data),
+          .records_left = static_cast<const int32_t*>(records_left.data),
           .low = static_cast<float>(low),
           .scale = static_cast<float>(scale),
           .size = static_cast<int>(cells.shape[3]),
@@ -161,11 +161,11 @@ void flow_loss_bwd(const Array& grad, const Array& residual, const Array& count,
   launch_scale(params, HostLaunch{});
 }
 
-void nearest_centroid(const Array& x, const Array& centroids, const Array& cells, const Array& records, const Array& groups,
+void nearest_centroid(const Array& x, const Array& centroids, const Array& cells, const Array& records, const Array& records_left,
                       double low, double scale, const Array& labels, const Array& distance, const Array& margin, int64_t ignore) {
   const DecodeParams params{.x = image(x),
                             .codes = codes(centroids),
-                            .grid = decode_grid(cells, records, groups, low, scale),
+                            .grid = decode_grid(cells, records, records_left, low, scale),
                             .ignore = ignore,
                             .labels = labels.data,
                             .label_type = integer_of(labels),
@@ -176,11 +176,11 @@ void nearest_centroid(const Array& x, const Array& centroids, const Array& cells
 }
 
 void decode_confusion(const Array& x, const Array& target, const Array& centroids, const Array& cells, const Array& records,
-                      const Array& groups, double low, double scale, int64_t ignore, const Array& counts) {
+                      const Array& records_left, double low, double scale, int64_t ignore, const Array& counts) {
   const ConfusionParams params{.x = image(x),
                                .target = label_map(target, ignore),
                                .codes = codes(centroids),
-                               .grid = decode_grid(cells, records, groups, low, scale),
+                               .grid = decode_grid(cells, records, records_left, low, scale),
                                .counts = static_cast<unsigned long long*>(counts.data)};
   launch_confusion(params, HostLaunch{});
 }

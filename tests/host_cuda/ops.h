@@ -35,10 +35,10 @@ void flow_loss(const Array& prediction, const Array& source, const Array& labels
                int64_t transform, double max_norm, int64_t ignore, int64_t reduction, double t_min, const Array& loss,
                const Array& residual, const Array& count);
 void flow_loss_bwd(const Array& grad, const Array& residual, const Array& count, int64_t reduction, const Array& out);
-void nearest_centroid(const Array& x, const Array& centroids, const Array& cells, const Array& records, const Array& groups,
+void nearest_centroid(const Array& x, const Array& centroids, const Array& cells, const Array& records, const Array& records_left,
                       double low, double scale, const Array& labels, const Array& distance, const Array& margin, int64_t ignore);
 void decode_confusion(const Array& x, const Array& target, const Array& centroids, const Array& cells, const Array& records,
-                      const Array& groups, double low, double scale, int64_t ignore, const Array& counts);
+                      const Array& records_left, double low, double scale, int64_t ignore, const Array& counts);
 
 // From now on each launch runs only its last `count` blocks.
 void run_last_blocks(int64_t count);

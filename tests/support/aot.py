@@ -179,7 +179,7 @@ def _nearest_centroid() -> Iterator[Variant]:
     ):  # fmt: skip
         acc, torch_acc, assembly = _accumulator(dtype)
         pointers = {
-            "x": dtype, "centroids": acc, "cells": "i32", "records": "fp32", "groups": "i32", "labels": "u8",
+            "x": dtype, "centroids": acc, "cells": "i32", "records": "fp32", "records_left": "i32", "labels": "u8",
             "distance": acc, "margin": acc,
         }  # fmt: skip
         constants = {
@@ -196,7 +196,7 @@ def _decode_confusion() -> Iterator[Variant]:
     for channels, grid, dtype in ((3, 64, "bf16"), (3, 0, "fp64"), (8, 0, "fp32"), (16, 0, "bf16")):
         acc, torch_acc, assembly = _accumulator(dtype)
         pointers = {
-            "x": dtype, "target": "u8", "centroids": acc, "cells": "i32", "records": "fp32", "groups": "i32",
+            "x": dtype, "target": "u8", "centroids": acc, "cells": "i32", "records": "fp32", "records_left": "i32",
             "counts": "i64",
         }  # fmt: skip
         constants = {
@@ -232,14 +232,14 @@ _FIELD_KERNELS = {
     "finish": field.finish_kernel,
 }
 #: Arguments of the field's kernels that are fp32 in memory for every operand dtype.
-_FIELD_FP32 = ("table", "waves", "norms", "scales", "raw", "partials", "by_patch", "by_group")
+_FIELD_FP32 = ("table", "waves", "inverse_rms", "inverse_lengths", "scratch_sums", "partials", "by_patch", "by_group")
 _FIELD_INT32 = (
     "first", "columns", "per_image", "depth", "features", "sums", "patches", "groups_before", "patches_per_group", "freqs",
 )  # fmt: skip
 _FIELD_STRIDES = ("sb", "sc", "sh", "sw", "gb", "gc", "gh", "gw")
 #: Arguments that a launch passes as None.
 _FIELD_UNUSED = {
-    "forward": ("grad", "states", "later", "norms", "grads", "partials"),
+    "forward": ("grad", "states", "later_states", "inverse_rms", "grads", "partials"),
     "states": ("out", "out_bias"),
 }
 
@@ -257,7 +257,7 @@ def field_variant(
     if kernel in ("forward", "states"):
         tiles = field_settings.tiles_per_program(patches, p * p, field_settings.settings_of(kernel, sizes).rows)
     constants = field_settings.constants(kernel, sizes, tiles)
-    constants |= dict.fromkeys(_FIELD_UNUSED.get(kernel, ("later",) if kernel == "backward" and aliased else ()))
+    constants |= dict.fromkeys(_FIELD_UNUSED.get(kernel, ("later_states",) if kernel == "backward" and aliased else ()))
     if "UPCAST" in constants:
         constants["UPCAST"] = False
 

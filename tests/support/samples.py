@@ -20,7 +20,7 @@ def image_batch(codes, batch=2, height=9, width=13, spread=0.3, dtype=torch.floa
 
 
 def decode_tables(centroids):
-    """The decode grid of (K, 3) codes as kernels take it: (cells, records, groups, low, scale)."""
+    """The decode grid of (K, 3) codes as kernels take it: (cells, records, records_left, low, scale)."""
     return grid_tables(derived_from(centroids), centroids.device)
 
 

@@ -1,11 +1,11 @@
 // The backward of the neural field for one patch; the derivation is in docs/ops/neural_field.md.
 //
-// The forward stores nothing, so the backward first runs the layers again and keeps the states h, the logits z and the reciprocal
-// norms of all blocks. Then it goes back through the output layer, the blocks and the embedding. In a block, per panel:
-//   1. du = G W2^T, then dz = du silu'(z), in one product with dz computed in its epilogue;
+// The forward stores nothing, so the backward first runs the layers again and keeps the states h, the pre-activations z and
+// 1 / rms(h) of all blocks. Then it goes back through the output layer, the blocks and the embedding. In a block, per panel:
+//   1. du = G W2^T; the epilogue of the product computes dz = du silu'(z);
 //   2. dq = dz W1^T, then through the gain and the norm to the gradient of the state, which replaces G;
-//   3. dW2 += silu(z)^T G and dW1 += q^T dz, as products over pixels. Each step takes kGroup pixels, so steps 1 and 2 leave their
-//      operands for kGroup pixels in silu_rows, logit_rows, normed_lanes and scaled_lanes.
+//   3. dW2 += silu(z)^T G and dW1 += q^T dz, as products over kGroup pixels. Steps 1 and 2 write the operands of these products to
+//      silu_rows, preactivation_grad_rows, normed_lanes and scaled_lanes.
 // W1 and W2 are the normalised weights here: column lengths are factors of rows of activations. store_weights turns the gradient of
 // a normalised column into that of the generated column.
 // Gradients of shared parameters are sums over patches. They are kept per vector lane and added across lanes at the end (finish).
@@ -44,10 +44,10 @@ struct Backward {
   float* grad_normed;             // gradient of a panel's normalised state: (Hx, kPanel)
   float *column_sums, *transposed;
   float *grad_w1, *grad_w2;       // gradients of the normalised W1, transposed, and of W2: (inner, step)
-  Unit *scaled, *logit_grad;      // operands of the products over features: (Hx, kPanel), (inner, kPanel)
+  Unit *scaled, *preactivation_grad;  // operands of the products over features: (Hx, kPanel), (inner, kPanel)
   Unit *scaled_rows, *normed_rows;
   // Operands of the products over pixels: features as rows (inner, kRow), and features in the lanes (kRow, step).
-  Unit *silu_rows, *logit_rows, *normed_lanes, *scaled_lanes;
+  Unit *silu_rows, *preactivation_grad_rows, *normed_lanes, *scaled_lanes;
   // Sums over patches. All but by_position have kLanes partial sums per number.
   float *by_position, *embed, *gains, *out_gain, *out_weight, *out_bias;
   int64_t sums_size;
@@ -66,11 +66,11 @@ struct Backward {
     grad_w2 = arena.take(a.inner * step);
     const auto units = [&](int64_t count) { return reinterpret_cast<Unit*>(arena.take(count)); };
     scaled = units(a.hidden * kPanel);
-    logit_grad = units(a.inner * kPanel);
+    preactivation_grad = units(a.inner * kPanel);
     scaled_rows = units(a.hidden * kUnits);
     normed_rows = units(a.hidden * kUnits);
     silu_rows = units(a.inner * kRow);
-    logit_rows = units(a.inner * kRow);
+    preactivation_grad_rows = units(a.inner * kRow);
     normed_lanes = units(kRow * step);
     scaled_lanes = units(kRow * step);
     by_position = arena.take(a.hidden * a.padded);
@@ -102,7 +102,7 @@ struct Backward {
     fold(out_bias, a.x.channels, sums + at.out_bias);
   }
 
-  // The gradient of h from that of n = h * scale; product: the sum of grad * n over the features.
+  // Returns the gradient of h from `grad`, the gradient of n = h * scale. product: the sum of grad * n over the features.
   FLOWSEG_INLINE F norm_backward(F grad, F n, F product, F scale) const {
     return scale * (grad - n * (product / static_cast<float>(a.hidden)));
   }
@@ -168,8 +168,8 @@ struct Backward {
     const float* scale1 = layers.scale1 + block * a.inner;
     const float* scale2 = layers.scale2 + block * a.hidden;
     const float* gain = a.residual ? a.gains + block * a.hidden : nullptr;
-    const float* inverse = layers.inverse + block * a.padded + panel * kPanel;
-    const F scale[2] = {load(inverse), load(inverse + kLanes)};
+    const float* inverse_rms = layers.inverse_rms + block * a.padded + panel * kPanel;
+    const F scale[2] = {load(inverse_rms), load(inverse_rms + kLanes)};
     const bool weights = b.grad_weights.data != nullptr;
 
     for (int64_t i = 0; i < a.hidden; i += P::features) {
@@ -197,37 +197,37 @@ struct Backward {
       transpose(P::features == 1 ? scaled : scaled_rows, kUnits, a.hidden, kUnits, scaled_lanes + in_group * kUnits * step, step);
     }
 
-    const float* logits = layers.logits(block, panel);
+    const float* preactivations = layers.preactivations(block, panel);
     multiply<P, false>(w.w2, a.hidden / P::features, scaled, kPanel, a.inner, a.hidden / P::features,
                        [&]<int R>(int64_t row, F (&sum)[R][2]) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         F silu[2];
         for (int v = 0; v < 2; ++v) {
-          const F z = load(logits + (row + r) * kPanel + v * kLanes);
+          const F z = load(preactivations + (row + r) * kPanel + v * kLanes);
           const F s = sigmoid(z);
           silu[v] = z * s;
           sum[r][v] *= (s + silu[v] * (1.0f - s)) * scale1[row + r];
         }
         if (weights) {
           Unit* silu_to = silu_rows + (row + r) * kRow + in_group * kUnits;
-          Unit* logit_to = logit_rows + (row + r) * kRow + in_group * kUnits;
+          Unit* grad_to = preactivation_grad_rows + (row + r) * kRow + in_group * kUnits;
           if constexpr (P::features == 1) {
             for (int v = 0; v < 2; ++v) {
               store(silu_to + v * kLanes, silu[v]);
-              store(logit_to + v * kLanes, sum[r][v]);
+              store(grad_to + v * kLanes, sum[r][v]);
             }
           } else {
             P::store_pixels(silu_to, silu[0], silu[1]);
-            P::store_pixels(logit_to, sum[r][0], sum[r][1]);
+            P::store_pixels(grad_to, sum[r][0], sum[r][1]);
           }
         }
       }
-      store_activations<P>(logit_grad, kPanel, row, sum);
+      store_activations<P>(preactivation_grad, kPanel, row, sum);
     });
 
     F product[2] = {};
-    multiply<P, false>(w.w1, a.inner / P::features, logit_grad, kPanel, a.hidden, a.inner / P::features,
+    multiply<P, false>(w.w1, a.inner / P::features, preactivation_grad, kPanel, a.hidden, a.inner / P::features,
                        [&]<int R>(int64_t row, F (&sum)[R][2]) {
       for (int r = 0; r < R; ++r) {
         const int64_t offset = (row + r) * kPanel;
@@ -325,7 +325,7 @@ struct Backward {
         for (; count < kGroup / kPanel && begin + count < layers.panels; ++count) block_backward(block, begin + count, count, w);
         if (!b.grad_weights.data) continue;
         multiply_over_pixels<P>(silu_rows, scaled_lanes, grad_w2, a.inner, step, count * kUnits, begin == 0);
-        multiply_over_pixels<P>(logit_rows, normed_lanes, grad_w1, a.inner, step, count * kUnits, begin == 0);
+        multiply_over_pixels<P>(preactivation_grad_rows, normed_lanes, grad_w1, a.inner, step, count * kUnits, begin == 0);
       }
       if (b.grad_weights.data) store_weights(at, patch, block);
     }

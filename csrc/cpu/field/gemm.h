@@ -4,8 +4,8 @@
 // SiLU need no sums across lanes, a generated weight is a scalar that is broadcast, and a column's length is one factor per row.
 // A product computes a tile of kRows rows x 2 vectors in registers, and reads each vector once for all rows of the tile.
 //
-// The contraction runs over 32-bit units: one fp32 number, or two bf16 numbers where the CPU multiplies pairs. A type (Floats,
-// Bf16Pairs) describes the unit and its multiply-add; all products are templates of that type.
+// A product sums over 32-bit units. A unit is one fp32 number, or two bf16 numbers if the CPU multiplies pairs of them. The types
+// Floats and Bf16Pairs define the unit and its multiply-add. All products are templates of that type.
 //
 // `multiply` is the product over features, used by the forward and the backward. `multiply_over_pixels` is the product over pixels,
 // used for the gradients of the generated weights; both of its operands need the pixels as rows, hence `transpose`.

@@ -134,7 +134,7 @@ FLOWSEG_INLINE void store_activations(typename P::Unit* to, int64_t step, int64_
 }
 
 // One thread's buffers for one patch, and the layers that fill them. Buffers of panels are stored panel by panel, each panel as
-// (features, kPanel). keep: keeps the states, the logits and the norms of all blocks for the backward.
+// (features, kPanel). keep: keeps the states, the pre-activations and 1 / rms of all blocks for the backward.
 template <class P>
 struct Layers {
   using Unit = typename P::Unit;
@@ -146,8 +146,8 @@ struct Layers {
   Unit *tiles1, *tiles2;   // packed W1 and W2 of one block
   Unit *normed, *silu;     // operands of the two products: (Hx, kPanel), (inner, kPanel)
   float* h;                // states: (panels, Hx, kPanel); if kept, L + 1 times
-  float* z;                // logits: (L, panels, inner, kPanel), if kept
-  float* inverse;          // 1 / rms(h): (L + 1, padded), if kept
+  float* z;                // pre-activations of SiLU: (L, panels, inner, kPanel), if kept
+  float* inverse_rms;      // 1 / rms(h): (L, padded), if kept
 
   Layers(const Field& field, bool keep, Arena& arena)
       : a(field), panels((field.patch_size * field.patch_size + kPanel - 1) / kPanel) {
@@ -163,11 +163,11 @@ struct Layers {
     silu = reinterpret_cast<Unit*>(arena.take(a.inner * kPanel));
     h = arena.take((keep ? a.depth + 1 : 1) * a.hidden * all);
     z = arena.take(keep ? a.depth * a.inner * all : 0);
-    inverse = arena.take((a.depth + 1) * a.padded);
+    inverse_rms = arena.take(keep ? a.depth * a.padded : 0);
   }
 
   float* state(int64_t block, int64_t panel) const { return h + (block * panels + panel) * a.hidden * kPanel; }
-  float* logits(int64_t block, int64_t panel) const { return z + (block * panels + panel) * a.inner * kPanel; }
+  float* preactivations(int64_t block, int64_t panel) const { return z + (block * panels + panel) * a.inner * kPanel; }
 
   // h_0 = embed x + table.
   void embed() {
@@ -239,18 +239,18 @@ struct Layers {
         F scale[2];
         reciprocal_rms(from, scale);
         if constexpr (keep) {
-          store(inverse + block * a.padded + panel * kPanel, scale[0]);
-          store(inverse + block * a.padded + panel * kPanel + kLanes, scale[1]);
+          store(inverse_rms + block * a.padded + panel * kPanel, scale[0]);
+          store(inverse_rms + block * a.padded + panel * kPanel + kLanes, scale[1]);
         }
         normalize(from, scale, a.residual ? a.gains + block * a.hidden : nullptr);
-        float* kept = keep ? logits(block, panel) : nullptr;
+        float* kept = keep ? preactivations(block, panel) : nullptr;
         multiply<P, true>(tiles1, 0, normed, kPanel, a.inner, a.hidden / P::features, [&]<int R>(int64_t row, F (&sum)[R][2]) {
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) {
             for (int v = 0; v < 2; ++v) {
-              const F logit = sum[r][v] * first[row + r];
-              if constexpr (keep) store(kept + (row + r) * kPanel + v * kLanes, logit);
-              sum[r][v] = logit * sigmoid(logit);
+              const F preactivation = sum[r][v] * first[row + r];
+              if constexpr (keep) store(kept + (row + r) * kPanel + v * kLanes, preactivation);
+              sum[r][v] = preactivation * sigmoid(preactivation);
             }
           }
           store_activations<P>(silu, kPanel, row, sum);

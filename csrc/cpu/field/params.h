@@ -6,7 +6,7 @@
 
 namespace flowseg::cpu {
 
-// The pixels of a patch are padded to a multiple of this, which the panel of every instruction set divides.
+// The pixels of a patch are padded to a multiple of kPixelPad. The panel of every instruction set divides kPixelPad.
 constexpr int64_t kPixelPad = 32;
 
 struct Field {

@@ -172,7 +172,7 @@ void load_labels(const Labels& labels, int64_t classes, const Image& shape, cons
 }
 
 // Number of pixels of a block that have a class.
-inline int count_labels(const Labels& labels, int64_t classes, const Image& shape, const PixelRange& p) {
+inline int count_valid(const Labels& labels, int64_t classes, const Image& shape, const PixelRange& p) {
   int valid = 0;
   for_each_label(labels, classes, shape, p, [&](int, auto, bool inside, bool ignored) { valid += inside & !ignored; });
   return valid;

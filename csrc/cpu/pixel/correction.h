@@ -11,13 +11,13 @@
 namespace flowseg::cpu {
 namespace {
 
-// Whether every coordinate of the block is within 8 times the largest of the codes, and not NaN. Only then is the fast formula as
-// accurate as the general one, and only then do its squares stay in the range of fp32.
+// Whether the codes are below 1e4, and every coordinate of the block is within 8 times the largest of the codes and not NaN. Only
+// then is the fast formula as accurate as the general one, and only then do its squares stay in the range of fp32.
 template <class T, int C>
 bool is_moderate(const Block<T, C>& x, double max_abs) {
   using I = typename Lanes<T>::I;
   using Int = typename Lanes<T>::Int;
-  // Compare the bits as integers. They have the order of the magnitudes, NaN is larger than every number, and the integer units are
+  // Compare the bits as integers: they have the order of the magnitudes, NaN is larger than every number, and the integer units are
   // idle.
   I largest{};
   for (int c = 0; c < C; ++c) {
@@ -70,9 +70,9 @@ FLOWSEG_INLINE void add_all_but_own(const V (&x)[C], const V (&own)[C], const M&
   for (int c = 0; c < C; ++c) total.pull[c] -= own_weight * own_weight * diff[c];
 }
 
-// The own weight may be subtracted from the sum over all classes if it is at most kSmallOwn times the sum of the others: then the
-// error is at most 4 ulp of that sum. Near a centroid with a small eps the own weight is millions of times larger.
-constexpr int kSmallOwn = 4;
+// The own weight may be subtracted from the sum over all classes if it is at most kMaxOwnToRivals times the sum of the rivals. The
+// error is then at most 4 ulp of that sum. Near a centroid with a small eps the own weight is millions of times larger.
+constexpr int kMaxOwnToRivals = 4;
 
 template <class T, int C>
 void correct_block(const Correction& options, const Codes& codes, const Block<T, C>& x,
@@ -84,18 +84,20 @@ void correct_block(const Correction& options, const Codes& codes, const Block<T,
   const T eps = static_cast<T>(options.eps), max_norm = static_cast<T>(options.max_norm);
   const T inverse_temperature = static_cast<T>(1 / options.temperature);
   const auto transform = static_cast<Transform>(options.transform);
+  // The bound on eps keeps the weights 1 / (d + eps) at 1e12 or less, so their squares stay in the range of fp32. With is_moderate
+  // no weight is more than 1.3e15 times another.
   if (transform == Transform::neg_log && options.temperature == 1 &&
       options.eps >= 1e-12 * std::max(1.0, codes.max_abs * codes.max_abs) && is_moderate(x, codes.max_abs)) {
     // If the own weight dominates in one vector, it may do so in the rest of the block. With few classes subtracting saves nothing.
-    bool own_is_small = codes.classes > kRun;
+    bool may_subtract_own = codes.classes > kRun;
     return for_each_vector(x, classes, own, max_norm, prefetch, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {
       Rivals<C, V> sum;
-      if (own_is_small) {
+      if (may_subtract_own) {
         V weight;
         add_all_but_own<C>(p, m, mu, codes.classes, eps, weight, sum);
-        own_is_small = none((I)((y >= 0) & (weight > T(kSmallOwn) * sum.weight)));
+        may_subtract_own = none((I)((y >= 0) & (weight > T(kMaxOwnToRivals) * sum.weight)));
       }
-      if (!own_is_small) {
+      if (!may_subtract_own) {
         sum = {};
         add_reciprocals<C>(p, y, mu, codes.classes, eps, sum);
       }

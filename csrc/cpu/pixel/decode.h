@@ -150,7 +150,7 @@ FLOWSEG_INLINE int search_one(const Codes& codes, float x, float y, float z) {
 FLOWSEG_INLINE int search_list(const Grid& grid, int first, float x, float y, float z) {
   float best = infinity<float>();
   int label = 0;
-  for (int r = first, end = first + grid.groups[first]; r < end; ++r) {
+  for (int r = first, end = first + grid.records_left[first]; r < end; ++r) {
     const float* record = grid.records + static_cast<int64_t>(r) * 32;
     float smallest;
     int lane;

@@ -22,7 +22,7 @@ void PixelKernels<kIsa>::loss(const Loss& a, int64_t chunk) {
   for_type_and_channels(a.prediction, a.codes.padded, [&]<class T, int C>() {
     using V = typename Lanes<T>::V;
     const int64_t pixels = a.prediction.height * a.prediction.width;
-    const T mean = static_cast<T>(1.0 / a.prediction.channels);
+    const T inverse_channels = static_cast<T>(1.0 / a.prediction.channels);
     PixelRanges ranges(chunk, pixels);
     double total[kSums] = {};
     int64_t count = 0;
@@ -58,7 +58,7 @@ void PixelKernels<kIsa>::loss(const Loss& a, int64_t chunk) {
         scale = a.endpoint_space ? 1 - t : 1 / (1 - t > floor ? 1 - t : floor);
       }
       const T weight = static_cast<T>(a.weight) * (a.annealed ? 1 - t : T(1));
-      const T to_residual = scale * 2 * mean * static_cast<T>(a.residual_scale);
+      const T to_residual = scale * 2 * inverse_channels * static_cast<T>(a.residual_scale);
       alignas(64) T square[kBlock];
       int valid = 0;
       for (int i = 0; i < kBlock; i += Lanes<T>::width) {
@@ -73,7 +73,7 @@ void PixelKernels<kIsa>::loss(const Loss& a, int64_t chunk) {
           sum += error * error;
           lanes(&out.at[c][i]) = error * to_residual;
         }
-        lanes(&square[i]) = sum * mean;
+        lanes(&square[i]) = sum * inverse_channels;
       }
       add_up(square, total);
       for (int i = 0; i < kBlock; ++i) valid += y.at[i] >= 0;
@@ -91,7 +91,7 @@ template <>
 void PixelKernels<kIsa>::count(const Count& a, int64_t chunk) {
   PixelRanges ranges(chunk, a.shape.height * a.shape.width);
   int64_t total = 0;
-  for (PixelRange p; ranges.next(p);) total += count_labels(a.labels, a.classes, a.shape, p);
+  for (PixelRange p; ranges.next(p);) total += count_valid(a.labels, a.classes, a.shape, p);
   a.counts[chunk] = total;
 }
 

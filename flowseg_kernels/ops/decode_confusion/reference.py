@@ -17,7 +17,7 @@ def decode_confusion(
     centroids: Tensor,
     cells: Tensor | None,
     records: Tensor | None,
-    groups: Tensor | None,
+    records_left: Tensor | None,
     grid_low: float,
     grid_scale: float,
     ignore_index: int,
@@ -26,7 +26,7 @@ def decode_confusion(
     k = centroids.shape[0]
     # -1 marks pixels with NaN: the label map is int64 and never leaves this function.
     labels, _, _ = nearest_centroid(
-        x, centroids, cells, records, groups, grid_low, grid_scale, "int64", False, False, -1
+        x, centroids, cells, records, records_left, grid_low, grid_scale, "int64", False, False, -1
     )
     valid, classes = valid_mask(target, k, ignore_index)
     # Pixels that do not count go to an extra last bin. A data-dependent shape would wait for the device.

@@ -27,7 +27,7 @@ def _decode_confusion(
     target,  # (B, H, W)
     centroids,  # (K, C)
     # decode grid, as flowseg_kernels/decode_grid.py lays it out
-    cells, records, groups,
+    cells, records, records_left,
     counts,  # (K, K) int64
     # strides of x and of target
     x_b, x_c, x_h, x_w, l_b, l_h, l_w,
@@ -43,8 +43,8 @@ def _decode_confusion(
     point = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     y = load_classes(target, image, l_b, l_h, l_w, start, width, inside, classes, ignore_index, L_LAYOUT, BLOCK)
     label, _, _ = decode(
-        point, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, C, GRID_SIZE, False, ASSEMBLY
-    )
+        point, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale, C, GRID_SIZE, False, ASSEMBLY
+    )  # fmt: skip
     pair = tl.where((y >= 0) & (label >= 0), y.to(tl.int64) * classes + label, -1)
     # Label maps are piecewise constant, so a few pairs make up most blocks.
     for _ in tl.static_range(_ROUNDS):
@@ -61,7 +61,7 @@ def decode_confusion(
     centroids: torch.Tensor,
     cells: torch.Tensor | None,
     records: torch.Tensor | None,
-    groups: torch.Tensor | None,
+    records_left: torch.Tensor | None,
     grid_low: float,
     grid_scale: float,
     ignore_index: int,
@@ -72,7 +72,7 @@ def decode_confusion(
     if x.numel() == 0:
         return counts
     centroids = aligned(centroids)
-    grid, size = grid_arguments(centroids, cells, records, groups)
+    grid, size = grid_arguments(centroids, cells, records, records_left)
     block = block_of(channels, size > 0)
     programs, sizes, layouts = over_blocks(block, X=x, L=target)
     with on_device_of(x):

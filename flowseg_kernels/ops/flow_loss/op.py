@@ -100,7 +100,7 @@ _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda ten
 def _is_last_reader(residual, grad_loss, reduction):
     """Return whether this backward is the last reader of the residual, which may then become the gradient. Only in eager code.
 
-    A CUDA graph keeps the answer of its capture, so its backward may be replayed once per forward.
+    A CUDA graph keeps the answer of its capture, so its backward must be replayed at most once per forward.
     """
     return (
         reduction != "none"

@@ -44,7 +44,8 @@ def flow_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, the residual 2/C scale error (B, C, H, W) (empty without need_grad), and the number of valid pixels.
 
-    The gradient of the loss is residual * grad_loss / count for "mean", residual * grad_loss for "sum" and "none".
+    The gradient of the loss is residual * grad_loss / count for "mean", residual * grad_loss for "sum" and "none". A kernel may
+    divide the residual by the count itself; it then returns 1 as the count.
     """
     dtype = compute_dtype(prediction.dtype)
     check_code_values(centroids)

@@ -67,6 +67,10 @@ def _flow_loss(
     TRANSFORM: tl.constexpr, UNIT_TEMPERATURE: tl.constexpr, CAPPED: tl.constexpr,
     ASSEMBLY: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """First stage: the losses and the residuals of BLOCK pixels of one image, and the program's sum and count.
+
+    x is the prediction: the end point if ENDPOINT, else the velocity.
+    """
     classes = tl.cast(classes, tl.int32)
     image, start, inside = block_of_program(pixels, blocks, X_LAYOUT, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
@@ -94,7 +98,7 @@ def _flow_loss(
             combined(max_norm, max_norm_low, acc),
             C, TRANSFORM, UNIT_TEMPERATURE, CAPPED, ASSEMBLY, RUN, BLOCK,
         )  # fmt: skip
-    # Loaded only here, from the cache: values that live through the correction's loop would cost 3 C registers per pixel.
+    # Load the values again, from the cache. Kept during the correction's loop they would take 3 C registers per pixel.
     out = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     target = gather_codes(centroids, y, C)
     if not ENDPOINT:

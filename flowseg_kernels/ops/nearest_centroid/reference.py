@@ -37,7 +37,7 @@ def nearest_centroid(
     centroids: Tensor,
     cells: Tensor | None,
     records: Tensor | None,
-    groups: Tensor | None,
+    records_left: Tensor | None,
     grid_low: float,
     grid_scale: float,
     out_dtype: str,

@@ -61,9 +61,9 @@ def _keep_nearest_listed(x, code, j, place, nearest):
 
 
 @triton.jit
-def _search_lists(x, first, records, groups, listed, ASSEMBLY: tl.constexpr):
+def _search_lists(x, first, records, records_left, listed, ASSEMBLY: tl.constexpr):
     """Return the nearest of each pixel's candidates. `first` is the first record of the pixel's list, 0 for pixels without one."""
-    length = tl.load(groups + first, mask=listed, other=0)
+    length = tl.load(records_left + first, mask=listed, other=0)
     place = first * (4 * _RECORD)
     nearest = tl.full(first.shape, float("inf"), tl.float32)
     for r in range(0, tl.max(length, 0)):
@@ -83,7 +83,7 @@ def _search_lists(x, first, records, groups, listed, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def _look_up(
-    x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, SIZE: tl.constexpr, ASSEMBLY: tl.constexpr
+    x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale, SIZE: tl.constexpr, ASSEMBLY: tl.constexpr
 ):  # fmt: skip
     """Return labels from the decode grid. flowseg_kernels/decode_grid.py explains why they are exact."""
     a = (x[0] - grid_low) * grid_scale
@@ -98,7 +98,7 @@ def _look_up(
     listed = in_grid & (label < 0)
     if tl.max(listed.to(tl.int32), 0) > 0:
         label = tl.where(
-            listed, _search_lists(x, tl.where(listed, -1 - label, 0), records, groups, listed, ASSEMBLY), label
+            listed, _search_lists(x, tl.where(listed, -1 - label, 0), records, records_left, listed, ASSEMBLY), label
         )
     outside = inside & ~in_grid
     if tl.max(outside.to(tl.int32), 0) > 0:
@@ -109,7 +109,7 @@ def _look_up(
 
 @triton.jit
 def decode(
-    x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale,
+    x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale,
     C: tl.constexpr, GRID_SIZE: tl.constexpr, MARGIN: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Return labels (-1 for NaN), smallest and second smallest squared distances. GRID_SIZE 0 searches all centroids.
@@ -118,7 +118,7 @@ def decode(
     """
     if GRID_SIZE > 0:
         label = _look_up(
-            x, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, GRID_SIZE, ASSEMBLY
+            x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale, GRID_SIZE, ASSEMBLY
         )
         nearest = x[0]
         second = x[0]
@@ -136,7 +136,7 @@ def _nearest_centroid(
     x,  # (B, C, H, W)
     centroids,  # (K, C)
     # decode grid, as flowseg_kernels/decode_grid.py lays it out
-    cells, records, groups,
+    cells, records, records_left,
     # results (B, H, W), contiguous
     labels, distance, margin,
     # strides of x
@@ -152,8 +152,8 @@ def _nearest_centroid(
     acc: tl.constexpr = centroids.dtype.element_ty
     point = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     label, nearest, second = decode(
-        point, inside, centroids, classes, cells, records, groups, grid_low, grid_scale, C, GRID_SIZE, MARGIN, ASSEMBLY
-    )
+        point, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale, C, GRID_SIZE, MARGIN, ASSEMBLY
+    )  # fmt: skip
     at = image * pixels + start + tl.arange(0, BLOCK)
     unknown = label < 0
     label_dtype: tl.constexpr = labels.dtype.element_ty
@@ -183,12 +183,12 @@ def block_of(channels: int, uses_grid: bool) -> int:
 
 
 def grid_arguments(
-    centroids: torch.Tensor, cells: torch.Tensor | None, records: torch.Tensor | None, groups: torch.Tensor | None
+    centroids: torch.Tensor, cells: torch.Tensor | None, records: torch.Tensor | None, records_left: torch.Tensor | None
 ) -> tuple[tuple[torch.Tensor, ...], int]:
     """Return the decode grid's tensors and its size. Without a grid the size is 0 and the tensors are placeholders."""
     if cells is None or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
         return (centroids, centroids, centroids), 0
-    return (cells, aligned(records), groups), cells.shape[-1]
+    return (cells, aligned(records), records_left), cells.shape[-1]
 
 
 def nearest_centroid(
@@ -196,7 +196,7 @@ def nearest_centroid(
     centroids: torch.Tensor,
     cells: torch.Tensor | None,
     records: torch.Tensor | None,
-    groups: torch.Tensor | None,
+    records_left: torch.Tensor | None,
     grid_low: float,
     grid_scale: float,
     out_dtype: str,
@@ -214,7 +214,7 @@ def nearest_centroid(
     if labels.numel() == 0:
         return labels, distance, margin
     centroids = aligned(centroids)
-    grid, size = grid_arguments(centroids, cells, records, groups)
+    grid, size = grid_arguments(centroids, cells, records, records_left)
     if return_distance or return_margin:
         size = 0
     block = block_of(channels, size > 0)

@@ -7,8 +7,8 @@
 
 No two programs add to the same memory, so every run gives the same bits.
 
-Two gradients share one sum over pixels: with N = n(h)^T dz for a block's normalised states n(h), dW1n = g N (g scales the rows) and
-dg = rowsum(N W1n). triton_forward.py explains the names.
+Two gradients share one sum over pixels: with N = n(h)^T dz for a block's normalised states n(h), dW1n = gain N (the gain scales the
+rows) and dgain = rowsum(N W1n). triton_forward.py explains the names.
 """
 
 import triton
@@ -39,8 +39,8 @@ def silu_and_slope(y, TANH: tl.constexpr):
 def cast_in_range(v, dtype: tl.constexpr):
     """Cast v to dtype, clamping to +-65504 for fp16.
 
-    Dividing by the norm of an all-zero column gives inf, and inf * 0 would give NaN. A v that is already inf becomes NaN, so it
-    shows in the gradients.
+    A column of zeros has the reciprocal norm 1e12, so its gradient overflows fp16 to inf, and inf * 0 would give NaN. A v that is
+    already inf becomes NaN, so it shows in the gradients.
     """
     if dtype == tl.float16:
         v += 0.0 * v
@@ -50,10 +50,12 @@ def cast_in_range(v, dtype: tl.constexpr):
 
 
 @triton.jit
-def scaled(g, lengths, column, H: tl.constexpr, H_PADDED: tl.constexpr, BOTH: tl.constexpr, OPERAND: tl.constexpr):
+def scaled(
+    g, inverse_lengths, column, H: tl.constexpr, H_PADDED: tl.constexpr, BOTH: tl.constexpr, OPERAND: tl.constexpr
+):
     """Return g divided by the column norms of W2, as an operand of products. With it no gradient needs a normalised W2."""
     if BOTH:
-        g *= load_vector(lengths, column, H, H_PADDED != H)[None, :]
+        g *= load_vector(inverse_lengths, column, H, H_PADDED != H)[None, :]
     return cast_in_range(g, OPERAND)
 
 
@@ -61,13 +63,13 @@ def scaled(g, lengths, column, H: tl.constexpr, H_PADDED: tl.constexpr, BOTH: tl
 def backward_kernel(
     weights,  # (B N, L, 2 r Hx^2): W1 (Hx, r Hx), then W2 (r Hx, Hx) of each block
     gains,  # (L, Hx)
-    states, later,  # normalised states before the blocks, see state_before
-    norms,  # (n, L, p^2) fp32: 1 / rms of the states
-    scales,  # (n, L, r Hx + Hx) fp32: reciprocal column norms of the weights
+    states, later_states,  # normalised states before the blocks, see state_before
+    inverse_rms,  # (n, L, p^2) fp32: 1 / rms of the states
+    inverse_lengths,  # (n, L, r Hx + Hx) fp32: reciprocal column norms of the weights
     grad_weights,  # as weights
     partials,  # (B N, sums) fp32: a row of partial sums per patch, see forward_kernel
     grads,  # (n, p^2, Hx): gradient of the state, after the last block on entry and before the first on return
-    raw,  # (n, 2 r Hx^2) fp32: sums over pixels, if a patch has several tiles
+    scratch_sums,  # (n, 2 r Hx^2) fp32: sums over pixels, if a patch has several tiles
     # first patch of the launch, L, length of a row of `partials`
     first, depth, sums,
     H: tl.constexpr, H_PADDED: tl.constexpr, INNER: tl.constexpr, SLICE: tl.constexpr, BAND: tl.constexpr, P: tl.constexpr,
@@ -76,10 +78,10 @@ def backward_kernel(
 ):  # fmt: skip
     """Compute the gradients of the generated weights and of the state, patch by patch, and partial sums for the gains.
 
-    The loop over a block's weights leaves sums over pixels in `raw`, or in grad_weights if the patch is one tile. A second loop
-    reads them back, BAND columns of W1 and rows of W2 at a time, and adds the term that comes from the column norms.
+    The loop over a block's weights leaves sums over pixels in `scratch_sums`, or in grad_weights if the patch is one tile. A second
+    loop reads them back, BAND columns of W1 and rows of W2 at a time, and adds the term that comes from the column norms.
 
-    The kernel is one long function because g and the products' operands stay in registers across all of its steps.
+    The kernel is one long function: g and the operands of products stay on chip across all of its steps.
     """
     TILES: tl.constexpr = (P * P + ROWS - 1) // ROWS
     MASK_SLICES: tl.constexpr = H_PADDED != H or INNER % SLICE != 0
@@ -87,47 +89,48 @@ def backward_kernel(
     MASK_ROWS: tl.constexpr = H_PADDED != H or P * P % ROWS != 0
     local = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, H_PADDED)
-    norms += local * depth * (P * P)
-    scales += local * depth * (INNER + H)
+    inverse_rms += local * depth * (P * P)
+    inverse_lengths += local * depth * (INNER + H)
     grads += local * (P * P * H)
-    raw += local * (2 * INNER * H)
+    scratch_sums += local * (2 * INNER * H)
 
     g = load_tile(grads, tl.arange(0, ROWS), column, P * P, H, MASK_ROWS).to(tl.float32)
-    # Computed before the loop and carried through it: Triton keeps a loop-carried dot operand in shared memory and can read it
-    # plain and transposed. Computed at the point of use it would occupy registers twice.
-    g_in = scaled(g, scales + (depth - 1) * (INNER + H) + INNER, column, H, H_PADDED, BOTH, OPERAND)
+    # The loop carries g_in: Triton keeps a loop-carried dot operand in shared memory and can read it plain and transposed. Computed
+    # at the point of use it would occupy registers twice.
+    g_in = scaled(g, inverse_lengths + (depth - 1) * (INNER + H) + INNER, column, H, H_PADDED, BOTH, OPERAND)
     for step in range(depth * TILES):
         level = depth - 1 - step // TILES
         tile = step % TILES
         row = tile * ROWS + tl.arange(0, ROWS)
-        lengths = scales + level * (INNER + H)
+        block_inverse_lengths = inverse_lengths + level * (INNER + H)
         at = ((first + local) * depth + level) * (2 * INNER * H)
         block = weights + at
-        into_block = grad_weights + at
+        grad_block = grad_weights + at
         if ALIASED:
             normals = state_before(states, grad_weights, local, level, depth, at, H, INNER, P, True)
         else:
-            normals = state_before(states, later, local, level, depth, at, H, INNER, P, False)
+            normals = state_before(states, later_states, local, level, depth, at, H, INNER, P, False)
         if TILES > 1:
-            sums_over_pixels = raw
+            sums_over_pixels = scratch_sums
         else:
-            sums_over_pixels = into_block
+            sums_over_pixels = grad_block
         normal = load_tile(normals, row, column, P * P, H, MASK_ROWS)
-        into = tl.zeros_like(g)
+        g_normal = tl.zeros_like(g)
         if RESIDUAL:
             gain = load_vector(gains + level * H, column, H, H_PADDED != H)
             # Start the sum of products at g, in the sum's units. Then registers need not keep g as well.
-            scale = load_vector(norms + level * (P * P), row, P * P, MASK_ROWS)
+            row_inverse_rms = load_vector(inverse_rms + level * (P * P), row, P * P, MASK_ROWS)
             if MASK_ROWS:
-                scale = tl.where(row < P * P, scale, 1.0)
-            into = g * (1 / scale)[:, None]
-            along_g = tl.sum(into * normal.to(tl.float32), 1)
+                row_inverse_rms = tl.where(row < P * P, row_inverse_rms, 1.0)
+            g_normal = g * (1 / row_inverse_rms)[:, None]
+            along_g = tl.sum(g_normal * normal.to(tl.float32), 1)
         normal = rounded(normal, OPERAND)
         for start in range(0, INNER, SLICE):
             inner = start + tl.arange(0, SLICE)
-            # Scale the weights by column norms and gains: they are fewer than the products. Half, as silu_and_slope takes z / 2.
-            half1 = 0.5 * load_vector(lengths, inner, INNER, INNER % SLICE != 0)[None, :]
-            w1 = load_tile(block, column, inner, H, INNER, MASK_SLICES).to(tl.float32) * half1
+            # Scale the weights, not the products, by reciprocal column norms and gains: there are fewer weights. The factor 0.5
+            # is there because silu_and_slope takes z / 2.
+            half_inverse_length1 = 0.5 * load_vector(block_inverse_lengths, inner, INNER, INNER % SLICE != 0)[None, :]
+            w1 = load_tile(block, column, inner, H, INNER, MASK_SLICES).to(tl.float32) * half_inverse_length1
             if RESIDUAL:
                 w1 *= gain[:, None]
             w1 = rounded(w1, OPERAND)
@@ -137,17 +140,17 @@ def backward_kernel(
             u, slope = silu_and_slope(y, TANH)
             u = rounded(u, OPERAND)
             g_inner = cast_in_range(g_inner * slope + g_inner, OPERAND)
-            into += product(g_inner, tl.trans(w1), PRECISION, UPCAST)
-            into1 = product(tl.trans(normal), g_inner, PRECISION, UPCAST)
+            g_normal += product(g_inner, tl.trans(w1), PRECISION, UPCAST)
+            g_w1 = product(tl.trans(normal), g_inner, PRECISION, UPCAST)
             # Transposed, so both sums have Hx rows, enough for the widest matrix instruction.
-            into2 = product(tl.trans(g_in), u, PRECISION, UPCAST)
+            g_w2 = product(tl.trans(g_in), u, PRECISION, UPCAST)
             if TILES > 1:
                 if tile > 0:
-                    into1 += load_tile(sums_over_pixels, column, inner, H, INNER, MASK_SLICES)
-                    into2 += tl.trans(load_tile(sums_over_pixels + H * INNER, inner, column, INNER, H, MASK_SLICES))
-            store_tile(sums_over_pixels, column, inner, into1, H, INNER, MASK_SLICES)
-            into2 = tl.trans(rounded(into2, sums_over_pixels.dtype.element_ty))
-            store_tile(sums_over_pixels + H * INNER, inner, column, into2, INNER, H, MASK_SLICES)
+                    g_w1 += load_tile(sums_over_pixels, column, inner, H, INNER, MASK_SLICES)
+                    g_w2 += tl.trans(load_tile(sums_over_pixels + H * INNER, inner, column, INNER, H, MASK_SLICES))
+            store_tile(sums_over_pixels, column, inner, g_w1, H, INNER, MASK_SLICES)
+            g_w2 = tl.trans(rounded(g_w2, sums_over_pixels.dtype.element_ty))
+            store_tile(sums_over_pixels + H * INNER, inner, column, g_w2, INNER, H, MASK_SLICES)
         if tile == TILES - 1:
             # Below, threads read values that other threads of this program wrote.
             tl.debug_barrier()
@@ -155,40 +158,43 @@ def backward_kernel(
             along2 = tl.zeros((H_PADDED,), tl.float32)
             for start in range(0, INNER, BAND):
                 inner = start + tl.arange(0, BAND)
-                scale1 = load_vector(lengths, inner, INNER, INNER % BAND != 0)[None, :]
-                unit = load_tile(block, column, inner, H, INNER, MASK_BANDS).to(tl.float32) * scale1
-                into1 = 0.5 * load_tile(sums_over_pixels, column, inner, H, INNER, MASK_BANDS).to(tl.float32)
+                inverse_length1 = load_vector(block_inverse_lengths, inner, INNER, INNER % BAND != 0)[None, :]
+                w1_unit = load_tile(block, column, inner, H, INNER, MASK_BANDS).to(tl.float32) * inverse_length1
+                # dz = 0.5 dy, because y = z / 2.
+                g_w1 = 0.5 * load_tile(sums_over_pixels, column, inner, H, INNER, MASK_BANDS).to(tl.float32)
                 if RESIDUAL:
-                    along_gain += tl.sum(into1 * unit, 1)
-                    into1 *= gain[:, None]
-                into1 = scale1 * (into1 - unit * tl.sum(into1 * unit, 0)[None, :])
-                store_tile(into_block, column, inner, into1, H, INNER, MASK_BANDS)
-                into2 = load_tile(sums_over_pixels + H * INNER, inner, column, INNER, H, MASK_BANDS).to(tl.float32)
+                    along_gain += tl.sum(g_w1 * w1_unit, 1)
+                    g_w1 *= gain[:, None]
+                g_w1 = inverse_length1 * (g_w1 - w1_unit * tl.sum(g_w1 * w1_unit, 0)[None, :])
+                store_tile(grad_block, column, inner, g_w1, H, INNER, MASK_BANDS)
+                g_w2 = load_tile(sums_over_pixels + H * INNER, inner, column, INNER, H, MASK_BANDS).to(tl.float32)
                 if BOTH:
-                    raw2 = load_tile(block + H * INNER, inner, column, INNER, H, MASK_BANDS).to(tl.float32)
-                    along2 += tl.sum(into2 * raw2, 0)
+                    w2_raw = load_tile(block + H * INNER, inner, column, INNER, H, MASK_BANDS).to(tl.float32)
+                    along2 += tl.sum(g_w2 * w2_raw, 0)
                 elif TILES > 1:
-                    store_tile(into_block + H * INNER, inner, column, into2, INNER, H, MASK_BANDS)
+                    store_tile(grad_block + H * INNER, inner, column, g_w2, INNER, H, MASK_BANDS)
             if BOTH:
                 # A column of W2 runs through all bands, so its sum is known only now.
-                scale2 = load_vector(lengths + INNER, column, H, H_PADDED != H)
-                along2 *= scale2 * scale2
+                inverse_length2 = load_vector(block_inverse_lengths + INNER, column, H, H_PADDED != H)
+                along2 *= inverse_length2 * inverse_length2
                 for start in range(0, INNER, BAND):
                     inner = start + tl.arange(0, BAND)
-                    into2 = load_tile(sums_over_pixels + H * INNER, inner, column, INNER, H, MASK_BANDS).to(tl.float32)
-                    raw2 = load_tile(block + H * INNER, inner, column, INNER, H, MASK_BANDS).to(tl.float32)
+                    g_w2 = load_tile(sums_over_pixels + H * INNER, inner, column, INNER, H, MASK_BANDS).to(tl.float32)
+                    w2_raw = load_tile(block + H * INNER, inner, column, INNER, H, MASK_BANDS).to(tl.float32)
                     store_tile(
-                        into_block + H * INNER, inner, column, into2 - raw2 * along2[None, :], INNER, H, MASK_BANDS
+                        grad_block + H * INNER, inner, column, g_w2 - w2_raw * along2[None, :], INNER, H, MASK_BANDS
                     )
             if RESIDUAL:
                 tl.store(partials + (first + local) * sums + level * H + column, along_gain, mask=column < H)
         if RESIDUAL:
-            # Loaded again, to free its registers during the products.
+            # Load the states again. Kept during the products they would take registers.
             normal = load_tile(normals, row, column, P * P, H, MASK_ROWS).to(tl.float32)
-            along = (tl.sum(into * normal, 1) - along_g) / H
-            g = load_vector(norms + level * (P * P), row, P * P, MASK_ROWS)[:, None] * (into - normal * along[:, None])
+            along = (tl.sum(g_normal * normal, 1) - along_g) / H
+            g = load_vector(inverse_rms + level * (P * P), row, P * P, MASK_ROWS)[:, None] * (
+                g_normal - normal * along[:, None]
+            )
         else:
-            g = into
+            g = g_normal
         if TILES > 1:
             store_tile(grads, row, column, g, P * P, H, MASK_ROWS)
             tl.debug_barrier()
@@ -198,7 +204,7 @@ def backward_kernel(
             # The next block's gradients overwrite a state that other threads may still be reading.
             tl.debug_barrier()
         next_level = tl.maximum(depth - 1 - (step + 1) // TILES, 0)
-        g_in = scaled(g, scales + next_level * (INNER + H) + INNER, column, H, H_PADDED, BOTH, OPERAND)
+        g_in = scaled(g, inverse_lengths + next_level * (INNER + H) + INNER, column, H, H_PADDED, BOTH, OPERAND)
     if TILES == 1:
         store_tile(grads, tl.arange(0, ROWS), column, g, P * P, H, MASK_ROWS)
 
@@ -246,12 +252,12 @@ def enter_kernel(
         pixels = tl.load(x + at, mask=exists, other=0.0).to(OPERAND)
         by_pixel += product(tl.trans(g_in), pixels, PRECISION, UPCAST)
         at, exists = dense_places(patch, row, channel, columns, per_image, P, C)
-        into = rounded(product(g_in, from_embed, PRECISION, UPCAST), grad_x.dtype.element_ty)
-        tl.store(grad_x + at, into, mask=exists)
-    into = partials + (groups_before + group).to(tl.int64) * (P * P * H + TILES * (H * C))
-    store_tile(into, row, column, by_position, P * P, H, MASK_ROWS)
-    into += P * P * H + (tl.program_id(0) % TILES) * (H * C)
-    store_tile(into, column, channel, by_pixel, H, C, True)
+        g_x = rounded(product(g_in, from_embed, PRECISION, UPCAST), grad_x.dtype.element_ty)
+        tl.store(grad_x + at, g_x, mask=exists)
+    group_sums = partials + (groups_before + group).to(tl.int64) * (P * P * H + TILES * (H * C))
+    store_tile(group_sums, row, column, by_position, P * P, H, MASK_ROWS)
+    group_sums += P * P * H + (tl.program_id(0) % TILES) * (H * C)
+    store_tile(group_sums, column, channel, by_pixel, H, C, True)
 
 
 @triton.jit(do_not_specialize=["freqs", "depth"])

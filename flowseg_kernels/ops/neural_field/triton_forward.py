@@ -1,7 +1,7 @@
 """Triton forward of the neural field: a program takes some pixels of one patch through all blocks, on chip.
 
 - Generated weights are loaded in slices along their inner axis (r Hx), so registers do not grow with r Hx.
-- No normalised weight is stored: the products are scaled by the reciprocal column norms ("lengths").
+- No normalised weight is stored: the products are scaled by the reciprocal column norms ("inverse lengths").
 - A program computes the column norms once and then takes several tiles of a patch. Once per tile, the norms would cost as many
   instructions as everything else.
 
@@ -100,8 +100,8 @@ def embedded(
     H: tl.constexpr, P: tl.constexpr, C: tl.constexpr, MASK_ROWS: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    into = load_embedding(embed, column, channel, features, H, C).to(OPERAND)
-    return product(pixels, into, PRECISION, UPCAST) + load_tile(table, row, column, P * P, H, MASK_ROWS)
+    channel_weights = load_embedding(embed, column, channel, features, H, C).to(OPERAND)
+    return product(pixels, channel_weights, PRECISION, UPCAST) + load_tile(table, row, column, P * P, H, MASK_ROWS)
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def reciprocal_rms(h, eps, H: tl.constexpr):
 
 
 @triton.jit
-def reciprocal_lengths(
+def store_inverse_lengths(
     matrix, found, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BAND: tl.constexpr, W_PADDED: tl.constexpr
 ):
     """Store the reciprocal column norms of a contiguous (HEIGHT, WIDTH) matrix in `found`. Load BAND rows at a time."""
@@ -125,7 +125,7 @@ def reciprocal_lengths(
 
 
 @triton.jit
-def block_lengths(
+def store_block_inverse_lengths(
     block, found, H: tl.constexpr, H_PADDED: tl.constexpr, INNER: tl.constexpr, INNER_PADDED: tl.constexpr, AREA: tl.constexpr,
     BOTH: tl.constexpr,
 ):  # fmt: skip
@@ -133,45 +133,48 @@ def block_lengths(
 
     AREA: elements per step.
     """
-    reciprocal_lengths(block, found, H, INNER, min(H_PADDED, AREA // INNER_PADDED), INNER_PADDED)
+    store_inverse_lengths(block, found, H, INNER, min(H_PADDED, AREA // INNER_PADDED), INNER_PADDED)
     if BOTH:
-        reciprocal_lengths(block + H * INNER, found + INNER, INNER, H, min(INNER_PADDED, AREA // H_PADDED), H_PADDED)
+        store_inverse_lengths(block + H * INNER, found + INNER, INNER, H, min(INNER_PADDED, AREA // H_PADDED), H_PADDED)
 
 
 @triton.jit
 def normalised(h, eps, H: tl.constexpr, RESIDUAL: tl.constexpr):
-    """Return each row of h over its root mean square, and the scale 1 / rms(h). In the plain form return h itself."""
+    """Return each row of h over its root mean square, and 1 / rms(h). In the plain form return h itself."""
     if RESIDUAL:
-        scale = reciprocal_rms(h, eps, H)
-        return h * scale[:, None], scale
+        inverse_rms = reciprocal_rms(h, eps, H)
+        return h * inverse_rms[:, None], inverse_rms
     else:
         return h, 1.0
 
 
 @triton.jit
-def norm_backward(grad, normal, scale, H: tl.constexpr):
-    """Return the gradient of h from the gradient of normal = h * scale, where scale = 1 / rms(h)."""
-    return scale[:, None] * (grad - normal * (tl.sum(grad * normal, 1) / H)[:, None])
+def norm_backward(grad, normal, inverse_rms, H: tl.constexpr):
+    """Return the gradient of h from the gradient of normal = h * inverse_rms, where inverse_rms = 1 / rms(h)."""
+    return inverse_rms[:, None] * (grad - normal * (tl.sum(grad * normal, 1) / H)[:, None])
 
 
 @triton.jit
 def block_step(
-    h, entered, block, lengths, column,
+    h, entered, block, inverse_lengths, column,
     H: tl.constexpr, INNER: tl.constexpr, SLICE: tl.constexpr, MASK_SLICES: tl.constexpr, BOTH: tl.constexpr,
     RESIDUAL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, TANH: tl.constexpr,
 ):  # fmt: skip
-    """Return h after one block with input `entered`. `block` points to its weights, `lengths` to their reciprocal column norms."""
+    """Return h after one block with input `entered`.
+
+    `block` points to the block's weights, `inverse_lengths` to their reciprocal column norms.
+    """
     entered = rounded(entered, OPERAND)
     out = tl.zeros_like(h)
     for start in range(0, INNER, SLICE):
         inner = start + tl.arange(0, SLICE)
-        half1 = 0.5 * load_vector(lengths, inner, INNER, INNER % SLICE != 0)
+        half_inverse_length1 = 0.5 * load_vector(inverse_lengths, inner, INNER, INNER % SLICE != 0)
         w1 = load_tile(block, column, inner, H, INNER, MASK_SLICES).to(OPERAND)
-        u = silu_and_tanh(product(entered, w1, PRECISION, UPCAST) * half1[None, :], TANH)[0]
+        u = silu_and_tanh(product(entered, w1, PRECISION, UPCAST) * half_inverse_length1[None, :], TANH)[0]
         w2 = load_tile(block + H * INNER, inner, column, INNER, H, MASK_SLICES).to(OPERAND)
         out += product(rounded(u, OPERAND), w2, PRECISION, UPCAST)
     if BOTH:
-        out = out * load_vector(lengths + INNER, column, H, MASK_SLICES)[None, :]
+        out = out * load_vector(inverse_lengths + INNER, column, H, MASK_SLICES)[None, :]
     if RESIDUAL:
         out += h
     return out
@@ -179,18 +182,18 @@ def block_step(
 
 @triton.jit
 def state_before(
-    states, later, local, level, depth, at, H: tl.constexpr, INNER: tl.constexpr, P: tl.constexpr, ALIASED: tl.constexpr
+    states, later_states, local, level, depth, at, H: tl.constexpr, INNER: tl.constexpr, P: tl.constexpr, ALIASED: tl.constexpr
 ):  # fmt: skip
     """Return the address of a patch's state before block `level`.
 
-    The state before the first block is in `states` (n, p^2, Hx), the others are in `later` (n, L - 1, p^2, Hx). If ALIASED, `later`
-    is the buffer of the weights' gradients, where this block's gradients start at `at`; the state is stored in the place of the
-    block before. That block's gradients are written only after this state was read for the last time.
+    The state before the first block is in `states` (n, p^2, Hx), the others are in `later_states` (n, L - 1, p^2, Hx). If ALIASED,
+    `later_states` is the buffer of the weights' gradients, where this block's gradients start at `at`; the state is stored in the
+    place of the block before. That block's gradients are written only after this state was read for the last time.
     """
     if ALIASED:
-        found = later + (at - 2 * INNER * H)
+        found = later_states + (at - 2 * INNER * H)
     else:
-        found = later + (local * (depth - 1) + (level - 1)) * (P * P * H)
+        found = later_states + (local * (depth - 1) + (level - 1)) * (P * P * H)
     if level == 0:
         found = states + local * (P * P * H)
     return found
@@ -212,9 +215,9 @@ def forward_kernel(
     out_bias,  # (C,)
     out,  # (B, C, H, W), contiguous; None with KEEP
     grad,  # with KEEP: gradient of out, (B, C, H, W)
-    states, later,  # with KEEP: see state_before
-    norms,  # with KEEP: 1 / rms of the states, (n, L, p^2) fp32
-    scales,  # reciprocal column norms, (n, L, r Hx + Hx) fp32
+    states, later_states,  # with KEEP: see state_before
+    inverse_rms,  # with KEEP: 1 / rms of the states, (n, L, p^2) fp32
+    inverse_lengths,  # reciprocal column norms, (n, L, r Hx + Hx) fp32
     grads,  # with KEEP: gradient of the state after the last block, (n, p^2, Hx)
     partials,  # with KEEP: partial sums per patch, (B N, sums) fp32, see below
     # first patch of the launch, patches per row of an image and per image, L, C + F^2, length of a row of `partials`
@@ -228,9 +231,9 @@ def forward_kernel(
 ):  # fmt: skip
     """Compute the velocity of patches from `first` on. With KEEP, compute what their backward starts from instead.
 
-    KEEP stores the normalised states before the blocks, their `norms`, and in `grads` the gradient of the state after the last
-    block. A row of `partials` has partial sums of gradients: of the gains (L, Hx), which backward_kernel writes, then per tile of
-    out_gain (Hx), out_weight (C, Hx) and out_bias (C).
+    KEEP stores the normalised states before the blocks, their `inverse_rms`, and in `grads` the gradient of the state after the
+    last block. A row of `partials` has partial sums of gradients: of the gains (L, Hx), which backward_kernel writes, then per tile
+    of out_gain (Hx), out_weight (C, Hx) and out_bias (C).
 
     A program takes TILES_PER_PROGRAM tiles of a patch in turn. The kernel is one long function, as its values stay in registers.
     """
@@ -244,8 +247,8 @@ def forward_kernel(
     # All programs of a patch write the same numbers.
     for level in range(depth):
         block = weights + (patch * depth + level) * (2 * INNER * H)
-        block_lengths(
-            block, scales + (local * depth + level) * (INNER + H), H, H_PADDED, INNER, INNER_PADDED, AREA, BOTH
+        store_block_inverse_lengths(
+            block, inverse_lengths + (local * depth + level) * (INNER + H), H, H_PADDED, INNER, INNER_PADDED, AREA, BOTH
         )
     tl.debug_barrier()
     for tile in range(TILES_PER_PROGRAM):
@@ -257,22 +260,22 @@ def forward_kernel(
             pixels, embed, table, row, column, channel, features, H, P, C, MASK_ROWS, OPERAND, PRECISION, UPCAST
         )
         for level in range(depth):
-            entered, scale = normalised(h, eps, H, RESIDUAL)
+            entered, row_inverse_rms = normalised(h, eps, H, RESIDUAL)
             if KEEP:
                 begin = (patch * depth + level) * (2 * INNER * H)
-                state = state_before(states, later, local, level, depth, begin, H, INNER, P, ALIASED)
+                state = state_before(states, later_states, local, level, depth, begin, H, INNER, P, ALIASED)
                 store_tile(state, row, column, entered, P * P, H, MASK_ROWS)
                 if RESIDUAL:
-                    tl.store(norms + (local * depth + level) * (P * P) + row, scale, mask=row < P * P)
+                    tl.store(inverse_rms + (local * depth + level) * (P * P) + row, row_inverse_rms, mask=row < P * P)
             if RESIDUAL:
                 entered = entered * load_vector(gains + level * H, column, H, H_PADDED != H)[None, :]
             block = weights + (patch * depth + level) * (2 * INNER * H)
-            lengths = scales + (local * depth + level) * (INNER + H)
+            block_inverse_lengths = inverse_lengths + (local * depth + level) * (INNER + H)
             h = block_step(
-                h, entered, block, lengths, column,
+                h, entered, block, block_inverse_lengths, column,
                 H, INNER, SLICE, MASK_SLICES, BOTH, RESIDUAL, OPERAND, PRECISION, UPCAST, TANH,
             )  # fmt: skip
-        last, scale = normalised(h, eps, H, RESIDUAL)
+        last, row_inverse_rms = normalised(h, eps, H, RESIDUAL)
         if KEEP:
             at, exists = image_places(patch, row, channel, columns, per_image, gb, gc, gh, gw, P, C)
             g_out = tl.load(grad + at, mask=exists, other=0.0).to(OPERAND)
@@ -280,16 +283,16 @@ def forward_kernel(
             # Rows beyond the patch have a zero gradient, so they add nothing, whatever is in their states.
             by_out = product(tl.trans(g_out), rounded(last, OPERAND), PRECISION, UPCAST)
             g = product(g_out, out_w.to(OPERAND), PRECISION, UPCAST)
-            into = partials + patch * sums + depth * H + place * ((1 + C) * H + C)
-            tl.store(into + (1 + C) * H + channel, tl.sum(g_out.to(tl.float32), 0), mask=channel < C)
+            tile_sums = partials + patch * sums + depth * H + place * ((1 + C) * H + C)
+            tl.store(tile_sums + (1 + C) * H + channel, tl.sum(g_out.to(tl.float32), 0), mask=channel < C)
             if RESIDUAL:
                 last_gain = load_vector(out_gain, column, H, H_PADDED != H)[None, :]
                 # The gradient of out_gain needs no sum over pixels of its own: with M = dv^T n(h), it is the column sum of
                 # M * out_weight.
-                tl.store(into + column, tl.sum(by_out * out_w.to(tl.float32), 0), mask=column < H)
+                tl.store(tile_sums + column, tl.sum(by_out * out_w.to(tl.float32), 0), mask=column < H)
                 by_out *= last_gain
-                g = norm_backward(g * last_gain, last, scale, H)
-            store_tile(into + H, channel, column, by_out, C, H, True)
+                g = norm_backward(g * last_gain, last, row_inverse_rms, H)
+            store_tile(tile_sums + H, channel, column, by_out, C, H, True)
             store_tile(grads + local * (P * P * H), row, column, g, P * P, H, MASK_ROWS)
         else:
             if RESIDUAL:
@@ -351,6 +354,6 @@ def table_kernel(
             exists = (pixel < P * P)[:, None] & (feature < count)[None, :]
             tl.store(waves + pixel[:, None] * count + feature[None, :], wave, mask=exists)
         exists = (feature < count)[:, None] & (column < H)[None, :]
-        into = tl.load(embed + column[None, :] * (C + count) + C + feature[:, None], mask=exists, other=0.0)
-        found += tl.dot(wave, into.to(tl.float32), input_precision="ieee")
+        feature_weights = tl.load(embed + column[None, :] * (C + count) + C + feature[:, None], mask=exists, other=0.0)
+        found += tl.dot(wave, feature_weights.to(tl.float32), input_precision="ieee")
     store_tile(table, pixel, column, found, P * P, H, True)

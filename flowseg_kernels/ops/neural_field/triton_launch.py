@@ -76,15 +76,15 @@ class _Call:
         return found
 
     def forward(
-        self, kernel: str, patches: int, table, scales, first: int, *, out=None, grad=None, scratch=(None,) * 5, sums=0
-    ) -> None:
+        self, kernel: str, patches: int, table, inverse_lengths, first: int, *, out=None, grad=None, scratch=(None,) * 5, sums=0,
+    ) -> None:  # fmt: skip
         """Run forward_kernel on some patches: as "forward" into `out`, or as "states" from `grad` into `scratch`."""
         sizes = self.sizes
         tiles = tiles_per_program(patches, sizes.p**2, settings_of(kernel, sizes).rows)
-        states, later, norms, grads, partials = scratch
+        states, later_states, inverse_rms, grads, partials = scratch
         forward_kernel[(patches * tiles_of(kernel, sizes) // tiles,)](
             self.x, self.weights, self.embed, table, self.gains, self.out_gain, self.out_weight,
-            None if out is None else self.out_bias, out, grad, states, later, norms, scales, grads, partials,
+            None if out is None else self.out_bias, out, grad, states, later_states, inverse_rms, inverse_lengths, grads, partials,
             first, self.columns, self.per_image, self.depth, self.embed.shape[1], sums, *self.x.stride(),
             *(self.x if grad is None else grad).stride(), self.eps, **launch_of(kernel, sizes, tiles),
         )  # fmt: skip
@@ -100,8 +100,8 @@ def neural_field(x: Tensor, weights: Tensor, embed_weight: Tensor, embed_bias: T
         return out
     with on_device_of(x):
         table = call.table()
-        scales = call.empty(call.patches, call.depth, call.sizes.inner + call.sizes.hidden)
-        call.forward("forward", call.patches, table, scales, 0, out=out)
+        inverse_lengths = call.empty(call.patches, call.depth, call.sizes.inner + call.sizes.hidden)
+        call.forward("forward", call.patches, table, inverse_lengths, 0, out=out)
     return out
 
 
@@ -119,11 +119,13 @@ class _Backward:
         self.per_round = count = patches_per_round(call.patches, per_patch.bytes(sizes.operand, grads_dtype))
         self.states = call.empty(count, per_patch.state, dtype=sizes.operand)
         self.grads = call.empty(count, per_patch.state, dtype=grads_dtype)
-        self.norms = call.empty(count, per_patch.norms)
-        self.scales = call.empty(count, per_patch.scales)
-        self.raw = call.empty(count, per_patch.raw)
+        self.inverse_rms = call.empty(count, per_patch.inverse_rms)
+        self.inverse_lengths = call.empty(count, per_patch.inverse_lengths)
+        self.scratch_sums = call.empty(count, per_patch.sums)
         self.grad_x, self.grad_weights = (call.empty(*v.shape, dtype=v.dtype) for v in call.tensors[:2])
-        self.later = self.grad_weights if sizes.aliased else call.empty(count, per_patch.later, dtype=sizes.operand)
+        self.later_states = (
+            self.grad_weights if sizes.aliased else call.empty(count, per_patch.later_states, dtype=sizes.operand)
+        )
         self.per_group = patches_per_group(call.patches)
         self.tiles = {kernel: tiles_of(kernel, sizes) for kernel in ("states", "enter")}
         by_tile = (1 + sizes.channels) * sizes.hidden + sizes.channels
@@ -142,15 +144,15 @@ class _Backward:
         """Fill the gradients of x and of the generated weights, and the rows of partial sums."""
         call, sizes, sums = self.call, self.call.sizes, self.by_patch.shape[1]
         table = call.table(self.waves)
-        later = None if sizes.aliased else self.later
-        scratch = self.states, self.later, self.norms, self.grads, self.by_patch
+        later_states = None if sizes.aliased else self.later_states
+        scratch = self.states, self.later_states, self.inverse_rms, self.grads, self.by_patch
         groups_before = 0
         for first, now in self.rounds():
-            call.forward("states", now, table, self.scales, first, grad=self.grad, scratch=scratch, sums=sums)
+            call.forward("states", now, table, self.inverse_lengths, first, grad=self.grad, scratch=scratch, sums=sums)
             if call.depth:
                 backward_kernel[(now,)](
-                    call.weights, call.gains, self.states, later, self.norms, self.scales, self.grad_weights,
-                    self.by_patch, self.grads, self.raw, first, call.depth, sums, **launch_of("backward", sizes),
+                    call.weights, call.gains, self.states, later_states, self.inverse_rms, self.inverse_lengths, self.grad_weights,
+                    self.by_patch, self.grads, self.scratch_sums, first, call.depth, sums, **launch_of("backward", sizes),
                 )  # fmt: skip
             groups = -(-now // self.per_group)
             enter_kernel[(groups * self.tiles["enter"],)](

@@ -212,22 +212,23 @@ def states_fit_in_gradients(hidden: int, inner: int, p: int, operand: torch.dtyp
 
 
 class Scratch(NamedTuple):
-    """Elements of scratch memory per patch of a round. `state` and `later` have the products' dtype, the last three fp32.
+    """Elements of scratch memory per patch of a round. `state` and `later_states` have the products' dtype, the last three fp32.
 
     state: the state before the first block, and again the gradient of the state.
-    later: the states before the other blocks, unless they are aliased.
-    norms, scales: what normalised the states, and the reciprocal column norms of the weights.
-    raw: sums over pixels between the tiles of a patch.
+    later_states: the states before the other blocks, unless they are aliased.
+    inverse_rms: 1 / rms of the states.
+    inverse_lengths: the reciprocal column norms of the weights.
+    sums: sums over pixels between the tiles of a patch.
     """
 
     state: int
-    later: int
-    norms: int
-    scales: int
-    raw: int
+    later_states: int
+    inverse_rms: int
+    inverse_lengths: int
+    sums: int
 
     def bytes(self, operand: torch.dtype, grads: torch.dtype) -> int:
-        return (self.state + self.later) * operand.itemsize + self.state * grads.itemsize + 4 * sum(self[2:])
+        return (self.state + self.later_states) * operand.itemsize + self.state * grads.itemsize + 4 * sum(self[2:])
 
 
 @functools.cache
@@ -235,9 +236,9 @@ def scratch_of(sizes: Sizes, depth: int) -> tuple[Scratch, torch.dtype]:
     """Return the scratch per patch, and the dtype of the state's gradient, which passes through memory between tiles."""
     several = tiles_of("backward", sizes) > 1
     state = sizes.p**2 * sizes.hidden
-    later = 0 if sizes.aliased else max(depth - 1, 0) * state
-    raw = 2 * sizes.inner * sizes.hidden if several else 0
-    found = Scratch(state, later, depth * sizes.p**2, depth * (sizes.inner + sizes.hidden), raw)
+    later_states = 0 if sizes.aliased else max(depth - 1, 0) * state
+    sums = 2 * sizes.inner * sizes.hidden if several else 0
+    found = Scratch(state, later_states, depth * sizes.p**2, depth * (sizes.inner + sizes.hidden), sums)
     return found, torch.float32 if several else sizes.operand
 
 

@@ -1,11 +1,14 @@
 """Numbers that change between calls are never stale: Python and NumPy numbers and tensors of one element, eager and compiled."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 import flowseg_kernels as fk
+from flowseg_kernels.runtime import checks
 
 from .steps import batch
 
@@ -29,6 +32,13 @@ def programs(codes):
             x * w, labels, codes, temperature=w + 1, eps=w / 10 + 0.01, max_norm=w + 0.1
         ),
     }  # fmt: skip
+
+
+def test_the_known_defaults_are_those_of_the_signatures():
+    for function in (fk.distance_correction, fk.flow_loss, fk.FlowLoss):
+        parameters = inspect.signature(function).parameters
+        numbers = checks._DEFAULTS.keys() & parameters.keys()
+        assert len(numbers) >= 3 and all(parameters[name].default == checks._DEFAULTS[name] for name in numbers)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
