@@ -1,4 +1,4 @@
-"""The public surface: what a user of another version may have written down. `python -m tests.house.surface` writes the list again."""
+"""The public surface, which users may depend on. `python -m tests.house.surface` records it again."""
 
 from __future__ import annotations
 
