@@ -8,7 +8,7 @@ RUN := $(BIN)/python
 SOURCES := $(shell find csrc build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py') setup.py pyproject.toml
 
 # The test runs of `make test`, longest first. They are independent of each other; each uses one core.
-TESTS := test-stack test-ops test-machine-code test-host-cuda test-interpreted test-packaging test-tools
+TESTS := test-ops test-interpreted test-machine-code test-stack test-tools test-packaging test-host-cuda
 # Test runs at the same time.
 JOBS ?= 2
 

@@ -24,15 +24,33 @@ def two_smallest(x, mu):
     return torch.cat(index), torch.cat(best), torch.cat(second)
 
 
+def is_nearest_beyond_doubt(x, mu, index):
+    """Whether every other code is farther from points (N, C) than `index` by more than the rounding of |mu|^2 - 2 x mu in fp64.
+
+    One product per point and class: a fifth of the time of two_smallest.
+    """
+    mu, found = mu.double(), []
+    reach = mu.square().sum(1).amax()
+    for part, own in zip(x.split(max(1, (1 << 20) // mu.shape[0])), index.split(max(1, (1 << 20) // mu.shape[0]))):
+        part = part.double()
+        d = torch.addmm(mu.square().sum(1), part, mu.T, alpha=-2)
+        nearest = d.gather(1, own[:, None])[:, 0]
+        others = d.scatter_(1, own[:, None], torch.inf).amin(1)
+        found.append(others - nearest > 1e-13 * (reach + part.square().sum(1)))
+    return torch.cat(found)
+
+
 def assert_exact(points, codebook, mu):
     """Assert that labels equal those of the fp64 search, unless the two smallest distances agree to fp32 rounding."""
     image = points.T.reshape(1, mu.shape[1], 1, -1)
     got = fk.nearest_centroid(image, codebook)[0, 0]
-    want, best, second = two_smallest(points, mu)
-    different = got != want
+    doubtful = (~is_nearest_beyond_doubt(points, mu, got.long())).nonzero()[:, 0]
+    want, best, second = two_smallest(points[doubtful], mu) if len(doubtful) else (got[:0], got[:0], got[:0])
+    different = torch.zeros(len(points), dtype=torch.bool)
+    different[doubtful] = got[doubtful] != want
     # The error of a squared fp32 distance: rounding of differences, squares and sums.
     rounding = 4e-7 * (best + second)
-    assert not (different & (second - best > rounding)).any(), int(different.sum())
+    assert not (different[doubtful] & (second - best > rounding)).any(), int(different.sum())
     return different
 
 
