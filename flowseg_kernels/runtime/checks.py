@@ -150,7 +150,7 @@ def check_label_values(name: str, labels: Tensor, num_classes: int, ignore_index
 
 # Numbers of a call: Python numbers, or tensors of one element for schedules.
 #
-# Under torch.compile, changing Python numbers reach the op as a tensor too. torch.compile turns a float that changes between
+# Changing Python numbers reach the op as a tensor too in compiled code. torch.compile turns a float that changes between
 # calls into a symbolic float, and a symbolic float that reaches an op keeps the value of the first call in some graphs
 # (pytorch/pytorch#197889). A tensor has the right value and causes no recompilation.
 

@@ -1,7 +1,7 @@
 // The threads of a CUDA block on the host: run_threads(count, body) calls body() once per thread, concurrently, with threadIdx.x
 // from 0 to count - 1. Threads wait for each other at a Barrier.
 //
-// Under a sanitizer they are operating-system threads, which the sanitizer can watch. Otherwise they are fibers that take turns in
+// They are operating-system threads if a sanitizer watches them. Otherwise they are fibers that take turns in
 // one thread: a barrier then takes microseconds. A fiber runs until it waits at a barrier; the last fiber to arrive goes on first.
 // The fibers of every other block take turns in reverse order. If a barrier is missing, either order lets some fiber read before
 // the fiber that should have written, so a launch of two blocks shows the fault in every run.
