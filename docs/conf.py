@@ -53,6 +53,7 @@ NAVIGATION = {
         "guides/composing",
         "guides/pixnerd",
         "guides/training",
+        "guides/how_long",
         "guides/gpu",
         "guides/adding_an_op",
     ],

@@ -228,6 +228,61 @@ def train(
 
 
 @app.command()
+def flops(
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with settings, such as configs/ade20k_l16.yaml.")
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Number of processes that will train; train.batch_size is per process.")
+    ] = 1,
+    tflops: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="TFLOP/s that a GPU sustains in this training; adds the hours that the run takes."),
+    ] = None,
+    sets: Sets = [],  # noqa: B006
+) -> None:
+    """Count the work of a training run before it starts: FLOPs per image and in all, and the hours. Needs no GPU and no data."""
+    from flowseg.config import load_config
+    from flowseg.training.work import amount, work_of
+
+    if tflops == 0:
+        raise UserError("--tflops must be positive, got 0")
+    settings = load_config(config, sets)
+    stages = work_of(settings, processes)
+    title = f"{settings.model.size} on {settings.data.name}, {processes} process{'es' * (processes > 1)}"
+    table = Table("steps", *(f"{stage.first} to {stage.last}" for stage in stages), title=printable(title))
+    rows = {
+        "size of the images": lambda stage: f"{stage.height} x {stage.width}",
+        "images": lambda stage: f"{stage.images:,}",
+        "forward, per image": lambda stage: amount(stage.flops.forward),
+        "backward": lambda stage: amount(stage.flops.backward),
+        "recomputed in the backward": lambda stage: amount(stage.flops.recomputed),
+        "REPA": lambda stage: "not counted" if stage.alignment is None else amount(stage.alignment),
+        "training step, per image": lambda stage: amount(stage.per_image),
+        "all images": lambda stage: amount(stage.total),
+    }
+    if tflops:
+        rows["GPU-hours"] = lambda stage: f"{stage.total / (tflops * 1e12) / 3600:,.1f}"
+    if not any(stage.flops.recomputed for stage in stages):
+        del rows["recomputed in the backward"]
+    if not settings.repa.weight:
+        del rows["REPA"]
+    for name, cell in rows.items():
+        table.add_row(name, *map(cell, stages))
+    make_console(stderr=False).print(table)
+    total = sum(stage.total for stage in stages)
+    text = f"in all {amount(total)}"
+    if tflops:
+        hours = total / (tflops * 1e12) / 3600
+        text += f": {hours:,.1f} GPU-hours at {tflops:g} TFLOP/s"
+        if processes > 1:
+            text += f", {hours / processes:,.1f} hours on {processes} GPUs if they scale perfectly"
+    if any(stage.alignment is None for stage in stages):
+        text += f"; repa.encoder {settings.repa.encoder!r} is not counted: it is neither a public DINOv2 nor a folder"
+    _tell(text)
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Option(help="Run folder, as written by train.")],
     checkpoint: Checkpoint = "latest",

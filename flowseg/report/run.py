@@ -26,6 +26,14 @@ from flowseg.segment import Segmenter
 # A legend of more classes does not fit into one line.
 _MOST_IN_LEGEND = 25
 
+# Cards about training: name in the metrics, format, how the lines become one number, meaning.
+_SPEEDS = (
+    ("images_per_second", "{:.1f}", np.median, "images per second in training (median)"),
+    ("model_tflops_per_second", "{:.3g}", np.median, "model TFLOP/s of each device in training (median)"),
+    ("data_wait_share", "{:.0%}", np.median, "of the training time waiting for data (median)"),
+    ("memory_gib", "{:.1f} GiB", np.max, "of device memory at most"),
+)
+
 
 def write_report(
     run: Path,
@@ -95,13 +103,17 @@ def _summary(config: Config, labels: Labels) -> str:
 
 
 def _cards(scores: Scores, training: list[dict]) -> list[tuple[str, str]]:
-    speed = float(np.median([line["images_per_second"] for line in training])) if training else 0.0
-    return [
+    cards = [
         (f"{scores.miou:.1f} %", f"mIoU on {scores.images} validation images"),
         (f"{scores.pixel_accuracy:.1f} %", "of labelled pixels right"),
         (f"{training[-1]['step'] if training else 0}", "training steps"),
-        (f"{speed:.1f}", "images per second in training (median)"),
     ]
+    # Earlier versions logged only the images per second, and a CPU has no count of its memory.
+    for name, text, reduce, meaning in _SPEEDS:
+        values = [line[name] for line in training if name in line]
+        if values:
+            cards.append((text.format(float(reduce(values))), meaning))
+    return cards
 
 
 def _convergence(config: Config, training: list[dict], curve: list[tuple[int, float]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Memory of the process: a faster allocator setting for training on a CPU, and recognising out-of-memory errors."""
+"""Memory: a faster allocator setting for training on a CPU, the peak on an accelerator, and recognising out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -30,3 +30,19 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory ran out. PyTorch raises a plain RuntimeError for this on a CPU."""
     words = ("out of memory", "can't allocate memory", "cannot allocate memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(w in str(error).lower() for w in words)
+
+
+def take_peak_memory(device: torch.device) -> int | None:
+    """Bytes that tensors on ``device`` held at most since the last call. The host does not wait for the device.
+
+    Returns:
+        ``None`` on a CPU, whose allocator keeps no such count, and on accelerators without one (MPS).
+    """
+    if device.type == "cpu":
+        return None
+    try:
+        peak = torch.accelerator.max_memory_allocated(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+    except (RuntimeError, NotImplementedError):
+        return None
+    return peak

@@ -89,6 +89,14 @@ class Ranks:
         dist.all_reduce(sums, group=self._group)
         return sums.tolist()
 
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each value in all processes. A collective."""
+        if self.world == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        return found.tolist()
+
     def add_up_counts(self, counts: Tensor) -> Tensor:
         """Sum an integer tensor over all processes; the result is on the host. A collective."""
         sums = counts.cpu()

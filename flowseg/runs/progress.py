@@ -28,10 +28,12 @@ class TrainingView:
     def tick(self) -> None:
         """A step is done."""
 
-    def show(
-        self, loss: float | None = None, speed: float | None = None, fraction: float = 0.0, miou: float | None = None
-    ) -> None:
-        """Show the newest numbers: loss, images per second, share of the run that is done, validation mIoU in percent."""
+    def show(self, fraction: float = 0.0, **numbers: float | None) -> None:
+        """Show the share of the run that is done and the newest ``numbers``.
+
+        Their names are ``loss``, ``speed`` (images per second), ``wait`` (share of the time in which the training waited for
+        data, shown from 10 % on), ``memory`` (GiB) and ``miou`` (of the last validation, in percent).
+        """
 
     def validating(self, done: int, total: int) -> None:
         """A validation has seen ``done`` of ``total`` images."""
@@ -52,14 +54,12 @@ class _Bar(TrainingView):
         self.task = progress.add_task(escape(printable(title)), total=total, completed=step(), facts="")
         self.facts: dict[str, str] = {}
 
-    def show(
-        self, loss: float | None = None, speed: float | None = None, fraction: float = 0.0, miou: float | None = None
-    ) -> None:
-        self.facts |= _facts(loss, speed, miou)
+    def show(self, fraction: float = 0.0, **numbers: float | None) -> None:
+        self.facts |= _facts(numbers)
         # A time limit may end the run early; the bar then shows the step that the run will probably reach.
         likely = round(self.step() / fraction) if 0 < fraction < 1 else self.step() if fraction else self.total
         total = max(self.step(), min(self.total, likely))
-        self.progress.update(self.task, completed=self.step(), total=total, facts="  ".join(self.facts.values()))
+        self.progress.update(self.task, completed=self.step(), total=total, facts=_joined(self.facts))
 
 
 class _Lines(TrainingView):
@@ -76,10 +76,8 @@ class _Lines(TrainingView):
         if self.facts:
             self._say_rarely()
 
-    def show(
-        self, loss: float | None = None, speed: float | None = None, fraction: float = 0.0, miou: float | None = None
-    ) -> None:
-        self.facts |= _facts(loss, speed, miou)
+    def show(self, fraction: float = 0.0, **numbers: float | None) -> None:
+        self.facts |= _facts(numbers)
         now = time.monotonic()
         self.start = self.start or (now, fraction)
         done = fraction - self.start[1]
@@ -107,7 +105,7 @@ class _Lines(TrainingView):
     def _say_rarely(self, text: str | None = None) -> None:
         if time.monotonic() - self.last >= LINE_SECONDS:
             self.last = time.monotonic()
-            facts = "  ".join(self.facts.values())
+            facts = _joined(self.facts)
             elapsed = _clock(self.last - self.begin)
             self._say(text or f"step {self.step()} of {self.total}  {facts}  elapsed {elapsed}{self.left}")
 
@@ -174,9 +172,19 @@ def _columns() -> tuple[TextColumn, BarColumn, MofNCompleteColumn]:
     return TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn()
 
 
-def _facts(loss: float | None, speed: float | None, miou: float | None) -> dict[str, str]:
-    texts = {"loss": (loss, "loss {:.4f}"), "speed": (speed, "{:.1f} img/s"), "miou": (miou, "mIoU {:.1f}")}
-    return {name: text.format(value) for name, (value, text) in texts.items() if value is not None}
+_TEXTS = {"loss": "loss {:.4f}", "speed": "{:.1f} img/s", "memory": "{:.1f} GiB", "miou": "mIoU {:.1f}"}
+
+
+def _facts(numbers: dict[str, float | None]) -> dict[str, str]:
+    facts = {name: text.format(numbers[name]) for name, text in _TEXTS.items() if numbers.get(name) is not None}
+    wait = numbers.get("wait")
+    if wait is not None:
+        facts["wait"] = f"waits for data {wait:.0%}" if wait >= 0.1 else ""
+    return facts
+
+
+def _joined(facts: dict[str, str]) -> str:
+    return "  ".join(filter(None, facts.values()))
 
 
 def _clock(seconds: float) -> str:

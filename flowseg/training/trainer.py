@@ -38,11 +38,13 @@ from flowseg.data.label_table import tell_labels
 from flowseg.errors import PeerError, UserError
 from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
 from flowseg.model import load_pixnerd
+from flowseg.model.flops import count_flops
 from flowseg.runs.memory import is_out_of_memory, keep_freed_memory
 from flowseg.runs.metrics import open_metrics, truncate_metrics
 from flowseg.runs.parallel import Ranks, copy_parameters, local_part, shard, whole
 from flowseg.runs.progress import TrainingView, training_view
 from flowseg.runs.signals import stop_on_signal
+from flowseg.runs.speed import SpeedWindow
 from flowseg.runs.terminal import say
 from flowseg.segment import Segmenter, autocast, default_device, resolve_precision
 from flowseg.training.alignment import ImageFeatures
@@ -174,8 +176,9 @@ class Trainer:
         self.signals: list[int] = []
         self.view = TrainingView()
         self.log: Callable[..., None] = lambda **_: None
-        # Images per second are measured over a window from one logged step to the next.
-        self.window_start, self.window_images = time.monotonic(), 0
+        # Model FLOPs of a training step per image, by the size of the image.
+        self.flops = {size: count_flops(config, *size).training for size in _image_sizes(config)}
+        self.window = SpeedWindow(ranks, self.device)
         self.start = time.monotonic() - self.state.seconds
         self.time_limit = config.train.max_minutes * 60 if config.train.max_minutes else math.inf
 
@@ -324,7 +327,8 @@ class Trainer:
     def _load_batches(self, data: DataConfig, train: TrainConfig) -> tuple[list[Batch], Exception | None]:
         """Load the batches of the next step. Return an error instead of raising it: all processes have to learn of it."""
         try:
-            return self.batches.next_step(data, train, self.state.draws), None
+            with self.window.waiting():
+                return self.batches.next_step(data, train, self.state.draws), None
         except Exception as error:
             return [], error
 
@@ -379,7 +383,7 @@ class Trainer:
                     align += objective.align.detach() / len(batches)
                     value = value + objective.align * (config.repa.weight / len(batches))
                 self.accelerator.backward(value)
-            self.window_images += images.shape[0] * self.ranks.world
+            self.window.add(images.shape[0], self.flops[tuple(images.shape[-2:])])
         return objective, loss, align
 
     def _log_step(
@@ -388,8 +392,7 @@ class Trainer:
         error = squared_error(objective, self.codebook, self.config)
         sums = self.ranks.add_up(float(loss), float(error), float(align))
         mean_loss, mean_error, mean_align = (value / self.ranks.world for value in sums)
-        speed = self.window_images / max(time.monotonic() - self.window_start, 1e-9)
-        self.window_start, self.window_images = time.monotonic(), 0
+        speed = self.window.close()
         self.log(
             event="train",
             step=self.state.step,
@@ -398,11 +401,18 @@ class Trainer:
             **({"align": mean_align} if self.encoder else {}),
             grad_norm=float(norm),
             lr=rate,
-            images_per_second=speed,
+            **speed,
             seconds=time.monotonic() - self.start,
         )
         miou = self.result.scores and self.result.scores.miou
-        self.view.show(loss=mean_loss, speed=speed, fraction=progress, miou=miou)
+        self.view.show(
+            fraction=progress,
+            loss=mean_loss,
+            speed=speed["images_per_second"],
+            memory=speed.get("memory_gib"),
+            wait=speed["data_wait_share"],
+            miou=miou,
+        )
 
     def _check_finite(self, *values: Tensor) -> None:
         """Raise UserError in all processes if a value in one of them is infinite or NaN. Every process must call this."""
@@ -424,7 +434,8 @@ class Trainer:
         if is_new:
             # A run resumes from its newest checkpoint, which therefore must not contain NaN.
             self._check_finite(*self.bare_model.parameters())
-        state.seconds = time.monotonic() - self.start
+        begin = time.monotonic()
+        state.seconds = begin - self.start
         with self.ranks.together():
             if is_new and (self.is_main or self.is_sharded):
                 path = save_checkpoint(
@@ -441,6 +452,7 @@ class Trainer:
             elif self.is_main:
                 save_state(self.out, state)
         self.saved_step = state.step
+        self.window.leave_out_since(begin)
         if is_new:
             self.view.saved()
 
@@ -476,7 +488,7 @@ class Trainer:
         state.best_miou, state.validated = best, state.step
         self.view.validated(scores.miou, scores.pixel_accuracy, scores.images, best)
         self.view.show(fraction=state.step / self.config.train.steps, miou=scores.miou)
-        self.window_start += time.monotonic() - begin
+        self.window.leave_out_since(begin)
         self.save()
         return True
 
@@ -533,6 +545,12 @@ class Trainer:
             smaller = f" --set sample.batch_size=1 (now {sample.batch_size})" if sample.batch_size > 1 else ""
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"validation ran out of memory ({reason}); {self._how_to_resume()}{smaller}") from error
+
+
+def _image_sizes(config: Config) -> set[tuple[int, int]]:
+    """Height and width of the training images in each stage of a run."""
+    stages = [config.data, *config.train.stages]
+    return {(stage.height, stage.width) for stage in stages}
 
 
 class _Interrupted(Exception):

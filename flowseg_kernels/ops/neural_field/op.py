@@ -9,6 +9,7 @@ import torch
 from ...runtime.backend import requested_backend
 from ...runtime.registry import cpu_kernel, define_op, triton_kernel
 from . import reference
+from .flops import backward_flops, forward_flops
 
 _TENSORS = (
     "Tensor x, Tensor weights, Tensor embed_weight, Tensor embed_bias, Tensor norm_weight, Tensor out_norm_weight, "
@@ -96,6 +97,7 @@ define_op(
     backward=_backward,
     setup_context=_setup_context,
     autocast=True,
+    flops=forward_flops,
 )
 
 
@@ -139,4 +141,5 @@ define_op(
     channels=lambda grad, x, *args: x.shape[1],
     backward=_second_backward,
     setup_context=_keep_inputs,
+    flops=backward_flops,
 )
