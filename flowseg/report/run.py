@@ -30,7 +30,7 @@ _MOST_IN_LEGEND = 25
 _SPEEDS = (
     ("images_per_second", "{:.1f}", np.median, "images per second in training (median)"),
     ("model_tflops_per_second", "{:.3g}", np.median, "model TFLOP/s of each device in training (median)"),
-    ("data_wait_share", "{:.0%}", np.median, "of the training time waiting for data (median)"),
+    ("data_wait_share", "{:.0f} %", lambda shares: 100 * np.median(shares), "of the time waiting for data (median)"),
     ("memory_gib", "{:.1f} GiB", np.max, "of device memory at most"),
 )
 

@@ -179,7 +179,7 @@ def _facts(numbers: dict[str, float | None]) -> dict[str, str]:
     facts = {name: text.format(numbers[name]) for name, text in _TEXTS.items() if numbers.get(name) is not None}
     wait = numbers.get("wait")
     if wait is not None:
-        facts["wait"] = f"waits for data {wait:.0%}" if wait >= 0.1 else ""
+        facts["wait"] = f"waits for data {100 * wait:.0f} %" if wait >= 0.1 else ""
     return facts
 
 

@@ -1,4 +1,4 @@
-"""FLOPs of our ops for torch.utils.flop_counter.FlopCounterMode, which counts an op without a formula as 0."""
+"""FLOPs of ops for torch.utils.flop_counter.FlopCounterMode, which counts an op without a formula as 0."""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ import torch
 
 from . import backend
 from .extension import why_no_cpu_kernels, why_no_cuda_kernels
-from .flops import define_flops
 from .transforms import define_transforms
 from .triton import triton_kernel, why_no_triton
 
@@ -68,7 +67,6 @@ def define_op(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
     autocast: bool = False,
-    flops: Callable[..., int] | None = None,
 ) -> None:
     """Register one op `flowseg::NAME`.
 
@@ -80,7 +78,6 @@ def define_op(
         backward, setup_context: the rule for torch.library.register_autograd.
         autocast: whether autocast casts floating tensors to its dtype, as for a matrix product. The per-pixel ops need no cast:
             they read any dtype and compute in fp32.
-        flops: FLOPs of the op's matrix products from its arguments, with the shape in place of each tensor; None if it has none.
     """
     name = schema[: schema.index("(")]
     has_backend = "str backend)" in schema
@@ -110,8 +107,6 @@ def define_op(
     if backward is not None:
         torch.library.register_autograd(f"flowseg::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
         define_transforms(name, _LIBRARY, backward, setup_context, autocast)
-    if flops is not None:
-        define_flops(name, flops)
 
 
 def _autocast_kernel(name: str, device: str) -> Callable:

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from flowseg.checkpoint import read_run_config
+from flowseg.data import open_data
 from flowseg.errors import UserError
+from flowseg.inference.evaluate import evaluate
 from flowseg.report import figures, names
-from flowseg.report.run import _class_table, write_report
+from flowseg.report.run import _cards, _class_table, write_report
 from flowseg.segment import Segmenter
 
 from .support.commands import run
@@ -36,6 +38,18 @@ def test_the_report_of_a_run_is_one_file_with_all_sections(trained_run, monkeypa
     for outside in ("<script", "<link", "src='http", 'src="http'):
         assert outside not in text
     assert "correction_weight: 1.0" in text and "on 2 validation images" in text
+
+
+def test_cards_show_what_the_metrics_have(trained_run):
+    segmenter = Segmenter.from_run(trained_run, read_run_config(trained_run), device="cpu")
+    scores = evaluate(segmenter, open_data(segmenter.config.data, ("val",), seed=0).val)
+    # Lines of an earlier version, then of this one on a GPU.
+    lines = [{"step": step, "images_per_second": 20.0} for step in (1, 2, 3)]
+    assert [number for number, _ in _cards(scores, lines)[2:]] == ["3", "20.0"]
+    for line, share, peak in zip(lines, (0.5, 0.25, 0.1), (3.0, 19.53, 2.0)):
+        line |= {"model_tflops_per_second": 160.6, "data_wait_share": share, "memory_gib": peak}
+    assert [number for number, _ in _cards(scores, lines)[3:]] == ["20.0", "161", "25 %", "19.5 GiB"]
+    assert _cards(scores, [])[2:] == [("0", "training steps")]
 
 
 def test_a_report_needs_metrics(trained_run, tmp_path):

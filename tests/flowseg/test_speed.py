@@ -119,6 +119,6 @@ def test_several_processes_log_the_sum_of_images_and_the_longest_wait(tmp_path, 
 
 def test_the_progress_line_says_when_training_waits_for_data():
     facts = _facts({"loss": 0.25, "speed": 12.34, "wait": 0.354, "memory": 19.53, "miou": None})
-    assert _joined(facts) == "loss 0.2500  12.3 img/s  19.5 GiB  waits for data 35%"
+    assert _joined(facts) == "loss 0.2500  12.3 img/s  19.5 GiB  waits for data 35 %"
     # A later line with a short wait takes the warning back.
     assert _joined(facts | _facts({"wait": 0.05})) == "loss 0.2500  12.3 img/s  19.5 GiB"

@@ -7,6 +7,7 @@ import math
 import torch
 
 from ...runtime.backend import requested_backend
+from ...runtime.flops import define_flops
 from ...runtime.registry import cpu_kernel, define_op, triton_kernel
 from . import reference
 from .flops import backward_flops, forward_flops
@@ -97,7 +98,6 @@ define_op(
     backward=_backward,
     setup_context=_setup_context,
     autocast=True,
-    flops=forward_flops,
 )
 
 
@@ -141,5 +141,7 @@ define_op(
     channels=lambda grad, x, *args: x.shape[1],
     backward=_second_backward,
     setup_context=_keep_inputs,
-    flops=backward_flops,
 )
+
+define_flops("neural_field", forward_flops)
+define_flops("neural_field_bwd", backward_flops)
