@@ -25,10 +25,10 @@ class SpeedWindow:
 
     def __init__(self, ranks: Ranks, device: torch.device):
         self.ranks, self.device = ranks, device
-        self._restart()
+        self._restart(time.monotonic())
 
-    def _restart(self) -> None:
-        self._start = time.monotonic()
+    def _restart(self, start: float) -> None:
+        self._start = start
         self._images = self._flops = 0
         self._waited = 0.0
 
@@ -56,11 +56,12 @@ class SpeedWindow:
             of the window in which the host waited for data, in the process that waited longest; ``memory_gib``, the most
             that tensors held on the device of a process. Accelerators without such a count and CPUs have no ``memory_gib``.
         """
-        seconds = max(time.monotonic() - self._start, 1e-9)
+        now = time.monotonic()
+        seconds = max(now - self._start, 1e-9)
         peak = take_peak_memory(self.device)
         images, flops = self._images * self.ranks.world, self._flops
         wait, peak_everywhere = self.ranks.largest(min(self._waited / seconds, 1.0), peak or 0)
-        self._restart()
+        self._restart(now)
         return {
             "images_per_second": images / seconds,
             "model_tflops_per_second": flops / seconds / 1e12,

@@ -316,7 +316,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.bare_model, state.step)
         state.step += 1
-        state.draws += stage.train.batch_size * stage.train.accumulation * self.ranks.world
+        images = stage.train.batch_size * stage.train.accumulation
+        state.draws += images * self.ranks.world
+        self.window.add(images, self.flops[stage.data.height, stage.data.width])
         self.is_updating = False
         if state.step % stage.train.log_every == 0 or state.step == stage.train.steps:
             self._check_finite(loss, norm)
@@ -383,7 +385,6 @@ class Trainer:
                     align += objective.align.detach() / len(batches)
                     value = value + objective.align * (config.repa.weight / len(batches))
                 self.accelerator.backward(value)
-            self.window.add(images.shape[0], self.flops[tuple(images.shape[-2:])])
         return objective, loss, align
 
     def _log_step(
