@@ -30,7 +30,15 @@ from rich.console import Console
 from torch import Tensor
 
 from flowseg.build import build
-from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint, save_state, save_weights
+from flowseg.checkpoint import (
+    TrainState,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    save_sharded_checkpoint,
+    save_state,
+    save_weights,
+)
 from flowseg.codes import IGNORE_INDEX
 from flowseg.config import Config, DataConfig, OptimConfig, SampleConfig, TrainConfig, load_config, save_config
 from flowseg.data import open_data
@@ -49,7 +57,7 @@ from flowseg.training.alignment import ImageFeatures
 from flowseg.training.batches import Batch, StepBatches, examples_before
 from flowseg.training.ema import Ema
 from flowseg.training.objective import Objective, flow_step, squared_error
-from flowseg.training.run_folder import check_same_meaning, locked, should_resume
+from flowseg.training.run_folder import check_same_checkpoints, check_same_meaning, check_shared, locked, should_resume
 from flowseg.training.schedule import learning_rate
 from flowseg.training.trackers import check_trackers, repeat_step, start_trackers
 
@@ -118,6 +126,7 @@ def train(
         project_dir=out,
     )
     ranks = Ranks(accelerator.num_processes, accelerator.process_index)
+    check_same_checkpoints(out, ranks)
     with contextlib.ExitStack() as stack:
         with ranks.together():
             resume = should_resume(out, resume)
@@ -127,6 +136,8 @@ def train(
                 raise UserError(
                     f"--out {out}: already contains a run; add --resume to continue it, or give another folder"
                 )
+        if config.train.checkpoint == "sharded":
+            check_shared(out, ranks)
         trainer = Trainer(
             config, out, accelerator, ranks, resume=resume, console=console, title=title, on_validation=on_validation
         )
@@ -203,6 +214,7 @@ class Trainer:
     def _prepare_for_training(self, optim: OptimConfig, train: TrainConfig, *, compiled: bool) -> None:
         """Shard the network (FSDP), create its averages and its optimiser, compile it and prepare it for DDP."""
         self.is_sharded = train.strategy == "fsdp" and self.ranks.world > 1
+        self.writes_shards = train.checkpoint == "sharded" and self.ranks.world > 1
         if self.is_sharded:
             shard(self.bare_model)
         self.ema = Ema(self.bare_model, optim.ema_decay)
@@ -219,7 +231,7 @@ class Trainer:
 
     def _load_newest_checkpoint(self) -> TrainState:
         newest = list_checkpoints(self.out)[-1]
-        state = load_checkpoint(newest, self.bare_model, self.ema.tensors, self.optimizer)
+        state = load_checkpoint(newest, self.bare_model, self.ema.tensors, self.optimizer, self.ranks)
         # Checkpoints of earlier versions do not record the draws.
         if state.draws is None:
             settings = self.out / "config.yaml"
@@ -425,24 +437,27 @@ class Trainer:
             # A run resumes from its newest checkpoint, which therefore must not contain NaN.
             self._check_finite(*self.bare_model.parameters())
         state.seconds = time.monotonic() - self.start
-        with self.ranks.together():
-            if is_new and (self.is_main or self.is_sharded):
-                path = save_checkpoint(
-                    self.out,
-                    self.bare_model,
-                    self.ema.tensors,
-                    self.optimizer,
-                    state,
-                    self.config.train.keep + temporary,
-                    write=self.is_main,
-                    replaces=self.temporary_checkpoint,
-                )
-                self.temporary_checkpoint = path if temporary else None
-            elif self.is_main:
-                save_state(self.out, state)
+        if is_new:
+            self._write_checkpoint(temporary)
+        else:
+            with self.ranks.together():
+                if self.is_main:
+                    save_state(self.out, state)
         self.saved_step = state.step
         if is_new:
             self.view.saved()
+
+    def _write_checkpoint(self, temporary: bool) -> None:
+        """Write a checkpoint, whole or sharded, and remember it if the next one replaces it. A collective."""
+        keep, replaces, path = self.config.train.keep + temporary, self.temporary_checkpoint, None
+        parts = self.out, self.bare_model, self.ema.tensors, self.optimizer, self.state, keep
+        if self.writes_shards:
+            path = save_sharded_checkpoint(*parts, self.ranks, replaces=replaces)
+        else:
+            with self.ranks.together():
+                if self.is_main or self.is_sharded:
+                    path = save_checkpoint(*parts, write=self.is_main, replaces=replaces)
+        self.temporary_checkpoint = path if temporary else None
 
     def _save_after_error(self) -> None:
         """After an error in a single process, save the steps since the last checkpoint.
