@@ -76,9 +76,9 @@ def save_checkpoint(
         UserError: the disk is full or the folder cannot be written. Earlier checkpoints stay as they were.
     """
     files = {
-        "model.safetensors": _plain(model.state_dict()),
-        "ema.safetensors": _plain(model.state_dict() | ema),
-        "optimizer.safetensors": _plain(_optimizer_tensors(model, optimizer)),
+        "model.safetensors": _plain(model.state_dict(), keep=write),
+        "ema.safetensors": _plain(model.state_dict() | ema, keep=write),
+        "optimizer.safetensors": _plain(_optimizer_tensors(model, optimizer), keep=write),
     }
     final, temporary = _places(run, state, os.getpid())
     if not write:
@@ -474,8 +474,10 @@ def _checksum(tensors: dict[str, Tensor], facts: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(value.detach()).cpu().contiguous() for name, value in tensors.items()}
+def _plain(tensors: dict[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """Gather whole tensors on the host, a collective. ``keep=False`` keeps none: one copy in a machine's memory suffices."""
+    gathered = ((name, whole(value.detach())) for name, value in tensors.items())
+    return {name: value.cpu().contiguous() for name, value in gathered if keep}
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -352,11 +352,12 @@ class Trainer:
         elapsed, labelled, signals, failures = self.ranks.add_up(
             elapsed, labelled, len(self.signals), failure is not None
         )
-        if failures:
-            self._save_and_raise(failure)
         if signals:
+            # A failure at the same time comes from the signal: launchers send it to the loader's workers too, which die of it.
             self.result.stopped_by = self.signals[0] if self.signals else signal.SIGTERM
             return None
+        if failures:
+            self._save_and_raise(failure)
         if elapsed >= self.time_limit:
             self.result.stopped_by = "time"
             return None

@@ -1,7 +1,8 @@
 """Commands of the shell that start quickly: ``flowseg``, ``torchrun``, ``accelerate`` and ``python`` without importing torch.
 
 Each command is a small script that asks a server to fork a process with its arguments, environment, folder and outputs.
-The server has imported torch already, which takes each new process seconds. Signals to the script go to the process.
+The server has imported torch already, which takes each new process seconds. Signals to the script go to the process and its
+loader's workers, as a launcher sends them.
 """
 
 import contextlib
@@ -32,12 +33,18 @@ socket.send_fds(server, [b"x"], [1, 2])
 lines = server.makefile("rw")
 print(json.dumps(request), file=lines, flush=True)
 process = int(lines.readline())
+def hand_over(number, frame):
+    try:
+        os.killpg(process, number)
+    except ProcessLookupError:
+        pass
 for number in signals:
-    signal.signal(number, lambda number, frame: os.kill(process, number))
+    signal.signal(number, hand_over)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 status = int(lines.readline())
 if status < 0:
-    signal.signal(-status, signal.SIG_DFL)
+    if -status in signals:
+        signal.signal(-status, signal.SIG_DFL)
     os.kill(os.getpid(), -status)
 sys.exit(status)
 """
@@ -46,7 +53,9 @@ sys.exit(status)
 @contextlib.contextmanager
 def quick_commands(folder):
     """Write the commands to ``folder`` and serve them; give the environment in which they are found first."""
+    folder.mkdir()
     address = str(folder / "server")
+    (folder / "started").touch()
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
     listening.listen(16)
@@ -55,7 +64,7 @@ def quick_commands(folder):
         (folder / name).chmod(0o755)
     server = os.fork()
     if not server:
-        _serve(listening)
+        _serve(listening, folder / "started")
     listening.close()
     try:
         path = f"{folder}{os.pathsep}{os.environ['PATH']}"
@@ -65,7 +74,12 @@ def quick_commands(folder):
         os.waitpid(server, 0)
 
 
-def _serve(listening):
+def started(folder):
+    """The processes that were started so far: their number, rank and arguments, oldest first."""
+    return [json.loads(line) for line in (folder / "started").read_text().splitlines()]
+
+
+def _serve(listening, started):
     """Fork a process for each request, and one that waits for it, until this process is killed."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -73,19 +87,22 @@ def _serve(listening):
         if not os.fork():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             listening.close()
-            _keep(connection)
+            _keep(connection, started)
             os._exit(0)
         connection.close()
 
 
-def _keep(connection):
+def _keep(connection, started):
     """Start the process of one request and report how it ends. Kill it if the script is killed."""
     _, outputs, *_ = socket.recv_fds(connection, 1, 2)
     lines = connection.makefile("rw")
     request = json.loads(lines.readline())
     process = os.fork()
     if not process:
+        os.setsid()
         _become(request, outputs)
+    with started.open("a") as file:
+        file.write(json.dumps({"process": process, "rank": request["env"].get("RANK"), "argv": request["argv"]}) + "\n")
     print(process, file=lines, flush=True)
     connection.setblocking(False)
     while not (ended := os.waitpid(process, os.WNOHANG))[0]:
@@ -100,7 +117,6 @@ def _keep(connection):
 
 def _become(request, outputs):
     """Run the command of a request in this process."""
-    os.setsid()
     for target, handle in zip((1, 2), outputs):
         os.dup2(handle, target)
     sys.stdout, sys.stderr = (os.fdopen(handle, "w", buffering=1) for handle in (1, 2))
