@@ -13,7 +13,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from flowseg.runs.parallel import Ranks
 LIST = "shards.json"
 """File with the size and the SHA-256 of each shard. It is written last, so a folder that has it is complete."""
 
-SECONDS_TO_APPEAR = 20.0
-"""Time for a new file of one machine to be visible on the others. Network file systems take seconds."""
+SECONDS_TO_APPEAR = 60.0
+"""Time for a new file of one machine to be visible on the others. NFS may show an old listing of a folder for that long."""
 
 
 def write_shards(place: Path, folders: dict[str, dict[str, Tensor]], ranks: Ranks) -> None:
@@ -65,7 +65,7 @@ def write_shards(place: Path, folders: dict[str, dict[str, Tensor]], ranks: Rank
     files = {name: facts for part in ranks.gather(mine) for name, facts in part.items()}
     with ranks.together():
         if ranks.rank == 0:
-            missing = [name for name in files if not appears(place / name)]
+            missing = [name for name in files if not soon((place / name).exists)]
             if missing:
                 raise FileNotFoundError(errno.ENOENT, f"another process wrote it, but it is not here: {missing[0]}")
             with (place / LIST).open("w", encoding="utf-8") as file:
@@ -127,10 +127,10 @@ def shapes(folder: Path) -> dict[str, torch.Size]:
     return {name: entry.size for name, entry in _entries(folder).items()}
 
 
-def appears(path: Path) -> bool:
-    """Whether a file of another machine is here, now or within ``SECONDS_TO_APPEAR``."""
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether a condition on files of another machine holds now or within ``SECONDS_TO_APPEAR``."""
     deadline = time.monotonic() + SECONDS_TO_APPEAR
-    while not path.exists():
+    while not condition():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)

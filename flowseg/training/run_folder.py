@@ -16,7 +16,7 @@ from flowseg.config import Config, load_config
 from flowseg.data import resolve_labels
 from flowseg.errors import UserError
 from flowseg.runs.parallel import Ranks
-from flowseg.shards import appears
+from flowseg.shards import soon
 
 
 def should_resume(out: Path, resume: bool | Literal["auto"]) -> bool:
@@ -46,12 +46,15 @@ def check_same_checkpoints(out: Path, ranks: Ranks) -> None:
     Raises:
         UserError: in a process that sees others than the first process; the rest raise PeerError.
     """
-    found = list_checkpoints(out)
-    newest = found[-1].name if found else "no checkpoint"
-    seen = ranks.gather(newest)[0]
+
+    def newest() -> str:
+        found = list_checkpoints(out)
+        return found[-1].name if found else "no checkpoint"
+
+    seen = ranks.gather(newest())[0]
     with ranks.together():
-        if newest != seen:
-            raise _not_shared(out, ranks, f"{newest} there, process 0 {seen}")
+        if not soon(lambda: newest() == seen):
+            raise _not_shared(out, ranks, f"{newest()} there, process 0 {seen}")
 
 
 def check_shared(out: Path, ranks: Ranks) -> None:
@@ -66,7 +69,7 @@ def check_shared(out: Path, ranks: Ranks) -> None:
             if ranks.rank == 0:
                 mark.touch()
         with ranks.together():
-            if not appears(mark):
+            if not soon(mark.exists):
                 raise _not_shared(out, ranks, "no file that process 0 writes there (train.checkpoint=sharded)")
     finally:
         if ranks.rank == 0:

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from flowseg.build import build
 from flowseg.checkpoint import list_checkpoints
 from flowseg.config import load_config, save_config
-from flowseg.training.trainer import train
+from flowseg.runs.parallel import Ranks
+from flowseg.training.trainer import Trainer, train
 
 from .support.launching import quick_commands, started
 from .support.processes import forked
@@ -143,6 +145,12 @@ def test_the_commands_of_the_page_continue_one_run_and_equal_an_uninterrupted_on
         finish(shell(f"{line} --resume=auto --steps {step}"))
         assert list_checkpoints(run)[-1].name == f"step-{step:08d}"
         assert (list_checkpoints(run)[-1] / "shards.json").exists() == ("sharded" in line)
+    # The sharded checkpoint is the newest.
+    scores = []
+    for index, line in enumerate(line for line in one if "flowseg evaluate" in line):
+        finish(shell(f"{line} --json {index}.json"))
+        scores.append(json.loads((tmp_path / f"{index}.json").read_text()))
+    assert len(scores) == 2 and scores[0] == scores[1] and scores[0]["images"] == 2
     # Two machines with accelerate.
     step += 1
     finish(*(shell(f"{line} --resume=auto --steps {step}") for line in on_two_machines(*several[:2])))
@@ -181,12 +189,6 @@ def test_the_commands_of_the_page_continue_one_run_and_equal_an_uninterrupted_on
     assert forked(lambda rank: train(config(steps=last), tmp_path / "whole"), world=2) == [0, 0]
     assert_same_weights(run, tmp_path / "whole")
     assert steps(run) == list(range(1, last + 1))
-
-    scores = []
-    for index, line in enumerate(line for line in one if "flowseg evaluate" in line):
-        finish(shell(f"{line} --json {index}.json"))
-        scores.append(json.loads((tmp_path / f"{index}.json").read_text()))
-    assert len(scores) == 2 and scores[0] == scores[1] and scores[0]["images"] == 2
 
 
 SRUN = """#!{python} -SE
@@ -249,6 +251,27 @@ def test_the_slurm_script_does_not_requeue_a_job_that_fails(slurm, tmp_path):
     failed = start()
     finish(failed, status=2)
     assert "unknown setting 'train.stepz'" in failed.said() and not (tmp_path / "requeued").exists()
+
+
+def test_the_bytes_per_parameter_on_the_page_are_those_of_the_trainer(tmp_path):
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(config(), tmp_path / "run", Accelerator(cpu=True), Ranks(1))
+    parameters = list(trainer.bare_model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    moments = [state[name] for state in trainer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    kinds = (
+        parameters,
+        [p.grad for p in parameters],
+        moments,
+        trainer.ema.tensors.values(),
+        trainer.scored_model.parameters(),
+    )
+    count = sum(parameter.numel() for parameter in parameters)
+    held = [sum(tensor.nbytes for tensor in kind) / count for kind in kinds]
+    stated = re.findall(r"^\| (?:parameter|gradient|AdamW|averaged|copy)[^|]* \| (\d) \|", PAGE, re.MULTILINE)
+    assert held == [int(value) for value in stated]
 
 
 def test_the_memory_on_the_page_is_that_of_the_networks():

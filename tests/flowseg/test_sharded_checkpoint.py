@@ -193,6 +193,16 @@ def test_another_network_is_refused(written):
         load_checkpoint(newest(written), *parts(depth=3))
 
 
+def test_only_the_process_that_writes_a_whole_checkpoint_keeps_it_in_memory(tmp_path, monkeypatch):
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.append(tensor) or tensor)
+    state = parts(steps=1)
+    save_checkpoint(tmp_path, *state, TrainState(), 2, write=False)
+    assert not copied
+    save_checkpoint(tmp_path, *state, TrainState(), 2)
+    assert copied
+
+
 def test_a_full_disk_of_one_process_fails_in_all_and_leaves_the_earlier_checkpoints(tmp_path):
     def full(ranks, save, state):
         if ranks.rank == 1:
