@@ -208,8 +208,8 @@ class TrainConfig(Section):
     """Number of newest checkpoints to keep, in addition to the best weights."""
     checkpoint: Literal["whole", "sharded"] = "whole"
     """Writer of checkpoints: the first process, one file of each kind (``whole``), or every process, its part of each
-    (``sharded``), which is faster for large networks and needs a file system that all machines share. One process writes
-    whole ones."""
+    (``sharded``), so that several machines write at once. ``sharded`` needs a file system that all machines share. A run of
+    one process writes whole ones."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """Parameters of several processes: a copy in each (``ddp``), or sharded over all (``fsdp``, which is FSDP2)."""
     trackers: list[Literal["tensorboard", "wandb"]] = []

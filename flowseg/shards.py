@@ -1,7 +1,7 @@
-"""Tensors in a folder of safetensors files, one or more per process, through ``torch.distributed.checkpoint``.
+"""Tensors in a folder of safetensors files, one per process, through ``torch.distributed.checkpoint``.
 
-Its Hugging Face format is used: unlike its default format, it contains no pickle. Other numbers of processes and other ways
-of sharding can read the folder.
+Any number of processes, with tensors sharded in any way, can read the folder. The format is that of
+``HuggingFaceStorageWriter``: the default format contains pickles, which could run code when they are read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flowseg.errors import UserError
 from flowseg.runs.parallel import Ranks
 
 LIST = "shards.json"
-"""File with the size and the SHA-256 of each shard. It is written last, so a folder that has it is complete."""
+"""File with the size and the SHA-256 of each shard, written when all shards are."""
 
 SECONDS_TO_APPEAR = 60.0
 """Time for a new file of one machine to be visible on the others. NFS may show an old listing of a folder for that long."""
@@ -42,7 +42,7 @@ def write_shards(place: Path, folders: dict[str, dict[str, Tensor]], ranks: Rank
         ranks: the processes.
 
     Raises:
-        UserError: a process cannot write. The others raise UserError or PeerError.
+        OSError: this process cannot write. The others raise PeerError.
     """
     import torch.distributed.checkpoint as dcp
 

@@ -136,7 +136,7 @@ def train(
                 raise UserError(
                     f"--out {out}: already contains a run; add --resume to continue it, or give another folder"
                 )
-        if config.train.checkpoint == "sharded":
+        if config.train.checkpoint == "sharded" and ranks.world > 1:
             check_shared(out, ranks)
         trainer = Trainer(
             config, out, accelerator, ranks, resume=resume, console=console, title=title, on_validation=on_validation
