@@ -214,7 +214,6 @@ class Trainer:
     def _prepare_for_training(self, optim: OptimConfig, train: TrainConfig, *, compiled: bool) -> None:
         """Shard the network (FSDP), create its averages and its optimiser, compile it and prepare it for DDP."""
         self.is_sharded = train.strategy == "fsdp" and self.ranks.world > 1
-        self.writes_shards = train.checkpoint == "sharded" and self.ranks.world > 1
         if self.is_sharded:
             shard(self.bare_model)
         self.ema = Ema(self.bare_model, optim.ema_decay)
@@ -452,7 +451,7 @@ class Trainer:
         """Write a checkpoint, whole or sharded, and remember it if the next one replaces it. A collective."""
         keep, replaces, path = self.config.train.keep + temporary, self.temporary_checkpoint, None
         parts = self.out, self.bare_model, self.ema.tensors, self.optimizer, self.state, keep
-        if self.writes_shards:
+        if self.config.train.checkpoint == "sharded" and self.ranks.world > 1:
             path = save_sharded_checkpoint(*parts, self.ranks, replaces=replaces)
         else:
             with self.ranks.together():
