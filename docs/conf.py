@@ -54,6 +54,7 @@ NAVIGATION = {
         "guides/pixnerd",
         "guides/training",
         "guides/how_long",
+        "guides/clusters",
         "guides/gpu",
         "guides/adding_an_op",
     ],
@@ -91,7 +92,7 @@ def _add_navigation(app, docname, source):
 
 def _name_files_outside(app, docname, source):
     """Replace links to files above docs/ by their names. On GitHub they are links, but the site does not have these files."""
-    outside = r"(?:\.\./)+((?:CONTRIBUTING|CHANGELOG)\.md)|\.\./\.\./(README\.md)"
+    outside = r"(?:\.\./)+((?:CONTRIBUTING|CHANGELOG)\.md|configs/[\w./]+)|\.\./\.\./(README\.md)"
     source[0] = re.sub(rf"\[[^\]]+\]\((?:{outside})[^)]*\)", lambda link: f"`{link[1] or link[2]}`", source[0])
 
 

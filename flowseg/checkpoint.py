@@ -1,4 +1,7 @@
-"""Checkpoints: safetensors and JSON files, complete or absent, with checksums that are verified when they are read."""
+"""Checkpoints: safetensors and JSON files, complete or absent, with checksums that are verified when they are read.
+
+A sharded checkpoint has folders instead of safetensors files, with a file of each process (:mod:`flowseg.shards`).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from torch import Tensor, nn
 from flowseg.config import Config, load_config, override
 from flowseg.errors import UserError
 from flowseg.runs.files import replacing
-from flowseg.runs.parallel import sharded_like, whole
+from flowseg.runs.parallel import Ranks, sharded_like, whole
+from flowseg.shards import LIST, fill_from_shards, read_shards, shapes, verify_shards, write_shards
 
 PREFIX = "step-"
 CHECKSUM = "sha256"
@@ -72,28 +76,98 @@ def save_checkpoint(
         UserError: the disk is full or the folder cannot be written. Earlier checkpoints stay as they were.
     """
     files = {
-        "model.safetensors": _plain(model.state_dict()),
-        "ema.safetensors": _plain(model.state_dict() | ema),
-        "optimizer.safetensors": _optimizer_tensors(model, optimizer),
+        "model.safetensors": _plain(model.state_dict(), keep=write),
+        "ema.safetensors": _plain(model.state_dict() | ema, keep=write),
+        "optimizer.safetensors": _plain(_optimizer_tensors(model, optimizer), keep=write),
     }
-    folder = run / "checkpoints"
-    final = folder / f"{PREFIX}{state.step:08d}"
+    final, temporary = _places(run, state, os.getpid())
     if not write:
         return final
-    temporary = folder / f".{final.name}.{os.getpid()}"
-    kept = list_checkpoints(run)
     try:
-        # Delete what killed processes left, which may be what fills the disk.
-        for left in folder.glob(f".{PREFIX}*"):
-            shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        _make_empty(temporary)
         for name, tensors in files.items():
             _write(temporary / name, tensors, {})
         _write_state(temporary / "state.json", state)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        good = f"{kept[-1].name} is intact, --resume continues from it" if kept else "there is no earlier checkpoint"
-        raise UserError(f"{final}: cannot be written ({error}); free disk space. {good}") from None
+        raise _unwritten(run, final, error) from None
+    _publish(temporary, final, keep, replaces)
+    return final
+
+
+def save_sharded_checkpoint(
+    run: Path,
+    model: nn.Module,
+    ema: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    keep: int,
+    ranks: Ranks,
+    *,
+    replaces: Path | None = None,
+) -> Path:
+    """Write a checkpoint as :func:`save_checkpoint` does, in which each process writes a part of every tensor. A collective.
+
+    The first process renames the folder when all have written.
+
+    Args:
+        run: run folder, which all processes must see.
+        model, ema, optimizer, state: what to save.
+        keep: number of checkpoints to keep.
+        ranks: the processes.
+        replaces: an earlier checkpoint that is deleted and does not count.
+
+    Raises:
+        UserError: a disk is full or the folder cannot be written; the other processes raise PeerError. Earlier checkpoints
+            stay as they were.
+    """
+    folders = {
+        "model": model.state_dict(),
+        "ema": model.state_dict() | ema,
+        "optimizer": _optimizer_tensors(model, optimizer),
+    }
+    is_first = ranks.rank == 0
+    final, temporary = _places(run, state, ranks.from_first(os.getpid()))
+    try:
+        with ranks.together():
+            if is_first:
+                _make_empty(temporary)
+        write_shards(temporary, folders, ranks)
+        with ranks.together():
+            if is_first:
+                _write_state(temporary / "state.json", state)
+                _publish(temporary, final, keep, replaces)
+    except Exception as error:
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise _unwritten(run, final, error) from None
+        raise
+    return final
+
+
+def _places(run: Path, state: TrainState, process: int) -> tuple[Path, Path]:
+    """The final and the temporary name of a checkpoint."""
+    final = run / "checkpoints" / f"{PREFIX}{state.step:08d}"
+    return final, final.with_name(f".{final.name}.{process}")
+
+
+def _make_empty(temporary: Path) -> None:
+    """Make the temporary folder. Delete what killed processes left, which may be what fills the disk."""
+    for left in temporary.parent.glob(f".{PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def _unwritten(run: Path, final: Path, error: Exception) -> UserError:
+    kept = list_checkpoints(run)
+    good = f"{kept[-1].name} is intact, --resume continues from it" if kept else "there is no earlier checkpoint"
+    return UserError(f"{final}: cannot be written ({error}); free disk space. {good}")
+
+
+def _publish(temporary: Path, final: Path, keep: int, replaces: Path | None) -> None:
+    """Rename a complete checkpoint to its final name, and delete all but the ``keep`` newest."""
+    run = final.parent.parent
     if final.exists():
         final.rename(temporary.with_suffix(REPLACED))
     temporary.rename(final)
@@ -103,7 +177,6 @@ def save_checkpoint(
         # Rename first: if the process is killed while it deletes, the next save removes the rest.
         with contextlib.suppress(OSError):
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.dropped")), ignore_errors=True)
-    return final
 
 
 def save_state(run: Path, state: TrainState) -> None:
@@ -135,9 +208,14 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer, ranks: Ranks | None = None
 ) -> TrainState:
-    """Load a checkpoint into ``model``, ``ema`` and ``optimizer`` in place, and return its state.
+    """Load a checkpoint, in one file or sharded, into ``model``, ``ema`` and ``optimizer`` in place, and return its state.
+
+    Args:
+        path: folder of the checkpoint.
+        model, ema, optimizer: what to load into, sharded in any way.
+        ranks: the processes of the run, if there are several.
 
     Raises:
         UserError: a file is missing or damaged, or belongs to another model.
@@ -147,22 +225,64 @@ def load_checkpoint(
         if CHECKSUM in fields and fields.pop(CHECKSUM) != _checksum({}, fields):
             raise ValueError(f"state.json: {_MISMATCH}")
         state = TrainState(**{"draws": None, **fields})
-        tensors = read_tensors(path / "optimizer.safetensors")
+        is_sharded = (path / LIST).is_file()
+        tensors = {} if is_sharded else read_tensors(path / "optimizer.safetensors")
     except (OSError, UserError, ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error}); delete it to continue from the one before") from None
+    if is_sharded:
+        _load_shards(path, model, ema, optimizer, ranks or Ranks(1))
+        return state
     load_weights(model, path / "model.safetensors")
     with torch.no_grad():
         for name, value in read_tensors(path / "ema.safetensors").items():
             if name in ema:
                 ema[name].copy_(sharded_like(value, ema[name]))
-    template = optimizer.state_dict()
+    parameters = dict(model.named_parameters())
+    _load_optimizer(
+        model,
+        optimizer,
+        {
+            key: sharded_like(value, parameters[name])
+            for key, value in tensors.items()
+            if (name := key.split("/", 1)[1]) in parameters
+        },
+    )
+    return state
+
+
+def _load_shards(
+    path: Path, model: nn.Module, ema: dict[str, Tensor], optimizer: torch.optim.Optimizer, ranks: Ranks
+) -> None:
+    """Load the tensors of a sharded checkpoint in place. A collective."""
+    weights, parameters = model.state_dict(), dict(model.named_parameters())
+    names = ["model", "ema", "optimizer"]
+    verify_shards(path, names, ranks)
+    saved = {name: shapes(path / name) for name in names}
+    with ranks.together():
+        known = {name for name in saved["model"] if name in weights or not name.startswith("projector.")}
+        wrong = [n for n in sorted(known | {*weights}) if n not in weights or saved["model"].get(n) != weights[n].shape]
+        if wrong:
+            reason = ", ".join(wrong[:3])
+            raise UserError(f"{path}: these weights belong to another model than the settings describe ({reason})")
+    fill_from_shards(path / "model", weights, ranks)
+    fill_from_shards(path / "ema", {name: value for name, value in ema.items() if name in saved["ema"]}, ranks)
+    tensors = {}
+    for key, size in saved["optimizer"].items():
+        parameter = parameters.get(key.split("/", 1)[1])
+        if parameter is not None:
+            tensors[key] = torch.empty_like(parameter) if size == parameter.shape else torch.empty(size)
+    fill_from_shards(path / "optimizer", tensors, ranks)
+    _load_optimizer(model, optimizer, tensors)
+
+
+def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Load tensors with the names of :func:`_optimizer_tensors`."""
     per_parameter = {}
-    for index, (name, parameter) in enumerate(model.named_parameters()):
+    for index, (name, _) in enumerate(model.named_parameters()):
         fields = {key.split("/", 1)[0]: value for key, value in tensors.items() if key.split("/", 1)[1] == name}
         if fields:
-            per_parameter[index] = {field: sharded_like(value, parameter) for field, value in fields.items()}
-    optimizer.load_state_dict({"state": per_parameter, "param_groups": template["param_groups"]})
-    return state
+            per_parameter[index] = fields
+    optimizer.load_state_dict({"state": per_parameter, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def save_weights(path: Path, model: nn.Module, **facts: Any) -> None:
@@ -176,11 +296,13 @@ def save_weights(path: Path, model: nn.Module, **facts: Any) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file, and verify its checksum if it has one.
+    """Read all tensors of a safetensors file, or of a folder of a sharded checkpoint, and verify checksums where there are any.
 
     Raises:
         UserError: the file is missing or damaged.
     """
+    if path.is_dir():
+        return read_shards(path)
     try:
         tensors, facts = load_file(path), _header(path)
     except (OSError, SafetensorError) as error:
@@ -196,7 +318,7 @@ def read_facts(path: Path) -> dict[str, str]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into ``model``.
+    """Load a safetensors file, or a folder of a sharded checkpoint, into ``model``.
 
     Raises:
         UserError: the names or shapes belong to another model.
@@ -218,7 +340,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def find_weights(run: Path, checkpoint: str = "latest", weights: str = "ema") -> Path:
-    """Find the weight file of a run.
+    """Find the weight file of a run, or the folder with its shards.
 
     Args:
         run: folder written by training.
@@ -238,10 +360,10 @@ def find_weights(run: Path, checkpoint: str = "latest", weights: str = "ema") ->
         found = list_checkpoints(run)
         if not found:
             raise UserError(f"{run}: no checkpoint in {run / 'checkpoints'}; train first, or give another --run")
-        return found[-1] / f"{weights}.safetensors"
+        return _weights_in(found[-1], weights)
     if checkpoint.isdigit():
-        path = run / "checkpoints" / f"{PREFIX}{int(checkpoint):08d}" / f"{weights}.safetensors"
-        if not path.is_file():
+        path = _weights_in(run / "checkpoints" / f"{PREFIX}{int(checkpoint):08d}", weights)
+        if not path.exists():
             steps = ", ".join(str(int(found.name.removeprefix(PREFIX))) for found in list_checkpoints(run)) or "none"
             raise UserError(f"--checkpoint {checkpoint}: no such step in {run}; steps kept: {steps}")
         return path
@@ -249,6 +371,10 @@ def find_weights(run: Path, checkpoint: str = "latest", weights: str = "ema") ->
     if not path.is_file():
         raise UserError(f"--checkpoint must be latest, best, a step or a .safetensors file, got {checkpoint!r}")
     return path
+
+
+def _weights_in(checkpoint: Path, weights: str) -> Path:
+    return checkpoint / (weights if (checkpoint / LIST).is_file() else f"{weights}.safetensors")
 
 
 def read_run_config(
@@ -348,13 +474,13 @@ def _checksum(tensors: dict[str, Tensor], facts: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(value.detach()).cpu().contiguous() for name, value in tensors.items()}
+def _plain(tensors: dict[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """Gather whole tensors on the host, a collective. ``keep=False`` keeps none: one copy in a machine's memory suffices."""
+    gathered = ((name, whole(value.detach())) for name, value in tensors.items())
+    return {name: value.cpu().contiguous() for name, value in gathered if keep}
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names = [name for name, _ in model.named_parameters()]
     state = optimizer.state_dict()["state"]
-    return _plain(
-        {f"{field}/{names[index]}": value for index, fields in state.items() for field, value in fields.items()}
-    )
+    return {f"{field}/{names[index]}": value for index, fields in state.items() for field, value in fields.items()}

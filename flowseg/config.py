@@ -206,6 +206,10 @@ class TrainConfig(Section):
     """Steps between checkpoints. Another one is written before each validation, and the next checkpoint replaces it."""
     keep: Count = 2
     """Number of newest checkpoints to keep, in addition to the best weights."""
+    checkpoint: Literal["whole", "sharded"] = "whole"
+    """Writer of checkpoints: the first process, one file of each kind (``whole``), or every process, its part of each
+    (``sharded``), so that several machines write at once. ``sharded`` needs a file system that all machines share. A run of
+    one process writes whole ones."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """Parameters of several processes: a copy in each (``ddp``), or sharded over all (``fsdp``, which is FSDP2)."""
     trackers: list[Literal["tensorboard", "wandb"]] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,18 +76,19 @@ class Ranks:
     Attributes:
         world: number of processes.
         rank: number of this process, from 0.
+        group: the gloo group; ``None`` if there is one process.
     """
 
     def __init__(self, world: int, rank: int = 0):
         self.world, self.rank = world, rank
-        self._group = dist.new_group(backend="gloo") if world > 1 else None
+        self.group = dist.new_group(backend="gloo") if world > 1 else None
 
     def add_up(self, *values: float) -> list[float]:
         """Sum each value over all processes. A collective."""
         if self.world == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(sums, group=self._group)
+        dist.all_reduce(sums, group=self.group)
         return sums.tolist()
 
     def largest(self, *values: float) -> list[float]:
@@ -101,8 +103,20 @@ class Ranks:
         """Sum an integer tensor over all processes; the result is on the host. A collective."""
         sums = counts.cpu()
         if self.world > 1:
-            dist.all_reduce(sums, group=self._group)
+            dist.all_reduce(sums, group=self.group)
         return sums
+
+    def from_first(self, value: int) -> int:
+        """The value that the first process gives. A collective."""
+        return int(self.add_up(value if self.rank == 0 else 0)[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in the order of their ranks. A collective."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def agree(self, error: Exception | None) -> None:
         """Raise in all processes if one of them has an error. A collective.

@@ -15,6 +15,8 @@ from flowseg.checkpoint import check_meaning, list_checkpoints
 from flowseg.config import Config, load_config
 from flowseg.data import resolve_labels
 from flowseg.errors import UserError
+from flowseg.runs.parallel import Ranks
+from flowseg.shards import soon
 
 
 def should_resume(out: Path, resume: bool | Literal["auto"]) -> bool:
@@ -36,6 +38,49 @@ def should_resume(out: Path, resume: bool | Literal["auto"]) -> bool:
             "--resume=auto to resume only where there is a checkpoint"
         )
     return resume
+
+
+def check_same_checkpoints(out: Path, ranks: Ranks) -> None:
+    """Refuse a folder in which the processes see different checkpoints. A collective.
+
+    Raises:
+        UserError: in a process that sees others than the first process; the rest raise PeerError.
+    """
+
+    def newest() -> str:
+        found = list_checkpoints(out)
+        return found[-1].name if found else "no checkpoint"
+
+    seen = ranks.gather(newest())[0]
+    with ranks.together():
+        if not soon(lambda: newest() == seen):
+            raise _not_shared(out, ranks, f"{newest()} there, process 0 {seen}")
+
+
+def check_shared(out: Path, ranks: Ranks) -> None:
+    """Refuse a folder in which a process does not see what the first one writes, such as a folder on local disks. A collective.
+
+    Raises:
+        UserError: in a process that does not see it; the others raise PeerError.
+    """
+    mark = out / f".seen.{ranks.from_first(os.getpid())}"
+    try:
+        with ranks.together():
+            if ranks.rank == 0:
+                mark.touch()
+        with ranks.together():
+            if not soon(mark.exists):
+                raise _not_shared(out, ranks, "no file that process 0 writes there (train.checkpoint=sharded)")
+    finally:
+        if ranks.rank == 0:
+            mark.unlink(missing_ok=True)
+
+
+def _not_shared(out: Path, ranks: Ranks, what: str) -> UserError:
+    return UserError(
+        f"--out {out}: process {ranks.rank}, on {os.uname().nodename}, sees {what}; give a folder on a file system that all "
+        "machines share"
+    )
 
 
 @contextlib.contextmanager

@@ -30,7 +30,15 @@ from rich.console import Console
 from torch import Tensor
 
 from flowseg.build import build
-from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint, save_state, save_weights
+from flowseg.checkpoint import (
+    TrainState,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    save_sharded_checkpoint,
+    save_state,
+    save_weights,
+)
 from flowseg.codes import IGNORE_INDEX
 from flowseg.config import Config, DataConfig, OptimConfig, SampleConfig, TrainConfig, load_config, save_config
 from flowseg.data import open_data
@@ -51,7 +59,7 @@ from flowseg.training.alignment import ImageFeatures
 from flowseg.training.batches import Batch, StepBatches, examples_before
 from flowseg.training.ema import Ema
 from flowseg.training.objective import Objective, flow_step, squared_error
-from flowseg.training.run_folder import check_same_meaning, locked, should_resume
+from flowseg.training.run_folder import check_same_checkpoints, check_same_meaning, check_shared, locked, should_resume
 from flowseg.training.schedule import learning_rate
 from flowseg.training.trackers import check_trackers, repeat_step, start_trackers
 
@@ -120,6 +128,7 @@ def train(
         project_dir=out,
     )
     ranks = Ranks(accelerator.num_processes, accelerator.process_index)
+    check_same_checkpoints(out, ranks)
     with contextlib.ExitStack() as stack:
         with ranks.together():
             resume = should_resume(out, resume)
@@ -129,6 +138,8 @@ def train(
                 raise UserError(
                     f"--out {out}: already contains a run; add --resume to continue it, or give another folder"
                 )
+        if config.train.checkpoint == "sharded" and ranks.world > 1:
+            check_shared(out, ranks)
         trainer = Trainer(
             config, out, accelerator, ranks, resume=resume, console=console, title=title, on_validation=on_validation
         )
@@ -222,7 +233,7 @@ class Trainer:
 
     def _load_newest_checkpoint(self) -> TrainState:
         newest = list_checkpoints(self.out)[-1]
-        state = load_checkpoint(newest, self.bare_model, self.ema.tensors, self.optimizer)
+        state = load_checkpoint(newest, self.bare_model, self.ema.tensors, self.optimizer, self.ranks)
         # Checkpoints of earlier versions do not record the draws.
         if state.draws is None:
             settings = self.out / "config.yaml"
@@ -346,11 +357,12 @@ class Trainer:
         elapsed, labelled, signals, failures = self.ranks.add_up(
             elapsed, labelled, len(self.signals), failure is not None
         )
-        if failures:
-            self._save_and_raise(failure)
         if signals:
+            # A failure at the same time comes from the signal: launchers send it to the loader's workers too, which die of it.
             self.result.stopped_by = self.signals[0] if self.signals else signal.SIGTERM
             return None
+        if failures:
+            self._save_and_raise(failure)
         if elapsed >= self.time_limit:
             self.result.stopped_by = "time"
             return None
@@ -437,25 +449,28 @@ class Trainer:
             self._check_finite(*self.bare_model.parameters())
         begin = time.monotonic()
         state.seconds = begin - self.start
-        with self.ranks.together():
-            if is_new and (self.is_main or self.is_sharded):
-                path = save_checkpoint(
-                    self.out,
-                    self.bare_model,
-                    self.ema.tensors,
-                    self.optimizer,
-                    state,
-                    self.config.train.keep + temporary,
-                    write=self.is_main,
-                    replaces=self.temporary_checkpoint,
-                )
-                self.temporary_checkpoint = path if temporary else None
-            elif self.is_main:
-                save_state(self.out, state)
+        if is_new:
+            self._write_checkpoint(temporary)
+        else:
+            with self.ranks.together():
+                if self.is_main:
+                    save_state(self.out, state)
         self.saved_step = state.step
         self.window.leave_out_since(begin)
         if is_new:
             self.view.saved()
+
+    def _write_checkpoint(self, temporary: bool) -> None:
+        """Write a checkpoint, whole or sharded, and remember it if the next one replaces it. A collective."""
+        keep, replaces, path = self.config.train.keep + temporary, self.temporary_checkpoint, None
+        parts = self.out, self.bare_model, self.ema.tensors, self.optimizer, self.state, keep
+        if self.config.train.checkpoint == "sharded" and self.ranks.world > 1:
+            path = save_sharded_checkpoint(*parts, self.ranks, replaces=replaces)
+        else:
+            with self.ranks.together():
+                if self.is_main or self.is_sharded:
+                    path = save_checkpoint(*parts, write=self.is_main, replaces=replaces)
+        self.temporary_checkpoint = path if temporary else None
 
     def _save_after_error(self) -> None:
         """After an error in a single process, save the steps since the last checkpoint.

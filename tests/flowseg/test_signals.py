@@ -6,6 +6,7 @@ import pytest
 
 import flowseg.training.trainer as training
 from flowseg.checkpoint import list_checkpoints
+from flowseg.errors import UserError
 from flowseg.runs.signals import WARNED, exit_on_signal, stop_on_signal
 from flowseg.training.trainer import train
 
@@ -45,6 +46,22 @@ def test_signals_of_schedulers_and_closed_connections_end_the_run_with_a_checkpo
     assert result.stopped_by == number and result.state.step == 1
     assert checkpoint_names(tmp_path / "run") == ["step-00000001"]
     assert {known: signal.getsignal(known) for known in handlers} == handlers
+
+
+def test_a_signal_that_also_kills_the_workers_of_the_loader_is_no_failure(tmp_path, monkeypatch, handlers):
+    """Launchers send SIGTERM to a whole group of processes."""
+    original, calls = training.StepBatches.next_step, []
+
+    def next_step(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            send(signal.SIGTERM)
+            raise UserError("data.workers: a worker process died")
+        return original(*arguments)
+
+    monkeypatch.setattr(training.StepBatches, "next_step", next_step)
+    result = train(tiny_config(train={"eval_every": 100}), tmp_path / "run")
+    assert result.stopped_by == signal.SIGTERM and checkpoint_names(tmp_path / "run") == ["step-00000002"]
 
 
 def test_a_warning_signal_may_repeat_and_sigterm_may_follow(handlers):

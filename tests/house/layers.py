@@ -27,7 +27,7 @@ LAYERS: dict[str, list[set[str]]] = {
     "flowseg": [
         {"", "data_names", "errors", "flow"},
         {"runs"},
-        {"config"},
+        {"config", "shards"},
         {"checkpoint", "codes", "model"},
         {"build", "data"},
         {"inference"},

@@ -1,0 +1,286 @@
+"""The commands of docs/guides/clusters.md and the SLURM script, with two processes on a CPU.
+
+All commands of the page continue one run, which must equal, bit for bit, a run that nothing interrupted.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from flowseg.build import build
+from flowseg.checkpoint import list_checkpoints
+from flowseg.config import load_config, save_config
+from flowseg.runs.parallel import Ranks
+from flowseg.training.trainer import Trainer, train
+
+from .support.launching import quick_commands, started
+from .support.processes import forked
+from .support.runs import assert_same_weights, steps
+from .tiny import tiny_config
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/guides/clusters.md").read_text()
+FOREVER = 1_000_000
+
+
+def config(**shape):
+    shape = {"steps": FOREVER, "batch_size": 2, "eval_every": FOREVER, "checkpoint_every": FOREVER, **shape}
+    return tiny_config(train=shape, optim={"schedule": "constant"}, data={"scenes_val": 2})
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """Import and derive once what each forked process would take seconds for."""
+    train(config(steps=1), tmp_path_factory.mktemp("warm") / "run")
+
+
+@pytest.fixture
+def shell(tmp_path, warm):
+    """Start a command line in a folder with ``tiny.yaml``; at the end, kill what it left."""
+    save_config(config(), tmp_path / "tiny.yaml")
+    with quick_commands(tmp_path / "commands") as environment:
+        running = []
+
+        def start(line, **variables):
+            output = (tmp_path / f"output{len(running)}").open("w+")
+            process = subprocess.Popen(
+                ["bash", "-c", f"exec env {line}"],
+                env=environment | variables,
+                cwd=tmp_path,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            process.said = lambda: Path(output.name).read_text()
+            running.append(process)
+            return process
+
+        yield start
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+        for entry in started(tmp_path / "commands"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(entry["process"], signal.SIGKILL)
+
+
+def finish(*processes, status=0):
+    for process in processes:
+        code = process.wait(120)
+        assert code == status or (status is None and code), f"{code}\n{process.said()}"
+
+
+def wait_for(condition, *processes, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        ended = [process.said() for process in processes if process.poll() is not None]
+        assert not ended and time.monotonic() < deadline, "\n".join(ended) or [process.said() for process in processes]
+        time.sleep(0.02)
+
+
+def logged(run):
+    """The last logged step, or 0."""
+    return max(steps(run), default=0) if (run / "metrics.jsonl").exists() else 0
+
+
+def free_port(low=0, high=2**16):
+    for port in range(low, high):
+        with socket.socket() as candidate:
+            try:
+                candidate.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return candidate.getsockname()[1]
+    raise AssertionError("no free port")
+
+
+def page_commands():
+    """The launchers' commands on the page, at the size of this test; those of several machines have a free port."""
+    shell_blocks = re.findall(r"^```\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    launched = re.compile(r"([A-Z_]+=\S+ )*(torchrun|accelerate) ")
+    lines = [line for block in shell_blocks for line in block.splitlines() if launched.match(line)]
+    small = {
+        r"configs/ade20k_x?l16.yaml": "tiny.yaml",
+        r" --root \S+": "",
+        r"(/shared/)?runs/ade20k": "run",
+        r"--num_processes \d+": "--num_processes 2",
+        r"--nproc_per_node 8": "--nproc_per_node 2",
+        r"(--nnodes 2 .*)--nproc_per_node 2": r"\1--nproc_per_node 1",
+        r"10\.0\.0\.1": "127.0.0.1",
+        r" --resume=auto": "",
+    }
+    for pattern, value in small.items():
+        lines = [re.sub(pattern, value, line) for line in lines]
+    return lines
+
+
+def on_two_machines(first, second):
+    port = str(free_port())
+    return first.replace("29500", port), second.replace("29500", port)
+
+
+def test_the_commands_of_the_page_continue_one_run_and_equal_an_uninterrupted_one(shell, tmp_path):
+    lines = page_commands()
+    one = [line for line in lines if "machine" not in line and "nnodes" not in line]
+    several = [line for line in lines if line not in one]
+    training = [line for line in one if "flowseg train" in line]
+    assert len(training) == 3 and len(several) == 5
+    run, step = tmp_path / "run", 0
+    # One machine: accelerate, torchrun, and accelerate with sharded checkpoints.
+    for line in training:
+        step += 1
+        finish(shell(f"{line} --resume=auto --steps {step}"))
+        assert list_checkpoints(run)[-1].name == f"step-{step:08d}"
+        assert (list_checkpoints(run)[-1] / "shards.json").exists() == ("sharded" in line)
+    # The sharded checkpoint is the newest.
+    scores = []
+    for index, line in enumerate(line for line in one if "flowseg evaluate" in line):
+        finish(shell(f"{line} --json {index}.json"))
+        scores.append(json.loads((tmp_path / f"{index}.json").read_text()))
+    assert len(scores) == 2 and scores[0] == scores[1] and scores[0]["images"] == 2
+    # Two machines with accelerate.
+    step += 1
+    finish(*(shell(f"{line} --resume=auto --steps {step}") for line in on_two_machines(*several[:2])))
+    # Two machines with torchrun. The second one dies: the first one ends, and what it has not saved is lost.
+    machines = [shell(f"{line} --resume=auto") for line in on_two_machines(*several[2:4])]
+    wait_for(lambda: logged(run) > step + 2, *machines)
+    trainer = [entry for entry in started(tmp_path / "commands") if entry["rank"] == "1"][-1]["process"]
+    machines[1].kill()
+    os.kill(trainer, signal.SIGKILL)
+    finish(machines[0], status=None)
+    assert list_checkpoints(run)[-1].name == f"step-{step:08d}"
+    assert "Connection closed by peer" in machines[0].said() or "Connection reset" in machines[0].said()
+
+    # The launchers find each other. A trainer dies and all are started again. Then SIGTERM to the launchers ends the run.
+    (line,) = several[4:]
+    line = on_two_machines(line, line)[0] + " --resume=auto --set data.workers=1"
+    before = len(started(tmp_path / "commands"))
+    machines = [shell(line) for _ in range(2)]
+
+    def starts():
+        return sum(machine.said().count(f"starts at step {step} of") for machine in machines)
+
+    for start in (1, 2):
+        wait_for(lambda start=start: starts() == start and logged(run) > step, *machines)
+        trainers = [entry for entry in started(tmp_path / "commands")[before:] if entry["argv"][0] == "python"]
+        assert len(trainers) == 2 * start
+        if start == 1:
+            os.kill(trainers[0]["process"], signal.SIGKILL)
+    for machine in machines:
+        machine.terminate()
+    finish(*machines, status=1)
+    final = list_checkpoints(run)[-1]
+    last = int(final.name[-8:])
+    assert last > step and f"stopped by signal at step {last}" in "".join(machine.said() for machine in machines)
+    # The run without any of this.
+    assert forked(lambda rank: train(config(steps=last), tmp_path / "whole"), world=2) == [0, 0]
+    assert_same_weights(run, tmp_path / "whole")
+    assert steps(run) == list(range(1, last + 1))
+
+
+SRUN = """#!{python} -SE
+import os, signal, subprocess, sys
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    command.pop(0)
+tasks = [
+    subprocess.Popen(command, env={{**os.environ, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}})
+    for task in range(int(os.environ["SLURM_NTASKS"]))
+]
+signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
+codes = [task.wait() for task in tasks]
+sys.exit(max(128 - code if code < 0 else code for code in codes))
+"""
+SCONTROL = """#!/bin/sh
+case $1 in
+    show) echo localhost; echo other-node ;;
+    requeue) echo "$2" >>requeued ;;
+esac
+"""
+
+
+@pytest.fixture
+def slurm(shell, tmp_path):
+    """Start the script as SLURM does, with commands that stand for ``srun`` and ``scontrol``."""
+    job = free_port(20000, 40000) - 20000
+    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
+        (tmp_path / "commands" / name).write_text(text)
+        (tmp_path / "commands" / name).chmod(0o755)
+    return lambda: shell(
+        f"bash {ROOT}/configs/slurm/train.sbatch --config tiny.yaml --out run",
+        SLURM_JOB_ID=str(job),
+        SLURM_JOB_NODELIST="node[1-2]",
+        SLURM_NTASKS="2",
+    ), str(job)
+
+
+def test_the_slurm_script_saves_requeues_and_continues_to_the_weights_of_an_uninterrupted_run(slurm, tmp_path):
+    start, job = slurm
+    run, requeued = tmp_path / "run", tmp_path / "requeued"
+    first = start()
+    wait_for(lambda: logged(run) >= 2, first)
+    first.send_signal(signal.SIGUSR1)
+    finish(first, status=128 + signal.SIGUSR1)
+    saved = int(list_checkpoints(run)[-1].name[-8:])
+    assert requeued.read_text().split() == [job] and f"job {job} goes back to the queue" in first.said()
+    # The same job again. It ends by itself and stays out of the queue.
+    save_config(config(steps=saved + 2), tmp_path / "tiny.yaml")
+    finish(start())
+    assert requeued.read_text().split() == [job]
+    assert forked(lambda rank: train(config(steps=saved + 2), tmp_path / "whole"), world=2) == [0, 0]
+    assert_same_weights(run, tmp_path / "whole")
+    assert steps(run) == list(range(1, saved + 3))
+
+
+def test_the_slurm_script_does_not_requeue_a_job_that_fails(slurm, tmp_path):
+    start, _ = slurm
+    (tmp_path / "tiny.yaml").write_text("train: {stepz: 3}\n")
+    failed = start()
+    finish(failed, status=2)
+    assert "unknown setting 'train.stepz'" in failed.said() and not (tmp_path / "requeued").exists()
+
+
+def test_the_bytes_per_parameter_on_the_page_are_those_of_the_trainer(tmp_path):
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(config(), tmp_path / "run", Accelerator(cpu=True), Ranks(1))
+    parameters = list(trainer.bare_model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    moments = [state[name] for state in trainer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    kinds = (
+        parameters,
+        [p.grad for p in parameters],
+        moments,
+        trainer.ema.tensors.values(),
+        trainer.scored_model.parameters(),
+    )
+    count = sum(parameter.numel() for parameter in parameters)
+    held = [sum(tensor.nbytes for tensor in kind) / count for kind in kinds]
+    stated = re.findall(r"^\| (?:parameter|gradient|AdamW|averaged|copy)[^|]* \| (\d) \|", PAGE, re.MULTILINE)
+    assert held == [int(value) for value in stated]
+
+
+def test_the_memory_on_the_page_is_that_of_the_networks():
+    for size, count in re.findall(r"^\| (X?L/16) \| (\d+) M \|", PAGE, re.MULTILINE):
+        with torch.device("meta"):
+            network, _ = build(load_config(pairs=[f"model.size={size}", "codes.channels=3"]), 150, align_dim=768)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        row = next(line for line in PAGE.splitlines() if line.startswith(f"| {size} |"))
+        billions = parameters / 1e9
+        shares = (24, 28, 20 / 8 + 4, 20 / 32 + 4)
+        assert f"{parameters / 1e6:.0f}" == count
+        assert re.findall(r"([\d.]+) GB", row) == [f"{share * billions:.1f}" for share in shares]
