@@ -18,8 +18,17 @@ BILINEAR, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an RGB image to ``(3, H, W)`` float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, np.uint8))
-    return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+    return to_unit_range(_pixels(image))
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """Convert bytes to float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """Copy an RGB image to ``(3, H, W)`` uint8."""
+    return torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1)
 
 
 def augment(
@@ -32,7 +41,7 @@ def augment(
     times at most. Labels are resampled by nearest neighbour.
 
     Returns:
-        image ``(3, h, w)`` float32 in [-1, 1] and labels ``(h, w)`` uint8.
+        image ``(3, h, w)`` and labels ``(h, w)``, both uint8.
     """
     width, height = image.size
     out_w, out_h = config.width, config.height
@@ -62,7 +71,7 @@ def augment(
         canvas_labels = Image.new("L", (out_w, out_h), IGNORE_INDEX)
         canvas_labels.paste(labels, (left, top))
         image, labels = canvas, canvas_labels
-    pixels, target = to_tensor(image), torch.from_numpy(np.array(labels, np.uint8))
+    pixels, target = _pixels(image), torch.from_numpy(np.array(labels, np.uint8))
     if config.flip and flip:
         pixels, target = pixels.flip(-1), target.flip(-1)
     return pixels, target
