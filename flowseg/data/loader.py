@@ -16,7 +16,7 @@ from flowseg.codes import IGNORE_INDEX
 from flowseg.config import Config, DataConfig, TrainConfig
 from flowseg.data.datasets import Pairs
 from flowseg.data.draws import draw_time_and_noise
-from flowseg.data.transforms import augment, to_unit_range
+from flowseg.data.transforms import augment, normalised
 from flowseg.data.workers import BATCHES_AHEAD, lost_worker, start_method, worker_count
 from flowseg.errors import UserError
 
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     """Training examples, in host memory or on the device that trains.
 
     Attributes:
-        images: ``(B, 3, H, W)`` uint8; the device makes them float (:func:`flowseg.data.transforms.to_unit_range`).
+        images: ``(B, 3, H, W)`` uint8; the device makes them float (:func:`flowseg.data.transforms.normalised`).
         labels: ``(B, H, W)`` uint8, 255 is ignored.
         t: ``(B,)`` float32, the times on the path of the flow.
         noise: ``(B, C, H, W)`` float32, the source with ``flow.source=noise``; else ``None``.
@@ -173,4 +173,4 @@ def training_batches(
     settings = Config(data=config, train=TrainConfig(batch_size=batch_size, seed=seed))
     options = {"first_draw": first_draw, "rank": rank, "world": world}
     for batch in example_batches(pairs, settings, workers=worker_count(settings), **options):
-        yield to_unit_range(batch.images), batch.labels, batch.draws
+        yield normalised(batch.images), batch.labels, batch.draws

@@ -18,17 +18,12 @@ BILINEAR, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an RGB image to ``(3, H, W)`` float32 in [-1, 1]."""
-    return to_unit_range(_pixels(image))
+    return normalised(torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1))
 
 
-def to_unit_range(pixels: Tensor) -> Tensor:
-    """Convert bytes to float32 in [-1, 1]."""
-    return pixels.float().div_(127.5).sub_(1.0)
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    """Copy an RGB image to ``(3, H, W)`` uint8."""
-    return torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1)
+def normalised(images: Tensor) -> Tensor:
+    """Convert values 0 to 255 of any shape, uint8, to float32 in [-1, 1]; on every device by the same arithmetic."""
+    return images.float().div_(127.5).sub_(1.0)
 
 
 def augment(
@@ -71,7 +66,8 @@ def augment(
         canvas_labels = Image.new("L", (out_w, out_h), IGNORE_INDEX)
         canvas_labels.paste(labels, (left, top))
         image, labels = canvas, canvas_labels
-    pixels, target = _pixels(image), torch.from_numpy(np.array(labels, np.uint8))
+    pixels, target = (torch.from_numpy(np.array(part, np.uint8)) for part in (image, labels))
+    pixels = pixels.permute(2, 0, 1)
     if config.flip and flip:
         pixels, target = pixels.flip(-1), target.flip(-1)
     return pixels, target

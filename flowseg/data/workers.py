@@ -35,7 +35,7 @@ def worker_count(config: Config) -> int:
         return config.data.workers
     # A daemonic process, such as one of a multiprocessing.Pool, may not start others.
     can_start = sys.platform == "linux" and not multiprocessing.current_process().daemon
-    if not torch.accelerator.is_available() or not can_start:
+    if not torch.cuda.is_available() or not can_start:
         return 0
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     workers = min(MOST_WORKERS, max(1, usable_cores() // processes))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowseg.codes import IGNORE_INDEX
 from flowseg.config import Config
 from flowseg.data.loader import Batch
-from flowseg.data.transforms import to_unit_range
+from flowseg.data.transforms import normalised
 from flowseg.flow import make_source
 from flowseg.training.alignment import ImageFeatures, alignment_loss
 from flowseg_kernels import Codebook, flow_interpolate, flow_loss
@@ -53,7 +53,7 @@ def flow_step(
         encoder: the encoder that REPA aligns with.
     """
     flow, loss = config.flow, config.loss
-    images, labels, t = to_unit_range(batch.images), batch.labels, batch.t
+    images, labels, t = normalised(batch.images), batch.labels, batch.t
     source = make_source(images, config.codes.channels) if batch.noise is None else batch.noise
     x_t = flow_interpolate(source, labels, t, codebook)
     condition = images if config.model.condition_on_image else None

@@ -25,7 +25,7 @@ from flowseg.config import load_config, save_config
 from flowseg.data import open_data, training_batches
 from flowseg.data.draws import example_generator
 from flowseg.data.loader import Batch, example_batches
-from flowseg.data.transforms import augment, to_tensor, to_unit_range
+from flowseg.data.transforms import augment, normalised, to_tensor
 from flowseg.data.workers import lost_worker, start_method, worker_count
 from flowseg.errors import UserError
 from flowseg.flow import make_source, sample_times
@@ -100,7 +100,7 @@ def test_bytes_become_the_floats_of_inference():
     image = Image.fromarray(np.stack([values, values[::-1], values.T], -1))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     wanted = (pixels.double() / 127.5 - 1).float()
-    assert torch.equal(to_unit_range(pixels), to_tensor(image))
+    assert torch.equal(normalised(pixels), to_tensor(image))
     torch.testing.assert_close(to_tensor(image), wanted, rtol=0, atol=1e-7)
     assert to_tensor(image).min() == -1 and to_tensor(image).max() == 1
 
@@ -109,7 +109,7 @@ def test_public_batches_are_the_same_examples_as_floats():
     config = tiny_config(data={"flip": True, "scale_max": 2.0}, train={"seed": 7})
     images, labels, draws = next(training_batches(open_data(config.data).train, config.data, 4, seed=7))
     batch = batch_of(config)
-    assert torch.equal(images, to_unit_range(batch.images)) and images.dtype == torch.float32
+    assert torch.equal(images, normalised(batch.images)) and images.dtype == torch.float32
     assert torch.equal(labels, batch.labels) and torch.equal(draws, batch.draws)
 
 
@@ -209,8 +209,8 @@ def test_a_gpu_gets_batches_in_a_second_stream(monkeypatch):
 
 @pytest.fixture
 def pretend_gpu(monkeypatch):
-    """An accelerator, sixteen cores and a large /dev/shm, for the rule that counts workers."""
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    """A GPU, sixteen cores and a large /dev/shm, for the rule that counts workers."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(workers, "usable_cores", lambda: 16)
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**40))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
@@ -245,7 +245,7 @@ def test_no_automatic_workers_without_a_gpu_or_in_a_daemon(pretend_gpu):
     pretend_gpu.setattr(multiprocessing.current_process(), "_config", {"daemon": True})
     assert worker_count(tiny_config()) == 0
     pretend_gpu.undo()
-    if not torch.accelerator.is_available():
+    if not torch.cuda.is_available():
         assert worker_count(tiny_config()) == 0
 
 

@@ -183,7 +183,9 @@ def test_a_bad_file_in_one_of_two_processes_loses_no_step_and_is_reported_once(
     # A single process continues with the next example, whatever its batch size.
     larger, seen, original = settings.model_copy(deep=True), [], training.flow_step
     larger.train.batch_size = 3
-    monkeypatch.setattr(training, "flow_step", lambda *given: (seen.extend(given[3].draws.tolist()), original(*given))[1])
+    monkeypatch.setattr(
+        training, "flow_step", lambda *given: (seen.extend(given[3].draws.tolist()), original(*given))[1]
+    )
     train(larger, tmp_path / "run", resume=True)
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
     assert seen == list(range(2 * saved, 2 * saved + 3 * (6 - saved)))
