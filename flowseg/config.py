@@ -145,7 +145,9 @@ class DataConfig(Section):
     """Change brightness, contrast, saturation and hue at random, each in half of the examples."""
     max_class_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Largest share of a crop's labelled pixels that one class may cover. Other crops are drawn again, up to ten times."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Worker processes that load the examples of each training process; 0: it loads them itself. ``None``: none without a
+    GPU; with one as many as the process has cores, at most 8, and fewer if their batches would fill /dev/shm."""
     scenes_train: Count = 4000
     """Number of scenes per epoch of generated data (digits, paints)."""
     scenes_val: Count = 200

@@ -5,31 +5,69 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from flowseg.config import DataConfig
+from flowseg.codes import IGNORE_INDEX
+from flowseg.config import Config, DataConfig, TrainConfig
 from flowseg.data.datasets import Pairs
-from flowseg.data.transforms import augment
+from flowseg.data.draws import draw_time_and_noise
+from flowseg.data.transforms import augment, normalised
+from flowseg.data.workers import BATCHES_AHEAD, lost_worker, start_method, worker_count
 from flowseg.errors import UserError
 
 
-class _Augmented(Dataset):
-    """Augmented examples by ``(draw, index)``: the number of the draw seeds the augmentation."""
+class Batch(NamedTuple):
+    """Training examples, in host memory or on the device that trains.
 
-    def __init__(self, pairs: Pairs, config: DataConfig, seed: int):
-        self.pairs, self.config, self.seed = pairs, config, seed
+    Attributes:
+        images: ``(B, 3, H, W)`` uint8; the device makes them float (:func:`flowseg.data.transforms.normalised`).
+        labels: ``(B, H, W)`` uint8, 255 is ignored.
+        t: ``(B,)`` float32, the times on the path of the flow.
+        noise: ``(B, C, H, W)`` float32, the source with ``flow.source=noise``; else ``None``.
+        draws: ``(B,)`` int64, the numbers of the examples in the run; always in host memory.
+        labelled: number of pixels with a class.
+    """
+
+    images: Tensor
+    labels: Tensor
+    t: Tensor
+    noise: Tensor | None
+    draws: Tensor
+    labelled: int
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy what the device computes with. The host does not wait for the copy if its memory is pinned."""
+        moved = (part if part is None else part.to(device, non_blocking=True) for part in self[:4])
+        return Batch(*moved, self.draws, self.labelled)
+
+
+class _Examples(Dataset):
+    """Examples by ``(draw, index)``: the number of the draw seeds the augmentation, the time and the noise."""
+
+    def __init__(self, pairs: Pairs, config: Config):
+        self.pairs, self.config = pairs, config
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
         draw, index = key
         image, labels = self.pairs[index]
-        return *augment(image, labels, self.config, np.random.default_rng((self.seed, 1, draw))), draw
+        rng = np.random.default_rng((self.config.train.seed, 1, draw))
+        return *augment(image, labels, self.config.data, rng), *draw_time_and_noise(self.config, draw), draw
+
+
+def _collate(examples: list[tuple[Tensor, Tensor, Tensor, Tensor | None, int]]) -> Batch:
+    images, labels, t, noise, draws = zip(*examples)
+    # In a worker default_collate writes to shared memory, which spares a copy.
+    images, labels, t = default_collate(images), default_collate(labels), torch.cat(t)
+    noise = default_collate(noise) if noise[0] is not None else None
+    return Batch(images, labels, t, noise, torch.tensor(draws), int((labels != IGNORE_INDEX).sum()))
 
 
 class _Draws:
@@ -70,6 +108,42 @@ def _with_workers(loader: DataLoader) -> Iterator:
         signal.signal(signal.SIGCHLD, previous)
 
 
+def example_batches(
+    pairs: Pairs, config: Config, *, workers: int, first_draw: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """Endless training batches for one process, in pinned memory if there is a GPU.
+
+    Args:
+        pairs: the training split.
+        config: the settings of a stage: size, augmentation, source, times, batch size and seed.
+        workers: number of worker processes; 0: this process loads the examples.
+        first_draw: number of examples that all processes together have drawn before.
+        rank, world: number of this process, and of all processes.
+
+    Raises:
+        UserError: a file cannot be used (the message names it), or a worker process was killed.
+    """
+    loader = DataLoader(
+        _Examples(pairs, config),
+        batch_sampler=_Draws(len(pairs), config.train.batch_size, config.train.seed, first_draw, rank, world),
+        collate_fn=_collate,
+        num_workers=workers,
+        prefetch_factor=BATCHES_AHEAD if workers else None,
+        multiprocessing_context=start_method() if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    try:
+        yield from _with_workers(loader)
+    except UserError as error:
+        # A worker's message arrives after its traceback.
+        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
+    except (RuntimeError, OSError, EOFError) as error:
+        lost = lost_worker(error, workers, config.data) if workers else None
+        if lost is None:
+            raise
+        raise lost from None
+
+
 def training_batches(
     pairs: Pairs,
     config: DataConfig,
@@ -80,7 +154,7 @@ def training_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Endless training batches for one process.
+    """Endless training batches for one process, as floats in host memory.
 
     Args:
         pairs: the training split.
@@ -96,22 +170,7 @@ def training_batches(
     Yields:
         images ``(B, 3, H, W)`` float32 in [-1, 1], labels ``(B, H, W)`` uint8, and the numbers ``(B,)`` of the draws.
     """
-    loader = DataLoader(
-        _Augmented(pairs, config, seed),
-        batch_sampler=_Draws(len(pairs), batch_size, seed, first_draw, rank, world),
-        num_workers=config.workers,
-        pin_memory=torch.cuda.is_available(),
-    )
-    try:
-        yield from _with_workers(loader)
-    except UserError as error:
-        # A worker's message arrives after its traceback.
-        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # A dead worker raises RuntimeError, or breaks the connection while it sends a batch.
-        if not config.workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
-            raise
-        raise UserError(
-            f"data.workers: a worker process died ({''.join(str(error).splitlines()[:1])}); it may have run out of memory: "
-            f"give fewer than {config.workers} workers or smaller images, then --resume"
-        ) from None
+    settings = Config(data=config, train=TrainConfig(batch_size=batch_size, seed=seed))
+    options = {"first_draw": first_draw, "rank": rank, "world": world}
+    for batch in example_batches(pairs, settings, workers=worker_count(settings), **options):
+        yield normalised(batch.images), batch.labels, batch.draws

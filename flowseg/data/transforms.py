@@ -18,8 +18,12 @@ BILINEAR, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an RGB image to ``(3, H, W)`` float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, np.uint8))
-    return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+    return normalised(torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1))
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Convert values 0 to 255 of any shape, uint8, to float32 in [-1, 1]; on every device by the same arithmetic."""
+    return images.float().div_(127.5).sub_(1.0)
 
 
 def augment(
@@ -32,7 +36,7 @@ def augment(
     times at most. Labels are resampled by nearest neighbour.
 
     Returns:
-        image ``(3, h, w)`` float32 in [-1, 1] and labels ``(h, w)`` uint8.
+        image ``(3, h, w)`` and labels ``(h, w)``, both uint8.
     """
     width, height = image.size
     out_w, out_h = config.width, config.height
@@ -62,7 +66,8 @@ def augment(
         canvas_labels = Image.new("L", (out_w, out_h), IGNORE_INDEX)
         canvas_labels.paste(labels, (left, top))
         image, labels = canvas, canvas_labels
-    pixels, target = to_tensor(image), torch.from_numpy(np.array(labels, np.uint8))
+    pixels, target = (torch.from_numpy(np.array(part, np.uint8)) for part in (image, labels))
+    pixels = pixels.permute(2, 0, 1)
     if config.flip and flip:
         pixels, target = pixels.flip(-1), target.flip(-1)
     return pixels, target

@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from torch import Tensor
+from rich.console import Console
 
-from flowseg.config import Config, DataConfig, TrainConfig
-from flowseg.data import training_batches
+from flowseg.config import Config, DataConfig
 from flowseg.data.datasets import Pairs
+from flowseg.data.loader import Batch, example_batches
+from flowseg.data.workers import worker_count
 from flowseg.runs.parallel import Ranks
-
-Batch = tuple[Tensor, Tensor, Tensor]
-"""Images ``(B, 3, H, W)``, labels ``(B, H, W)`` and the numbers ``(B,)`` of the examples in the run."""
+from flowseg.runs.terminal import say
 
 
 class StepBatches:
@@ -22,32 +21,41 @@ class StepBatches:
     Args:
         pairs: the training split.
         ranks: the processes that share each step.
+        console: where to print the automatic number of workers; ``None`` prints nothing.
     """
 
-    def __init__(self, pairs: Pairs, ranks: Ranks):
-        self.pairs, self.ranks = pairs, ranks
+    def __init__(self, pairs: Pairs, ranks: Ranks, console: Console | None = None):
+        self.pairs, self.ranks, self.console = pairs, ranks, console
         self._batches: Iterator[Batch] = iter(())
         self._settings: tuple[DataConfig, int] | None = None
+        self._workers: int | None = None
 
-    def next_step(self, data: DataConfig, train: TrainConfig, first_draw: int) -> list[Batch]:
+    def next_step(self, stage: Config, first_draw: int) -> list[Batch]:
         """Load this process's batches of the next step, one per accumulated batch.
 
         Args:
-            data, train: settings of the stage that the step belongs to.
+            stage: settings of the stage that the step belongs to.
             first_draw: number of examples that all processes together have drawn so far.
         """
-        if self._settings != (data, train.batch_size):
-            self._batches = training_batches(
+        settings = stage.data, stage.train.batch_size
+        if self._settings != settings:
+            self._batches = example_batches(
                 self.pairs,
-                data,
-                train.batch_size,
-                seed=train.seed,
+                stage,
+                workers=self._count_workers(stage),
                 first_draw=first_draw,
                 rank=self.ranks.rank,
                 world=self.ranks.world,
             )
-            self._settings = data, train.batch_size
-        return [next(self._batches) for _ in range(train.accumulation)]
+            self._settings = settings
+        return [next(self._batches) for _ in range(stage.train.accumulation)]
+
+    def _count_workers(self, stage: Config) -> int:
+        workers = worker_count(stage)
+        if stage.data.workers is None and workers != self._workers:
+            say(self.console, f"data.workers: {workers} per process (automatic)")
+        self._workers = workers
+        return workers
 
 
 def examples_before(config: Config, step: int, world: int) -> int:

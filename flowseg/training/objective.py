@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowseg.codes import IGNORE_INDEX
 from flowseg.config import Config
-from flowseg.flow import make_source, sample_times
+from flowseg.data.loader import Batch
+from flowseg.data.transforms import normalised
+from flowseg.flow import make_source
 from flowseg.training.alignment import ImageFeatures, alignment_loss
 from flowseg_kernels import Codebook, flow_interpolate, flow_loss
 
@@ -39,40 +40,21 @@ def flow_step(
     model: nn.Module,
     codebook: Codebook,
     config: Config,
-    images: Tensor,
-    labels: Tensor,
-    draws: Tensor,
+    batch: Batch,
     encoder: ImageFeatures | None = None,
 ) -> Objective:
     """Compute the loss of one batch.
 
     Args:
         model: ``(x_t, t, image) -> prediction``.
-        codebook: codes on the device of ``images``.
+        codebook: codes on the device of ``batch``.
         config: flow, loss and code settings.
-        images: ``(B, 3, H, W)`` in [-1, 1].
-        labels: ``(B, H, W)``, 255 is ignored.
-        draws: ``(B,)`` numbers of the examples in the run. Time and noise depend only on the seed and this number, not on
-            how the examples of a step are divided among batches and processes.
+        batch: examples on the device.
         encoder: the encoder that REPA aligns with.
     """
     flow, loss = config.flow, config.loss
-    generators = [example_generator(config.train.seed, int(draw)) for draw in draws]
-    times = [
-        sample_times(
-            1,
-            sampler=flow.time_sampler,
-            mean=flow.time_mean,
-            std=flow.time_std,
-            shift=flow.time_shift,
-            zero_fraction=flow.zero_fraction,
-            generator=generator,
-        )
-        for generator in generators
-    ]
-    t = torch.cat(times).to(images.device)
-    sources = [make_source(images[i : i + 1], config.codes.channels, flow.source, g) for i, g in enumerate(generators)]
-    source = torch.cat(sources)
+    images, labels, t = normalised(batch.images), batch.labels, batch.t
+    source = make_source(images, config.codes.channels) if batch.noise is None else batch.noise
     x_t = flow_interpolate(source, labels, t, codebook)
     condition = images if config.model.condition_on_image else None
     align = None
@@ -120,10 +102,3 @@ def squared_error(step: Objective, codebook: Codebook, config: Config) -> Tensor
         loss_space=config.loss.space,
         correction_weight=0.0,
     )
-
-
-def example_generator(seed: int, draw: int) -> torch.Generator:
-    """Make the generator of one example, which depends only on the seed and the example's number in the run."""
-    # SeedSequence mixes the numbers: neighbouring examples get unrelated streams.
-    words = np.random.SeedSequence((seed, 2, draw)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0]) >> 1)

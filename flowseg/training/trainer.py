@@ -39,10 +39,10 @@ from flowseg.checkpoint import (
     save_state,
     save_weights,
 )
-from flowseg.codes import IGNORE_INDEX
-from flowseg.config import Config, DataConfig, OptimConfig, SampleConfig, TrainConfig, load_config, save_config
+from flowseg.config import Config, OptimConfig, SampleConfig, TrainConfig, load_config, save_config
 from flowseg.data import open_data
 from flowseg.data.label_table import tell_labels
+from flowseg.data.loader import Batch
 from flowseg.errors import PeerError, UserError
 from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
 from flowseg.model import load_pixnerd
@@ -56,7 +56,8 @@ from flowseg.runs.speed import SpeedWindow
 from flowseg.runs.terminal import say
 from flowseg.segment import Segmenter, autocast, default_device, resolve_precision
 from flowseg.training.alignment import ImageFeatures
-from flowseg.training.batches import Batch, StepBatches, examples_before
+from flowseg.training.batches import StepBatches, examples_before
+from flowseg.training.device_copies import DeviceCopies
 from flowseg.training.ema import Ema
 from flowseg.training.objective import Objective, flow_step, squared_error
 from flowseg.training.run_folder import check_same_checkpoints, check_same_meaning, check_shared, locked, should_resume
@@ -172,7 +173,8 @@ class Trainer:
                 tell_labels(self.data, config.data.name, self.console)
             self._build_network(config, resume)
         self._prepare_for_training(config.optim, config.train, compiled=config.model.compile)
-        self.batches = StepBatches(self.data.train, ranks)
+        self.batches = StepBatches(self.data.train, ranks, self.console)
+        self.copy_to_device = DeviceCopies(self.device)
 
         self.state = self._load_newest_checkpoint() if resume else TrainState()
         self.saved_step = self.state.step if resume else -1
@@ -312,7 +314,7 @@ class Trainer:
         Return False, without a step, if a signal or the time limit ends the run here.
         """
         state = self.state
-        batches, failure = self._load_batches(stage.data, stage.train)
+        batches, failure = self._load_batches(stage)
         agreed = self._agree_to_continue(batches, failure)
         if agreed is None:
             return False
@@ -337,11 +339,11 @@ class Trainer:
         self.view.tick()
         return True
 
-    def _load_batches(self, data: DataConfig, train: TrainConfig) -> tuple[list[Batch], Exception | None]:
+    def _load_batches(self, stage: Config) -> tuple[list[Batch], Exception | None]:
         """Load the batches of the next step. Return an error instead of raising it: all processes have to learn of it."""
         try:
             with self.window.waiting():
-                return self.batches.next_step(data, train, self.state.draws), None
+                return self.batches.next_step(stage, self.state.draws), None
         except Exception as error:
             return [], error
 
@@ -351,7 +353,7 @@ class Trainer:
         Return the number of labelled pixels in all processes and the share of the run that is done, or None if a signal or
         the time limit ends the run.
         """
-        labelled = sum(int((labels != IGNORE_INDEX).sum()) for _, labels, _ in batches)
+        labelled = sum(batch.labelled for batch in batches)
         # Clocks differ between processes, and the learning rate follows the clock. So the first process decides.
         elapsed = time.monotonic() - self.start if self.is_main else 0.0
         elapsed, labelled, signals, failures = self.ranks.add_up(
@@ -384,12 +386,12 @@ class Trainer:
         """
         config, device = self.config, self.device
         loss, align = torch.zeros((), device=device), torch.zeros((), device=device)
-        for index, (images, labels, draws) in enumerate(batches):
-            images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
+        for index, batch in enumerate(batches):
+            batch = self.copy_to_device(batch)
             is_last = index == len(batches) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 with autocast(config.train.mixed_precision, device):
-                    objective = flow_step(self.model, self.codebook, config, images, labels, draws, self.encoder)
+                    objective = flow_step(self.model, self.codebook, config, batch, self.encoder)
                 # Gradients are averaged over processes; multiplying by their number makes the result a sum.
                 value = objective.flow * (self.ranks.world / max(labelled, 1.0))
                 loss += value.detach()

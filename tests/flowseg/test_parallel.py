@@ -125,7 +125,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_at_the_same_step(tmp_path):
         original = training.flow_step
 
         def step(*arguments):
-            if rank == 1 and int(arguments[5][0]) >= 12:
+            if rank == 1 and int(arguments[3].draws[0]) >= 12:
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(*arguments)
 
@@ -183,7 +183,9 @@ def test_a_bad_file_in_one_of_two_processes_loses_no_step_and_is_reported_once(
     # A single process continues with the next example, whatever its batch size.
     larger, seen, original = settings.model_copy(deep=True), [], training.flow_step
     larger.train.batch_size = 3
-    monkeypatch.setattr(training, "flow_step", lambda *given: (seen.extend(given[5].tolist()), original(*given))[1])
+    monkeypatch.setattr(
+        training, "flow_step", lambda *given: (seen.extend(given[3].draws.tolist()), original(*given))[1]
+    )
     train(larger, tmp_path / "run", resume=True)
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
     assert seen == list(range(2 * saved, 2 * saved + 3 * (6 - saved)))
@@ -241,9 +243,9 @@ def test_a_later_stage_changes_the_size_and_resumes_in_it(tmp_path):
     seen = []
     original = training.flow_step
 
-    def record(model, codebook, settings, images, labels, draws, encoder):
-        seen.append((tuple(images.shape), draws.tolist()))
-        return original(model, codebook, settings, images, labels, draws, encoder)
+    def record(model, codebook, settings, batch, encoder):
+        seen.append((tuple(batch.images.shape), batch.draws.tolist()))
+        return original(model, codebook, settings, batch, encoder)
 
     settings = tiny_config(train={"steps": 6, "stages": stages, "checkpoint_every": 3, "eval_every": 2})
     settings.data.scale_max = 2.0

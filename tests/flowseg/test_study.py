@@ -16,7 +16,8 @@ from rich.console import Console
 from flowseg.checkpoint import list_checkpoints
 from flowseg.codes import build_codebook
 from flowseg.config import load_config, save_config
-from flowseg.data import open_data, training_batches
+from flowseg.data import open_data
+from flowseg.data.loader import example_batches
 from flowseg.errors import UserError
 from flowseg.experiments.study import Run, folder_name, folder_names, load_study, run_study
 from flowseg.training.objective import flow_step
@@ -200,12 +201,14 @@ def test_softmax_head_is_cross_entropy_and_decodes_to_the_largest_channel(folder
         setattr(getattr(config, section), leaf, yaml.safe_load(value))
     codebook = build_codebook(config.codes, 3)
     data = open_data(config.data, seed=0)
-    images, labels, draws = next(training_batches(data.train, config.data, 2, seed=0))
+    config.train.batch_size = 2
+    batch = next(example_batches(data.train, config, workers=0))
+    labels = batch.labels
     labels[:, :3] = 255
     logits = torch.randn(2, 3, *labels.shape[1:], requires_grad=True)
     seen = []
     model = lambda x, t, image: (seen.append(t), logits)[1]  # noqa: E731
-    value = flow_step(model, codebook, config, images, labels, draws).flow
+    value = flow_step(model, codebook, config, batch).flow
     kept = labels != 255
     chosen = logits.log_softmax(1).gather(1, labels.long().clamp(max=2)[:, None])[:, 0]
     torch.testing.assert_close(value, -chosen[kept].sum())

@@ -17,7 +17,8 @@ import flowseg.training.trainer as training
 from flowseg.checkpoint import find_weights, list_checkpoints, read_facts, read_run_config
 from flowseg.codes import build_codebook
 from flowseg.config import save_config
-from flowseg.data import open_data, training_batches
+from flowseg.data import open_data
+from flowseg.data.loader import example_batches
 from flowseg.errors import UserError
 from flowseg.inference.evaluate import evaluate
 from flowseg.segment import Segmenter
@@ -273,12 +274,12 @@ def test_every_option_of_the_loss_reaches_the_op(options):
     config = tiny_config(loss=options)
     codebook = build_codebook(config.codes, 11)
     data = open_data(config.data, seed=0)
-    images, labels, draws = next(training_batches(data.train, config.data, 4, seed=0))
+    batch = next(example_batches(data.train, config, workers=0))
     given = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    step = objective.flow_step(lambda x, t, image: given, codebook, config, images, labels, draws)
+    step = objective.flow_step(lambda x, t, image: given, codebook, config, batch)
     names = {"space": "loss_space"}
     named = {names.get(key, key): value for key, value in options.items()}
-    args = given, step.source, labels, step.t, codebook
+    args = given, step.source, batch.labels, step.t, codebook
     torch.testing.assert_close(step.flow, flow_loss(*args, predicts="endpoint", reduction="sum", **named))
     assert not torch.isclose(step.flow, flow_loss(*args, predicts="endpoint", reduction="sum"), rtol=1e-4)
 
@@ -379,7 +380,7 @@ def record_draws(monkeypatch):
     original, seen = training.flow_step, []
 
     def record(*arguments):
-        seen.append(arguments[5].tolist())
+        seen.append(arguments[3].draws.tolist())
         return original(*arguments)
 
     monkeypatch.setattr(training, "flow_step", record)
