@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flowseg.codes import IGNORE_INDEX
 from flowseg.config import Config
+from flowseg.devices import to_device
 from flowseg.flow import make_source, sample_times
 from flowseg.training.alignment import ImageFeatures, alignment_loss
 from flowseg_kernels import Codebook, flow_interpolate, flow_loss
@@ -70,7 +71,7 @@ def flow_step(
         )
         for generator in generators
     ]
-    t = torch.cat(times).to(images.device)
+    t = to_device(torch.cat(times), images.device)
     sources = [make_source(images[i : i + 1], config.codes.channels, flow.source, g) for i, g in enumerate(generators)]
     source = torch.cat(sources)
     x_t = flow_interpolate(source, labels, t, codebook)
