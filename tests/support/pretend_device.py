@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import flowseg_kernels  # noqa: F401  fills the table of backends
 from flowseg_kernels.runtime import backend
@@ -38,7 +37,7 @@ __all__ = ["ReadBack", "allowed", "chosen_device", "no_read_back", "recorded", "
 NAME = "pretend"
 ROOT = Path(__file__).parents[2]
 #: The device of the tests, in the process that `run_in_own_process` starts.
-CHOSEN = "FLOWSEG_TEST_NO_STALL"
+CHOSEN = "NO_STALL_DEVICE"
 
 #: Ops that wait for a GPU whatever their arguments are: they read a value, or values decide the shape of their result.
 _WAITING = frozenset(
@@ -231,7 +230,27 @@ def _run(op: torch._ops.OpOverload, *args, **kwargs):
     if name == "_copy_from":
         # torch has no kernel of this op for the CPU.
         return _call(lambda source, target, non_blocking=False: target.copy_(source), *args)
-    return _call(op, *args, **kwargs)
+    return _call(op, *_numbers_as_tensors(op, args), **kwargs)
+
+
+#: Ops that torch.ops calls with a number in place of a tensor.
+_TAKE_NUMBERS = ("add", "sub", "mul", "div")
+
+
+def _numbers_as_tensors(op: torch._ops.OpOverload, args: tuple) -> tuple:
+    """The arguments of an op. A number in arithmetic reaches this file as a Python number, which torch.ops refuses for many ops."""
+    if (
+        not args
+        or not isinstance(args[0], Tensor)
+        or op._schema.name.removeprefix("aten::").rstrip("_") in _TAKE_NUMBERS
+    ):
+        return args
+    return tuple(
+        torch.tensor(value, dtype=torch.result_type(args[0], value), device="cpu")
+        if isinstance(value, (int, float)) and isinstance(wanted.type, torch.TensorType)
+        else value
+        for value, wanted in zip(args, op._schema.arguments)
+    )
 
 
 def _cuda_kernel(name: str, args: tuple):
@@ -244,40 +263,43 @@ def _cuda_kernel(name: str, args: tuple):
 
 def _call(function: Callable, *args, **kwargs):
     """Call a function of host tensors with tensors of the device; its results are on the device."""
-    leaves, tree = tree_flatten((args, kwargs))
-    pairs = [(leaf, _host(leaf)) for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type == NAME]
-    hosts = iter(pairs)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    given: list[Tensor] = []
     asked = kwargs.get("device")
     stays = asked is None or asked.type == NAME
-    values = [
-        next(hosts)[1]
-        if isinstance(leaf, Tensor) and leaf.device.type == NAME
-        else torch.device("cpu")
-        if isinstance(leaf, torch.device)
-        else leaf
-        for leaf in leaves
-    ]
-    args, kwargs = tree_unflatten(values, tree)
+
+    def there(value):
+        if isinstance(value, Tensor):
+            if value.device.type != NAME:
+                given.append(value)
+                return value
+            pairs.append((value, _host(value)))
+            return pairs[-1][1]
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(there, value))
+        return torch.device("cpu") if isinstance(value, torch.device) else value
+
+    def back(value):
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(back, value))
+        if not isinstance(value, Tensor) or not stays or any(value is other for other in given):
+            return value
+        memory = value.untyped_storage()._cdata
+        for device, host in pairs:
+            if value is host:
+                return device
+        for device, host in pairs:
+            if memory == host.untyped_storage()._cdata:
+                return _wrap(value, device.untyped_storage())
+        return _wrap(value, None)
+
+    args, kwargs = there(args), {name: there(value) for name, value in kwargs.items()}
     before = [_layout(host) for _, host in pairs]
     result = function(*args, **kwargs)
     for (device, host), layout in zip(pairs, before):
         if _layout(host) != layout:
             _place(device, host, None)
-
-    def back(value):
-        if not isinstance(value, Tensor):
-            return value
-        for device, host in pairs:
-            if value is host:
-                return device
-        if not stays or any(value is other for other in values):
-            return value
-        for device, host in pairs:
-            if value.untyped_storage()._cdata == host.untyped_storage()._cdata:
-                return _wrap(value, device.untyped_storage())
-        return _wrap(value, None)
-
-    return tree_map(back, result)
+    return back(result)
 
 
 def _layout(tensor: Tensor) -> tuple:
@@ -351,15 +373,23 @@ def _check(op: torch._ops.OpOverload, args: tuple, kwargs: dict) -> None:
         _refuse(f"{name} reads a value of the device")
     if name == "repeat_interleave" and kwargs.get("output_size") is None:
         _refuse("repeat_interleave without output_size reads the size of its result")
-    leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
     if name in _INDEXING:
         indices = [index for index in args[1] if index is not None]
         if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
             _refuse(f"{name} with a mask counts the mask's pixels on the device; use torch.where or masked_fill")
         if any(index.device.type == "cpu" for index in indices):
             _refuse(f"{name} copies its indices from the host")
-    if any(leaf.device.type == "cpu" and leaf.ndim for leaf in leaves):
+    if _has_host_tensor((*args, *kwargs.values())):
         raise RuntimeError(f"{name}: expected all tensors on one device, but found both {NAME}:0 and cpu")
+
+
+def _has_host_tensor(values: list | tuple) -> bool:
+    return any(
+        value.device.type == "cpu" and value.ndim > 0
+        if isinstance(value, Tensor)
+        else isinstance(value, (list, tuple)) and _has_host_tensor(value)
+        for value in values
+    )
 
 
 def _check_copy(host: Tensor | None, non_blocking: bool) -> None:
