@@ -8,7 +8,7 @@ import torch
 import flowseg_kernels as fk
 from tests.conftest import ops_that_ran
 from tests.support import pretend_device
-from tests.support.pretend_device import no_read_back, recorded
+from tests.support.pretend_device import ReadBack, no_read_back, recorded
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +97,88 @@ def test_bare_codes_do_not_read(device):
         fk.flow_loss(image, inputs["source"], labels, inputs["t"], codes, eps=0.1),
     )
     repeatedly(run, device)
+
+
+def test_a_codebook_made_in_inference_mode_does_not_read(device):
+    image = tensors(device, 3)["image"]
+    with torch.inference_mode():
+        codes = fk.Codebook(fk.kronecker_centroids(19, 3)).to(device)
+        repeatedly(lambda: fk.nearest_centroid(image, codes), device)
+    image.requires_grad_()
+    fk.flow_loss(image, image.detach(), *(tensors(device, 3)[name] for name in ("labels", "t")), codes).backward()
+
+
+def test_codes_rounded_by_a_cast_do_not_read(device):
+    codes = fk.Codebook(fk.kronecker_centroids(19, 3)).to(device)
+    image = tensors(device, 3)["image"]
+    exact = fk.nearest_centroid(image, codes)
+    codes.centroids = codes.centroids.bfloat16()
+    found = repeatedly(lambda: fk.nearest_centroid(image, codes), device)
+    assert torch.equal(found[0], exact.cpu())
+
+
+def waits(x, host):
+    """Every kind of wait that the pretended device knows."""
+    return {
+        "item": lambda: x.sum().item(),
+        "bool": lambda: bool(x.sum() > 0),
+        "float": lambda: float(x.sum()),
+        "index": lambda: range(9)[x.sum().long()],
+        "tolist": lambda: x.tolist(),
+        "repr": lambda: repr(x),
+        "equal": lambda: torch.equal(x, x),
+        "allclose": lambda: torch.allclose(x, x),
+        "cpu": lambda: x.cpu(),
+        "to the host": lambda: x.to("cpu"),
+        "to the device": lambda: host.to(x.device),
+        "to the device, blocking": lambda: host.pin_memory().to(x.device),
+        "to the device, not pinned": lambda: host.to(x.device, non_blocking=True),
+        "copy_ to the device": lambda: x.copy_(host),
+        "copy_ to the host": lambda: host.copy_(x),
+        "tensor": lambda: torch.tensor(1.0, device=x.device),
+        "as_tensor": lambda: torch.as_tensor([1.0, 2.0], device=x.device),
+        "new_tensor": lambda: x.new_tensor([1.0]),
+        "nonzero": lambda: (x > 0).nonzero(),
+        "where": lambda: torch.where(x > 0),
+        "masked_select": lambda: x.masked_select(x > 0),
+        "a mask as index": lambda: x[x > 0],
+        "a mask as place": lambda: x.__setitem__(x > 0, 0.0),
+        "indices of the host": lambda: x[torch.tensor([0, 1])],
+        "unique": lambda: x.unique(),
+        "bincount": lambda: torch.bincount((x > 0).int().flatten()),
+        "repeat_interleave": lambda: x.repeat_interleave((x[:, 0] > 0).long(), dim=0),
+        "inverse": lambda: torch.linalg.inv(0 * x + torch.eye(4, device=x.device)),
+        "clip_grad_norm_": lambda: torch.nn.utils.get_total_norm([x], error_if_nonfinite=True),
+    }
+
+
+def test_every_wait_is_refused_and_named(device):
+    if device.type == "cuda":
+        pytest.skip("the GPU itself waits")
+    x, host = torch.rand(4, 4).to(device), torch.rand(4, 4)
+    for name, wait in waits(x, host).items():
+        wait()
+        with (
+            no_read_back(),
+            pytest.raises(ReadBack, match=r"the host waits for the device: .*, at .*read_backs\.py:\d+"),
+        ):
+            wait()
+            pytest.fail(name)
+
+
+def test_work_of_the_device_is_not_refused(device):
+    x, host = torch.rand(4, 4).to(device), torch.rand(4, 4)
+    with no_read_back():
+        moved = host.pin_memory().to(device, non_blocking=True)
+        made = torch.full((4,), 2.0, device=device), torch.arange(4, device=device), torch.zeros((), device=device)
+        x[:, 1] = 3.0
+        x.masked_fill_(x > 2, 0.5).clamp_(max=1).remainder_(3)
+        result = (x @ moved + made[0] * torch.tensor(0.5))[made[1]].softmax(-1)
+        back = result.to("cpu", non_blocking=True)
+        torch.nn.utils.get_total_norm([x, result])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert torch.allclose(back.sum(-1), torch.ones(4)) and torch.equal(moved.cpu(), host)
 
 
 class Network(torch.nn.Module):
