@@ -158,7 +158,9 @@ def _pretended() -> torch.device:
     everything = torch.library.Library("_", "IMPL")
     everything.fallback(_run, "PrivateUse1")
     _libraries.append(everything)
+    everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     _prefer_whole_ops()
+    _autocast()
     torch.Tensor.pin_memory = _pin_memory
     torch.Tensor.is_pinned = _is_pinned
     torch.UntypedStorage.clone = _clone_storage
@@ -180,6 +182,27 @@ def _prefer_whole_ops() -> None:
         library.impl(name, functools.partial(_run, op), "PrivateUse1")
     library.impl("_to_copy", _to_copy, "PrivateUse1")
     library.impl("set_.source_Storage_storage_offset", _set, "PrivateUse1")
+
+
+def _autocast() -> None:
+    """Cast the products as autocast does on CUDA."""
+    library = torch.library.Library("aten", "IMPL")
+    _libraries.append(library)
+    excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+    def cast_and_call(op, *args, **kwargs):
+        dtype = torch.get_autocast_dtype(NAME)
+
+        def cast(value):
+            return value.to(dtype) if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return op(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+    for name in ("linear", "matmul", "mm", "addmm", "bmm", "conv2d", "scaled_dot_product_attention"):
+        library.impl(
+            name, functools.partial(cast_and_call, getattr(torch.ops.aten, name).default), "AutocastPrivateUse1"
+        )
 
 
 def _use_cuda_host_code() -> None:

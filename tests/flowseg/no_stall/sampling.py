@@ -35,11 +35,19 @@ def segmenter_on(device, **sections):
 
 @pytest.mark.parametrize("predicts", ["velocity", "endpoint"])
 @pytest.mark.parametrize(
-    "source, method", [("image", "euler"), ("image", "heun"), ("image", "midpoint"), ("noise", "euler")]
+    "source, method, precision",
+    [
+        ("image", "euler", "no"),
+        ("image", "heun", "no"),
+        ("image", "midpoint", "no"),
+        ("noise", "euler", "no"),
+        ("noise", "euler", "bf16"),
+    ],
 )
-def test_sampling_does_not_read(device, source, method, predicts):
+def test_sampling_does_not_read(device, source, method, precision, predicts):
     sections = {"flow": {"source": source, "predicts": predicts}, "codes": {"channels": 8 if source == "image" else 3}}
-    segmenter = segmenter_on(device, sample={"method": method, "steps": 3}, **sections)
+    sample = {"method": method, "steps": 3}
+    segmenter = segmenter_on(device, sample=sample, train={"mixed_precision": precision}, **sections)
     images = torch.rand(2, 3, 16, 24).to(device)
     first = segmenter.sample(images)
     with no_read_back():
