@@ -153,6 +153,9 @@ def _second(dry):
     basis = "estimate: 60 tests of 1 s; one compiles for 20 s"
     yield _tests("contract cuda", "second", "cuda", "test_contract.py", 80, 45, basis, dry, processes=4)
     yield _checker("memcheck", "cuda", "second", 60, 30, dry)
+    files = ("tests/flowseg/test_no_stall.py", "tests/flowseg_kernels/compose/test_no_read_back.py")
+    basis = "estimate: two processes import torch for 5 s each, small kernels compile for 15 s"
+    yield Step("no stall", "second", _pytest("-k", "cuda", *files), 90, 30, basis)
 
 
 def _rest(dry):

@@ -54,8 +54,8 @@ class Codebook(torch.nn.Module):
         ignore_index = _check_label(ignore_index)
         check_codes("centroids", centroids)
         dtype = torch.float64 if centroids.dtype == torch.float64 else torch.float32
-        self.register_buffer("centroids", centroids.detach().to(dtype, copy=True).contiguous())
-        self.register_buffer("ignored", torch.tensor(ignore_index, dtype=torch.float64, device="cpu"))
+        self.register_buffer("centroids", _versioned(centroids.detach().to(dtype, copy=True).contiguous()))
+        self.register_buffer("ignored", _versioned(torch.tensor(ignore_index, dtype=torch.float64, device="cpu")))
         # The last known values. They replace codes that a cast has rounded or a move to the meta device has dropped.
         self._known: Derived | None = derived_from(self.centroids)
         self._known.settled = True
@@ -168,8 +168,8 @@ class Codebook(torch.nn.Module):
             super()._apply(fn, recurse)
             label = self._moved_label(label, fn)
         finally:
-            self._buffers["ignored"] = label
-        self.centroids = _moved(before, self.centroids, None if self._known is None else self._known.codes)
+            self._buffers["ignored"] = _versioned(label)
+        self.centroids = _versioned(_moved(before, self.centroids, None if self._known is None else self._known.codes))
         return self
 
     def _moved_label(self, label: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -299,6 +299,14 @@ def _moved(old: Tensor, new: Tensor, known: Tensor | None) -> Tensor:
     if new.dtype == values.dtype and new.shape == values.shape and torch.equal(new.cpu(), values.cpu()):
         return new
     return values.to(new.device, copy=True)
+
+
+def _versioned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it was made in inference mode: without a version its values would be read at every call."""
+    if type(tensor) is not Tensor or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def _same_memory(a: Tensor, b: object) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowseg.devices import to_device
+
 
 def make_source(image: Tensor, channels: int, kind: str = "image", generator: torch.Generator | None = None) -> Tensor:
     """The starting point of the flow in code space.
@@ -27,7 +29,7 @@ def make_source(image: Tensor, channels: int, kind: str = "image", generator: to
     batch, image_channels, height, width = image.shape
     if kind == "noise":
         noise = torch.randn(batch, channels, height, width, generator=generator)
-        return noise.to(device=image.device, dtype=image.dtype)
+        return to_device(noise, image.device).to(image.dtype)
     if kind != "image":
         raise ValueError(f"kind must be 'image' or 'noise', got {kind!r}")
     if channels < image_channels:

@@ -334,7 +334,6 @@ class Trainer:
         self.window.add(images, self.flops[stage.data.height, stage.data.width])
         self.is_updating = False
         if state.step % stage.train.log_every == 0 or state.step == stage.train.steps:
-            self._check_finite(loss, norm)
             self._log_step(objective, loss, align, norm, rate, progress)
         self.view.tick()
         return True
@@ -405,7 +404,10 @@ class Trainer:
         self, objective: Objective, loss: Tensor, align: Tensor, norm: Tensor, rate: float, progress: float
     ) -> None:
         error = squared_error(objective, self.codebook, self.config)
-        sums = self.ranks.add_up(float(loss), float(error), float(align))
+        # Read the device once: each read waits for all work queued there.
+        found = torch.stack([value.float() for value in (loss, error, align, norm)]).tolist()
+        self._raise_if_any(not (math.isfinite(found[0]) and math.isfinite(found[3])))
+        sums = self.ranks.add_up(*found[:3])
         mean_loss, mean_error, mean_align = (value / self.ranks.world for value in sums)
         speed = self.window.close()
         self.log(
@@ -414,7 +416,7 @@ class Trainer:
             loss=mean_loss,
             squared_error=mean_error,
             **({"align": mean_align} if self.encoder else {}),
-            grad_norm=float(norm),
+            grad_norm=found[3],
             lr=rate,
             **speed,
             seconds=time.monotonic() - self.start,
@@ -431,7 +433,12 @@ class Trainer:
 
     def _check_finite(self, *values: Tensor) -> None:
         """Raise UserError in all processes if a value in one of them is infinite or NaN. Every process must call this."""
-        wrong = not all(bool(torch.isfinite(local_part(value)).all()) for value in values)
+        # Read the device once, not once per tensor.
+        finite = torch.stack([torch.isfinite(local_part(value)).all() for value in values])
+        self._raise_if_any(not bool(finite.all()))
+
+    def _raise_if_any(self, wrong: bool) -> None:
+        """Raise UserError in all processes if the loss of one of them is no longer finite. Every process must call this."""
         if self.ranks.add_up(wrong)[0]:
             raise UserError(
                 f"the loss is no longer finite at step {self.state.step}; lower optim.lr or raise loss.eps, then "

@@ -1,0 +1,13 @@
+"""Training steps, sampling and evaluation never wait for the device; tests/support/pretend_device.py says how this is shown."""
+
+import pytest
+
+from tests.support import pretend_device
+
+
+@pytest.mark.parametrize("device", ["pretend", "cuda"])
+def test_nothing_waits_for_the_device(device):
+    if reason := pretend_device.why_not(device):
+        pytest.skip(reason)
+    folder = "tests/flowseg/no_stall"
+    pretend_device.run_in_own_process(device, f"{folder}/training.py", f"{folder}/sampling.py")
