@@ -17,7 +17,8 @@ from flowseg.checkpoint import find_weights, load_weights
 from flowseg.config import Config
 from flowseg.data.datasets import resolve_labels
 from flowseg.data.pictures import Reading, as_picture, stored_values
-from flowseg.data.transforms import model_size, pad_to, prepare, resized, to_tensor
+from flowseg.data.transforms import model_size, normalised, pad_to, prepare, resized
+from flowseg.devices import to_device
 from flowseg.flow import integrate, make_source
 from flowseg.inference.views import (
     WindowRows,
@@ -109,6 +110,17 @@ class Segmenter:
         size = model_size(images[0].size[::-1], self.config.data, self.config.sample.resize, scale)
         return torch.stack([prepare(image, size, self.model.size.patch_size) for image in images]), size
 
+    def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Images of equal size as ``(B, 3, H, W)`` float32 in [-1, 1] on the device. They travel there as bytes."""
+        pixels = torch.from_numpy(np.stack([np.asarray(image, np.uint8) for image in images]))
+        return normalised(to_device(pixels, self.device).permute(0, 3, 1, 2).contiguous())
+
+    def _patched(self, images: Sequence[Image.Image]) -> Tensor:
+        """:meth:`_pixels` with the edge repeated up to whole patches."""
+        pixels, patch = self._pixels(images), self.model.size.patch_size
+        height, width = pixels.shape[-2:]
+        return pad_to(pixels, height + -height % patch, width + -width % patch)
+
     def native_field(self, images: Sequence[Image.Image]) -> Tensor:
         """Code fields at native resolution for images of equal size; the nearest codes are the labels.
 
@@ -130,8 +142,8 @@ class Segmenter:
         native = images[0].size[::-1]
         if self.several_views:
             return torch.stack([self._as_codes(self._averaged(image), native) for image in images])
-        pixels, (height, width) = self.prepare_batch(images)
-        field = self.sample(pixels)[..., :height, :width]
+        height, width = size = model_size(native, self.config.data, sample.resize)
+        field = self.sample(self._patched([resized(image, size) for image in images]))[..., :height, :width]
         if field.shape[-2:] == native:
             return field
         if sample.upsample == "codes":
@@ -172,8 +184,7 @@ class Segmenter:
                 yield labels, self._margin_of_codes(labels) if with_margin else None
             return
         size = images[0].size[::-1]
-        pixels = torch.stack([prepare(image, size, self.model.size.patch_size) for image in images])
-        for field in self.sample(pixels)[..., : size[0], : size[1]]:
+        for field in self.sample(self._patched(images))[..., : size[0], : size[1]]:
             yield self._labels_of_field(field, native, with_margin)
 
     def _labels_of_field(
@@ -260,10 +271,12 @@ class Segmenter:
                 left, right = columns.start, min(columns.stop, image.width)
                 if mirrored:
                     left, right = image.width - right, image.width - left
-                pixels = to_tensor(image.crop((left, rows.start, right, min(rows.stop, image.height))))
-                batch.append(pad_to(pixels.flip(-1) if mirrored else pixels, *window))
+                batch.append(image.crop((left, rows.start, right, min(rows.stop, image.height))))
+            # All windows are equally large: an axis shorter than a window has only one.
+            pixels = self._pixels(batch)
+            pixels = pad_to(pixels.flip(-1) if mirrored else pixels, *window)
             # If the image is smaller than a window, cut the padding off.
-            for (rows, columns), field in zip(some, self.sample(torch.stack(batch))):
+            for (rows, columns), field in zip(some, self.sample(pixels)):
                 yield (rows, columns), field[:, : image.height - rows.start, : image.width - columns.start]
 
     def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
@@ -280,7 +293,8 @@ class Segmenter:
         sample = self.config.sample
         total: Tensor | None = None
         for scale in sample.scales:
-            pixels, (height, width) = self.prepare_batch([image], scale)
+            height, width = size = model_size(image.size[::-1], self.config.data, sample.resize, scale)
+            pixels = self._patched([resized(image, size)])
             for mirrored in (False, True) if sample.flip else (False,):
                 # Mirror before padding, to keep the padding on the same sides.
                 seen = pixels[0, :, :height, :width].flip(-1) if mirrored else pixels[0]

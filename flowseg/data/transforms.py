@@ -18,8 +18,12 @@ BILINEAR, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an RGB image to ``(3, H, W)`` float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, np.uint8))
-    return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+    return normalised(torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1))
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Convert values 0 to 255 of any shape, uint8, to float32 in [-1, 1]; on every device by the same arithmetic."""
+    return images.float().div_(127.5).sub_(1.0)
 
 
 def augment(
@@ -145,9 +149,12 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def pad_to(image: Tensor, height: int, width: int) -> Tensor:
-    """Pad ``(3, H, W)`` at the right and bottom to ``height`` and ``width`` by repeating its edge.
+    """Pad ``(3, H, W)`` or ``(B, 3, H, W)`` at the right and bottom to ``height`` and ``width`` by repeating the edge.
 
     A repeated edge looks less like an object than a black bar.
     """
     right, below = max(width - image.shape[-1], 0), max(height - image.shape[-2], 0)
-    return F.pad(image[None], (0, right, 0, below), mode="replicate")[0] if right or below else image
+    if not right and not below:
+        return image
+    padded = F.pad(image if image.ndim == 4 else image[None], (0, right, 0, below), mode="replicate")
+    return padded if image.ndim == 4 else padded[0]

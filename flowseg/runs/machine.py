@@ -1,8 +1,13 @@
-"""The model of the CPU."""
+"""The CPU of this machine: its model, and how many of its cores this process may use."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def cpu_model() -> str:
@@ -12,3 +17,20 @@ def cpu_model() -> str:
     except OSError:
         return ""
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may use, by its affinity and by the CPU quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(max(1, min(cores, _cpu_quota())))
+
+
+def _cpu_quota() -> float:
+    """The quota of the control group (version 2 or 1) in cores; infinite without one."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (int((CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 else math.inf
+    return math.inf

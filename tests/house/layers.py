@@ -25,6 +25,7 @@ LAYERS: dict[str, list[set[str]]] = {
         {"info"},
     ],
     "flowseg": [
+        {"devices"},
         {"", "data_names", "errors", "flow"},
         {"runs"},
         {"config"},
