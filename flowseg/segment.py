@@ -20,6 +20,8 @@ from flowseg.data.pictures import Reading, as_picture, stored_values
 from flowseg.data.transforms import model_size, normalised, pad_to, prepare, resized
 from flowseg.devices import to_device
 from flowseg.flow import integrate, make_source
+from flowseg.inference.graphs import Graphs
+from flowseg.inference.network import SamplingNetwork
 from flowseg.inference.views import (
     WindowRows,
     class_probabilities,
@@ -42,18 +44,38 @@ class Segmenter:
         codebook: codes of the classes.
         config: settings of sampling and data.
         device: device to compute on.
+        compiled: compile the network for images of the training size. Other sizes run as they are: each would compile again.
+
+    Sampling in bf16 keeps a copy of the network's weights in bf16, two bytes per number, which follows ``model``:
+    :class:`flowseg.inference.network.SamplingNetwork`.
     """
 
     # Largest number of class probabilities to keep in memory (256 MB), if there is a way to keep fewer.
     MOST_NUMBERS = 2**26
 
-    def __init__(self, model: FlowSegModel, codebook: Codebook, config: Config, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        model: FlowSegModel,
+        codebook: Codebook,
+        config: Config,
+        device: torch.device | str = "cpu",
+        *,
+        compiled: bool = False,
+    ):
         self.device = torch.device(device)
         self.model, self.codebook, self.config = model.to(self.device), codebook.to(self.device), config
+        self.compiled = compiled
+        self._network, self._graphs = SamplingNetwork(), Graphs()
 
     @classmethod
     def from_run(
-        cls, run: Path, config: Config, checkpoint: str = "latest", device: torch.device | str | None = None
+        cls,
+        run: Path,
+        config: Config,
+        checkpoint: str = "latest",
+        device: torch.device | str | None = None,
+        *,
+        compiled: bool = False,
     ) -> Segmenter:
         """Load a trained run.
 
@@ -62,11 +84,21 @@ class Segmenter:
             config: settings of the run (:func:`flowseg.checkpoint.read_run_config`); sampling settings may differ.
             checkpoint: ``"latest"``, ``"best"``, a step number, or the path of a safetensors file.
             device: device to compute on; ``None``: the accelerator, or the CPU.
+            compiled: as for the class.
         """
         path = find_weights(run, checkpoint, config.sample.weights)
         model, codebook = build(config, len(resolve_labels(config.data).classes))
         load_weights(model, path)
-        return cls(model.eval(), codebook, config, device or default_device())
+        return cls(model.eval(), codebook, config, device or default_device(), compiled=compiled)
+
+    def refresh(self) -> None:
+        """Read the weights again at the next call, and free the memory of CUDA graphs.
+
+        Needed only after a write to a weight that PyTorch does not count: through ``.data``, or by a collective of
+        torch.distributed.
+        """
+        self._network.refresh()
+        self._graphs.clear()
 
     @torch.no_grad()
     def sample(self, images: Tensor, *, seed: int = 0, steps: int | None = None, keep_path: bool = False):
@@ -82,28 +114,36 @@ class Segmenter:
             The code field ``(B, C, H, W)`` float32 at t = 1; with ``keep_path`` also the list of states.
         """
         flow, sample = self.config.flow, self.config.sample
-        images = images.to(self.device)
+        images = to_device(images, self.device)
         generator = torch.Generator().manual_seed(seed)
         # All images get the same noise, so a result does not depend on the other images of the batch.
         count = 1 if flow.source == "noise" else len(images)
         source = make_source(images[:count], self.config.codes.channels, flow.source, generator).expand(
             len(images), -1, -1, -1
         )
-        condition = images if self.model.condition_on_image else None
-        was_training = self.model.training
-        self.model.eval()
-        with autocast(self.config.train.mixed_precision, self.device):
-            result = integrate(
-                lambda x, t: self.model(x, t, condition).float(),
-                source,
-                steps=steps or sample.steps,
-                method=sample.method,
-                predicts=flow.predicts,
-                t_min=flow.t_min,
-                keep_path=keep_path,
-            )
-        self.model.train(was_training)
-        return result
+        inputs = (source, images) if self.model.condition_on_image else (source,)
+        precision = resolve_precision(self.config.train.mixed_precision, self.device)
+        network = self._network.of(self.model, cast=precision == "bf16")
+        compiled = self.compiled and images.shape[-2:] == (self.config.data.height, self.config.data.width)
+        call = self._network.compiled(network) if compiled else network
+        options = {
+            "steps": steps or sample.steps,
+            "method": sample.method,
+            "predicts": flow.predicts,
+            "t_min": flow.t_min,
+        }
+
+        def solve(source: Tensor, condition: Tensor | None = None):
+            with autocast(precision, self.device):
+                return integrate(
+                    lambda x, t: call(x, t, condition).float(), source, keep_path=keep_path, **options
+                )
+
+        structure = self._network.structure
+        with _evaluating(network):
+            if sample.cuda_graph and self.device.type == "cuda" and not keep_path and structure:
+                return self._graphs.run(structure, (precision, compiled, *options.values()), solve, *inputs)
+            return solve(*inputs)
 
     def prepare_batch(self, images: Sequence[Image.Image], scale: float = 1.0) -> tuple[Tensor, tuple[int, int]]:
         """Stack images of equal size into a batch. Return the batch and the size ``(h, w)`` of its part without padding."""
@@ -359,6 +399,17 @@ class Segmenter:
         if reading.exif == "stored" and shape.orientation != 1:
             found = [torch.from_numpy(stored_values(part.numpy(), shape.orientation).copy()) for part in found]
         return tuple(found) if with_margin else found[0]
+
+
+@contextlib.contextmanager
+def _evaluating(network: torch.nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode for a block."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

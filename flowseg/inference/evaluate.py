@@ -156,7 +156,10 @@ def _batches(segmenter: Segmenter, pairs: Pairs, indices: list[int]) -> Iterator
             return segmenter.seen(image), torch.from_numpy(np.array(target, np.uint8))
 
     threads = reading_threads(segmenter.config.data)
-    loaded = read_ahead(indices, load, lambda pair: pair[1].numel(), threads=threads, most=most + threads)
+    on_cpu = segmenter.device.type == "cpu"
+    loaded = read_ahead(
+        indices, load, lambda pair: pair[1].numel(), threads=threads, most=most + threads, overlap=not on_cpu
+    )
     images: list[Image.Image] = []
     targets: list[Tensor] = []
     native = (0, 0)

@@ -37,6 +37,7 @@ def read_ahead(
     *,
     threads: int,
     most: int,
+    overlap: bool = True,
     budget: int | None = None,
 ) -> Iterator[Loaded]:
     """Yield ``load(item)`` for all items in order; threads load the next ones meanwhile.
@@ -49,6 +50,8 @@ def read_ahead(
         pixels: size of a result. The size of an item that is not loaded yet is taken to be that of the newest result.
         threads: number of threads.
         most: largest number of items that are loaded ahead.
+        overlap: load while the caller computes. ``False``: load ``most`` items at a time, while the caller waits for them.
+            That is faster if the caller computes on the same cores: its OpenMP threads wait for each other in every operation.
         budget: largest number of pixels that are loaded ahead; ``None``: ``READ_AHEAD_PIXELS``. Nothing is loaded ahead if one
             image is larger.
     """
@@ -74,12 +77,18 @@ def read_ahead(
     def held() -> int:
         return sum(pixels(one.result()) if one.done() and not one.exception() else usual for one in waiting)
 
+    def fill() -> None:
+        while len(waiting) < most and held() + usual <= budget and submit_next():
+            pass
+
     try:
         while waiting or submit_next():
+            if not overlap and len(waiting) == 1:
+                fill()
             # Keep no reference to a result: the next one is loaded before these names are bound again.
             ready = [taken()]
-            while len(waiting) < most and held() + usual <= budget and submit_next():
-                pass
+            if overlap:
+                fill()
             yield ready.pop()
     finally:
         pool.shutdown(cancel_futures=True)
