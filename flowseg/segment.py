@@ -121,11 +121,15 @@ class Segmenter:
         source = make_source(images[:count], self.config.codes.channels, flow.source, generator).expand(
             len(images), -1, -1, -1
         )
-        inputs = (source, images) if self.model.condition_on_image else (source,)
         precision = resolve_precision(self.config.train.mixed_precision, self.device)
         network = self._network.of(self.model, cast=precision == "bf16")
-        compiled = self.compiled and images.shape[-2:] == (self.config.data.height, self.config.data.width)
-        call = self._network.compiled(network) if compiled else network
+        structure = self._network.structure
+        compiled = self.compiled and structure and images.shape[-2:] == (self.config.data.height, self.config.data.width)
+        if compiled:
+            # A source that is the image itself, or a view of one example, would be a case of its own for the compiler.
+            source = source.clone(memory_format=torch.contiguous_format)
+        inputs = (source, images) if self.model.condition_on_image else (source,)
+        call = self._network.compiled(network, images) if compiled else network
         options = {
             "steps": steps or sample.steps,
             "method": sample.method,
@@ -139,7 +143,6 @@ class Segmenter:
                     lambda x, t: call(x, t, condition).float(), source, keep_path=keep_path, **options
                 )
 
-        structure = self._network.structure
         with _evaluating(network):
             if sample.cuda_graph and self.device.type == "cuda" and not keep_path and structure:
                 return self._graphs.run(structure, (precision, compiled, *options.values()), solve, *inputs)

@@ -79,10 +79,11 @@ class SamplingNetwork:
         self._versions = versions
         return self._copy
 
-    def compiled(self, network: nn.Module) -> Callable:
-        """``torch.compile`` of a module that :meth:`of` returned; the same function while the module stays the same."""
+    def compiled(self, network: nn.Module, images: Tensor) -> Callable:
+        """``torch.compile`` of a module that :meth:`of` returned, for images ``(B, 3, H, W)``."""
         if self._compiled is None or self._compiled[0] is not network:
             self._compiled = network, compiled(network)
+        network.prepare(*images.shape[-2:], images.device)
         return self._compiled[1]
 
 

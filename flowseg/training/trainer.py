@@ -198,7 +198,9 @@ class Trainer:
         self.bare_model.to(self.device)
         self.scored_model = copy.deepcopy(self.bare_model).requires_grad_(False)
         self.scored_model.projector = None
-        self.segmenter = Segmenter(self.scored_model, self.codebook, config, self.device)
+        self.segmenter = Segmenter(
+            self.scored_model, self.codebook, config, self.device, compiled=config.model.compile
+        )
 
     def _prepare_for_training(self, optim: OptimConfig, train: TrainConfig, *, compiled: bool) -> None:
         """Shard the network (FSDP), create its averages and its optimiser, compile it and prepare it for DDP."""
@@ -298,6 +300,8 @@ class Trainer:
         Return False, without a step, if a signal or the time limit ends the run here.
         """
         state = self.state
+        # The first step of a stage compiles once if the tables of its size exist.
+        self.bare_model.prepare(stage.data.height, stage.data.width, self.device)
         batches, failure = self._load_batches(stage.data, stage.train)
         agreed = self._agree_to_continue(batches, failure)
         if agreed is None:
