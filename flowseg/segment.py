@@ -100,6 +100,10 @@ class Segmenter:
         self._network.refresh()
         self._graphs.clear()
 
+    def _records_graphs(self) -> bool:
+        """Whether :meth:`sample` replays CUDA graphs: ``sample.cuda_graph`` is on and the device is a CUDA GPU."""
+        return self.config.sample.cuda_graph and self.device.type == "cuda"
+
     @torch.no_grad()
     def sample(self, images: Tensor, *, seed: int = 0, steps: int | None = None, keep_path: bool = False):
         """Run the flow on prepared images.
@@ -144,7 +148,7 @@ class Segmenter:
                 )
 
         with _evaluating(network):
-            if sample.cuda_graph and self.device.type == "cuda" and not keep_path and structure:
+            if self._records_graphs() and structure and not keep_path:
                 return self._graphs.run(structure, (precision, compiled, *options.values()), solve, *inputs)
             return solve(*inputs)
 

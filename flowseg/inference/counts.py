@@ -22,7 +22,7 @@ class PairCounts:
 
     def __init__(self, classes: int, device: torch.device):
         self.side = classes + 1
-        cells, on_cpu = self.side**2, device.type == "cpu"
+        cells, on_cpu = self.side**2, self._on_cpu(device)
         copies = min(8, max(1, 2**15 // cells)) if on_cpu else 16
         # bincount on a CPU is fastest for short integers; scatter_add_ needs long ones.
         dtype = torch.int64 if not on_cpu else torch.int16 if copies * cells <= 2**15 else torch.int32
@@ -30,13 +30,17 @@ class PairCounts:
         self._first = torch.arange(_CHUNK, device=device).remainder_(copies).mul_(cells).to(dtype)
         self._ones = torch.ones(0 if on_cpu else _CHUNK, dtype=torch.int64, device=device)
 
+    @staticmethod
+    def _on_cpu(device: torch.device) -> bool:
+        return device.type == "cpu"
+
     def add(self, truth: Tensor, predicted: Tensor) -> None:
         """Count the pixels of two label maps ``(H, W)`` uint8."""
         others = self.side - 1
         for true, found in zip(truth.flatten().split(_CHUNK), predicted.flatten().split(_CHUNK)):
             cells = true.clamp(max=others).to(self._first.dtype).mul_(self.side).add_(found.clamp(max=others))
             cells += self._first[: len(cells)]
-            if cells.device.type == "cpu":
+            if self._on_cpu(cells.device):
                 self._counts += torch.bincount(cells, minlength=len(self._counts))
             else:
                 # bincount would read the largest value back to choose the number of bins.

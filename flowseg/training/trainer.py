@@ -537,6 +537,9 @@ class Trainer:
             smaller = f" --set sample.batch_size=1 (now {sample.batch_size})" if sample.batch_size > 1 else ""
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"validation ran out of memory ({reason}); {self._how_to_resume()}{smaller}") from error
+        finally:
+            # CUDA graphs keep the memory of a call, which training needs now.
+            self.segmenter.refresh()
 
 
 class _Interrupted(Exception):
