@@ -128,7 +128,9 @@ class Segmenter:
         precision = resolve_precision(self.config.train.mixed_precision, self.device)
         network = self._network.of(self.model, cast=precision == "bf16")
         structure = self._network.structure
-        compiled = self.compiled and structure and images.shape[-2:] == (self.config.data.height, self.config.data.width)
+        compiled = (
+            self.compiled and structure and images.shape[-2:] == (self.config.data.height, self.config.data.width)
+        )
         if compiled:
             # A source that is the image itself, or a view of one example, would be a case of its own for the compiler.
             source = source.clone(memory_format=torch.contiguous_format)
@@ -143,9 +145,7 @@ class Segmenter:
 
         def solve(source: Tensor, condition: Tensor | None = None):
             with autocast(precision, self.device):
-                return integrate(
-                    lambda x, t: call(x, t, condition).float(), source, keep_path=keep_path, **options
-                )
+                return integrate(lambda x, t: call(x, t, condition).float(), source, keep_path=keep_path, **options)
 
         with _evaluating(network):
             if self._records_graphs() and structure and not keep_path:

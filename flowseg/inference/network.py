@@ -21,7 +21,7 @@ _numbers = itertools.count(1)
 
 
 class SamplingNetwork:
-    """What to call in place of a network that is sampled under bf16 autocast: the same outputs, bit for bit, and fewer casts.
+    """Stands for a network that is sampled under bf16 autocast: the same outputs, bit for bit, with fewer casts.
 
     Autocast keeps the casts of weights only if they require gradients, which averaged weights do not. So this class keeps a
     copy of the network whose linear and convolutional layers have bf16 weights; it shares every other tensor.
@@ -90,7 +90,6 @@ class SamplingNetwork:
 def compiled(network: nn.Module) -> Callable:
     """Compile a network for sampling. A new number of images makes at most one more compilation."""
     return torch.compile(network)
-
 
 
 def _modules_and_tensors(model: nn.Module) -> tuple[list[nn.Module], list[Tensor]] | None:

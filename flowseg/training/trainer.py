@@ -198,9 +198,7 @@ class Trainer:
         self.bare_model.to(self.device)
         self.scored_model = copy.deepcopy(self.bare_model).requires_grad_(False)
         self.scored_model.projector = None
-        self.segmenter = Segmenter(
-            self.scored_model, self.codebook, config, self.device, compiled=config.model.compile
-        )
+        self.segmenter = Segmenter(self.scored_model, self.codebook, config, self.device, compiled=config.model.compile)
 
     def _prepare_for_training(self, optim: OptimConfig, train: TrainConfig, *, compiled: bool) -> None:
         """Shard the network (FSDP), create its averages and its optimiser, compile it and prepare it for DDP."""

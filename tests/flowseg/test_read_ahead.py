@@ -123,7 +123,7 @@ class Broken(Pairs):
 def test_an_error_of_a_file_is_raised_at_its_turn_and_leaves_no_thread():
     done = []
     segmenter = make_segmenter(sample={"batch_size": 2})
-    with pytest.raises(UserError, match="photo.jpg"):
+    with pytest.raises(UserError, match=r"photo\.jpg"):
         evaluate(segmenter, Broken(make_pairs([(32, 32)] * 8)), on_batch=done.append)
     # The batch of images 0 and 1 was complete before image 3 was needed.
     assert done == [2] and not readers()
@@ -143,7 +143,9 @@ def test_an_interrupted_evaluation_leaves_no_thread(error, overlap, monkeypatch)
         raise error
 
     real = evaluation.read_ahead
-    monkeypatch.setattr(evaluation, "read_ahead", lambda *args, **options: real(*args, **{**options, "overlap": overlap}))
+    monkeypatch.setattr(
+        evaluation, "read_ahead", lambda *args, **options: real(*args, **{**options, "overlap": overlap})
+    )
     with pytest.raises(error):
         evaluate(make_segmenter(sample={"batch_size": 2}), Counted(make_pairs([(32, 32)] * 40)), on_batch=stop)
     assert not readers() and len(begun) < 20
