@@ -37,7 +37,7 @@ from flowseg.data import open_data
 from flowseg.data.label_table import tell_labels
 from flowseg.errors import PeerError, UserError
 from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
-from flowseg.model import load_pixnerd
+from flowseg.model import FlowSegModel, load_pixnerd
 from flowseg.runs.memory import is_out_of_memory, keep_freed_memory
 from flowseg.runs.metrics import open_metrics, truncate_metrics
 from flowseg.runs.parallel import Ranks, copy_parameters, local_part, shard, whole
@@ -203,6 +203,8 @@ class Trainer:
     def _prepare_for_training(self, optim: OptimConfig, train: TrainConfig, *, compiled: bool) -> None:
         """Shard the network (FSDP), create its averages and its optimiser, compile it and prepare it for DDP."""
         self.is_sharded = train.strategy == "fsdp" and self.ranks.world > 1
+        # The compiled model shares its parameters with bare_model, whose parameter names go into checkpoints.
+        model = _compiled(self.bare_model, self.is_sharded) if compiled else self.bare_model
         if self.is_sharded:
             shard(self.bare_model)
         self.ema = Ema(self.bare_model, optim.ema_decay)
@@ -213,8 +215,6 @@ class Trainer:
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        # The compiled model shares its parameters with bare_model, whose parameter names go into checkpoints.
-        model = torch.compile(self.bare_model, fullgraph=not self.is_sharded) if compiled else self.bare_model
         self.model = model if self.is_sharded else self.accelerator.prepare_model(model)
 
     def _load_newest_checkpoint(self) -> TrainState:
@@ -538,6 +538,18 @@ class Trainer:
         finally:
             # CUDA graphs keep the memory of a call, which training needs now.
             self.segmenter.refresh()
+
+
+def _compiled(model: FlowSegModel, is_sharded: bool) -> torch.nn.Module:
+    """Compile a network for training: as one graph, or one graph per block if its parameters will be sharded.
+
+    FSDP's hooks between the blocks break a graph of the whole network inside a loop, and then nothing of it is compiled.
+    """
+    if not is_sharded:
+        return torch.compile(model, fullgraph=True)
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True)
+    return model
 
 
 class _Interrupted(Exception):
