@@ -147,7 +147,8 @@ class Segmenter:
             with autocast(precision, self.device):
                 return integrate(lambda x, t: call(x, t, condition).float(), source, keep_path=keep_path, **options)
 
-        with _evaluating(network):
+        # A copy is always in evaluation mode.
+        with _evaluating(network) if network is self.model else contextlib.nullcontext():
             if self._records_graphs() and structure and not keep_path:
                 return self._graphs.run(structure, (precision, compiled, *options.values()), solve, *inputs)
             return solve(*inputs)

@@ -28,9 +28,10 @@ def usable_cores() -> int:
 def _cpu_quota() -> float:
     """The quota of the control group (version 2 or 1) in cores; infinite without one."""
     with contextlib.suppress(OSError, ValueError):
-        quota, period = (CGROUP / "cpu.max").read_text().split()
+        quota, period = (CGROUP / "cpu.max").read_text(encoding="utf-8").split()
         return math.inf if quota == "max" else int(quota) / int(period)
     with contextlib.suppress(OSError, ValueError):
-        quota, period = (int((CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        files = (CGROUP / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
+        quota, period = (int(file.read_text(encoding="utf-8")) for file in files)
         return quota / period if quota > 0 else math.inf
     return math.inf
