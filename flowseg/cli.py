@@ -304,6 +304,7 @@ def evaluate(
     from flowseg.data import open_data
     from flowseg.inference.evaluate import chosen_indices
     from flowseg.inference.evaluate import evaluate as score
+    from flowseg.runs.memory import keep_freed_memory
     from flowseg.runs.parallel import Ranks
     from flowseg.runs.progress import counting_view
     from flowseg.segment import Segmenter
@@ -321,7 +322,9 @@ def evaluate(
     with ranks.together():
         data = open_data(settings.data, (split.value,), seed=settings.train.seed)
     pairs = data.train if split is Split.train else data.val
-    segmenter = Segmenter.from_run(run, settings, checkpoint)
+    if not torch.accelerator.is_available():
+        keep_freed_memory()
+    segmenter = Segmenter.from_run(run, settings, checkpoint, compiled=settings.model.compile)
     shown = counting_view(
         make_console(quiet=not state.is_main_process), "evaluate", len(chosen_indices(len(pairs), limit))
     )

@@ -37,7 +37,8 @@ class ModelConfig(Section):
     pixnerd: Path | None = None
     """PixNerd checkpoint to start training from (``flowseg/model/pixnerd.py``)."""
     compile: bool = False
-    """Compile the network with ``torch.compile``, as one graph."""
+    """Compile the network with ``torch.compile``, as one graph. Validation and ``evaluate`` then compile it too, for images
+    and windows of the training size."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     field_chunk: Count | None = None
@@ -253,6 +254,9 @@ class SampleConfig(Section):
     upsample: Literal["codes", "labels", "probabilities"] = "labels"
     weights: Literal["ema", "model"] = "ema"
     batch_size: Count = 16
+    cuda_graph: bool = False
+    """On a CUDA GPU: record the solver's loop as a CUDA graph for each number and size of images (at most 8 graphs, each of
+    which keeps the memory of a call), and replay it. Elsewhere, and for the states on the way, this changes nothing."""
 
 
 class Config(Section):

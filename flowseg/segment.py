@@ -17,8 +17,11 @@ from flowseg.checkpoint import find_weights, load_weights
 from flowseg.config import Config
 from flowseg.data.datasets import resolve_labels
 from flowseg.data.pictures import Reading, as_picture, stored_values
-from flowseg.data.transforms import model_size, pad_to, prepare, resized, to_tensor
+from flowseg.data.transforms import model_size, normalised, pad_to, prepare, resized
+from flowseg.devices import to_device
 from flowseg.flow import integrate, make_source
+from flowseg.inference.graphs import Graphs
+from flowseg.inference.network import SamplingNetwork
 from flowseg.inference.views import (
     WindowRows,
     class_probabilities,
@@ -41,18 +44,38 @@ class Segmenter:
         codebook: codes of the classes.
         config: settings of sampling and data.
         device: device to compute on.
+        compiled: compile the network for images of the training size. Other sizes run as they are: each would compile again.
+
+    Sampling in bf16 keeps a copy of the network's weights in bf16, two bytes per number, which follows ``model``:
+    :class:`flowseg.inference.network.SamplingNetwork`.
     """
 
     # Largest number of class probabilities to keep in memory (256 MB), if there is a way to keep fewer.
     MOST_NUMBERS = 2**26
 
-    def __init__(self, model: FlowSegModel, codebook: Codebook, config: Config, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        model: FlowSegModel,
+        codebook: Codebook,
+        config: Config,
+        device: torch.device | str = "cpu",
+        *,
+        compiled: bool = False,
+    ):
         self.device = torch.device(device)
         self.model, self.codebook, self.config = model.to(self.device), codebook.to(self.device), config
+        self.compiled = compiled
+        self._network, self._graphs = SamplingNetwork(), Graphs()
 
     @classmethod
     def from_run(
-        cls, run: Path, config: Config, checkpoint: str = "latest", device: torch.device | str | None = None
+        cls,
+        run: Path,
+        config: Config,
+        checkpoint: str = "latest",
+        device: torch.device | str | None = None,
+        *,
+        compiled: bool = False,
     ) -> Segmenter:
         """Load a trained run.
 
@@ -61,11 +84,25 @@ class Segmenter:
             config: settings of the run (:func:`flowseg.checkpoint.read_run_config`); sampling settings may differ.
             checkpoint: ``"latest"``, ``"best"``, a step number, or the path of a safetensors file.
             device: device to compute on; ``None``: the accelerator, or the CPU.
+            compiled: as for the class.
         """
         path = find_weights(run, checkpoint, config.sample.weights)
         model, codebook = build(config, len(resolve_labels(config.data).classes))
         load_weights(model, path)
-        return cls(model.eval(), codebook, config, device or default_device())
+        return cls(model.eval(), codebook, config, device or default_device(), compiled=compiled)
+
+    def refresh(self) -> None:
+        """Read the weights again at the next call, and free the memory of CUDA graphs.
+
+        Needed only after a write to a weight that PyTorch does not count: through ``.data``, or by a collective of
+        torch.distributed.
+        """
+        self._network.refresh()
+        self._graphs.clear()
+
+    def _records_graphs(self) -> bool:
+        """Whether :meth:`sample` replays CUDA graphs: ``sample.cuda_graph`` is on and the device is a CUDA GPU."""
+        return self.config.sample.cuda_graph and self.device.type == "cuda"
 
     @torch.no_grad()
     def sample(self, images: Tensor, *, seed: int = 0, steps: int | None = None, keep_path: bool = False):
@@ -81,33 +118,56 @@ class Segmenter:
             The code field ``(B, C, H, W)`` float32 at t = 1; with ``keep_path`` also the list of states.
         """
         flow, sample = self.config.flow, self.config.sample
-        images = images.to(self.device)
+        images = to_device(images, self.device)
         generator = torch.Generator().manual_seed(seed)
         # All images get the same noise, so a result does not depend on the other images of the batch.
         count = 1 if flow.source == "noise" else len(images)
         source = make_source(images[:count], self.config.codes.channels, flow.source, generator).expand(
             len(images), -1, -1, -1
         )
-        condition = images if self.model.condition_on_image else None
-        was_training = self.model.training
-        self.model.eval()
-        with autocast(self.config.train.mixed_precision, self.device):
-            result = integrate(
-                lambda x, t: self.model(x, t, condition).float(),
-                source,
-                steps=steps or sample.steps,
-                method=sample.method,
-                predicts=flow.predicts,
-                t_min=flow.t_min,
-                keep_path=keep_path,
-            )
-        self.model.train(was_training)
-        return result
+        precision = resolve_precision(self.config.train.mixed_precision, self.device)
+        network = self._network.of(self.model, cast=precision == "bf16")
+        structure = self._network.structure
+        compiled = (
+            self.compiled and structure and images.shape[-2:] == (self.config.data.height, self.config.data.width)
+        )
+        if compiled:
+            # A source that is the image itself, or a view of one example, would be a case of its own for the compiler.
+            source = source.clone(memory_format=torch.contiguous_format)
+        inputs = (source, images) if self.model.condition_on_image else (source,)
+        call = self._network.compiled(network, images) if compiled else network
+        options = {
+            "steps": steps or sample.steps,
+            "method": sample.method,
+            "predicts": flow.predicts,
+            "t_min": flow.t_min,
+        }
+
+        def solve(source: Tensor, condition: Tensor | None = None):
+            with autocast(precision, self.device):
+                return integrate(lambda x, t: call(x, t, condition).float(), source, keep_path=keep_path, **options)
+
+        # A copy is always in evaluation mode.
+        with _evaluating(network) if network is self.model else contextlib.nullcontext():
+            if self._records_graphs() and structure and not keep_path:
+                return self._graphs.run(structure, (precision, compiled, *options.values()), solve, *inputs)
+            return solve(*inputs)
 
     def prepare_batch(self, images: Sequence[Image.Image], scale: float = 1.0) -> tuple[Tensor, tuple[int, int]]:
         """Stack images of equal size into a batch. Return the batch and the size ``(h, w)`` of its part without padding."""
         size = model_size(images[0].size[::-1], self.config.data, self.config.sample.resize, scale)
         return torch.stack([prepare(image, size, self.model.size.patch_size) for image in images]), size
+
+    def _pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """Images of equal size as ``(B, 3, H, W)`` float32 in [-1, 1] on the device. They travel there as bytes."""
+        pixels = torch.from_numpy(np.stack([np.asarray(image, np.uint8) for image in images]))
+        return normalised(to_device(pixels, self.device).permute(0, 3, 1, 2).contiguous())
+
+    def _patched(self, images: Sequence[Image.Image]) -> Tensor:
+        """:meth:`_pixels` with the edge repeated up to whole patches."""
+        pixels, patch = self._pixels(images), self.model.size.patch_size
+        height, width = pixels.shape[-2:]
+        return pad_to(pixels, height + -height % patch, width + -width % patch)
 
     def native_field(self, images: Sequence[Image.Image]) -> Tensor:
         """Code fields at native resolution for images of equal size; the nearest codes are the labels.
@@ -130,8 +190,8 @@ class Segmenter:
         native = images[0].size[::-1]
         if self.several_views:
             return torch.stack([self._as_codes(self._averaged(image), native) for image in images])
-        pixels, (height, width) = self.prepare_batch(images)
-        field = self.sample(pixels)[..., :height, :width]
+        height, width = size = model_size(native, self.config.data, sample.resize)
+        field = self.sample(self._patched([resized(image, size) for image in images]))[..., :height, :width]
         if field.shape[-2:] == native:
             return field
         if sample.upsample == "codes":
@@ -172,8 +232,7 @@ class Segmenter:
                 yield labels, self._margin_of_codes(labels) if with_margin else None
             return
         size = images[0].size[::-1]
-        pixels = torch.stack([prepare(image, size, self.model.size.patch_size) for image in images])
-        for field in self.sample(pixels)[..., : size[0], : size[1]]:
+        for field in self.sample(self._patched(images))[..., : size[0], : size[1]]:
             yield self._labels_of_field(field, native, with_margin)
 
     def _labels_of_field(
@@ -260,10 +319,12 @@ class Segmenter:
                 left, right = columns.start, min(columns.stop, image.width)
                 if mirrored:
                     left, right = image.width - right, image.width - left
-                pixels = to_tensor(image.crop((left, rows.start, right, min(rows.stop, image.height))))
-                batch.append(pad_to(pixels.flip(-1) if mirrored else pixels, *window))
+                batch.append(image.crop((left, rows.start, right, min(rows.stop, image.height))))
+            # All windows are equally large: an axis shorter than a window has only one.
+            pixels = self._pixels(batch)
+            pixels = pad_to(pixels.flip(-1) if mirrored else pixels, *window)
             # If the image is smaller than a window, cut the padding off.
-            for (rows, columns), field in zip(some, self.sample(torch.stack(batch))):
+            for (rows, columns), field in zip(some, self.sample(pixels)):
                 yield (rows, columns), field[:, : image.height - rows.start, : image.width - columns.start]
 
     def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
@@ -280,7 +341,8 @@ class Segmenter:
         sample = self.config.sample
         total: Tensor | None = None
         for scale in sample.scales:
-            pixels, (height, width) = self.prepare_batch([image], scale)
+            height, width = size = model_size(image.size[::-1], self.config.data, sample.resize, scale)
+            pixels = self._patched([resized(image, size)])
             for mirrored in (False, True) if sample.flip else (False,):
                 # Mirror before padding, to keep the padding on the same sides.
                 seen = pixels[0, :, :height, :width].flip(-1) if mirrored else pixels[0]
@@ -345,6 +407,17 @@ class Segmenter:
         if reading.exif == "stored" and shape.orientation != 1:
             found = [torch.from_numpy(stored_values(part.numpy(), shape.orientation).copy()) for part in found]
         return tuple(found) if with_margin else found[0]
+
+
+@contextlib.contextmanager
+def _evaluating(network: torch.nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode for a block."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

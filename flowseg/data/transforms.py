@@ -150,9 +150,12 @@ def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def pad_to(image: Tensor, height: int, width: int) -> Tensor:
-    """Pad ``(3, H, W)`` at the right and bottom to ``height`` and ``width`` by repeating its edge.
+    """Pad ``(3, H, W)`` or ``(B, 3, H, W)`` at the right and bottom to ``height`` and ``width`` by repeating the edge.
 
     A repeated edge looks less like an object than a black bar.
     """
     right, below = max(width - image.shape[-1], 0), max(height - image.shape[-2], 0)
-    return F.pad(image[None], (0, right, 0, below), mode="replicate")[0] if right or below else image
+    if not right and not below:
+        return image
+    padded = F.pad(image if image.ndim == 4 else image[None], (0, right, 0, below), mode="replicate")
+    return padded if image.ndim == 4 else padded[0]

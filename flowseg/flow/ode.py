@@ -49,26 +49,27 @@ def integrate(
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be 1 to {MAX_STEPS}, got {steps}")
 
-    def velocity(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        out = network(x, torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32)).to(x.dtype)
-        return ((out - x) / max(1.0 - t, t_min) if predicts == "endpoint" else out), out
+    def predict(x: Tensor, t: float) -> Tensor:
+        return network(x, torch.full((x.shape[0],), t, device=x.device, dtype=torch.float32)).to(x.dtype)
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        out = predict(x, t)
+        return (out - x) / max(1.0 - t, t_min) if predicts == "endpoint" else out
 
     x = source
     path = [(0.0, x)]
     for step in range(steps):
         t, t_next = step / steps, (step + 1) / steps
         dt = t_next - t
-        last = step == steps - 1
-        v, out = velocity(x, t)
+        ends = step == steps - 1 and predicts == "endpoint"
         if method == "midpoint":
-            v_middle, _ = velocity(x + 0.5 * dt * v, t + 0.5 * dt)
-            x = x + dt * v_middle
-        elif method == "heun" and not (last and predicts == "endpoint"):
-            v_end, _ = velocity(x + dt * v, t_next)
-            x = x + 0.5 * dt * (v + v_end)
-        elif last and predicts == "endpoint":
-            x = out
+            x = x + dt * velocity(x + 0.5 * dt * velocity(x, t), t + 0.5 * dt)
+        elif ends:
+            x = predict(x, t)
+        elif method == "heun":
+            v = velocity(x, t)
+            x = x + 0.5 * dt * (v + velocity(x + dt * v, t_next))
         else:
-            x = x + dt * v
+            x = x + dt * velocity(x, t)
         path.append((t_next, x))
     return (x, path) if keep_path else x

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from flowseg.data.datasets import Pairs
+from flowseg.devices import to_device
+from flowseg.inference.counts import PairCounts
+from flowseg.inference.read_ahead import LargeOneByOne, read_ahead, reading_threads
 
 if TYPE_CHECKING:
     # segment imports inference.views; a second import in the other direction would make the packages circular.
@@ -87,9 +91,11 @@ def evaluate(
 ) -> Scores:
     """Segment a split and compare the result with its labels; label 255 is ignored.
 
+    Threads read the next images while the network computes. Counts stay on the device until the last image.
+
     Args:
         segmenter: the network with its sampling settings.
-        pairs: images and labels at native size.
+        pairs: images and labels at native size; several threads call its ``__getitem__`` at the same time.
         limit: use only this many images, evenly spread over the split.
         on_batch: called with the number of images of each finished batch.
         rank, world: number of this process, and of all processes; a process segments every ``world``-th image.
@@ -97,16 +103,19 @@ def evaluate(
             of the mIoU of each process would differ.
     """
     classes = segmenter.codebook.num_classes
-    # Rows and columns from index ``classes`` on count ignored pixels and predictions that are not a class.
-    counts = torch.zeros(256, 256, dtype=torch.int64)
+    counts = PairCounts(classes, segmenter.device)
     count = 0
-    for images, targets, native in _batches(segmenter, pairs, limit, rank, world):
-        for (predicted, _), target in zip(segmenter.native_labels(images, native), targets):
-            counts += _count_pairs(target.to(predicted.device), predicted)
-        count += len(images)
-        if on_batch:
-            on_batch(len(images))
-    confusion, labelled = counts[:classes, :classes].contiguous(), counts[:classes].sum(1)
+    indices = chosen_indices(len(pairs), limit)[rank::world]
+    with contextlib.closing(_batches(segmenter, pairs, indices)) as batches:
+        for batch in batches:
+            for (predicted, _), target in zip(segmenter.native_labels(batch.images, batch.native), batch.targets):
+                counts.add(to_device(target, segmenter.device), predicted)
+            count += len(batch.images)
+            if on_batch:
+                on_batch(len(batch.images))
+            # Free the batch now: the next one is loaded before the loop binds this name again.
+            del batch
+    confusion, labelled = counts.confusion()
     if add_up:
         sums = torch.cat([confusion.flatten(), labelled, torch.tensor([count])])
         sums = add_up(sums.to(segmenter.device)).cpu()
@@ -127,37 +136,43 @@ def chosen_indices(size: int, limit: int | None) -> list[int]:
 BATCH_PIXELS = 2**28
 
 
-def _batches(
-    segmenter: Segmenter, pairs: Pairs, limit: int | None, rank: int, world: int
-) -> Iterator[tuple[list[Image.Image], list[Tensor], tuple[int, int]]]:
-    """Group the pairs of this process into batches of neighbours with equal size.
+class _Batch(NamedTuple):
+    """Images of equal size as :meth:`Segmenter.seen` returns them, their labels ``(H, W)`` uint8, and their native size."""
 
-    Yields images at the size that the network sees (sixteen whole photographs would fill the memory), their labels
-    ``(H, W)`` uint8, and their native size.
-    """
+    images: list[Image.Image]
+    targets: list[Tensor]
+    native: tuple[int, int]
+
+
+def _batches(segmenter: Segmenter, pairs: Pairs, indices: list[int]) -> Iterator[_Batch]:
+    """Group pairs into batches of neighbours with equal size. Threads read, resize and convert them."""
+    most = 1 if segmenter.several_views else segmenter.config.sample.batch_size
+    large = LargeOneByOne(pairs)
+
+    def load(index: int) -> tuple[Image.Image, Tensor]:
+        with large.reading(index):
+            image, target = pairs[index]
+            # Resize in the thread: sixteen whole photographs would fill the memory.
+            return segmenter.seen(image), torch.from_numpy(np.array(target, np.uint8))
+
+    threads = reading_threads(segmenter.config.data)
+    on_cpu = segmenter.device.type == "cpu"
+    loaded = read_ahead(
+        indices, load, lambda pair: pair[1].numel(), threads=threads, most=most + threads, overlap=not on_cpu
+    )
     images: list[Image.Image] = []
     targets: list[Tensor] = []
     native = (0, 0)
-    most = 1 if segmenter.several_views else segmenter.config.sample.batch_size
-    for index in chosen_indices(len(pairs), limit)[rank::world]:
-        image, target = pairs[index]
-        size = image.size[::-1]
-        full = len(images) == most or (len(images) + 1) * size[0] * size[1] > BATCH_PIXELS
-        if images and (full or size != native):
-            yield images, targets, native
-            images, targets = [], []
-        native = size
-        images.append(segmenter.seen(image))
-        targets.append(torch.from_numpy(np.array(target, np.uint8)))
-        # Free the pair now: the next one is decoded before the loop rebinds these names.
-        del image, target
-    if images:
-        yield images, targets, native
-
-
-def _count_pairs(truth: Tensor, predicted: Tensor) -> Tensor:
-    """Count the pairs of values of two label maps ``(H, W)`` uint8: ``(256, 256)`` int64 on the CPU."""
-    counts = torch.zeros(256 * 256, dtype=torch.int64, device=truth.device)
-    for some, found in zip(truth.flatten().split(2**22), predicted.flatten().split(2**22)):
-        counts += torch.bincount(some.int() * 256 + found, minlength=256 * 256)
-    return counts.view(256, 256).cpu()
+    with contextlib.closing(loaded):
+        for image, target in loaded:
+            size = tuple(target.shape)
+            full = len(images) == most or (len(images) + 1) * target.numel() > BATCH_PIXELS
+            if images and (full or size != native):
+                yield _Batch(images, targets, native)
+                images, targets = [], []
+            native = size
+            images.append(image)
+            targets.append(target)
+            del image, target
+        if images:
+            yield _Batch(images, targets, native)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowseg.devices import to_device
+
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
     """Starts of windows that cover ``length``, ``stride`` apart; the last window is moved back to end with the axis."""
@@ -168,15 +170,20 @@ def resize_labels(
     classes, rows, columns = probabilities.shape
     height, width = size
     options = {"mode": "bilinear", "align_corners": False}
-    place = ((torch.arange(height, device=probabilities.device) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1)
-    upper = place.floor().long()
-    lower, share = (upper + 1).clamp_max(rows - 1), (place - upper).to(probabilities.dtype)
+    # These rows are computed on the CPU: reading them from the device would wait for it at each strip.
+    place = ((torch.arange(height) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1)
+    above = place.floor().long()
+    below = (above + 1).clamp_max(rows - 1)
+    share = to_device((place - above).to(probabilities.dtype), probabilities.device)
+    upper, lower = to_device(above, share.device), to_device(below, share.device)
     result = []
-    for some in torch.arange(height, device=place.device).split(max(1, strip // (classes * width))):
-        first, last = int(upper[some[0]]), int(lower[some[-1]]) + 1
+    step = max(1, strip // (classes * width))
+    for start in range(0, height, step):
+        some = slice(start, min(start + step, height))
+        first, last = int(above[some.start]), int(below[some.stop - 1]) + 1
         across = probabilities[:, first:last]
         if columns != width:
             across = F.interpolate(across[None], size=(last - first, width), **options)[0]
         part = torch.lerp(across[:, upper[some] - first], across[:, lower[some] - first], share[some][:, None])
-        result.append(likeliest(part if rows != height else across[:, some - first]).to(dtype))
+        result.append(likeliest(part if rows != height else across[:, start - first : some.stop - first]).to(dtype))
     return torch.cat(result)

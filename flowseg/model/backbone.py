@@ -98,6 +98,14 @@ class FlowSegModel(nn.Module):
         out = self.decoder(x, F.silu(time[:, None] + features))
         return out if align_after is None else (out, aligned)
 
+    def prepare(self, height: int, width: int, device: torch.device) -> None:
+        """Make the tables for images of this size.
+
+        Call this before a compiled network sees a size for the first time: a table that is made in the call changes what the
+        compiler has assumed, and the second call compiles again.
+        """
+        self._rotary(height // self.size.patch_size, width // self.size.patch_size, device)
+
     def _rotary(self, rows: int, columns: int, device: torch.device) -> Tensor:
         key = (rows, columns, device)
         if key not in self._tables:

@@ -8,7 +8,7 @@ import platform
 import torch
 
 # Parameter numbers of mallopt(3), from glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
@@ -17,13 +17,15 @@ def keep_freed_memory() -> bool:
     Every training step frees and allocates the same arrays of many megabytes. By default glibc maps each of them again, and
     the page faults took 40 % of a step of the nano network (float32, batch 16, 120x160, one core: 3.2 s instead of 1.9 s).
 
+    All threads share one arena. Otherwise each thread that reads images keeps the memory of its largest image for itself.
+
     Returns:
         Whether the allocator accepted the settings; ``False`` on systems without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, 2**31 - 1) and mallopt(_ARENA_MAX, 1))
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -45,7 +45,7 @@ from flowseg.data.label_table import tell_labels
 from flowseg.data.loader import Batch
 from flowseg.errors import PeerError, UserError
 from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
-from flowseg.model import load_pixnerd
+from flowseg.model import FlowSegModel, load_pixnerd
 from flowseg.model.flops import count_flops
 from flowseg.runs.memory import is_out_of_memory, keep_freed_memory
 from flowseg.runs.metrics import open_metrics, truncate_metrics
@@ -214,11 +214,13 @@ class Trainer:
         self.bare_model.to(self.device)
         self.scored_model = copy.deepcopy(self.bare_model).requires_grad_(False)
         self.scored_model.projector = None
-        self.segmenter = Segmenter(self.scored_model, self.codebook, config, self.device)
+        self.segmenter = Segmenter(self.scored_model, self.codebook, config, self.device, compiled=config.model.compile)
 
     def _prepare_for_training(self, optim: OptimConfig, train: TrainConfig, *, compiled: bool) -> None:
         """Shard the network (FSDP), create its averages and its optimiser, compile it and prepare it for DDP."""
         self.is_sharded = train.strategy == "fsdp" and self.ranks.world > 1
+        # The compiled model shares its parameters with bare_model, whose parameter names go into checkpoints.
+        model = _compiled(self.bare_model, self.is_sharded) if compiled else self.bare_model
         if self.is_sharded:
             shard(self.bare_model)
         self.ema = Ema(self.bare_model, optim.ema_decay)
@@ -229,8 +231,6 @@ class Trainer:
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        # The compiled model shares its parameters with bare_model, whose parameter names go into checkpoints.
-        model = torch.compile(self.bare_model, fullgraph=not self.is_sharded) if compiled else self.bare_model
         self.model = model if self.is_sharded else self.accelerator.prepare_model(model)
 
     def _load_newest_checkpoint(self) -> TrainState:
@@ -314,6 +314,8 @@ class Trainer:
         Return False, without a step, if a signal or the time limit ends the run here.
         """
         state = self.state
+        # The first step of a stage compiles once if the tables of its size exist.
+        self.bare_model.prepare(stage.data.height, stage.data.width, self.device)
         batches, failure = self._load_batches(stage)
         agreed = self._agree_to_continue(batches, failure)
         if agreed is None:
@@ -570,6 +572,21 @@ class Trainer:
             smaller = f" --set sample.batch_size=1 (now {sample.batch_size})" if sample.batch_size > 1 else ""
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"validation ran out of memory ({reason}); {self._how_to_resume()}{smaller}") from error
+        finally:
+            # CUDA graphs keep the memory of a call, which training needs now.
+            self.segmenter.refresh()
+
+
+def _compiled(model: FlowSegModel, is_sharded: bool) -> torch.nn.Module:
+    """Compile a network for training: as one graph, or one graph per block if its parameters will be sharded.
+
+    FSDP's hooks between the blocks break a graph of the whole network inside a loop, and then nothing of it is compiled.
+    """
+    if not is_sharded:
+        return torch.compile(model, fullgraph=True)
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True)
+    return model
 
 
 def _image_sizes(config: Config) -> set[tuple[int, int]]:

@@ -78,6 +78,33 @@ def test_training_aligns_and_the_result_has_no_projector(encoder_folder, tmp_pat
     assert logged[:30] == pytest.approx(losses) and read.Scalars("validation/miou")[0].step == 30
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_step_with_alignment_is_one_graph_per_stage(encoder_folder, tmp_path, monkeypatch, checkpointing):
+    graphs, real = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    # With fullgraph, which the trainer asks for, a second graph for one size would be an error or another call here.
+    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: real(model, backend=backend, fullgraph=fullgraph))
+    torch._dynamo.reset()
+    stages = [{"at": 2, "height": 32, "width": 32, "batch_size": 2}]
+    settings = {"train": {"steps": 4, "eval_every": 100, "stages": stages}}
+    if checkpointing:
+        del settings["train"]["stages"]
+    repa = {"weight": 0.5, "encoder": str(encoder_folder), "block": 1}
+    compiled = {"compile": True, "activation_checkpointing": checkpointing}
+    # The validation at the end, which compiles another network, has its own test.
+    monkeypatch.setattr("flowseg.inference.network.compiled", lambda network: network)
+    train(tiny_config(**settings, repa=repa, model=compiled), tmp_path / "compiled")
+    assert len(graphs) == (1 if checkpointing else 2)
+    monkeypatch.undo()
+    train(tiny_config(**settings, repa=repa), tmp_path / "eager")
+    losses = ([line["loss"] for line in metrics(tmp_path / name, "train")] for name in ("compiled", "eager"))
+    assert next(losses) == pytest.approx(next(losses), rel=1e-4)
+
+
 def test_wrong_encoders_and_blocks_are_errors(tmp_path, encoder_folder):
     with pytest.raises(UserError, match="cannot be loaded"):
         ImageFeatures.from_pretrained(str(tmp_path / "nothing"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import flowseg.training.objective as objective
 import flowseg.training.trainer as training
+from flowseg.build import build
 from flowseg.checkpoint import find_weights, list_checkpoints, read_facts, read_run_config
 from flowseg.codes import build_codebook
 from flowseg.config import save_config
@@ -447,3 +448,40 @@ def test_a_signal_ends_the_command_with_a_checkpoint(tmp_path, number):
     assert step >= 1
     result = train(tiny_config(train={"steps": step + 1}), run, resume=True)
     assert result.state.step == step + 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_network_to_shard_is_compiled_block_by_block(monkeypatch, checkpointing):
+    graphs, real = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, fullgraph: real(function, backend=backend, fullgraph=fullgraph)
+    )
+    torch._dynamo.reset()
+    config = tiny_config(model={"activation_checkpointing": checkpointing})
+    model, eager = (build(config, 5)[0] for _ in range(2))
+    calls = []
+
+    @torch._dynamo.disable
+    def hook(*_):
+        calls.append(1)
+
+    for block in model.blocks:
+        # FSDP's hooks are hidden from the compiler in the same way.
+        block.register_forward_pre_hook(hook)
+    assert training._compiled(model, True) is model and list(model.state_dict()) == list(eager.state_dict())
+    inputs = torch.rand(2, 3, 16, 16), torch.rand(2), torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        for one in (model, eager):
+            one.decoder.final_layer.linear.weight.fill_(0.1)
+    found, wanted = (one(*inputs) for one in (model, eager))
+    torch.testing.assert_close(found, wanted)
+    found.square().mean().backward(), wanted.square().mean().backward()
+    for one, other in zip(model.parameters(), eager.parameters()):
+        torch.testing.assert_close(one.grad, other.grad)
+    # Both blocks share one graph. Checkpointing runs them again in the backward pass, hooks included.
+    assert len(graphs) == 1 and len(calls) == (4 if checkpointing else 2)

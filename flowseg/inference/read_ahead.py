@@ -1,0 +1,108 @@
+"""Read images and label maps in background threads while the network computes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from flowseg.config import DataConfig
+from flowseg.data.datasets import Pairs
+from flowseg.runs.machine import usable_cores
+
+Loaded = TypeVar("Loaded")
+
+# Largest number of pixels that are read ahead. An image that is being decoded takes about 6 bytes per pixel.
+READ_AHEAD_PIXELS = 2**26
+# The threads decode images of more pixels one at a time.
+LARGE_PIXELS = 2**24
+# Decoding is limited by the memory bandwidth before so many threads.
+_MOST_THREADS = 16
+
+
+def reading_threads(config: DataConfig) -> int:
+    """Number of threads that read ahead: ``data.workers`` if it is set, else one per core of this process."""
+    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(_MOST_THREADS, config.workers or max(1, usable_cores() // processes))
+
+
+def read_ahead(
+    items: Sequence,
+    load: Callable[[object], Loaded],
+    pixels: Callable[[Loaded], int],
+    *,
+    threads: int,
+    most: int,
+    overlap: bool = True,
+    budget: int | None = None,
+) -> Iterator[Loaded]:
+    """Yield ``load(item)`` for all items in order; threads load the next ones meanwhile.
+
+    Close the iterator, for example by ``contextlib.closing``: that cancels what has not started and waits for the threads.
+
+    Args:
+        items: arguments of ``load``.
+        load: called in a thread. Its exceptions are raised when the turn of the item comes.
+        pixels: size of a result. The size of an item that is not loaded yet is taken to be that of the newest result.
+        threads: number of threads.
+        most: largest number of items that are loaded ahead.
+        overlap: load while the caller computes. ``False``: load ``most`` items at a time, while the caller waits for them.
+            That is faster if the caller computes on the same cores: its OpenMP threads wait for each other in every operation.
+        budget: largest number of pixels that are loaded ahead; ``None``: ``READ_AHEAD_PIXELS``. Nothing is loaded ahead if one
+            image is larger.
+    """
+    budget = READ_AHEAD_PIXELS if budget is None else budget
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="flowseg-read")
+    waiting: deque[Future] = deque()
+    todo = iter(items)
+    # Before the first result a single item is loaded, because its size is not known.
+    usual = budget
+
+    def submit_next() -> bool:
+        for item in todo:
+            waiting.append(pool.submit(load, item))
+            return True
+        return False
+
+    def taken() -> Loaded:
+        nonlocal usual
+        result = waiting.popleft().result()
+        usual = pixels(result)
+        return result
+
+    def held() -> int:
+        return sum(pixels(one.result()) if one.done() and not one.exception() else usual for one in waiting)
+
+    def fill() -> None:
+        while len(waiting) < most and held() + usual <= budget and submit_next():
+            pass
+
+    try:
+        while waiting or submit_next():
+            if not overlap and len(waiting) == 1:
+                fill()
+            # Keep no reference to a result: the next one is loaded before these names are bound again.
+            ready = [taken()]
+            if overlap:
+                fill()
+            yield ready.pop()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class LargeOneByOne:
+    """Contexts in which threads read pairs: large images wait for each other, so memory holds one of them at a time."""
+
+    def __init__(self, pairs: Pairs):
+        # Generated scenes have no files, and all have the size of training.
+        self._pixels = getattr(pairs, "pixels", None)
+        self._lock = threading.Lock()
+
+    def reading(self, index: int) -> contextlib.AbstractContextManager:
+        """The context in which to read a pair and reduce its image."""
+        large = self._pixels is not None and self._pixels(index) > LARGE_PIXELS
+        return self._lock if large else contextlib.nullcontext()

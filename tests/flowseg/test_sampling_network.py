@@ -1,0 +1,254 @@
+"""Sampling with weights that are cast once: the same bits, fewer casts, and never an old weight."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flowseg.build import build
+from flowseg.flow import integrate
+from flowseg.inference import network as sampling
+from flowseg.segment import Segmenter, autocast
+from flowseg_kernels import Codebook
+
+from .tiny import tiny_config
+
+
+def make_segmenter(**sections):
+    sections.setdefault("train", {"mixed_precision": "bf16"})
+    config = tiny_config(**{"sample": {"steps": 3}, **sections})
+    model, codebook = build(config, 5)
+    with torch.no_grad():
+        for index, value in enumerate(model.parameters()):
+            value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(index)))
+    return Segmenter(model.eval().requires_grad_(False), codebook, config)
+
+
+def images(batch=2, height=16, width=24):
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@torch.no_grad()
+def plain_sample(segmenter, pixels):
+    """The solver over the network itself, under autocast."""
+    config = segmenter.config
+    with autocast(config.train.mixed_precision, segmenter.device):
+        return integrate(
+            lambda x, t: segmenter.model(x, t, pixels).float(),
+            pixels,
+            steps=config.sample.steps,
+            method=config.sample.method,
+            predicts=config.flow.predicts,
+            t_min=config.flow.t_min,
+        )
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"stem_width": 8}, {"field_chunk": 2}, {"field_depth": 2, "activation_checkpointing": True}],
+    ids=["linear", "stem", "chunks", "depth"],
+)
+def test_the_copy_samples_the_same_bits(model):
+    segmenter = make_segmenter(model=model)
+    pixels = images()
+    assert torch.equal(segmenter.sample(pixels), plain_sample(segmenter, pixels))
+    assert segmenter._network._copy is not None
+    assert all(value.dtype == torch.float32 for value in segmenter.model.parameters())
+
+
+@pytest.mark.parametrize("sample", [{"window": "slide", "resize": "native"}, {"flip": True, "scales": [1.0, 2.0]}])
+def test_labels_of_views_are_the_same_with_and_without_the_copy(sample, monkeypatch):
+    from PIL import Image
+
+    segmenter = make_segmenter(sample=sample)
+    pixels = (images(1, 40, 56)[0].movedim(0, -1) * 127 + 128).byte().numpy()
+    with_copy = segmenter.labels(Image.fromarray(pixels))
+    monkeypatch.setattr(sampling, "_modules_and_tensors", lambda model: None)
+    assert torch.equal(segmenter.labels(Image.fromarray(pixels)), with_copy) and len(with_copy.unique()) > 1
+    assert segmenter._network._copy is None
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of float32 tensors that are parameters of a network."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.sizes, self.count = {tuple(value.shape) for value in model.parameters() if value.ndim > 1}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float32:
+            self.count += tuple(args[0].shape) in self.sizes
+        return func(*args, **(kwargs or {}))
+
+
+def test_weights_are_cast_once_and_not_at_each_evaluation():
+    segmenter = make_segmenter()
+    segmenter.sample(images())
+    with Casts(segmenter.model) as after:
+        segmenter.sample(images())
+    with Casts(segmenter.model) as before:
+        plain_sample(segmenter, images())
+    layers = sum(isinstance(module, nn.Linear) for module in segmenter.model.modules())
+    assert after.count == 0 and before.count >= 3 * layers
+
+
+def _loaded(segmenter):
+    segmenter.model.load_state_dict({k: v * 1.1 for k, v in segmenter.model.state_dict().items()})
+
+
+def _assigned(segmenter):
+    segmenter.model.load_state_dict({k: v * 1.1 for k, v in segmenter.model.state_dict().items()}, assign=True)
+
+
+def _written(segmenter):
+    with torch.no_grad():
+        torch._foreach_mul_(list(segmenter.model.parameters()), 1.1)
+
+
+def _data_replaced(segmenter):
+    for value in segmenter.model.parameters():
+        value.data = value.data * 1.1
+
+
+def _module_replaced(segmenter):
+    block = copy.deepcopy(segmenter.model.blocks[0])
+    with torch.no_grad():
+        block.modulation.bias.add_(0.2)
+    segmenter.model.blocks[0] = block
+
+
+def _norm_written(segmenter):
+    with torch.no_grad():
+        segmenter.model.blocks[0].attention_norm.weight.mul_(1.5)
+
+
+def _model_replaced(segmenter):
+    segmenter.model = copy.deepcopy(segmenter.model)
+    _written(segmenter)
+
+
+def _buffer_written(segmenter):
+    segmenter.model.time_embed.frequencies.mul_(1.5)
+
+
+def _written_unseen(segmenter):
+    for value in segmenter.model.parameters():
+        value.data.mul_(1.1)
+    segmenter.refresh()
+
+
+CHANGES = [
+    _loaded, _assigned, _written, _data_replaced, _module_replaced, _norm_written, _model_replaced, _buffer_written,
+    _written_unseen,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_copy_follows_every_change_of_the_network(change):
+    segmenter = make_segmenter()
+    pixels = images()
+    before = segmenter.sample(pixels)
+    change(segmenter)
+    after = segmenter.sample(pixels)
+    assert torch.equal(after, plain_sample(segmenter, pixels)) and not torch.equal(after, before)
+
+
+def test_a_change_in_place_keeps_the_memory_of_the_copy():
+    segmenter = make_segmenter()
+    segmenter.sample(images())
+    places = [value.data_ptr() for value in segmenter._network._copy.parameters()]
+    number = segmenter._network.structure
+    _written(segmenter)
+    segmenter.sample(images())
+    assert [value.data_ptr() for value in segmenter._network._copy.parameters()] == places
+    assert segmenter._network.structure == number
+    _assigned(segmenter)
+    segmenter.sample(images())
+    assert segmenter._network.structure != number
+
+
+def test_a_network_with_hooks_or_foreign_modules_runs_itself():
+    segmenter = make_segmenter()
+    calls = []
+    handle = segmenter.model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    segmenter.sample(images())
+    assert len(calls) == 3 and segmenter._network._copy is None and segmenter._network.structure == 0
+    handle.remove()
+    segmenter.sample(images())
+    assert len(calls) == 3 and segmenter._network._copy is not None
+
+    class Adapter(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.seen = layer, set()
+
+        def forward(self, x):
+            self.seen.add(self.layer.weight.dtype)
+            return self.layer(x)
+
+    segmenter.model.blocks[0].attention.out = adapter = Adapter(segmenter.model.blocks[0].attention.out)
+    segmenter.sample(images())
+    assert adapter.seen == {torch.float32}
+
+
+def test_float32_makes_no_copy_and_memory_is_two_bytes_per_cast_number():
+    segmenter = make_segmenter(train={"mixed_precision": "no"})
+    segmenter.sample(images())
+    assert segmenter._network._copy is None
+    segmenter = make_segmenter()
+    segmenter.sample(images())
+    shared = {value.data_ptr() for value in segmenter.model.parameters()}
+    own = [value for value in segmenter._network._copy.parameters() if value.data_ptr() not in shared]
+    layers = [module for module in segmenter.model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    numbers = sum(value.numel() for layer in layers for value in layer.parameters())
+    assert sum(value.numel() * value.element_size() for value in own) == 2 * numbers
+
+
+def test_a_segmenter_can_be_copied_and_pickled_after_sampling():
+    segmenter = make_segmenter()
+    expected = segmenter.sample(images())
+    for again in (copy.deepcopy(segmenter), pickle.loads(pickle.dumps(segmenter))):
+        assert again._network._copy is None and torch.equal(again.sample(images()), expected)
+    assert isinstance(segmenter.codebook, Codebook)
+
+
+def test_sampling_compiles_the_training_size_only(monkeypatch):
+    compilations, calls = [], []
+
+    def pretended(network):
+        compilations.append(network)
+        return lambda *inputs: calls.append(inputs[0].shape) or network(*inputs)
+
+    monkeypatch.setattr(sampling, "compiled", pretended)
+    segmenter = make_segmenter()
+    segmenter.compiled = True
+    for size in ((16, 16), (16, 24), (16, 16)):
+        pixels = images(2, *size)
+        assert torch.equal(segmenter.sample(pixels), plain_sample(segmenter, pixels))
+    assert compilations == [segmenter._network._copy] and [tuple(shape[2:]) for shape in calls] == [(16, 16)] * 6
+    _written(segmenter)
+    segmenter.sample(images(2, 16, 16))
+    assert len(compilations) == 1
+    segmenter.compiled = False
+    segmenter.sample(images(2, 16, 16))
+    assert len(calls) == 9
+
+
+def test_the_compiled_network_has_one_graph_and_compiles_twice_for_all_batches(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(sampling, "compiled", lambda network: torch.compile(network, backend=backend, fullgraph=True))
+    torch._dynamo.reset()
+    segmenter = make_segmenter()
+    segmenter.compiled = True
+    for batch in (4, 3, 2, 5, 4):
+        pixels = images(batch, 16, 16)
+        torch.testing.assert_close(segmenter.sample(pixels), plain_sample(segmenter, pixels))
+    assert 1 <= len(graphs) <= 2
