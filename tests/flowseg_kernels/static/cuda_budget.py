@@ -23,7 +23,8 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 THREADS, GRID_THREADS = 128, 512
 #: The kernels whose machine code is read, by short name.
 READ = (
-    *("correct float 3", "correct float 8", "loss float 3", "loss float 8", "decode_by_grid", "decode_by_search float 3"),
+    *("correct float 3", "correct float 8", "loss float 3", "loss float 8"),
+    *("decode_by_grid", "decode_by_search float 3"),
     *("interpolate float", "interpolate_backward float", "scale float"),
 )
 #: Limits of a multiprocessor of sm_90, and the lane-instructions per second that we assume for an H200.
@@ -121,7 +122,7 @@ def instructions() -> dict[str, dict[str, float]]:
 def table(budget: dict) -> str:
     """The Markdown table of the notes."""
     lines = [
-        "| kernel, fp32 inside, `C = 3` if not named | | instructions | registers | threads of an SM in use | H200, K = 150, at most |",
+        "| kernel, fp32, `C = 3` if not named | | instructions | registers | threads of an SM in use | H200, K = 150, at most |",
         "|---|---|---|---|---|---|",
     ]
     titles = {"correct": "distance_correction, per pixel and class", "correct 8": "the same, `C = 8`",
