@@ -1,7 +1,7 @@
 // Times variants of flow_interpolate against the library's kernel, and compares every result with it bit by bit.
 //
-// 512 x 512 pixels, 16 images, K = 150, 8-bit labels. The library's kernel loads, computes and stores one channel after the other, for
-// any number of channels. The variants have the channels and the dtype at compile time, one block per tile, and issue all loads
+// 512 x 512 pixels, 16 images, K = 150, 8-bit labels. The library's kernel loads, computes and stores one channel after the other,
+// for any number of channels. The variants have the channels and the dtype at compile time, one block per tile, and issue all loads
 // before the first store.
 #include "common.h"
 #include "cuda/flow_interpolate.cuh"
@@ -33,7 +33,8 @@ constexpr int64_t kBatch = 16, kSide = 512, kPixels = kSide * kSide, kClasses = 
 
 // Median and best time of 20 graphs of 50 calls each.
 template <class Kernel>
-void time_kernel(const std::string& name, Kernel kernel, InterpolateParams a, int pixels_per_thread, const void* want, int64_t bytes) {
+void time_kernel(const std::string& name, Kernel kernel, InterpolateParams a, int pixels_per_thread, const void* want,
+                 int64_t bytes) {
   const int64_t blocks = blocks_per_image(kPixels, pixels_per_thread);
   a.blocks_per_image = static_cast<unsigned>(blocks);
   CK(cudaMemset(a.out.data, 0xff, bytes));

@@ -18,7 +18,8 @@ struct Planner {
 
   Device device() const { return properties; }
 
-  void with_threads(int64_t threads, void (*kernel)(ConfusionParams), int64_t blocks, int64_t shared, const ConfusionParams&) const {
+  void with_threads(int64_t threads, void (*kernel)(ConfusionParams), int64_t blocks, int64_t shared,
+                    const ConfusionParams&) const {
     const bool counts = kernel == confusion_by_grid<true, true, float> || kernel == confusion_by_search<float, 3, true>;
     *plan = {blocks, threads, shared, counts};
   }

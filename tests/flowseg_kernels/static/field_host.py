@@ -70,7 +70,7 @@ def calls(run, tensors: list[torch.Tensor]) -> Calls:
 
 
 def microseconds(run, *args, seconds: float = 1.0) -> float:
-    """Median CPU time of the runs that fit in `seconds`. Unlike the time that passes, it leaves out what else runs on the machine."""
+    """Median CPU time of the runs that fit in `seconds`. It leaves out what else runs on the machine."""
     run(*args)
     run(*args)
     times, end = [], time.perf_counter() + seconds
