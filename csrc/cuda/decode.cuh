@@ -101,27 +101,6 @@ __device__ __forceinline__ int search_list(const Grid& grid, int first, float x,
   return static_cast<int>(found.label);
 }
 
-// Searches all centroids, for points outside the grid. The codes start at a multiple of 16 bytes.
-__device__ __forceinline__ int search_all(const InputCodes& codes, float x, float y, float z) {
-  if (x != x || y != y || z != z) return -1;
-  Nearest found;
-  const float* __restrict__ mu = static_cast<const float*>(codes.data);
-  int k = 0;
-#pragma unroll 2
-  for (; k + 4 <= codes.classes; k += 4, mu += 12) {
-    const auto* four = reinterpret_cast<const Packed<float, 4>*>(mu);
-    const Packed<float, 4> a = four[0], b = four[1], c = four[2];
-    const float label = static_cast<float>(k);
-    found.offer(x - a.at[0], y - a.at[1], z - a.at[2], label);
-    found.offer(x - a.at[3], y - b.at[0], z - b.at[1], label + 1);
-    found.offer(x - b.at[2], y - b.at[3], z - c.at[0], label + 2);
-    found.offer(x - c.at[1], y - c.at[2], z - c.at[3], label + 3);
-  }
-#pragma unroll 1
-  for (; k < codes.classes; ++k, mu += 3) found.offer(x - mu[0], y - mu[1], z - mu[2], static_cast<float>(k));
-  return static_cast<int>(found.label);
-}
-
 // Loads a vector of pixels that is read only once, and evicts it from the L1 cache first: the cells need the cache. In fp32 this is
 // 4 to 10 % faster on an H100, in 16 bits it is not.
 template <class S, int P>
@@ -187,6 +166,26 @@ __device__ __forceinline__ void stage_rows(const InputCodes& codes, GridCode* ro
   __syncthreads();
 }
 
+// Searches all centroids for one point outside the grid, which every lane of the warp has. Each lane searches every 32nd centroid.
+template <bool kWords>
+__device__ __forceinline__ int search_all(const InputCodes& codes, const GridCode* rows, float x, float y, float z) {
+  if (x != x || y != y || z != z) return -1;
+  Nearest found;
+  const float* __restrict__ mu = static_cast<const float*>(codes.data);
+#pragma unroll 1
+  for (int k = threadIdx.x % 32; k < codes.classes; k += 32) {
+    if constexpr (kWords) {
+      const GridCode row = rows[k];
+      found.offer(x - row[0], y - row[1], z - row[2], static_cast<float>(k));
+    } else {
+      found.offer(x - mu[3 * k], y - mu[3 * k + 1], z - mu[3 * k + 2], static_cast<float>(k));
+    }
+  }
+  const unsigned distance = same_bits<unsigned>(found.distance);  // bits of non-negative floats compare like integers
+  const bool nearest = distance == __reduce_min_sync(kAllLanes, distance);
+  return static_cast<int>(__reduce_min_sync(kAllLanes, nearest ? static_cast<unsigned>(found.label) : UINT32_MAX));
+}
+
 // The nearest of the up to three classes in a cell's word. They are sorted; first and last are equal if there is only one.
 __device__ __forceinline__ int search_word(const GridCode* rows, int word, float x, float y, float z) {
   constexpr int kMask = kWordClasses - 1;
@@ -213,7 +212,8 @@ __device__ __forceinline__ int cell_at(const Grid& grid, float x, float y, float
 }
 
 // Looks up a run of pixels. All table loads are issued before the first is waited for. A pixel that no word answers is pending.
-// Each thread searches its pending pixels one by one. A warp makes as many passes as its thread with the most pending pixels.
+// Each thread searches the lists of its pending pixels one by one. A warp makes as many passes as its thread with the most. The
+// lanes of a warp share the search for a point outside the grid, which takes longer than all else. Every thread calls it.
 template <bool kWords, class S>
 __device__ __forceinline__ void look_up(const Grid& grid, const InputCodes& codes, const GridCode* rows, const RawPixels<S>& x,
                                         int (&label)[kLookupPixels]) {
@@ -224,30 +224,49 @@ __device__ __forceinline__ void look_up(const Grid& grid, const InputCodes& code
     const int cell = cell_at(grid, x(0, p), x(1, p), x(2, p));
     label[p] = cell < 0 ? kOutside : table[cell];
   }
-  int pending = 0;  // bit p: pixel p
+  int pending = 0, outside = 0;  // bit p: pixel p
 #pragma unroll
   for (int p = 0; p < kLookupPixels; ++p) {
     if (label[p] < 0) {
-      pending |= 1 << p;
+      (label[p] == kOutside ? outside : pending) |= 1 << p;
     } else if constexpr (kWords) {
       label[p] = search_word(rows, label[p], x(0, p), x(1, p), x(2, p));
     }
   }
-#pragma unroll 1
-  for (; pending; pending &= pending - 1) {
-    const int at = __ffs(pending) - 1;
-    float point[3] = {x(0, 0), x(1, 0), x(2, 0)};
-    int entry = label[0];
+  float point[3];
+  int entry;
+  const auto take = [&](int at) {
+#pragma unroll
+    for (int c = 0; c < 3; ++c) point[c] = x(c, 0);
+    entry = label[0];
 #pragma unroll
     for (int p = 1; p < kLookupPixels; ++p) {
 #pragma unroll
       for (int c = 0; c < 3; ++c) point[c] = p == at ? x(c, p) : point[c];
       entry = p == at ? label[p] : entry;
     }
-    const int found = entry == kOutside ? search_all(codes, point[0], point[1], point[2])
-                                        : search_list(grid, -1 - entry, point[0], point[1], point[2]);
+  };
+  const auto answer = [&](int at, int found) {
 #pragma unroll
     for (int p = 0; p < kLookupPixels; ++p) label[p] = p == at ? found : label[p];
+  };
+#pragma unroll 1
+  for (; pending; pending &= pending - 1) {
+    const int at = __ffs(pending) - 1;
+    take(at);
+    answer(at, search_list(grid, -1 - entry, point[0], point[1], point[2]));
+  }
+#pragma unroll 1
+  while (const unsigned lanes = __ballot_sync(kAllLanes, outside)) {
+    const int lane = __ffs(static_cast<int>(lanes)) - 1, at = __ffs(outside) - 1;
+    take(at);
+#pragma unroll
+    for (int c = 0; c < 3; ++c) point[c] = __shfl_sync(kAllLanes, point[c], lane);
+    const int found = search_all<kWords>(codes, rows, point[0], point[1], point[2]);
+    if (threadIdx.x % 32 == static_cast<unsigned>(lane)) {
+      answer(at, found);
+      outside &= outside - 1;
+    }
   }
 }
 

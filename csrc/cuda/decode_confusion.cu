@@ -16,7 +16,7 @@ Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional
   const ConfusionParams params{.x = input_image(image),
                                .target = input_labels(target, image, ignore_index, "target"),
                                .codes = codes,
-                               .grid = aligned_grid(centroids, cells, records, records_left, grid_low, grid_scale),
+                               .grid = grid_of(centroids, cells, records, records_left, grid_low, grid_scale),
                                .counts = static_cast<unsigned long long*>(counts.data_ptr())};
   launch_confusion(params, Launch(x));
   return counts;

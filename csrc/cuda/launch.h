@@ -2,6 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
@@ -38,12 +41,22 @@ inline InputTimes input_times(const Tensor& t, const Image& image) {
   return {.data = t.data_ptr(), .type = real_of(t, "t"), .stride = t.stride(0)};
 }
 
-// The decode grid, or none where the centroids do not start at 16 bytes: the kernels then search all centroids.
-inline Grid aligned_grid(const Tensor& centroids, const std::optional<Tensor>& cells, const std::optional<Tensor>& records,
-                         const std::optional<Tensor>& records_left, double low, double scale) {
-  const Grid grid = grid_of(centroids, cells, records, records_left, low, scale);
-  return starts_at_16_bytes(centroids.data_ptr(), 0, 0) ? grid : Grid{};
-}
+// Answers of the CUDA runtime that never change, by what they are about. Each question is asked once per process: the host's time
+// bounds a small call.
+template <class About, class Answer>
+class Known {
+ public:
+  template <class Ask>
+  Answer operator()(const About& about, Ask ask) {
+    const std::lock_guard lock(mutex_);
+    const auto found = answers_.find(about);
+    return found != answers_.end() ? found->second : answers_.emplace(about, ask()).first->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<About, Answer> answers_;
+};
 
 // Launches kernels on the device of a tensor, on that device's current stream, without waiting for the device.
 class Launch {
@@ -75,26 +88,31 @@ class Launch {
   }
 
   Device device() const {
-    const auto attribute = [this](cudaDeviceAttr name) {
-      int value = 0;
-      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, index_));
-      return value;
-    };
-    return {.multiprocessors = attribute(cudaDevAttrMultiProcessorCount),
-            .threads = attribute(cudaDevAttrMaxRegistersPerMultiprocessor) / 64,
-            .shared_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-            .shared_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+    static Known<int, Device> devices;
+    return devices(index_, [this] {
+      const auto attribute = [this](cudaDeviceAttr name) {
+        int value = 0;
+        STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, index_));
+        return value;
+      };
+      return Device{.multiprocessors = attribute(cudaDevAttrMultiProcessorCount),
+                    .threads = attribute(cudaDevAttrMaxRegistersPerMultiprocessor) / 64,
+                    .shared_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                    .shared_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+    });
   }
 
   // Blocks for a kernel whose blocks loop over `tiles` tiles: as many as the device runs at once.
   template <class... Parameters>
   int64_t resident_blocks(void (*kernel)(Parameters...), int64_t tiles) const {
     FLOWSEG_CHECK(tiles <= INT32_MAX, "image: wanted at most 2^31 blocks of pixels");
-    int device = 0, multiprocessors = 0, blocks = 0;
-    STD_CUDA_CHECK(cudaGetDevice(&device));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
-    return std::min(tiles, int64_t{multiprocessors} * std::max(1, blocks));
+    static Known<std::pair<int, const void*>, int> kernels;
+    const int blocks = kernels({index_, reinterpret_cast<const void*>(kernel)}, [&] {
+      int found = 0;
+      STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, kThreads, 0));
+      return std::max(1, found);
+    });
+    return std::min(tiles, device().multiprocessors * blocks);
   }
 
  private:

@@ -16,7 +16,7 @@ void nearest_centroid(Tensor x, Tensor centroids, std::optional<Tensor> cells, s
   const DecodeParams params{
       .x = input_image(image),
       .codes = input_codes(centroids, image),
-      .grid = aligned_grid(centroids, cells, records, records_left, grid_low, grid_scale),
+      .grid = grid_of(centroids, cells, records, records_left, grid_low, grid_scale),
       .ignore = ignore_index,
       .labels = labels.data_ptr(),
       .label_type = label_type,

@@ -71,13 +71,18 @@ def call(name: str, *args):
     """torch.ops.flowseg.NAME(*args), inside torch.func.grad, vjp, jacrev and vmap too."""
     if under_transform(*args):
         return _IN_TRANSFORMS[name].apply(*args)
-    if name in _IN_EAGER and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+    op = getattr(torch.ops.flowseg, name).default
+    if name not in _IN_EAGER or torch.compiler.is_compiling():
+        return op(*args)
+    if torch.is_grad_enabled():
         for value in args:
             if isinstance(value, Tensor) and value.requires_grad:
-                if not _may_be_cast(name, args[0]):
-                    return _IN_EAGER[name].apply(*args)
-                break
-    return getattr(torch.ops.flowseg, name).default(*args)
+                if in_transform():  # of other tensors
+                    return _IN_TRANSFORMS[name].apply(*args)
+                return op(*args) if _may_be_cast(name, args[0]) else _IN_EAGER[name].apply(*args)
+    # Skip the op's own autograd rule: it would only find that nothing needs a gradient.
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def _may_be_cast(name: str, x: Tensor) -> bool:

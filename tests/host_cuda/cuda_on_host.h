@@ -138,6 +138,7 @@ inline unsigned __reduce_max_sync(unsigned, unsigned own) {
     return most;
   });
 }
+inline unsigned __reduce_min_sync(unsigned all, unsigned own) { return ~__reduce_max_sync(all, ~own); }
 // a + b rounded down. Correct if the sum in double is exact or lies on the same side of the float as the exact sum.
 inline float __fadd_rd(float a, float b) {
   const float sum = a + b;

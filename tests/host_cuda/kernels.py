@@ -127,8 +127,6 @@ def flow_loss_bwd_(grad_loss, residual, count, reduction):
 
 
 def nearest_centroid(x, centroids, cells, records, records_left, low, scale, labels, distance, margin, ignore_index):
-    # aligned_grid of csrc/cuda/launch.h drops the grid for other centroids.
-    assert centroids.data_ptr() % 16 == 0
     call(
         "nearest_centroid", x, centroids, cells, records, records_left, low, scale, labels, distance, margin, ignore_index
     )  # fmt: skip

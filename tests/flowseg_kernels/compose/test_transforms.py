@@ -59,6 +59,14 @@ def test_vmap_of_every_per_pixel_op_is_a_loop(backend, codes19):
         assert torch.equal(a, torch.stack(want))
 
 
+def test_vmap_over_other_tensors_than_the_op_takes(backend, codes19):
+    x, source, labels, t = (v[0] for v in predictions(codes19))
+    x.requires_grad_()
+    losses = vmap(lambda weight: weight * fk.flow_loss(x, source, labels, t, codes19))(torch.tensor([1.0, 2.0]))
+    want = torch.autograd.grad(3 * fk.flow_loss(x, source, labels, t, codes19), x)
+    torch.testing.assert_close(torch.autograd.grad(losses.sum(), x), want)
+
+
 def test_gradients_of_each_example(backend, codes19, patch_chunk):
     """vmap of grad over a network's parameters, as for gradient statistics or differential privacy, and grad of vmap."""
     step = EveryOp(codes19, patch_chunk=patch_chunk)

@@ -23,7 +23,8 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 THREADS, GRID_THREADS = 128, 512
 #: The kernels whose machine code is read, by short name.
 READ = (
-    *("correct float 3", "loss float 3", "decode_by_grid", "decode_by_search float 3"),
+    *("correct float 3", "correct float 8", "loss float 3", "loss float 8"),
+    *("decode_by_grid", "decode_by_search float 3"),
     *("interpolate float", "interpolate_backward float", "scale float"),
 )
 #: Limits of a multiprocessor of sm_90, and the lane-instructions per second that we assume for an H200.
@@ -87,24 +88,29 @@ def _loops(kernel: str) -> list[sass.Loop]:
 
 
 def instructions() -> dict[str, dict[str, float]]:
-    """Instructions per pair (pixel, class) or per candidate in the inner loops, for three channels in fp32 on sm_90.
+    """Instructions per pair (pixel, class) or per candidate in the inner loops, in fp32 on sm_90, for three channels if not named.
 
-    Loops are found by what a pair takes. In the correction it takes one reciprocal and no logarithm, in one of two loops: for runs
-    of classes without or with a pixel's own class. In decoding a candidate takes one multiplication; the other squares are
-    multiply-adds.
+    Loops are found by what a pair takes. In the correction it takes one reciprocal and no logarithm, in loops over runs of classes
+    without or with a pixel's own class. In decoding a candidate takes one multiplication; the other squares are multiply-adds.
     """
     found: dict[str, dict[str, float]] = {}
     for kernel in ("correct", "loss"):
-        loops = [loop for loop in _loops(f"{kernel} float 3") if loop.opcodes()["MUFU"] == 16]
-        loops = [loop for loop in loops if all("MUFU.RCP" in i.text for i in loop.body if i.opcode == "MUFU")]
-        costs = sorted({len(loop) / 16 for loop in loops})
-        assert len(costs) == 2, costs
-        found[kernel] = dict(zip(("rivals", "rivals and own class"), costs))
-    # Eight candidates of a list are read with eight loads, eight bare codes with six.
-    loops = [loop for loop in _loops("decode_by_grid") if loop.opcodes()["FMUL"] == 8]
+        for channels, name in ((3, kernel), (8, f"{kernel} 8")):
+            loops = [loop for loop in _loops(f"{kernel} float {channels}") if loop.opcodes()["MUFU"] >= 4]
+            loops = [loop for loop in loops if all("MUFU.RCP" in i.text for i in loop.body if i.opcode == "MUFU")]
+            costs = {len(loop) / loop.opcodes()["MUFU"] for loop in loops}
+            # All classes, a run without an own class, and a run that may contain one.
+            assert 2 <= len(costs) <= 3, costs
+            found[name] = {"rivals": min(costs), "rivals and own class": max(costs)}
+    # A list is read eight candidates at a time. For a point outside the grid each lane takes one centroid per iteration, from
+    # shared memory or, with more than 1024 classes, from global memory.
+    loops = _loops("decode_by_grid")
+    listed = [loop for loop in loops if loop.opcodes()["FMUL"] == 8]
+    shared = [loop for loop in loops if loop.opcodes()["FMUL"] == 1]
+    assert len(listed) == len(shared) == 6, (len(listed), len(shared))  # three dtypes, with and without words
     found["decode_by_grid"] = {
-        name: max(len(loop) / 8 for loop in loops if loop.opcodes()["LDG"] == loads)
-        for name, loads in (("listed candidate", 8), ("centroid outside the grid", 6))
+        "listed candidate": max(len(loop) / 8 for loop in listed),
+        "32 centroids, for a point outside the grid": max(map(len, shared)),
     }
     loops = [loop for loop in _loops("decode_by_search float 3") if loop.opcodes()["FMUL"] == 16]
     costs = sorted({len(loop) / 16 for loop in loops})
@@ -116,21 +122,23 @@ def instructions() -> dict[str, dict[str, float]]:
 def table(budget: dict) -> str:
     """The Markdown table of the notes."""
     lines = [
-        "| kernel, `C = 3`, fp32 inside | | instructions | registers | threads of an SM in use | H200, K = 150, at most |",
+        "| kernel, fp32, `C = 3` if not named | | instructions | registers | threads of an SM in use | H200, K = 150, at most |",
         "|---|---|---|---|---|---|",
     ]
-    titles = {"correct": "distance_correction, per pixel and class", "loss": "flow_loss, per pixel and class",
+    titles = {"correct": "distance_correction, per pixel and class", "correct 8": "the same, `C = 8`",
+              "loss": "flow_loss, per pixel and class", "loss 8": "the same, `C = 8`",
               "decode_by_grid": "decoding by grid", "decode_by_search": "decoding by search"}  # fmt: skip
     for kernel, costs in budget["instructions"].items():
-        used = budget["registers"].get(kernel) or budget["registers"][f"{kernel} float 3"]
+        name, _, channels = kernel.partition(" ")
+        used = budget["registers"].get(kernel) or budget["registers"][f"{name} float {channels or 3}"]
         registers = used["90"]
         threads = GRID_THREADS if kernel == "decode_by_grid" else THREADS
         blocks = REGISTERS // ((registers + 7) // 8 * 8 * threads)
         share = f"{blocks} blocks of {threads}: {100 * blocks * threads / MAX_THREADS:.0f} %"
-        for i, (name, cost) in enumerate(costs.items()):
+        for i, (part, cost) in enumerate(costs.items()):
             rate = f"{LANE_INSTRUCTIONS / 150 / cost / 1e9:.1f} Gpixel/s" if kernel != "decode_by_grid" else ""
             first = (titles[kernel], registers, share) if i == 0 else ("", "", "")
-            lines.append(f"| {first[0]} | {name} | {cost:g} | {first[1]} | {first[2]} | {rate} |")
+            lines.append(f"| {first[0]} | {part} | {cost:g} | {first[1]} | {first[2]} | {rate} |")
     return "\n".join(lines)
 
 

@@ -2,8 +2,8 @@
 
 `python -m tests.flowseg_kernels.static.field_host` prints a table in half a minute. Tensors are on the meta device, so a call of
 PyTorch takes only the time of its host code. The column "host" leaves the launches out; "with Triton" adds what Triton does before
-each launch. The last line is the cost of the op around the kernels' host code, measured on small tensors without any kernel; it
-does not depend on the size.
+each launch. The last lines are the cost of the op, and of the decoder as a layer, around the kernels' host code, measured on small
+tensors without any kernel; it does not depend on the number of patches. The layer's cost includes the generators and autograd.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def calls(run, tensors: list[torch.Tensor]) -> Calls:
 
 
 def microseconds(run, *args, seconds: float = 1.0) -> float:
-    """Median time of the runs that fit in `seconds`."""
+    """Median CPU time of the runs that fit in `seconds`. It leaves out what else runs on the machine."""
     run(*args)
     run(*args)
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
-        start = time.perf_counter()
+        start = time.thread_time()
         run(*args)
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     return 1e6 * statistics.median(times)
 
 
@@ -106,6 +106,38 @@ def wrapped() -> tuple[float, float]:
         return once, microseconds(both)
 
 
+class Layer:
+    """The decoder as users call it, on a few patches of few hidden units."""
+
+    def __init__(self, depth: int):
+        self.module = fk.NeuralFieldDecoder(8, hidden=16, depth=depth, mlp_ratio=1).bfloat16()
+        self.x, self.s = torch.zeros(1, 3, 32, 32).bfloat16(), torch.zeros(1, 4, 8).bfloat16().requires_grad_()
+        self.grad = torch.zeros_like(self.x)
+
+    def forward(self) -> torch.Tensor:
+        return self.module(self.x, self.s)
+
+    def both(self) -> None:
+        for v in (self.s, *self.module.parameters()):
+            v.grad = None
+        self.forward().backward(self.grad)
+
+    def calls(self) -> tuple[list[str], list[str]]:
+        """Names of the PyTorch ops that forward and backward call, without those of the kernels' host code."""
+        with _op_without_kernels():
+            self.both()
+            with _Noted() as forward:
+                out = self.forward()
+            with _Noted() as backward:
+                out.backward(self.grad)
+        return forward.names, backward.names
+
+    def microseconds(self) -> float:
+        """Time of forward and backward without the kernels' host code."""
+        with _op_without_kernels():
+            return microseconds(self.both)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     heads = "call", "launches", "calls of PyTorch", "host, us", "with Triton, us"
@@ -122,7 +154,9 @@ def main() -> None:
                         whole = microseconds(run, tensors)
                 name = f"{run.__name__} {model} {patches}"
                 print(f"| {name} | {len(found.launches)} | {len(found.torch)} | {bare:.0f} | {whole:.0f} |", flush=True)
-    print("around the host code: forward {:.0f} us, forward and backward {:.0f} us".format(*wrapped()))
+    print("the op around the host code: forward {:.0f} us, forward and backward {:.0f} us".format(*wrapped()))
+    for model, depth in DEPTHS.items():
+        print(f"the decoder of {model} around it, forward and backward: {Layer(depth).microseconds():.0f} us")
 
 
 if __name__ == "__main__":

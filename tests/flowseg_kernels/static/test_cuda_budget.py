@@ -61,10 +61,12 @@ def test_instructions_of_the_inner_loops(kernel, every):
 
 
 def test_the_budget_keeps_what_was_promised():
-    """At most 14 instructions per pair in the inner loop of the correction, and 12 per candidate in decoding."""
+    """At most 14 instructions per pair in the inner loop of the correction, and 12 per candidate in decoding. A warp searches 32
+    centroids for a point outside the grid with less than two candidates of one lane take."""
     costs = BUDGET["instructions"]
     assert max(*costs["correct"].values(), *costs["loss"].values()) <= 14
-    assert max(*costs["decode_by_grid"].values(), costs["decode_by_search"]["centroid"]) <= 12
+    listed, outside = costs["decode_by_grid"].values()
+    assert max(listed, costs["decode_by_search"]["centroid"]) <= 12 and outside <= 24
 
 
 def test_the_notes_show_the_budget():

@@ -30,6 +30,14 @@ def test_launches_and_calls_of_pytorch_do_not_grow_up_to_4096_patches(depth):
     assert rounds.launches == ["table_kernel", *one * 4, "finish_kernel"] and rounds.torch == backward.torch
 
 
+@pytest.mark.parametrize("depth", field_host.DEPTHS.values())
+def test_the_decoder_calls_little_of_pytorch_around_the_op(depth):
+    """Per block the generator and its gradients; all else is a few calls."""
+    forward, backward = field_host.Layer(depth).calls()
+    assert forward.count("flowseg.neural_field.default") == backward.count("flowseg.neural_field_bwd.default") == 1
+    assert len(forward) <= 5 * depth + 3 and len(backward) <= 16 * depth + 6
+
+
 def test_settings_of_a_launch_are_computed_once():
     tensors = field_host.arguments(2, 256, torch.float32)
     with torch.no_grad(), field_host.without_kernels():
