@@ -92,12 +92,16 @@ class Segmenter:
         return cls(model.eval(), codebook, config, device or default_device(), compiled=compiled)
 
     def refresh(self) -> None:
-        """Read the weights again at the next call, and free the memory of CUDA graphs.
+        """Read the network again at the next call.
 
-        Needed only after a write to a weight that PyTorch does not count: through ``.data``, or by a collective of
-        torch.distributed.
+        Needed only after a change that is not seen: a write to a weight that PyTorch does not count (through ``.data``, or by a
+        collective of torch.distributed), or a new value of a layer's attribute that is no tensor.
         """
         self._network.refresh()
+        self._graphs.clear()
+
+    def free_graphs(self) -> None:
+        """Free the memory of CUDA graphs; they are recorded again when sampling goes on."""
         self._graphs.clear()
 
     def _records_graphs(self) -> bool:

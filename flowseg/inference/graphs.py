@@ -65,7 +65,8 @@ class Graphs:
                 while len(self._recorded) >= self.MOST:
                     self._recorded.popitem(last=False)
                 # A noise source is one expanded example: the graph needs memory for all.
-                fixed = [one.clone(memory_format=torch.contiguous_format) for one in inputs]
+                with torch.inference_mode(False):
+                    fixed = [one.clone(memory_format=torch.contiguous_format) for one in inputs]
                 self._recorded[key] = (fixed, *record(function, fixed))
             self._recorded.move_to_end(key)
             fixed, replay, output = self._recorded[key]

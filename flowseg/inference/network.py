@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Callable
 
 import torch
@@ -27,8 +28,8 @@ class SamplingNetwork:
     copy of the network whose linear and convolutional layers have bf16 weights; it shares every other tensor.
 
     The copy follows the network: a tensor that was changed in place is cast again into the same memory, and the copy is made
-    again if a module or a tensor was replaced. A write that PyTorch does not count, through ``.data`` or by a collective of
-    torch.distributed, is not seen; :meth:`refresh` makes the next call cast again.
+    again if a module or a tensor was replaced. Two changes are not seen, and need :meth:`refresh`: a write that PyTorch does not
+    count (through ``.data``, or by a collective of torch.distributed), and an attribute of a layer that is no tensor.
 
     A network that is more than its weights runs itself: with hooks, with modules of other packages such as adapters, or of
     another class.
@@ -41,6 +42,7 @@ class SamplingNetwork:
         self._copy: nn.Module | None = None
         self._pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._compiled: tuple[nn.Module, Callable] | None = None
+        self._lock = threading.Lock()
         self.structure = 0
 
     def __reduce__(self):
@@ -48,8 +50,8 @@ class SamplingNetwork:
         return SamplingNetwork, ()
 
     def refresh(self) -> None:
-        """Cast the weights again at the next call."""
-        self._versions = []
+        """Make the copy again at the next call."""
+        self._modules = []
 
     def of(self, model: nn.Module, *, cast: bool) -> nn.Module:
         """The module to call: ``model``, or with ``cast`` its copy.
@@ -58,6 +60,11 @@ class SamplingNetwork:
         of a tensor was replaced.
         """
         found = _modules_and_tensors(model)
+        # Tensors made in inference mode could not be written to outside of it.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            return self._followed(model, found, cast)
+
+    def _followed(self, model: nn.Module, found: tuple[list[nn.Module], list[Tensor]] | None, cast: bool) -> nn.Module:
         if found is None:
             self._modules, self._tensors, self._copy, self._compiled, self.structure = [], [], None, None, 0
             return model
@@ -119,7 +126,10 @@ def _same(some: list, others: list) -> bool:
 
 def _same_memory(tensors: list[Tensor], aliases: list[Tensor]) -> bool:
     return len(tensors) == len(aliases) and all(
-        tensor.untyped_storage()._cdata == alias.untyped_storage()._cdata and tensor.shape == alias.shape
+        tensor.untyped_storage()._cdata == alias.untyped_storage()._cdata
+        and tensor.shape == alias.shape
+        and tensor.stride() == alias.stride()
+        and tensor.storage_offset() == alias.storage_offset()
         for tensor, alias in zip(tensors, aliases)
     )
 

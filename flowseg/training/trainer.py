@@ -574,7 +574,7 @@ class Trainer:
             raise UserError(f"validation ran out of memory ({reason}); {self._how_to_resume()}{smaller}") from error
         finally:
             # CUDA graphs keep the memory of a call, which training needs now.
-            self.segmenter.refresh()
+            self.segmenter.free_graphs()
 
 
 def _compiled(model: FlowSegModel, is_sharded: bool) -> torch.nn.Module:

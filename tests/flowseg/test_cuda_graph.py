@@ -20,7 +20,8 @@ class Recorder:
         self.recorded, self.replays = [], 0
 
     def __call__(self, function, inputs):
-        output = function(*inputs).clone()
+        with torch.inference_mode(False):
+            output = function(*inputs).clone()
         self.recorded.append(tuple(inputs[0].shape))
 
         def replay():
@@ -68,6 +69,16 @@ def test_each_batch_size_and_number_of_steps_has_its_own_graph(recorder):
     segmenter.config.sample.method = "midpoint"
     found = [segmenter.sample(images()) for _ in range(2)][-1]
     assert len(recorder.recorded) == 5 and torch.equal(found, plain_sample(segmenter, images()))
+
+
+def test_graphs_of_inference_mode_serve_outside_of_it(recorder):
+    segmenter = graphed()
+    with torch.inference_mode():
+        for _ in range(2):
+            segmenter.sample(images() / 2)
+    assert torch.equal(segmenter.sample(images()), plain_sample(segmenter, images())) and recorder.replays == 2
+    segmenter.free_graphs()
+    assert not segmenter._graphs._recorded
 
 
 @pytest.mark.parametrize("change", [_loaded, _written])

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -140,9 +141,20 @@ def _written_unseen(segmenter):
     segmenter.refresh()
 
 
+def _attribute_set(segmenter):
+    segmenter.model.blocks[0].attention_norm.eps = 0.5
+    segmenter.refresh()
+
+
+def _written_in_inference_mode(segmenter):
+    with torch.inference_mode():
+        for value in segmenter.model.parameters():
+            value.mul_(1.1)
+
+
 CHANGES = [
     _loaded, _assigned, _written, _data_replaced, _module_replaced, _norm_written, _model_replaced, _buffer_written,
-    _written_unseen,
+    _written_unseen, _attribute_set, _written_in_inference_mode,
 ]  # fmt: skip
 
 
@@ -154,6 +166,25 @@ def test_the_copy_follows_every_change_of_the_network(change):
     change(segmenter)
     after = segmenter.sample(pixels)
     assert torch.equal(after, plain_sample(segmenter, pixels)) and not torch.equal(after, before)
+
+
+def test_a_copy_that_was_made_in_inference_mode_follows_too():
+    segmenter = make_segmenter()
+    with torch.inference_mode():
+        before = segmenter.sample(images())
+    _written(segmenter)
+    after = segmenter.sample(images())
+    assert torch.equal(after, plain_sample(segmenter, images())) and not torch.equal(after, before)
+
+
+def test_threads_share_one_copy():
+    segmenter = make_segmenter()
+    wanted = plain_sample(segmenter, images())
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: segmenter.sample(images()), range(8)))
+    assert all(torch.equal(one, wanted) for one in found)
+    _written(segmenter)
+    assert torch.equal(segmenter.sample(images()), plain_sample(segmenter, images()))
 
 
 def test_a_change_in_place_keeps_the_memory_of_the_copy():
