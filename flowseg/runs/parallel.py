@@ -96,7 +96,7 @@ class Ranks:
         if self.world == 1:
             return list(values)
         found = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
         return found.tolist()
 
     def add_up_counts(self, counts: Tensor) -> Tensor:
