@@ -10,11 +10,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowseg.build import build
+from flowseg.data import open_data
 from flowseg.flow import integrate
 from flowseg.inference import network as sampling
+from flowseg.inference.evaluate import evaluate
 from flowseg.segment import Segmenter, autocast
+from flowseg.training import trainer as training
 from flowseg_kernels import Codebook
 
+from .support.commands import run
 from .tiny import tiny_config
 
 
@@ -284,3 +288,33 @@ def test_the_compiled_network_has_one_graph_and_compiles_twice_for_all_batches(m
         pixels = images(batch, 16, 16)
         torch.testing.assert_close(segmenter.sample(pixels), plain_sample(segmenter, pixels))
     assert 1 <= len(graphs) <= 2
+
+
+def test_training_and_evaluate_compile_where_the_settings_say_so_and_predict_never(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+
+    compilations = []
+    monkeypatch.setattr(training, "_compiled", lambda model, sharded: model)
+    monkeypatch.setattr(sampling, "compiled", lambda network: compilations.append(network) or network)
+    config = tiny_config(model={"compile": True}, train={"steps": 2, "eval_every": 1, "mixed_precision": "bf16"})
+    training.train(config, tmp_path / "run")
+    # Two validations sample one network, and the copy follows its averages.
+    assert len(compilations) == 1
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    run_folder = ("--run", tmp_path / "run")
+    assert run(monkeypatch, capsys, "predict", tmp_path / "a.png", *run_folder, "--out", tmp_path / "out")[0] == 0
+    assert run(monkeypatch, capsys, "evaluate", *run_folder, "--set", "model.compile=false")[0] == 0
+    assert len(compilations) == 1
+    assert run(monkeypatch, capsys, "evaluate", *run_folder)[0] == 0 and len(compilations) == 2
+
+
+def test_validation_scores_the_newest_averages(tmp_path):
+    config = tiny_config(train={"mixed_precision": "bf16", "steps": 4, "eval_every": 2}, optim={"lr": 0.05})
+    seen = []
+
+    def scored(step, scores):
+        seen.append(scores.confusion)
+
+    training.train(config, tmp_path / "run", on_validation=scored)
+    segmenter = Segmenter.from_run(tmp_path / "run", config)
+    assert len(seen) == 2 and torch.equal(evaluate(segmenter, open_data(config.data).val).confusion, seen[-1])
