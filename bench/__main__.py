@@ -14,6 +14,7 @@ COMMANDS = {
     "gpu-import": ("gpu_archive", "store and render the results in an archive of `gpu`"),
     "gpu-smoke": ("gpu_smoke", "check every op on this GPU against fp64; a step of `gpu`"),
     "step": ("step", "time one training step and one sampling run of a whole model"),
+    "evaluation": ("evaluation", "time the evaluation of photographs, also against another checkout"),
     "how-long": ("how_long", "print the tables of docs/guides/how_long.md: the work of the recipes and their hours"),
     "memory": ("memory", "print the memory table of the neural field"),
     "preferences": ("preferences", "write the default GPU backend of each op"),
