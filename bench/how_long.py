@@ -1,6 +1,7 @@
 """Print the tables of docs/guides/how_long.md.
 
-FLOPs of an image, the rate at which an H100 did the one training step that was timed, the work of the recipes, and their hours.
+FLOPs of an image, the rate at which an H100 did the one training step that was timed, the work of the recipes, and their hours
+if all of this work, REPA's too, runs at that rate.
 """
 
 import argparse

@@ -3,7 +3,8 @@
     flowseg train --config configs/digits.yaml --out runs/digits
     flowseg train --data folder --root data --out runs/mine --max-minutes 60 --set "data.classes=[background, road, car]"
     flowseg train --out runs/mine --resume
-    accelerate launch --num_processes 8 -m flowseg train --config configs/ade20k_l16.yaml --root ADEChallengeData2016 --out runs/ade
+    accelerate launch --multi_gpu --num_processes 8 -m flowseg train --config configs/ade20k_l16.yaml \
+        --root ADEChallengeData2016 --out runs/ade20k
 
 The first trains on embedded digits and needs no download. From Python: ``train(load_config("configs/digits.yaml"), out)``.
 

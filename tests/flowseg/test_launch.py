@@ -110,7 +110,7 @@ def free_port(low=0, high=2**16):
 def page_commands():
     """The launchers' commands on the page, at the size of this test; those of several machines have a free port."""
     shell_blocks = re.findall(r"^```\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    launched = re.compile(r"([A-Z_]+=\S+ )*(torchrun|accelerate) ")
+    launched = re.compile(r"([A-Z_]+=\S+ )*(srun .*)?(torchrun|accelerate) ")
     lines = [line for block in shell_blocks for line in block.splitlines() if launched.match(line)]
     small = {
         r"configs/ade20k_x?l16.yaml": "tiny.yaml",
@@ -132,7 +132,7 @@ def on_two_machines(first, second):
     return first.replace("29500", port), second.replace("29500", port)
 
 
-def test_the_commands_of_the_page_continue_one_run_and_equal_an_uninterrupted_one(shell, tmp_path):
+def test_the_commands_of_the_page_continue_one_run_and_equal_an_uninterrupted_one(shell, slurm, tmp_path):
     lines = page_commands()
     one = [line for line in lines if "machine" not in line and "nnodes" not in line]
     several = [line for line in lines if line not in one]
@@ -150,7 +150,7 @@ def test_the_commands_of_the_page_continue_one_run_and_equal_an_uninterrupted_on
     for index, line in enumerate(line for line in one if "flowseg evaluate" in line):
         finish(shell(f"{line} --json {index}.json"))
         scores.append(json.loads((tmp_path / f"{index}.json").read_text()))
-    assert len(scores) == 2 and scores[0] == scores[1] and scores[0]["images"] == 2
+    assert len(scores) == 3 and scores[0] == scores[1] == scores[2] and scores[0]["images"] == 2
     # Two machines with accelerate.
     step += 1
     finish(*(shell(f"{line} --resume=auto --steps {step}") for line in on_two_machines(*several[:2])))
@@ -198,7 +198,7 @@ while command[0].startswith("--"):
     command.pop(0)
 tasks = [
     subprocess.Popen(command, env={{**os.environ, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}})
-    for task in range(int(os.environ["SLURM_NTASKS"]))
+    for task in range(int(os.environ.get("SLURM_NTASKS", "1")))
 ]
 signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
 codes = [task.wait() for task in tasks]
