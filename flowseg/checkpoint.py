@@ -447,7 +447,12 @@ def _header(path: Path) -> dict[str, str]:
 
 def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
     """Write a safetensors file with ``facts`` and a checksum in its header, and flush it to the disk."""
+    # save_file makes a file that only its owner can read. Give it the mode of any new file in this folder.
+    path.touch()
+    mode = path.stat().st_mode
     save_file(tensors, path, metadata={**facts, CHECKSUM: _checksum(tensors, facts)})
+    with contextlib.suppress(OSError):
+        path.chmod(mode)
     with path.open("rb") as file:
         _to_disk(file)
 
