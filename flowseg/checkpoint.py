@@ -398,14 +398,14 @@ def read_run_config(
     if not (run / "config.yaml").is_file():
         raise UserError(f"run folder {run}: no config.yaml there; give a folder written by 'flowseg train --out'")
     config = load_config(run / "config.yaml")
-    step = _trained_steps(run, checkpoint)
+    step = trained_steps(run, checkpoint)
     stage = config.at_step(config.train.steps if step is None else max(step - 1, 0))
     replaced = override(stage.model_dump(mode="json"), pairs, flags)
     check_meaning(config, replaced, run)
     return replaced
 
 
-def _trained_steps(run: Path, checkpoint: str) -> int | None:
+def trained_steps(run: Path, checkpoint: str = "latest") -> int | None:
     """The number of training steps of a checkpoint, or ``None`` if it is unknown."""
     if checkpoint.isdigit():
         return int(checkpoint)

@@ -60,7 +60,14 @@ from flowseg.training.batches import StepBatches, examples_before
 from flowseg.training.device_copies import DeviceCopies
 from flowseg.training.ema import Ema
 from flowseg.training.objective import Objective, flow_step, squared_error
-from flowseg.training.run_folder import check_same_checkpoints, check_same_meaning, check_shared, locked, should_resume
+from flowseg.training.run_folder import (
+    check_same_checkpoints,
+    check_same_meaning,
+    check_shared,
+    check_steps_left,
+    locked,
+    should_resume,
+)
 from flowseg.training.schedule import learning_rate
 from flowseg.training.trackers import check_trackers, repeat_step, start_trackers
 
@@ -167,6 +174,7 @@ class Trainer:
         self.console, self.title, self.on_validation = console if self.is_main else None, title, on_validation
         with ranks.together():
             if resume:
+                check_steps_left(config, out)
                 check_same_meaning(config, out)
             self.data = open_data(config.data, seed=config.train.seed, check=self.is_main)
             if self.is_main and config.data.check != "none":

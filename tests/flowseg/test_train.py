@@ -350,6 +350,16 @@ def test_errors_at_the_start(tmp_path):
         train(wider, tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_a_run_is_not_resumed_with_fewer_steps_than_it_has_done(tmp_path, resume):
+    train(tiny_config(), tmp_path / "run")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    with pytest.raises(UserError, match=r"^train\.steps is 3, but the run has done 6 steps; give at least 6$"):
+        train(tiny_config(train={"steps": 3}), tmp_path / "run", resume=resume)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files} == before
+
+
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no longer finite at step"):
         train(tiny_config(optim={"lr": 1e30, "warmup": 0}, train={"steps": 20}), tmp_path / "run")
