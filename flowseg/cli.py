@@ -222,8 +222,8 @@ def train(
     scores = result.scores
     say(
         console,
-        f"step {result.state.step} (ended by {result.stopped_by}): mIoU {scores.miou:.2f}, pixel accuracy "
-        f"{scores.pixel_accuracy:.2f} on {scores.images} images; best mIoU {result.state.best_miou:.2f}",
+        f"step {result.state.step} (ended by {result.stopped_by}): mIoU {scores.miou:.2f} %, pixel accuracy "
+        f"{scores.pixel_accuracy:.2f} % on {scores.images} images; best mIoU {result.state.best_miou:.2f} %",
     )
 
 
@@ -382,7 +382,7 @@ def report(
     segmenter = Segmenter.from_run(run, settings, checkpoint)
     with counting_view(make_console(), "report", limit) as advance:
         scores = write_report(run, segmenter, target, limit=limit, kernel_size=256 if speed else None, on_batch=advance)
-    _tell(f"report: {target.resolve()}  (mIoU {scores.miou:.2f} on {scores.images} images)")
+    _tell(f"report: {target.resolve()}  (mIoU {scores.miou:.2f} % on {scores.images} images)")
 
 
 @app.command()

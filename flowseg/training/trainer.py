@@ -438,6 +438,7 @@ class Trainer:
             speed=speed["images_per_second"],
             memory=speed.get("memory_gib"),
             wait=speed["data_wait_share"],
+            workers=self.batches.workers,
             miou=miou,
         )
 

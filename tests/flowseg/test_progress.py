@@ -40,7 +40,7 @@ def test_a_log_has_a_line_for_the_start_each_validation_and_the_end(tmp_path):
     assert lines[0] == "a [red]run[/]: starts at step 0 of 6"
     validations = [line for line in lines if "validation" in line]
     assert [re.search(r"step (\d+) ", line)[1] for line in validations] == ["3", "6"]
-    numbers = r": mIoU \d+\.\d\d, pixel accuracy \d+\.\d\d on 6 images; best mIoU \d+\.\d\d$"
+    numbers = r": mIoU \d+\.\d\d %, pixel accuracy \d+\.\d\d % on 6 images; best mIoU \d+\.\d\d %$"
     assert all(re.search(numbers, line) for line in validations)
     # The run takes less than LINE_SECONDS: only its first numbers are printed.
     assert [line for line in lines if "loss" in line] == [line for line in lines if "step 2 of 6  loss" in line]
