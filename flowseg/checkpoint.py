@@ -43,6 +43,7 @@ class TrainState:
         best_miou: best validation mIoU so far in percent; -1 before the first validation.
         validated: step of the newest validation.
         draws: number of examples that all processes together have drawn; ``None`` in checkpoints of earlier versions.
+        examples: number of them in the newest step; ``None`` before the first step, and in checkpoints of earlier versions.
     """
 
     step: int = 0
@@ -50,6 +51,7 @@ class TrainState:
     best_miou: float = -1.0
     validated: int = 0
     draws: int | None = 0
+    examples: int | None = None
 
 
 def save_checkpoint(

@@ -22,6 +22,21 @@ def has_terminal(console: Console) -> bool:
     return console.is_jupyter or (console.is_interactive and console.file.isatty())
 
 
+def setup_line(world: int, strategy: str, device: str, precision: str, examples: int) -> str:
+    """What trains, such as ``2 processes (ddp) on cuda, bf16, 4 examples per step``.
+
+    Args:
+        world: number of processes.
+        strategy: how they share the training: ``train.strategy``.
+        device: type of their devices.
+        precision: ``"bf16"`` or ``"no"``.
+        examples: number of examples that all processes together draw for a step.
+    """
+    processes = f"{world} processes ({strategy})" if world > 1 else "1 process"
+    per_step = f"{examples} example{'s' * (examples > 1)} per step"
+    return f"{processes} on {device}, {'float32' if precision == 'no' else precision}, {per_step}"
+
+
 class TrainingView:
     """Progress of a training run. This base class shows nothing."""
 

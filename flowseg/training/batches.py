@@ -61,10 +61,15 @@ class StepBatches:
         return workers
 
 
+def examples_per_step(stage: Config, world: int) -> int:
+    """The number of examples that ``world`` processes draw for a step with the settings of its stage."""
+    return stage.train.batch_size * stage.train.accumulation * world
+
+
 def examples_before(config: Config, step: int, world: int) -> int:
     """The number of examples that ``world`` processes with these settings draw before ``step``."""
     ends = [stage.at for stage in config.train.stages if stage.at <= step]
     return sum(
-        (last - first) * config.at_step(first).train.batch_size * config.train.accumulation * world
+        (last - first) * examples_per_step(config.at_step(first), world)
         for first, last in itertools.pairwise([0, *ends, step])
     )
