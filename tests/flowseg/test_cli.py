@@ -164,6 +164,13 @@ def test_resume_auto_starts_a_run_and_later_continues_it(tmp_path, folder_data, 
     assert run(monkeypatch, capsys, *words, "--resume=automatic")[0] == 2
 
 
+def test_the_example_of_set_has_an_effect_in_its_command(monkeypatch, capsys):
+    sampling = dict.fromkeys(("evaluate", "report", "export", "predict"), "sample.steps=5")
+    for command, example in {"train": "optim.lr=3e-4", "flops": "model.size=L", **sampling}.items():
+        status, out, _ = run(monkeypatch, capsys, command, "--help")
+        assert status == 0 and f"Any setting, such as {example};" in out
+
+
 NAMES = ["[red]a[/]", "基线 {b}", "$c|<i>_"]
 
 
