@@ -43,6 +43,7 @@ class TrainState:
         best_miou: best validation mIoU so far in percent; -1 before the first validation.
         validated: step of the newest validation.
         draws: number of examples that all processes together have drawn; ``None`` in checkpoints of earlier versions.
+        examples: number of them in the newest step; ``None`` before the first step, and in checkpoints of earlier versions.
     """
 
     step: int = 0
@@ -50,6 +51,7 @@ class TrainState:
     best_miou: float = -1.0
     validated: int = 0
     draws: int | None = 0
+    examples: int | None = None
 
 
 def save_checkpoint(
@@ -398,14 +400,14 @@ def read_run_config(
     if not (run / "config.yaml").is_file():
         raise UserError(f"run folder {run}: no config.yaml there; give a folder written by 'flowseg train --out'")
     config = load_config(run / "config.yaml")
-    step = _trained_steps(run, checkpoint)
+    step = trained_steps(run, checkpoint)
     stage = config.at_step(config.train.steps if step is None else max(step - 1, 0))
     replaced = override(stage.model_dump(mode="json"), pairs, flags)
     check_meaning(config, replaced, run)
     return replaced
 
 
-def _trained_steps(run: Path, checkpoint: str) -> int | None:
+def trained_steps(run: Path, checkpoint: str = "latest") -> int | None:
     """The number of training steps of a checkpoint, or ``None`` if it is unknown."""
     if checkpoint.isdigit():
         return int(checkpoint)
@@ -447,7 +449,12 @@ def _header(path: Path) -> dict[str, str]:
 
 def _write(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
     """Write a safetensors file with ``facts`` and a checksum in its header, and flush it to the disk."""
+    # save_file makes a file that only its owner can read. Give it the mode of any new file in this folder.
+    path.touch()
+    mode = path.stat().st_mode
     save_file(tensors, path, metadata={**facts, CHECKSUM: _checksum(tensors, facts)})
+    with contextlib.suppress(OSError):
+        path.chmod(mode)
     with path.open("rb") as file:
         _to_disk(file)
 

@@ -32,10 +32,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
 # Each command imports the modules that it needs: importing PyTorch here would delay --help.
-Sets = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Any setting, such as optim.lr=3e-4; can be repeated.")
-]
+def _sets(example: str) -> typer.models.OptionInfo:
+    return typer.Option("--set", metavar="KEY=VALUE", help=f"Any setting, such as {example}; can be repeated.")
+
+
+TrainSets = Annotated[list[str], _sets("optim.lr=3e-4")]
+WorkSets = Annotated[list[str], _sets("model.size=L")]
+SampleSets = Annotated[list[str], _sets("sample.steps=5")]
 Checkpoint = Annotated[str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")]
 Root = Annotated[Path | None, typer.Option(help="Folder of the data set.")]
 MovedRoot = Annotated[Path | None, typer.Option(help="Folder of the data, if it has moved since training.")]
@@ -185,7 +190,7 @@ def train(
             "--resume=auto starts a new run if there is no checkpoint, for jobs that a scheduler restarts.",
         ),
     ] = None,
-    sets: Sets = [],  # noqa: B006
+    sets: TrainSets = [],  # noqa: B006
 ) -> None:
     """Train a model. A --set overrides a flag, and a flag overrides --config."""
     from flowseg.config import load_config
@@ -222,8 +227,8 @@ def train(
     scores = result.scores
     say(
         console,
-        f"step {result.state.step} (ended by {result.stopped_by}): mIoU {scores.miou:.2f}, pixel accuracy "
-        f"{scores.pixel_accuracy:.2f} on {scores.images} images; best mIoU {result.state.best_miou:.2f}",
+        f"step {result.state.step} (ended by {result.stopped_by}): mIoU {scores.miou:.2f} %, pixel accuracy "
+        f"{scores.pixel_accuracy:.2f} % on {scores.images} images; best mIoU {result.state.best_miou:.2f} %",
     )
 
 
@@ -237,17 +242,22 @@ def flops(
     ] = 1,
     tflops: Annotated[
         float | None,
-        typer.Option(min=0.0, help="TFLOP/s that a GPU sustains in this training; adds the hours that the run takes."),
+        typer.Option(
+            help="Model TFLOP/s of a GPU, as model_tflops_per_second in the log of a short run; adds the hours of the run: "
+            "its model FLOPs, without REPA and recomputation, divided by this rate."
+        ),
     ] = None,
-    sets: Sets = [],  # noqa: B006
+    steps: Annotated[int | None, typer.Option(help="Total number of optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step and process.")] = None,
+    sets: WorkSets = [],  # noqa: B006
 ) -> None:
     """Count the work of a training run before it starts: FLOPs per image and in all, and the hours. Needs no GPU and no data."""
     from flowseg.config import load_config
-    from flowseg.training.work import amount, work_of
+    from flowseg.training.work import amount, duration, work_of
 
-    if tflops == 0:
-        raise UserError("--tflops must be positive, got 0")
-    settings = load_config(config, sets)
+    if tflops is not None and not 1e-6 <= tflops <= 1e6:
+        raise UserError(f"--tflops must be from 1e-6 to 1e6, got {tflops:g}")
+    settings = load_config(config, sets, {"train.steps": steps, "train.batch_size": batch_size})
     stages = work_of(settings, processes)
     title = f"{settings.model.size} on {settings.data.name}, {processes} process{'es' * (processes > 1)}"
     table = Table("steps", *(f"{stage.first} to {stage.last}" for stage in stages), title=printable(title))
@@ -260,9 +270,13 @@ def flops(
         "REPA": lambda stage: "not counted" if stage.alignment is None else amount(stage.alignment),
         "training step, per image": lambda stage: amount(stage.per_image),
         "all images": lambda stage: amount(stage.total),
+        "model FLOPs of all images": lambda stage: amount(stage.model_flops),
     }
+    total, model_flops = sum(stage.total for stage in stages), sum(stage.model_flops for stage in stages)
     if tflops:
-        rows["GPU-hours"] = lambda stage: f"{stage.total / (tflops * 1e12) / 3600:,.1f}"
+        rows["time of one GPU"] = lambda stage: duration(stage.model_flops / (tflops * 1e12))
+    if total == model_flops:
+        del rows["model FLOPs of all images"]
     if not any(stage.flops.recomputed for stage in stages):
         del rows["recomputed in the backward"]
     if not settings.repa.weight:
@@ -270,13 +284,14 @@ def flops(
     for name, cell in rows.items():
         table.add_row(name, *map(cell, stages))
     make_console(stderr=False).print(table)
-    total = sum(stage.total for stage in stages)
     text = f"in all {amount(total)}"
+    if total != model_flops:
+        text += f", {amount(model_flops)} of them model FLOPs"
     if tflops:
-        hours = total / (tflops * 1e12) / 3600
-        text += f": {hours:,.1f} GPU-hours at {tflops:g} TFLOP/s"
+        seconds = model_flops / (tflops * 1e12)
+        text += f": {duration(seconds)} of one GPU at {tflops:g} model TFLOP/s"
         if processes > 1:
-            text += f", {hours / processes:,.1f} hours on {processes} GPUs if they scale perfectly"
+            text += f", {duration(seconds / processes)} on {processes} GPUs if they scale perfectly"
     if any(stage.alignment is None for stage in stages):
         text += f"; repa.encoder {settings.repa.encoder!r} is not counted: it is neither a public DINOv2 nor a folder"
     _tell(text)
@@ -294,7 +309,7 @@ def evaluate(
         str | None, typer.Option(help="ODE solver: euler, heun or midpoint; default: as in the run.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the scores to this JSON file.")] = None,
-    sets: Sets = [],  # noqa: B006
+    sets: SampleSets = [],  # noqa: B006
 ) -> None:
     """Score a run: IoU of each class, mIoU, pixel accuracy. Under `accelerate launch` the processes divide the images."""
     import torch
@@ -368,7 +383,7 @@ def report(
     root: MovedRoot = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only this many images, evenly spread.")] = None,
     speed: Annotated[bool, typer.Option(help="Also time the kernels.")] = True,
-    sets: Sets = [],  # noqa: B006
+    sets: SampleSets = [],  # noqa: B006
 ) -> None:
     """Score a run and write an HTML report: convergence, classes, confusion, examples, settings, speed of the kernels."""
     from flowseg.checkpoint import read_run_config
@@ -382,7 +397,7 @@ def report(
     segmenter = Segmenter.from_run(run, settings, checkpoint)
     with counting_view(make_console(), "report", limit) as advance:
         scores = write_report(run, segmenter, target, limit=limit, kernel_size=256 if speed else None, on_batch=advance)
-    _tell(f"report: {target.resolve()}  (mIoU {scores.miou:.2f} on {scores.images} images)")
+    _tell(f"report: {target.resolve()}  (mIoU {scores.miou:.2f} % on {scores.images} images)")
 
 
 @app.command()
@@ -392,7 +407,7 @@ def export(
     checkpoint: Checkpoint = "latest",
     scores: Annotated[Path | None, typer.Option(help="Scores for the model card: a file of evaluate --json.")] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the weights, for the model card.")] = None,
-    sets: Sets = [],  # noqa: B006
+    sets: SampleSets = [],  # noqa: B006
 ) -> None:
     """Write weights, settings and a model card to a folder that can be shared; predict accepts it as --run."""
     from flowseg.checkpoint import read_run_config
@@ -425,7 +440,7 @@ def predict(
     margin: Annotated[bool, typer.Option(help="Write NAME.margin.png: certainty per pixel (dark: unsure).")] = False,
     opacity: Annotated[float, typer.Option(min=0, max=1, help="Opacity of the mask in overlays.")] = 0.5,
     steps: Annotated[int | None, typer.Option(help="Steps of the ODE solver; default: as in the run.")] = None,
-    sets: Sets = [],  # noqa: B006
+    sets: SampleSets = [],  # noqa: B006
 ) -> None:
     """Segment images. NAME.mask.png contains class indices, shown in the colours of the classes, at the size of the image."""
     from flowseg.checkpoint import read_run_config

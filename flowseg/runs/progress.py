@@ -22,6 +22,21 @@ def has_terminal(console: Console) -> bool:
     return console.is_jupyter or (console.is_interactive and console.file.isatty())
 
 
+def setup_line(world: int, strategy: str, device: str, precision: str, examples: int) -> str:
+    """What trains, such as ``2 processes (ddp) on cuda, bf16, 4 examples per step``.
+
+    Args:
+        world: number of processes.
+        strategy: how they share the training: ``train.strategy``.
+        device: type of their devices.
+        precision: ``"bf16"`` or ``"no"``.
+        examples: number of examples that all processes together draw for a step.
+    """
+    processes = f"{world} processes ({strategy})" if world > 1 else "1 process"
+    per_step = f"{examples} example{'s' * (examples > 1)} per step"
+    return f"{processes} on {device}, {'float32' if precision == 'no' else precision}, {per_step}"
+
+
 class TrainingView:
     """Progress of a training run. This base class shows nothing."""
 
@@ -32,7 +47,8 @@ class TrainingView:
         """Show the share of the run that is done and the newest ``numbers``.
 
         Their names are ``loss``, ``speed`` (images per second), ``wait`` (share of the time in which the training waited for
-        data, shown from 10 % on), ``memory`` (GiB) and ``miou`` (of the last validation, in percent).
+        data, shown from 10 % on), ``workers`` (processes that load the data; without them the training does so itself),
+        ``memory`` (GiB) and ``miou`` (of the last validation, in percent).
         """
 
     def validating(self, done: int, total: int) -> None:
@@ -90,8 +106,8 @@ class _Lines(TrainingView):
 
     def validated(self, miou: float, pixel_accuracy: float, images: int, best: float) -> None:
         self._say(
-            f"step {self.step()}  validation: mIoU {miou:.2f}, pixel accuracy {pixel_accuracy:.2f} on "
-            f"{images} images; best mIoU {best:.2f}"
+            f"step {self.step()}  validation: mIoU {miou:.2f} %, pixel accuracy {pixel_accuracy:.2f} % on "
+            f"{images} images; best mIoU {best:.2f} %"
         )
 
     def saved(self) -> None:
@@ -172,14 +188,17 @@ def _columns() -> tuple[TextColumn, BarColumn, MofNCompleteColumn]:
     return TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn()
 
 
-_TEXTS = {"loss": "loss {:.4f}", "speed": "{:.1f} img/s", "memory": "{:.1f} GiB", "miou": "mIoU {:.1f}"}
+_TEXTS = {"loss": "loss {:.4f}", "speed": "{:.1f} img/s", "memory": "{:.1f} GiB", "miou": "mIoU {:.1f} %"}
 
 
 def _facts(numbers: dict[str, float | None]) -> dict[str, str]:
     facts = {name: text.format(numbers[name]) for name, text in _TEXTS.items() if numbers.get(name) is not None}
     wait = numbers.get("wait")
     if wait is not None:
-        facts["wait"] = f"waits for data {100 * wait:.0f} %" if wait >= 0.1 else ""
+        share = f"{100 * wait:.0f} %"
+        # Without workers the step itself reads its examples, which is no sign of a fault.
+        text = f"reads data {share} of the time" if numbers.get("workers") == 0 else f"waits for data {share}"
+        facts["wait"] = text if wait >= 0.1 else ""
     return facts
 
 

@@ -22,13 +22,16 @@ class StepBatches:
         pairs: the training split.
         ranks: the processes that share each step.
         console: where to print the automatic number of workers; ``None`` prints nothing.
+
+    Attributes:
+        workers: number of processes that load the current stage; ``None`` before the first step.
     """
 
     def __init__(self, pairs: Pairs, ranks: Ranks, console: Console | None = None):
         self.pairs, self.ranks, self.console = pairs, ranks, console
         self._batches: Iterator[Batch] = iter(())
         self._settings: tuple[DataConfig, int] | None = None
-        self._workers: int | None = None
+        self.workers: int | None = None
 
     def next_step(self, stage: Config, first_draw: int) -> list[Batch]:
         """Load this process's batches of the next step, one per accumulated batch.
@@ -52,16 +55,21 @@ class StepBatches:
 
     def _count_workers(self, stage: Config) -> int:
         workers = worker_count(stage)
-        if stage.data.workers is None and workers != self._workers:
+        if stage.data.workers is None and workers != self.workers:
             say(self.console, f"data.workers: {workers} per process (automatic)")
-        self._workers = workers
+        self.workers = workers
         return workers
+
+
+def examples_per_step(stage: Config, world: int) -> int:
+    """The number of examples that ``world`` processes draw for a step with the settings of its stage."""
+    return stage.train.batch_size * stage.train.accumulation * world
 
 
 def examples_before(config: Config, step: int, world: int) -> int:
     """The number of examples that ``world`` processes with these settings draw before ``step``."""
     ends = [stage.at for stage in config.train.stages if stage.at <= step]
     return sum(
-        (last - first) * config.at_step(first).train.batch_size * config.train.accumulation * world
+        (last - first) * examples_per_step(config.at_step(first), world)
         for first, last in itertools.pairwise([0, *ends, step])
     )

@@ -1,4 +1,4 @@
-"""Checks of a run folder before training starts: resume or not, nobody else in there, the same classes and codes as before."""
+"""Checks of a run folder before training starts: resume or not, nobody else in there, settings that can continue the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Literal
 
-from flowseg.checkpoint import check_meaning, list_checkpoints
+from flowseg.checkpoint import check_meaning, list_checkpoints, trained_steps
 from flowseg.config import Config, load_config
 from flowseg.data import resolve_labels
 from flowseg.errors import UserError
@@ -111,6 +111,17 @@ def locked(out: Path) -> Iterator[None]:
         # Remove the folder if the run failed before writing anything.
         with contextlib.suppress(OSError):
             out.rmdir()
+
+
+def check_steps_left(config: Config, out: Path) -> None:
+    """Refuse to resume a run that has done more than ``train.steps`` steps.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    done = trained_steps(out)
+    if done is not None and done > config.train.steps:
+        raise UserError(f"train.steps is {config.train.steps}, but the run has done {done} steps; give at least {done}")
 
 
 def check_same_meaning(config: Config, out: Path) -> None:

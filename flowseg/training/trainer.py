@@ -51,17 +51,24 @@ from flowseg.model.flops import count_flops
 from flowseg.runs.memory import is_out_of_memory, keep_freed_memory
 from flowseg.runs.metrics import open_metrics, truncate_metrics
 from flowseg.runs.parallel import Ranks, copy_parameters, local_part, shard, whole
-from flowseg.runs.progress import TrainingView, training_view
+from flowseg.runs.progress import TrainingView, setup_line, training_view
 from flowseg.runs.signals import stop_on_signal
 from flowseg.runs.speed import SpeedWindow
 from flowseg.runs.terminal import say
 from flowseg.segment import Segmenter, autocast, default_device, resolve_precision
 from flowseg.training.alignment import ImageFeatures
-from flowseg.training.batches import StepBatches, examples_before
+from flowseg.training.batches import StepBatches, examples_before, examples_per_step
 from flowseg.training.device_copies import DeviceCopies
 from flowseg.training.ema import Ema
 from flowseg.training.objective import Objective, flow_step, squared_error
-from flowseg.training.run_folder import check_same_checkpoints, check_same_meaning, check_shared, locked, should_resume
+from flowseg.training.run_folder import (
+    check_same_checkpoints,
+    check_same_meaning,
+    check_shared,
+    check_steps_left,
+    locked,
+    should_resume,
+)
 from flowseg.training.schedule import learning_rate
 from flowseg.training.trackers import check_trackers, repeat_step, start_trackers
 
@@ -168,6 +175,7 @@ class Trainer:
         self.console, self.title, self.on_validation = console if self.is_main else None, title, on_validation
         with ranks.together():
             if resume:
+                check_steps_left(config, out)
                 check_same_meaning(config, out)
             self.data = open_data(config.data, seed=config.train.seed, check=self.is_main)
             if self.is_main and config.data.check != "none":
@@ -242,6 +250,9 @@ class Trainer:
             settings = self.out / "config.yaml"
             before = load_config(settings) if settings.is_file() else self.config
             state.draws = examples_before(before, state.step, self.ranks.world)
+        now = examples_per_step(self.config.at_step(max(state.step - 1, 0)), self.ranks.world)
+        if state.examples not in (None, now):
+            say(self.console, f"note: {state.examples} examples per step before, {now} now")
         # _open_files replaces the old settings: wait until every process has read them.
         self.accelerator.wait_for_everyone()
         return state
@@ -266,6 +277,9 @@ class Trainer:
 
     def train(self) -> TrainResult:
         """Train until the steps, the time limit or a signal end the run."""
+        train, examples = self.config.train, examples_per_step(self.config.at_step(self.state.step), self.ranks.world)
+        line = setup_line(self.ranks.world, train.strategy, self.device.type, train.mixed_precision, examples)
+        say(self.console, f"{self.title.strip()}: {line}")
         with (
             open_metrics(self.out / "metrics.jsonl", self.accelerator) as self.log,
             stop_on_signal() as self.signals,
@@ -333,7 +347,8 @@ class Trainer:
         self.ema.update(self.bare_model, state.step)
         state.step += 1
         images = stage.train.batch_size * stage.train.accumulation
-        state.draws += images * self.ranks.world
+        state.examples = examples_per_step(stage, self.ranks.world)
+        state.draws += state.examples
         self.window.add(images, self.flops[stage.data.height, stage.data.width])
         self.is_updating = False
         if state.step % stage.train.log_every == 0 or state.step == stage.train.steps:
@@ -431,6 +446,7 @@ class Trainer:
             speed=speed["images_per_second"],
             memory=speed.get("memory_gib"),
             wait=speed["data_wait_share"],
+            workers=self.batches.workers,
             miou=miou,
         )
 

@@ -46,6 +46,11 @@ class StageWork:
         """All FLOPs of the stage."""
         return self.images * self.per_image
 
+    @property
+    def model_flops(self) -> int:
+        """Model FLOPs of the stage, which ``model_tflops_per_second`` of the training log counts."""
+        return self.images * self.flops.training
+
 
 def work_of(config: Config, processes: int = 1) -> list[StageWork]:
     """Work of a run up to ``train.steps``, one entry per stage. Validations are left out.
@@ -127,3 +132,11 @@ def amount(flops: float) -> str:
         flops /= 1000
         prefixes.pop(0)
     return f"{flops:,.0f}" * (flops >= 99.95) + f"{flops:#.3g}" * (flops < 99.95) + f" {prefixes[0]}FLOP"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes or seconds, such as ``43.2 hours`` or ``0.305 seconds``."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.3g} seconds"

@@ -24,7 +24,8 @@ from .tiny import folder_section, tiny_config
 
 def test_train_resume_evaluate(trained_run, tmp_path, monkeypatch, capsys):
     status, _, err = run(monkeypatch, capsys, "train", "--out", trained_run, "--resume", "--steps", 5)
-    assert status == 0 and "step 5" in err
+    scores = r"mIoU \d+\.\d\d %, pixel accuracy \d+\.\d\d % on 2 images; best mIoU \d+\.\d\d %$"
+    assert status == 0 and re.search(r"^step 5 \(ended by steps\): " + scores, err, re.MULTILINE), err
     status, out, _ = run(
         monkeypatch,
         capsys,
@@ -163,6 +164,13 @@ def test_resume_auto_starts_a_run_and_later_continues_it(tmp_path, folder_data, 
     assert run(monkeypatch, capsys, *words, "--resume=automatic")[0] == 2
 
 
+def test_the_example_of_set_has_an_effect_in_its_command(monkeypatch, capsys):
+    sampling = dict.fromkeys(("evaluate", "report", "export", "predict"), "sample.steps=5")
+    for command, example in {"train": "optim.lr=3e-4", "flops": "model.size=L", **sampling}.items():
+        status, out, _ = run(monkeypatch, capsys, command, "--help")
+        assert status == 0 and f"Any setting, such as {example};" in out
+
+
 NAMES = ["[red]a[/]", "基线 {b}", "$c|<i>_"]
 
 
@@ -177,7 +185,8 @@ def test_class_names_of_any_text_reach_every_output(tmp_path, folder_data, monke
     assert list(json.loads((tmp_path / "s.json").read_text())["iou"]) == NAMES
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="(?s).*(Glyph|legend|label)")
-        assert run(monkeypatch, capsys, "report", place, "--no-speed")[0] == 0
+        status, out, _ = run(monkeypatch, capsys, "report", place, "--no-speed")
+        assert status == 0 and re.search(r"\(mIoU \d+\.\d\d % on 2 images\)", out), out
     page = (place / "report.html").read_text(encoding="utf-8")
     assert "[red]a[/]" in page and "基线 {b}" in page and "$c|&lt;i&gt;_" in page and "<i>" not in page
     assert run(monkeypatch, capsys, "export", "--run", place, "--out", tmp_path / "shared")[0] == 0

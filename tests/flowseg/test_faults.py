@@ -25,8 +25,10 @@ from flowseg import cli
 from flowseg.checkpoint import TrainState, list_checkpoints, load_checkpoint, read_tensors, save_checkpoint
 from flowseg.config import save_config
 from flowseg.errors import UserError
+from flowseg.hub import save_pretrained
 from flowseg.model import build_model
 from flowseg.runs.metrics import read_metrics
+from flowseg.segment import Segmenter
 from flowseg.training.ema import Ema
 from flowseg.training.trainer import train
 
@@ -114,6 +116,19 @@ def test_resuming_from_a_damaged_checkpoint_says_what_to_do(run):
         train(tiny_config(train={"steps": 6}), run, resume=True)
     shutil.rmtree(path.parent)
     assert train(tiny_config(train={"steps": 6}), run, resume=True).state.step == 6
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_every_file_has_the_mode_that_the_umask_asks_for(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        train(tiny_config(train={"steps": 1}), tmp_path / "run")
+        save_pretrained(Segmenter.from_run(tmp_path / "run", tiny_config(train={"steps": 1})), tmp_path / "shared")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"best.safetensors", "state.json", *TENSOR_FILES} <= {path.name for path in files}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: oct(mode) for path in files}
 
 
 def test_files_without_a_checksum_are_read(run):

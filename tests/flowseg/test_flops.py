@@ -13,7 +13,7 @@ from flowseg.config import config_from_tree
 from flowseg.errors import UserError
 from flowseg.model import Flops, build_model, count_flops
 from flowseg.model.sizes import resolve_size
-from flowseg.training.work import alignment_flops, amount, work_of
+from flowseg.training.work import alignment_flops, amount, duration, work_of
 
 from ..native import ROOT
 from .support.commands import run
@@ -172,15 +172,17 @@ def test_amounts_have_three_digits():
 
 
 def test_the_command_prints_the_work_and_the_hours(monkeypatch, capsys):
-    settings = ["--set", "train.steps=1000", "--set", "model.stem_width=0"]
-    status, out, _ = run(monkeypatch, capsys, "flops", "--processes", 4, "--tflops", 0.001, *settings)
+    settings = ["--steps", 1000, "--batch-size", 4, "--set", "model.stem_width=0"]
+    status, out, _ = run(monkeypatch, capsys, "flops", "--processes", 4, "--tflops", "0.0001", *settings)
     assert status == 0
-    config = config_from_tree({"model": {"stem_width": 0}, "train": {"steps": 1000}})
+    config = config_from_tree({"model": {"stem_width": 0}, "train": {"steps": 1000, "batch_size": 4}})
     (stage,) = work_of(config, 4)
-    hours = stage.total / 1e9 / 3600
-    for cell in (f"{stage.images:,}", amount(stage.flops.forward), amount(stage.total), f"{hours:,.1f}"):
+    assert stage.images == 16_000
+    hours = stage.images * stage.flops.training / 1e8 / 3600
+    for cell in (f"{stage.images:,}", amount(stage.flops.forward), amount(stage.total), f"{hours:,.1f} hours"):
         assert cell in out
-    assert f"{hours / 4:,.1f} hours on 4 GPUs" in out and "REPA" not in out and "recomputed" not in out
+    assert f"{hours:,.1f} hours of one GPU at 0.0001 model TFLOP/s, {hours / 4:,.1f} hours on 4 GPUs" in out
+    assert "model FLOPs" not in out and "REPA" not in out and "recomputed" not in out
     settings += [
         "--set",
         "repa.weight=0.5",
@@ -191,8 +193,38 @@ def test_the_command_prints_the_work_and_the_hours(monkeypatch, capsys):
     ]
     status, out, _ = run(monkeypatch, capsys, "flops", *settings)
     assert status == 0 and "not counted" in out and "'nowhere'" in out and "recomputed" in out and "hours" not in out
-    status, _, err = run(monkeypatch, capsys, "flops", "--tflops", 0)
-    assert status == 2 and "--tflops must be positive" in err
+
+
+def test_the_hours_are_model_flops_by_the_rate_of_the_log(monkeypatch, capsys):
+    repa = {"weight": 0.5, "encoder": "facebook/dinov2-base"}
+    pairs = ["--set", "repa.weight=0.5", "--set", f"repa.encoder={repa['encoder']}"]
+    pairs += ["--set", "model.activation_checkpointing=true"]
+    status, out, _ = run(monkeypatch, capsys, "flops", "--tflops", 2, *pairs)
+    (stage,) = work_of(config_from_tree({"repa": repa, "model": {"activation_checkpointing": True}}))
+    training = stage.images * stage.flops.training
+    assert stage.model_flops == training < 0.9 * stage.total
+    assert status == 0 and out.count(amount(training)) == 2
+    shown = (
+        f"in all {amount(stage.total)}, {amount(training)} of them model FLOPs: {duration(training / 2e12)} of one GPU"
+    )
+    assert shown in out
+
+
+@pytest.mark.parametrize("rate", ["0", "-3", "inf", "nan", "1e-320"])
+def test_a_rate_that_no_gpu_has_is_refused(monkeypatch, capsys, rate):
+    status, out, err = run(monkeypatch, capsys, "flops", "--tflops", rate)
+    assert (status, out) == (2, "") and f"--tflops must be from 1e-6 to 1e6, got {float(rate):g}" in err
+
+
+def test_short_times_are_minutes_or_seconds():
+    shown = {
+        0.30517: "0.305 seconds",
+        59.9: "59.9 seconds",
+        90: "1.5 minutes",
+        3600: "1.0 hours",
+        3.6e7: "10,000.0 hours",
+    }
+    assert {seconds: duration(seconds) for seconds in shown} == shown
 
 
 def test_the_page_has_the_tables_of_the_command():

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import flowseg.checkpoint as checkpoint
@@ -75,8 +76,16 @@ def test_accumulated_batches_train_as_one(one_process, tmp_path):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(one_process, tmp_path, strategy):
     shape = {"strategy": strategy, "accumulation": 2}
-    assert forked(lambda rank: train(config(2, **shape), tmp_path / "run"), world=2) == [0, 0]
+
+    def both(rank):
+        with (tmp_path / f"said.{rank}").open("w") as said:
+            train(config(2, **shape), tmp_path / "run", console=Console(file=said, width=200))
+
+    assert forked(both, world=2) == [0, 0]
     assert_same_run(tmp_path / "run", one_process)
+    said = (tmp_path / "said.0").read_text()
+    assert said.startswith(f"train: 2 processes ({strategy}) on cpu, float32, 8 examples per step\n"), said
+    assert (tmp_path / "said.1").read_text() == ""
     # The result is an ordinary run, which one process can evaluate and resume.
     whole = Segmenter.from_run(tmp_path / "run", config(8))
     assert all(type(p) is torch.nn.Parameter for p in whole.model.parameters())

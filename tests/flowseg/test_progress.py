@@ -11,7 +11,7 @@ from rich.table import Table
 
 import flowseg.runs.progress as progress
 import flowseg.runs.terminal as terminal
-from flowseg.runs.progress import counting_view, has_terminal
+from flowseg.runs.progress import counting_view, has_terminal, setup_line
 from flowseg.runs.terminal import SturdyStream, make_console, printable, say
 from flowseg.training.trainer import train
 
@@ -37,14 +37,22 @@ def trained(tmp_path, **shape):
 
 def test_a_log_has_a_line_for_the_start_each_validation_and_the_end(tmp_path):
     lines = trained(tmp_path, log_every=2)
-    assert lines[0] == "a [red]run[/]: starts at step 0 of 6"
+    assert lines[:2] == [
+        "a [red]run[/]: 1 process on cpu, float32, 4 examples per step",
+        "a [red]run[/]: starts at step 0 of 6",
+    ]
     validations = [line for line in lines if "validation" in line]
     assert [re.search(r"step (\d+) ", line)[1] for line in validations] == ["3", "6"]
-    numbers = r": mIoU \d+\.\d\d, pixel accuracy \d+\.\d\d on 6 images; best mIoU \d+\.\d\d$"
+    numbers = r": mIoU \d+\.\d\d %, pixel accuracy \d+\.\d\d % on 6 images; best mIoU \d+\.\d\d %$"
     assert all(re.search(numbers, line) for line in validations)
     # The run takes less than LINE_SECONDS: only its first numbers are printed.
     assert [line for line in lines if "loss" in line] == [line for line in lines if "step 2 of 6  loss" in line]
     assert re.fullmatch(r".*: ended at step 6 of 6 by steps after \d+:\d\d:\d\d", lines[-1])
+
+
+def test_the_line_of_the_start_names_processes_device_precision_and_examples():
+    assert setup_line(8, "fsdp", "cuda", "bf16", 256) == "8 processes (fsdp) on cuda, bf16, 256 examples per step"
+    assert setup_line(1, "ddp", "cpu", "no", 1) == "1 process on cpu, float32, 1 example per step"
 
 
 def test_a_log_has_a_progress_line_every_line_seconds(tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
 """The numbers of a training log about speed, waiting and memory."""
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 
 import flowseg.runs.memory as memory
 import flowseg.runs.speed as speed
@@ -72,7 +75,9 @@ def test_training_logs_speed_and_waiting_and_leaves_validation_and_checkpoints_o
     stages = [{"at": 4, "height": 32, "width": 16, "batch_size": 2}]
     shape = {"log_every": 2, "eval_every": 3, "checkpoint_every": 3, "stages": stages}
     config = tiny_config(train=shape)
-    train(config, tmp_path / "run")
+    said = io.StringIO()
+    train(config, tmp_path / "run", console=Console(file=said, width=200))
+    assert "reads data 25 % of the time" in said.getvalue()
     lines = metrics(tmp_path / "run", "train")
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert [line["images_per_second"] for line in lines] == pytest.approx([1, 1, 0.5])
@@ -120,5 +125,7 @@ def test_several_processes_log_the_sum_of_images_and_the_longest_wait(tmp_path, 
 def test_the_progress_line_says_when_training_waits_for_data():
     facts = _facts({"loss": 0.25, "speed": 12.34, "wait": 0.354, "memory": 19.53, "miou": None})
     assert _joined(facts) == "loss 0.2500  12.3 img/s  19.5 GiB  waits for data 35 %"
+    assert _joined(_facts({"wait": 0.354, "workers": 0, "miou": 12.34})) == "mIoU 12.3 %  reads data 35 % of the time"
+    assert _joined(_facts({"wait": 0.354, "workers": 2})) == "waits for data 35 %"
     # A later line with a short wait takes the warning back.
     assert _joined(facts | _facts({"wait": 0.05})) == "loss 0.2500  12.3 img/s  19.5 GiB"

@@ -1,5 +1,6 @@
 """Training: it learns, arms see the same examples, a resumed run is exact, signals, files, errors."""
 
+import io
 import json
 import math
 import multiprocessing
@@ -10,6 +11,7 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import flowseg.training.objective as objective
@@ -350,6 +352,16 @@ def test_errors_at_the_start(tmp_path):
         train(wider, tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_a_run_is_not_resumed_with_fewer_steps_than_it_has_done(tmp_path, resume):
+    train(tiny_config(), tmp_path / "run")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    with pytest.raises(UserError, match=r"^train\.steps is 3, but the run has done 6 steps; give at least 6$"):
+        train(tiny_config(train={"steps": 3}), tmp_path / "run", resume=resume)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files} == before
+
+
 def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no longer finite at step"):
         train(tiny_config(optim={"lr": 1e30, "warmup": 0}, train={"steps": 20}), tmp_path / "run")
@@ -395,6 +407,20 @@ def test_another_batch_size_on_resume_repeats_and_skips_no_example(tmp_path, mon
     other = {"steps": 6, "batch_size": batch, "accumulation": accumulation}
     assert train(tiny_config(train=other), tmp_path / "run", resume=True).state.draws == sum(map(len, seen))
     assert [draw for draws in seen for draw in draws] == list(range(12 + 3 * batch * accumulation))
+
+
+@pytest.mark.parametrize("batch, accumulation, note", [(2, 1, "4 examples per step before, 2 now"), (2, 2, None)])
+def test_a_resumed_run_notes_another_number_of_examples_per_step(tmp_path, batch, accumulation, note):
+    train(tiny_config(train={"steps": 3, "batch_size": 4}), tmp_path / "run")
+    stages = [{"at": 3, "height": 16, "width": 16, "batch_size": 1}]
+    for last, expected in ((4, note), (5, None)):
+        config = tiny_config(train={"steps": last, "batch_size": batch, "accumulation": accumulation, "stages": stages})
+        said = io.StringIO()
+        train(config, tmp_path / "run", resume=True, console=Console(file=said, width=200))
+        notes = [line for line in said.getvalue().splitlines() if "note:" in line]
+        assert notes == ([f"note: {expected}"] if expected else [])
+        # The line of the start is about the next step, which a stage may have changed.
+        assert f"on cpu, float32, {accumulation} example{'s' * (accumulation > 1)} per step" in said.getvalue()
 
 
 def test_a_checkpoint_without_a_count_of_examples_counts_with_the_settings_it_was_trained_with(tmp_path, monkeypatch):
