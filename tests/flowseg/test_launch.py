@@ -192,10 +192,12 @@ def test_the_commands_of_the_page_continue_one_run_and_equal_an_uninterrupted_on
 
 
 SRUN = """#!{python} -SE
-import os, signal, subprocess, sys
-command = sys.argv[1:]
+import json, os, signal, subprocess, sys
+command, options = sys.argv[1:], []
 while command[0].startswith("--"):
-    command.pop(0)
+    options.append(command.pop(0))
+with open("srun.json", "w") as file:
+    json.dump(options, file)
 tasks = [
     subprocess.Popen(command, env={{**os.environ, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}})
     for task in range(int(os.environ["SLURM_NTASKS"]))
@@ -224,6 +226,8 @@ def slurm(shell, tmp_path):
         SLURM_JOB_ID=str(job),
         SLURM_JOB_NODELIST="node[1-2]",
         SLURM_NTASKS="2",
+        SLURM_NTASKS_PER_NODE="2",
+        SLURM_CPUS_PER_TASK="3",
     ), str(job)
 
 
@@ -243,6 +247,16 @@ def test_the_slurm_script_saves_requeues_and_continues_to_the_weights_of_an_unin
     assert forked(lambda rank: train(config(steps=saved + 2), tmp_path / "whole"), world=2) == [0, 0]
     assert_same_weights(run, tmp_path / "whole")
     assert steps(run) == list(range(1, saved + 3))
+
+
+def test_the_slurm_script_gives_the_tasks_their_cores(slurm, tmp_path):
+    start, _ = slurm
+    save_config(config(steps=1), tmp_path / "tiny.yaml")
+    finish(start())
+    # Since SLURM 22.05 srun gives a task one core if it does not get the number itself.
+    assert {"--cpus-per-task=3", "--cpu-bind=none"} <= set(json.loads((tmp_path / "srun.json").read_text()))
+    # Loaders divide the cores and the shared memory of the node by this number.
+    assert [entry["local_world_size"] for entry in started(tmp_path / "commands")] == ["2", "2"]
 
 
 def test_the_slurm_script_does_not_requeue_a_job_that_fails(slurm, tmp_path):
