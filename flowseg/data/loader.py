@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -110,8 +110,8 @@ def _with_workers(loader: DataLoader) -> Iterator:
 
 def example_batches(
     pairs: Pairs, config: Config, *, workers: int, first_draw: int = 0, rank: int = 0, world: int = 1
-) -> Iterator[Batch]:
-    """Endless training batches for one process, in pinned memory if there is a GPU.
+) -> Generator[Batch, None, None]:
+    """Endless training batches for one process, in pinned memory if there is a GPU. Closing the generator ends its workers.
 
     Args:
         pairs: the training split.

@@ -73,12 +73,13 @@ def _count(
     size: ModelSize, channels: int, condition_on_image: bool, height: int, width: int, **recomputes
 ) -> tuple[int, int]:
     """FLOPs of a forward and of a backward."""
-    with torch.device("meta"):
-        model = FlowSegModel(size, channels, condition_on_image=condition_on_image, **recomputes)
-        x, t = torch.empty(1, channels, height, width), torch.empty(1)
-        image = torch.empty(1, 3, height, width) if condition_on_image else None
-    # Fused attention computes its scores again in the backward, and the counter would count that.
-    with sdpa_kernel(SDPBackend.MATH):
+    # The caller may have switched gradients off. Fused attention computes its scores again in the backward, which the counter
+    # would count.
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.device("meta"):
+            model = FlowSegModel(size, channels, condition_on_image=condition_on_image, **recomputes)
+            x, t = torch.empty(1, channels, height, width), torch.empty(1)
+            image = torch.empty(1, 3, height, width) if condition_on_image else None
         with _counter() as forward:
             loss = model(x, t, image).sum()
         with _counter() as backward:

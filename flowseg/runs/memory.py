@@ -37,6 +37,9 @@ def is_out_of_memory(error: Exception) -> bool:
 def take_peak_memory(device: torch.device) -> int | None:
     """Bytes that tensors on ``device`` held at most since the last call. The host does not wait for the device.
 
+    The call resets PyTorch's peak of the device for the whole process: what the caller's own code reads afterwards from
+    ``torch.cuda.max_memory_allocated`` counts from this call.
+
     Returns:
         ``None`` on a CPU, whose allocator keeps no such count, and on accelerators without one (MPS).
     """

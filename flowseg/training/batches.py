@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from rich.console import Console
 
@@ -29,7 +29,7 @@ class StepBatches:
 
     def __init__(self, pairs: Pairs, ranks: Ranks, console: Console | None = None):
         self.pairs, self.ranks, self.console = pairs, ranks, console
-        self._batches: Iterator[Batch] = iter(())
+        self._batches: Generator[Batch, None, None] | None = None
         self._settings: tuple[DataConfig, int] | None = None
         self.workers: int | None = None
 
@@ -42,6 +42,9 @@ class StepBatches:
         """
         settings = stage.data, stage.train.batch_size
         if self._settings != settings:
+            # The workers that end here free the shared memory that the automatic number depends on.
+            if self._batches is not None:
+                self._batches.close()
             self._batches = example_batches(
                 self.pairs,
                 stage,

@@ -1,4 +1,4 @@
-"""Copies of batches to the device, which run while the device computes."""
+"""Copies of batches to the device, in a stream beside that of the computation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from flowseg.data.loader import Batch
 class DeviceCopies:
     """Copy batches to a device; a GPU gets them in a stream of their own.
 
-    The host launches the work of a step long before a GPU has done it. So a copy that it then starts in a second stream
-    runs while the GPU computes the step before. In the stream of the computation it would wait for the end of that step.
+    A host that is ahead starts the copy while the GPU still computes the step before. In a second stream the copy can run
+    at once; in the stream of the computation it would wait for the end of that step. After a logged step the host is not
+    ahead, as it has read the loss, and the copy overlaps nothing.
 
     Args:
         device: device that trains; without a GPU batches are not copied.

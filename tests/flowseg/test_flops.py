@@ -12,6 +12,7 @@ from bench.field_plain import products
 from flowseg.config import config_from_tree
 from flowseg.errors import UserError
 from flowseg.model import Flops, build_model, count_flops
+from flowseg.model.flops import _count
 from flowseg.model.sizes import resolve_size
 from flowseg.training.work import alignment_flops, amount, duration, work_of
 
@@ -81,6 +82,15 @@ def test_flops_are_those_of_the_formula(config):
     counted = count_flops(config)
     assert (counted.forward, counted.backward) == expected(config)
     assert counted.recomputed == 0 and counted.training == counted.forward + counted.backward
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_flops_are_counted_where_gradients_are_off(mode):
+    config = model_config(size="nano", data=(32, 32))
+    _count.cache_clear()
+    with mode():
+        counted = count_flops(config)
+    assert (counted.forward, counted.backward) == expected(config)
 
 
 def test_recomputation_is_counted_apart():

@@ -29,6 +29,7 @@ from flowseg.data.transforms import augment, normalised, to_tensor
 from flowseg.data.workers import lost_worker, start_method, worker_count
 from flowseg.errors import UserError
 from flowseg.flow import make_source, sample_times
+from flowseg.runs.parallel import Ranks
 from flowseg.training.device_copies import DeviceCopies
 from flowseg.training.objective import flow_step
 from flowseg.training.trainer import train
@@ -282,6 +283,22 @@ def test_the_log_tells_the_automatic_number_once_per_change(tmp_path, monkeypatc
     config.data.workers = 0
     train(config, tmp_path / "given", console=Console(file=output))
     assert "workers" not in output.getvalue()
+
+
+def test_the_workers_of_a_stage_end_before_those_of_the_next_are_counted(monkeypatch):
+    def count(stage):
+        running.append(set(multiprocessing.active_children()) - others)
+        return 1
+
+    monkeypatch.setattr(batches, "worker_count", count)
+    others, running = set(multiprocessing.active_children()), []
+    config = tiny_config(train={"stages": [{"at": 1, "height": 16, "width": 24}]})
+    steps = batches.StepBatches(open_data(config.data).train, Ranks(1))
+    for step in range(2):
+        steps.next_step(config.at_step(step), step * config.train.batch_size)
+    assert set(multiprocessing.active_children()) - others
+    # Their batches would count as shared memory that is taken.
+    assert running == [set(), set()]
 
 
 def test_settings_of_earlier_runs_keep_their_number_of_workers(tmp_path):

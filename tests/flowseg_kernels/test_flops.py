@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import flowseg_kernels as fk
-from flowseg_kernels.runtime.flops import define_flops
+from flowseg_kernels.runtime import flops
 
 from ..support.neural_field import field_inputs, pixnerd_field
 
@@ -58,13 +58,20 @@ def test_the_counter_counts_a_field_without_blocks_or_patches():
         assert forward > 0 and backward > 0
 
 
-def test_the_formulas_are_registered_without_importing_the_counter():
-    """The counter of torch 2.13 imports Triton, so it is left to those who use it."""
-    code = """
-import sys, flowseg_kernels, torch
-assert "torch.utils.flop_counter" not in sys.modules
-from torch.utils.flop_counter import flop_registry
-assert {torch.ops.flowseg.neural_field, torch.ops.flowseg.neural_field_bwd} <= flop_registry.keys()
+@pytest.mark.parametrize("first", ["", "import torch.utils.flop_counter"], ids=["package first", "counter first"])
+def test_the_formulas_are_registered_whenever_the_counter_is_imported(first):
+    """The package leaves the import to those who count: the counter of torch 2.13 imports Triton."""
+    code = f"""
+import importlib.util, sys, torch
+{first}
+counter = "torch.utils.flop_counter"
+imported = counter in sys.modules
+import flowseg_kernels
+assert (counter in sys.modules) == imported
+formulas = {{torch.ops.flowseg.neural_field, torch.ops.flowseg.neural_field_bwd}}
+assert importlib.util.find_spec(counter)
+assert formulas <= importlib.import_module(counter).flop_registry.keys(), "after a search for the module"
+assert formulas <= importlib.reload(sys.modules[counter]).flop_registry.keys(), "after a reload"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -72,7 +79,7 @@ assert {torch.ops.flowseg.neural_field, torch.ops.flowseg.neural_field_bwd} <= f
 
 def test_a_formula_is_registered_at_once_if_the_counter_is_imported():
     op = torch.ops.flowseg.flow_interpolate
-    define_flops("flow_interpolate", lambda source, labels, t, *rest: 1000 + source[-1])
+    flops.define_flops("flow_interpolate", lambda source, labels, t, *rest: 1000 + source[-1])
     try:
         codes = torch.zeros(2, 3)
         with FlopCounterMode(display=False) as counter:
@@ -80,5 +87,5 @@ def test_a_formula_is_registered_at_once_if_the_counter_is_imported():
                 torch.zeros(1, 3, 2, 5), torch.zeros(1, 2, 5, dtype=torch.uint8), torch.ones(1), fk.Codebook(codes)
             )
     finally:
-        del flop_registry[op]
+        del flop_registry[op], flops._FORMULAS["flow_interpolate"]
     assert counter.get_total_flops() == 1005

@@ -1,11 +1,11 @@
 """The device of these tests, and Trainers on it."""
 
+import types
 from unittest import mock
 
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 
 from flowseg.runs.parallel import Ranks
 from flowseg.training.trainer import Trainer
@@ -29,8 +29,13 @@ class _OnDevice(Accelerator):
         return getattr(self, "_own_device", torch.device("cpu"))
 
 
-def _pinning(*arguments, **options):
-    return DataLoader(*arguments, **{**options, "pin_memory": True})
+class _TorchWithGPU:
+    """PyTorch for a module that asks it whether there is a GPU."""
+
+    cuda = types.SimpleNamespace(is_available=lambda: True)
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +47,6 @@ def trainer_on(tmp_path_factory):
         trainer.model.train()
         return trainer
 
-    # The loader pins its batches if there is a GPU. Here it pins them for the pretended device.
-    with mock.patch("flowseg.data.loader.DataLoader", _pinning):
+    # The loader itself decides to pin: it does so if there is a GPU, which the pretended device is not.
+    with mock.patch("flowseg.data.loader.torch", _TorchWithGPU()):
         yield make

@@ -75,7 +75,7 @@ def quick_commands(folder):
 
 
 def started(folder):
-    """The processes that were started so far: their number, rank and arguments, oldest first."""
+    """The processes that were started so far: their number, arguments, rank and local world size, oldest first."""
     return [json.loads(line) for line in (folder / "started").read_text().splitlines()]
 
 
@@ -102,7 +102,8 @@ def _keep(connection, started):
         os.setsid()
         _become(request, outputs)
     with started.open("a") as file:
-        file.write(json.dumps({"process": process, "rank": request["env"].get("RANK"), "argv": request["argv"]}) + "\n")
+        variables = {name.lower(): request["env"].get(name) for name in ("RANK", "LOCAL_WORLD_SIZE")}
+        file.write(json.dumps({"process": process, "argv": request["argv"], **variables}) + "\n")
     print(process, file=lines, flush=True)
     connection.setblocking(False)
     while not (ended := os.waitpid(process, os.WNOHANG))[0]:
