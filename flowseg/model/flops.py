@@ -44,7 +44,7 @@ class Flops:
 def count_flops(config: Config, height: int | None = None, width: int | None = None) -> Flops:
     """Count the FLOPs of the network of ``config`` for one image, without REPA.
 
-    The network is built and run on the meta device, which takes a second for the largest preset and no memory.
+    The network is built and run on the meta device, which takes a tenth of a second and no memory.
 
     Args:
         config: settings of a run.
@@ -73,6 +73,13 @@ def _count(
     size: ModelSize, channels: int, condition_on_image: bool, height: int, width: int, **recomputes
 ) -> tuple[int, int]:
     """FLOPs of a forward and of a backward."""
+    if size.depth > 2:
+        # All transformer blocks are alike: two networks of few blocks say what one block adds, in a tenth of the time.
+        one, two = (
+            _count(dataclasses.replace(size, depth=depth), channels, condition_on_image, height, width, **recomputes)
+            for depth in (1, 2)
+        )
+        return tuple(a + (size.depth - 1) * (b - a) for a, b in zip(one, two))
     # The caller may have switched gradients off. Fused attention computes its scores again in the backward, which the counter
     # would count.
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
