@@ -27,9 +27,9 @@ class SamplingNetwork:
     Autocast keeps the casts of weights only if they require gradients, which averaged weights do not. So this class keeps a
     copy of the network whose linear and convolutional layers have bf16 weights; it shares every other tensor.
 
-    The copy follows the network: a tensor that was changed in place is cast again into the same memory, and the copy is made
-    again if a module or a tensor was replaced. Two changes are not seen, and need :meth:`refresh`: a write that PyTorch does not
-    count (through ``.data``, or by a collective of torch.distributed), and an attribute of a layer that is no tensor.
+    The copy follows the network: each call of :meth:`of` casts the weights into the memory of the copy again, because PyTorch
+    does not count every write. The copy is made again if a module or a tensor was replaced. A new value of an attribute that
+    is no tensor is not seen, and needs :meth:`refresh`.
 
     A network that is more than its weights runs itself: with hooks, with modules of other packages such as adapters, or of
     another class.
@@ -38,7 +38,6 @@ class SamplingNetwork:
     def __init__(self):
         self._modules: list[nn.Module] = []
         self._tensors: list[Tensor] = []
-        self._versions: list[int] = []
         self._copy: nn.Module | None = None
         self._pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._compiled: tuple[nn.Module, Callable] | None = None
@@ -74,16 +73,14 @@ class SamplingNetwork:
             # Aliases keep the memory, so that its address cannot come back with another tensor.
             self._tensors = [tensor.detach() for tensor in tensors]
             self.structure = next(_numbers)
-        versions = [tensor._version for tensor in tensors]
         if not cast:
             self._copy = None
             return model
         if self._copy is None:
             self._copy, self._pairs = _cast_copy(model)
             self.structure = next(_numbers)
-        elif versions != self._versions:
+        else:
             torch._foreach_copy_(self._pairs[1], self._pairs[0])
-        self._versions = versions
         return self._copy
 
     def compiled(self, network: nn.Module, images: Tensor) -> Callable:
@@ -115,8 +112,8 @@ def _modules_and_tensors(model: nn.Module) -> tuple[list[nn.Module], list[Tensor
         modules.append(module)
         tensors += [value for value in (*module._parameters.values(), *module._buffers.values()) if value is not None]
         todo += module._modules.values()
-    # Inference tensors do not count their changes. Subclasses (shards, quantised tensors) are not what they seem.
-    plain = all(type(value) in (Tensor, nn.Parameter) and not value.is_inference() for value in tensors)
+    # Subclasses (shards, quantised tensors) are not what they seem.
+    plain = all(type(value) in (Tensor, nn.Parameter) for value in tensors)
     return (modules, tensors) if plain else None
 
 

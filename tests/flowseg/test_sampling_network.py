@@ -140,10 +140,24 @@ def _buffer_written(segmenter):
     segmenter.model.time_embed.frequencies.mul_(1.5)
 
 
-def _written_unseen(segmenter):
+def _data_written(segmenter):
     for value in segmenter.model.parameters():
         value.data.mul_(1.1)
-    segmenter.refresh()
+
+
+def _data_copied(segmenter):
+    for value in segmenter.model.parameters():
+        value.data.copy_(value.detach() * 1.1)
+
+
+def _averaged_into_data(segmenter):
+    for value in segmenter.model.parameters():
+        torch.lerp(value.data, value.detach() * 1.2, 0.5, out=value.data)
+
+
+def _written_by_numpy(segmenter):
+    for value in segmenter.model.parameters():
+        value.detach().numpy()[...] *= 1.1
 
 
 def _attribute_set(segmenter):
@@ -159,7 +173,7 @@ def _written_in_inference_mode(segmenter):
 
 CHANGES = [
     _loaded, _assigned, _written, _data_replaced, _module_replaced, _norm_written, _model_replaced, _buffer_written,
-    _written_unseen, _attribute_set, _written_in_inference_mode,
+    _data_written, _data_copied, _averaged_into_data, _written_by_numpy, _attribute_set, _written_in_inference_mode,
 ]  # fmt: skip
 
 
@@ -179,6 +193,16 @@ def test_a_copy_that_was_made_in_inference_mode_follows_too():
         before = segmenter.sample(images())
     _written(segmenter)
     after = segmenter.sample(images())
+    assert torch.equal(after, plain_sample(segmenter, images())) and not torch.equal(after, before)
+
+
+def test_a_network_that_was_made_in_inference_mode_is_followed():
+    with torch.inference_mode():
+        segmenter = make_segmenter()
+        before = segmenter.sample(images())
+        _written(segmenter)
+    after = segmenter.sample(images())
+    assert segmenter._network._copy is not None
     assert torch.equal(after, plain_sample(segmenter, images())) and not torch.equal(after, before)
 
 
