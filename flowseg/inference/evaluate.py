@@ -171,9 +171,8 @@ def _batches(segmenter: Segmenter, pairs: Pairs, indices: list[int]) -> Iterator
 
     threads = reading_threads(segmenter.config.data)
     on_cpu = segmenter.device.type == "cpu"
-    loaded = read_ahead(
-        indices, load, lambda pair: pair[1].numel(), threads=threads, most=most + threads, overlap=not on_cpu
-    )
+    options = {"threads": threads, "most": most + threads, "overlap": not on_cpu, "sizes": large.pixels}
+    loaded = read_ahead(indices, load, lambda pair: pair[1].numel(), **options)
     images: list[Image.Image] = []
     targets: list[Tensor] = []
     native = (0, 0)
