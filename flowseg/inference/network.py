@@ -92,7 +92,10 @@ class SamplingNetwork:
 
 
 def compiled(network: nn.Module) -> Callable:
-    """Compile a network for sampling. A new number of images makes at most one more compilation."""
+    """Compile a network for sampling.
+
+    The first number of images compiles, and the second once more for all numbers above one. A single image compiles by itself.
+    """
     return torch.compile(network)
 
 

@@ -297,7 +297,7 @@ def test_sampling_compiles_the_training_size_only(monkeypatch):
     assert len(calls) == 9
 
 
-def test_the_compiled_network_has_one_graph_and_compiles_twice_for_all_batches(monkeypatch):
+def test_the_compiled_network_compiles_twice_for_all_batches_and_once_for_a_single_image(monkeypatch):
     graphs = []
 
     def backend(graph, inputs):
@@ -308,10 +308,10 @@ def test_the_compiled_network_has_one_graph_and_compiles_twice_for_all_batches(m
     torch._dynamo.reset()
     segmenter = make_segmenter()
     segmenter.compiled = True
-    for batch in (4, 3, 2, 5, 4):
+    for batch, most in ((4, 1), (3, 2), (2, 2), (5, 2), (4, 2), (1, 3), (2, 3), (1, 3)):
         pixels = images(batch, 16, 16)
         torch.testing.assert_close(segmenter.sample(pixels), plain_sample(segmenter, pixels))
-    assert 1 <= len(graphs) <= 2
+        assert 1 <= len(graphs) <= most, f"a batch of {batch} compiled again"
 
 
 def test_training_and_evaluate_compile_where_the_settings_say_so_and_predict_never(tmp_path, monkeypatch, capsys):
