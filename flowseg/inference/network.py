@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from flowseg.errors import CompilerWarning
 from flowseg.model import FlowSegModel
+from flowseg.model.compiling import missing_compiler
 
 # Layers whose weights and biases autocast casts at each call. Norms compute with float32 weights under autocast.
 _CAST_LAYERS = (nn.Linear, nn.Conv2d)
@@ -86,7 +89,7 @@ class SamplingNetwork:
     def compiled(self, network: nn.Module, images: Tensor) -> Callable:
         """``torch.compile`` of a module that :meth:`of` returned, for images ``(B, 3, H, W)``."""
         if self._compiled is None or self._compiled[0] is not network:
-            self._compiled = network, compiled(network)
+            self._compiled = network, _CompiledOrNot(network, compiled(network))
         network.prepare(*images.shape[-2:], images.device)
         return self._compiled[1]
 
@@ -97,6 +100,29 @@ def compiled(network: nn.Module) -> Callable:
     The first number of images compiles, and the second once more for all numbers above one. A single image compiles by itself.
     """
     return torch.compile(network)
+
+
+class _CompiledOrNot:
+    """A compiled network, or after a warning the network itself where there is no compiler."""
+
+    def __init__(self, network: nn.Module, compiled: Callable):
+        self._network, self._call = network, compiled
+
+    def __call__(self, *inputs):
+        try:
+            return self._call(*inputs)
+        except Exception as error:
+            reason = missing_compiler(error)
+            if reason is None:
+                raise
+        warnings.warn(
+            f"The network runs uncompiled, which is slower: {reason}. Install a compiler, or pass "
+            "--set model.compile=false (in Python: compiled=False)",
+            CompilerWarning,
+            stacklevel=2,
+        )
+        self._call = self._network
+        return self._call(*inputs)
 
 
 def _modules_and_tensors(model: nn.Module) -> tuple[list[nn.Module], list[Tensor]] | None:
