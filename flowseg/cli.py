@@ -21,7 +21,7 @@ from typer.core import TyperCommand
 
 from flowseg import __version__
 from flowseg.data_names import DATA_NAMES
-from flowseg.errors import DataWarning, PeerError, UserError
+from flowseg.errors import CompilerWarning, DataWarning, PeerError, UserError
 from flowseg.runs.files import write_whole
 from flowseg.runs.terminal import make_console, printable, say, speak_any_text
 
@@ -124,7 +124,7 @@ def _tell(text: str) -> None:
 
 def _show_warning(show: Callable, message: Warning | str, category: type[Warning], *place, **more) -> None:
     """Print a warning about data as one line; other warnings are shown as Python does."""
-    if issubclass(category, DataWarning):
+    if issubclass(category, (DataWarning, CompilerWarning)):
         make_console().print(Text.assemble(("warning:", "yellow"), " ", printable(str(message))), soft_wrap=True)
     else:
         show(message, category, *place, **more)

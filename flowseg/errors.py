@@ -18,3 +18,10 @@ class DataWarning(UserWarning):
 
     The command line prints only the message. A program can turn the warning into an error with :mod:`warnings`.
     """
+
+
+class CompilerWarning(UserWarning):
+    """A network that should be compiled runs uncompiled, because there is no compiler; the message is one line.
+
+    The command line prints only the message.
+    """

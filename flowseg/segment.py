@@ -94,8 +94,7 @@ class Segmenter:
     def refresh(self) -> None:
         """Read the network again at the next call.
 
-        Needed only after a change that is not seen: a write to a weight that PyTorch does not count (through ``.data``, or by a
-        collective of torch.distributed), or a new value of a layer's attribute that is no tensor.
+        Needed only after a change that is not seen: a new value of a layer's attribute that is no tensor.
         """
         self._network.refresh()
         self._graphs.clear()

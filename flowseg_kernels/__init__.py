@@ -14,7 +14,7 @@ from .functional import (
 )
 from .nn import CentroidDecoder, FlowLoss, NeuralFieldDecoder
 from .runtime import extension as _extension
-from .runtime.backend import BackendUnavailable, available_backends, use_backend
+from .runtime.backend import BackendUnavailable, available_backends, requested_backend, use_backend
 
 __version__ = "0.1.0"
 
@@ -34,6 +34,7 @@ __all__ = [
     "kronecker_centroids",
     "nearest_centroid",
     "neural_field",
+    "requested_backend",
     "use_backend",
 ]
 

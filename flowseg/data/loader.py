@@ -18,6 +18,7 @@ from flowseg.data.datasets import Pairs
 from flowseg.data.draws import draw_time_and_noise
 from flowseg.data.transforms import augment, normalised
 from flowseg.data.workers import BATCHES_AHEAD, lost_worker, start_method, worker_count
+from flowseg.devices import host_may_go_on
 from flowseg.errors import UserError
 
 
@@ -41,8 +42,9 @@ class Batch(NamedTuple):
     labelled: int
 
     def to(self, device: torch.device) -> Batch:
-        """Copy what the device computes with. The host does not wait for the copy if its memory is pinned."""
-        moved = (part if part is None else part.to(device, non_blocking=True) for part in self[:4])
+        """Copy what the device computes with. The host does not wait for a copy from pinned memory, except on an Apple GPU."""
+        options = {"non_blocking": host_may_go_on(device)}
+        moved = (part if part is None else part.to(device, **options) for part in self[:4])
         return Batch(*moved, self.draws, self.labelled)
 
 

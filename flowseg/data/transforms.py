@@ -23,7 +23,8 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def normalised(images: Tensor) -> Tensor:
     """Convert values 0 to 255 of any shape, uint8, to float32 in [-1, 1]; on every device by the same arithmetic."""
-    return images.float().div_(127.5).sub_(1.0)
+    # A GPU multiplies by the rounded reciprocal of a number, but divides exactly by a tensor in its memory.
+    return images.float().div_(images.new_full((), 127.5, dtype=torch.float32)).sub_(1.0)
 
 
 def augment(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowseg.data.datasets import Pairs
 from flowseg.devices import to_device
+from flowseg.errors import UserError
 from flowseg.inference.counts import PairCounts
 from flowseg.inference.read_ahead import LargeOneByOne, read_ahead, reading_threads
 
@@ -101,6 +102,9 @@ def evaluate(
         rank, world: number of this process, and of all processes; a process segments every ``world``-th image.
         add_up: sums a tensor over all processes. It sums counts, so the scores equal those of a single process; a mean
             of the mIoU of each process would differ.
+
+    Raises:
+        UserError: the labels of a pair do not have the size of its image, or a file cannot be used.
     """
     classes = segmenter.codebook.num_classes
     counts = PairCounts(classes, segmenter.device)
@@ -144,6 +148,14 @@ class _Batch(NamedTuple):
     native: tuple[int, int]
 
 
+def _check_size(index: int, image: Image.Image, labels: Tensor) -> None:
+    if tuple(labels.shape) != image.size[::-1]:
+        raise UserError(
+            f"pairs[{index}]: the labels need the size of the image, height {image.height} and width {image.width}; "
+            f"their shape is {tuple(labels.shape)}. Give one label per pixel of the image"
+        )
+
+
 def _batches(segmenter: Segmenter, pairs: Pairs, indices: list[int]) -> Iterator[_Batch]:
     """Group pairs into batches of neighbours with equal size. Threads read, resize and convert them."""
     most = 1 if segmenter.several_views else segmenter.config.sample.batch_size
@@ -152,14 +164,15 @@ def _batches(segmenter: Segmenter, pairs: Pairs, indices: list[int]) -> Iterator
     def load(index: int) -> tuple[Image.Image, Tensor]:
         with large.reading(index):
             image, target = pairs[index]
+            labels = torch.from_numpy(np.array(target, np.uint8))
+            _check_size(index, image, labels)
             # Resize in the thread: sixteen whole photographs would fill the memory.
-            return segmenter.seen(image), torch.from_numpy(np.array(target, np.uint8))
+            return segmenter.seen(image), labels
 
     threads = reading_threads(segmenter.config.data)
     on_cpu = segmenter.device.type == "cpu"
-    loaded = read_ahead(
-        indices, load, lambda pair: pair[1].numel(), threads=threads, most=most + threads, overlap=not on_cpu
-    )
+    options = {"threads": threads, "most": most + threads, "overlap": not on_cpu, "sizes": large.pixels}
+    loaded = read_ahead(indices, load, lambda pair: pair[1].numel(), **options)
     images: list[Image.Image] = []
     targets: list[Tensor] = []
     native = (0, 0)

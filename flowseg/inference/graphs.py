@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from flowseg_kernels import requested_backend
+
 Replay = Callable[[], None]
 
 
@@ -45,12 +47,14 @@ class Graphs:
 
         Args:
             owner: what the graphs belong to; another owner forgets them all.
-            key: everything that the function's result depends on, apart from the inputs and the values of tensors whose memory
-                stays.
+            key: everything that the function's result depends on, apart from the inputs, the requested backend of the kernels and
+                the values of tensors whose memory stays.
             function: launches kernels only; it reads nothing back and draws no random numbers.
             inputs: tensors on one GPU.
         """
-        key = key, *((tuple(one.shape), one.dtype) for one in inputs)
+        # Replays in two streams would overwrite each other's inputs, so each stream has a graph of its own.
+        stream = _current_stream(inputs[0].device)
+        key = key, requested_backend(), stream, *((tuple(one.shape), one.dtype) for one in inputs)
         with self._lock:
             if owner != self._owner:
                 self._recorded.clear()
@@ -74,6 +78,10 @@ class Graphs:
             replay()
             # The next replay overwrites the output.
             return output.clone()
+
+
+def _current_stream(device: torch.device) -> Hashable:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
 
 
 def record(function: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Replay, Tensor]:

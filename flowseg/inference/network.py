@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from flowseg.errors import CompilerWarning
 from flowseg.model import FlowSegModel
+from flowseg.model.compiling import missing_compiler
 
 # Layers whose weights and biases autocast casts at each call. Norms compute with float32 weights under autocast.
 _CAST_LAYERS = (nn.Linear, nn.Conv2d)
@@ -27,9 +30,9 @@ class SamplingNetwork:
     Autocast keeps the casts of weights only if they require gradients, which averaged weights do not. So this class keeps a
     copy of the network whose linear and convolutional layers have bf16 weights; it shares every other tensor.
 
-    The copy follows the network: a tensor that was changed in place is cast again into the same memory, and the copy is made
-    again if a module or a tensor was replaced. Two changes are not seen, and need :meth:`refresh`: a write that PyTorch does not
-    count (through ``.data``, or by a collective of torch.distributed), and an attribute of a layer that is no tensor.
+    The copy follows the network: each call of :meth:`of` casts the weights into the memory of the copy again, because PyTorch
+    does not count every write. The copy is made again if a module or a tensor was replaced. A new value of an attribute that
+    is no tensor is not seen, and needs :meth:`refresh`.
 
     A network that is more than its weights runs itself: with hooks, with modules of other packages such as adapters, or of
     another class.
@@ -38,7 +41,6 @@ class SamplingNetwork:
     def __init__(self):
         self._modules: list[nn.Module] = []
         self._tensors: list[Tensor] = []
-        self._versions: list[int] = []
         self._copy: nn.Module | None = None
         self._pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._compiled: tuple[nn.Module, Callable] | None = None
@@ -74,29 +76,53 @@ class SamplingNetwork:
             # Aliases keep the memory, so that its address cannot come back with another tensor.
             self._tensors = [tensor.detach() for tensor in tensors]
             self.structure = next(_numbers)
-        versions = [tensor._version for tensor in tensors]
         if not cast:
             self._copy = None
             return model
         if self._copy is None:
             self._copy, self._pairs = _cast_copy(model)
             self.structure = next(_numbers)
-        elif versions != self._versions:
+        else:
             torch._foreach_copy_(self._pairs[1], self._pairs[0])
-        self._versions = versions
         return self._copy
 
     def compiled(self, network: nn.Module, images: Tensor) -> Callable:
         """``torch.compile`` of a module that :meth:`of` returned, for images ``(B, 3, H, W)``."""
         if self._compiled is None or self._compiled[0] is not network:
-            self._compiled = network, compiled(network)
+            self._compiled = network, _CompiledOrNot(network, compiled(network))
         network.prepare(*images.shape[-2:], images.device)
         return self._compiled[1]
 
 
 def compiled(network: nn.Module) -> Callable:
-    """Compile a network for sampling. A new number of images makes at most one more compilation."""
+    """Compile a network for sampling.
+
+    The first number of images compiles, and the second once more for all numbers above one. A single image compiles by itself.
+    """
     return torch.compile(network)
+
+
+class _CompiledOrNot:
+    """A compiled network, or after a warning the network itself where there is no compiler."""
+
+    def __init__(self, network: nn.Module, compiled: Callable):
+        self._network, self._call = network, compiled
+
+    def __call__(self, *inputs):
+        try:
+            return self._call(*inputs)
+        except Exception as error:
+            reason = missing_compiler(error)
+            if reason is None:
+                raise
+        warnings.warn(
+            f"The network runs uncompiled, which is slower: {reason}. Install a compiler, or pass "
+            "--set model.compile=false (in Python: compiled=False)",
+            CompilerWarning,
+            stacklevel=2,
+        )
+        self._call = self._network
+        return self._call(*inputs)
 
 
 def _modules_and_tensors(model: nn.Module) -> tuple[list[nn.Module], list[Tensor]] | None:
@@ -115,8 +141,8 @@ def _modules_and_tensors(model: nn.Module) -> tuple[list[nn.Module], list[Tensor
         modules.append(module)
         tensors += [value for value in (*module._parameters.values(), *module._buffers.values()) if value is not None]
         todo += module._modules.values()
-    # Inference tensors do not count their changes. Subclasses (shards, quantised tensors) are not what they seem.
-    plain = all(type(value) in (Tensor, nn.Parameter) and not value.is_inference() for value in tensors)
+    # Subclasses (shards, quantised tensors) are not what they seem.
+    plain = all(type(value) in (Tensor, nn.Parameter) for value in tensors)
     return (modules, tensors) if plain else None
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from flowseg.config import DataConfig
@@ -25,9 +26,14 @@ _MOST_THREADS = 16
 
 
 def reading_threads(config: DataConfig) -> int:
-    """Number of threads that read ahead: ``data.workers`` if it is set, else one per core of this process."""
+    """Number of threads that read ahead: ``data.workers`` if it is set, else one per core of this process.
+
+    With 0 the caller reads by itself.
+    """
+    if config.workers is not None:
+        return min(_MOST_THREADS, config.workers)
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return min(_MOST_THREADS, config.workers or max(1, usable_cores() // processes))
+    return min(_MOST_THREADS, max(1, usable_cores() // processes))
 
 
 def read_ahead(
@@ -39,6 +45,7 @@ def read_ahead(
     most: int,
     overlap: bool = True,
     budget: int | None = None,
+    sizes: Callable[[object], int] | None = None,
 ) -> Iterator[Loaded]:
     """Yield ``load(item)`` for all items in order; threads load the next ones meanwhile.
 
@@ -47,44 +54,55 @@ def read_ahead(
     Args:
         items: arguments of ``load``.
         load: called in a thread. Its exceptions are raised when the turn of the item comes.
-        pixels: size of a result. The size of an item that is not loaded yet is taken to be that of the newest result.
-        threads: number of threads.
+        pixels: size of a result.
+        threads: number of threads; 0: the caller loads each item at its turn.
         most: largest number of items that are loaded ahead.
         overlap: load while the caller computes. ``False``: load ``most`` items at a time, while the caller waits for them.
             That is faster if the caller computes on the same cores: its OpenMP threads wait for each other in every operation.
         budget: largest number of pixels that are loaded ahead; ``None``: ``READ_AHEAD_PIXELS``. Nothing is loaded ahead if one
             image is larger.
+        sizes: size of an item before it is loaded. ``None``, or an exception: the size of the largest result so far.
     """
+    if threads == 0:
+        yield from map(load, items)
+        return
     budget = READ_AHEAD_PIXELS if budget is None else budget
     pool = ThreadPoolExecutor(threads, thread_name_prefix="flowseg-read")
-    waiting: deque[Future] = deque()
-    todo = iter(items)
-    # Before the first result a single item is loaded, because its size is not known.
-    usual = budget
+    waiting: deque[tuple[Future, int]] = deque()
+    todo = deque(items)
+    largest: int | None = None
 
-    def submit_next() -> bool:
-        for item in todo:
-            waiting.append(pool.submit(load, item))
-            return True
-        return False
+    def reserved() -> int:
+        """The size of the next item."""
+        with contextlib.suppress(Exception):
+            if sizes is not None:
+                return sizes(todo[0])
+        # Before the first result a single item is loaded, because its size is not known.
+        return budget if largest is None else largest
+
+    def submit_next(size: int) -> None:
+        waiting.append((pool.submit(load, todo.popleft()), size))
 
     def taken() -> Loaded:
-        nonlocal usual
-        result = waiting.popleft().result()
-        usual = pixels(result)
+        nonlocal largest
+        result = waiting.popleft()[0].result()
+        largest = max(largest or 0, pixels(result))
         return result
 
     def held() -> int:
-        return sum(pixels(one.result()) if one.done() and not one.exception() else usual for one in waiting)
+        return sum(pixels(one.result()) if one.done() and not one.exception() else size for one, size in waiting)
 
     def fill() -> None:
-        while len(waiting) < most and held() + usual <= budget and submit_next():
-            pass
+        while todo and len(waiting) < most and held() + (size := reserved()) <= budget:
+            submit_next(size)
 
     try:
-        while waiting or submit_next():
+        while waiting or todo:
+            if not waiting:
+                submit_next(reserved())
             if not overlap and len(waiting) == 1:
                 fill()
+                wait([one for one, _ in waiting])
             # Keep no reference to a result: the next one is loaded before these names are bound again.
             ready = [taken()]
             if overlap:
@@ -99,10 +117,12 @@ class LargeOneByOne:
 
     def __init__(self, pairs: Pairs):
         # Generated scenes have no files, and all have the size of training.
-        self._pixels = getattr(pairs, "pixels", None)
+        pixels = getattr(pairs, "pixels", None)
+        #: Size of a pair, from the header of its file, which is read once; ``None`` if the pairs do not tell it.
+        self.pixels: Callable[[int], int] | None = pixels and functools.cache(pixels)
         self._lock = threading.Lock()
 
     def reading(self, index: int) -> contextlib.AbstractContextManager:
         """The context in which to read a pair and reduce its image."""
-        large = self._pixels is not None and self._pixels(index) > LARGE_PIXELS
+        large = self.pixels is not None and self.pixels(index) > LARGE_PIXELS
         return self._lock if large else contextlib.nullcontext()

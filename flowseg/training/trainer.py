@@ -47,6 +47,7 @@ from flowseg.data.loader import Batch
 from flowseg.errors import PeerError, UserError
 from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
 from flowseg.model import FlowSegModel, load_pixnerd
+from flowseg.model.compiling import compiler_needed
 from flowseg.model.flops import count_flops
 from flowseg.runs.memory import is_out_of_memory, keep_freed_memory
 from flowseg.runs.metrics import open_metrics, truncate_metrics
@@ -339,7 +340,8 @@ class Trainer:
         rate = learning_rate(stage.optim, state.step, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        objective, loss, align = self._backward(batches, labelled)
+        with compiler_needed():
+            objective, loss, align = self._backward(batches, labelled)
         norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), stage.optim.grad_clip))
         self.is_updating = True
         self.optimizer.step()

@@ -9,6 +9,7 @@ import torch
 
 from flowseg.inference import graphs
 from flowseg.inference.graphs import Graphs
+from flowseg_kernels import use_backend
 
 from .test_sampling_network import _assigned, _loaded, _written, images, make_segmenter, plain_sample
 
@@ -69,6 +70,20 @@ def test_each_batch_size_and_number_of_steps_has_its_own_graph(recorder):
     segmenter.config.sample.method = "midpoint"
     found = [segmenter.sample(images()) for _ in range(2)][-1]
     assert len(recorder.recorded) == 5 and torch.equal(found, plain_sample(segmenter, images()))
+
+
+def test_each_backend_and_each_stream_has_its_own_graph(recorder, monkeypatch):
+    segmenter = graphed()
+    for _ in range(2):
+        segmenter.sample(images())
+    with use_backend("reference"):
+        for _ in range(3):
+            segmenter.sample(images())
+    assert len(recorder.recorded) == 2 and recorder.replays == 3
+    monkeypatch.setattr(graphs, "_current_stream", lambda device: "a second stream")
+    for _ in range(3):
+        assert torch.equal(segmenter.sample(images()), plain_sample(segmenter, images()))
+    assert len(recorder.recorded) == 3 and recorder.replays == 5
 
 
 def test_graphs_of_inference_mode_serve_outside_of_it(recorder):

@@ -7,6 +7,7 @@ from PIL import Image
 from torch import nn
 
 from flowseg.data.transforms import to_tensor
+from flowseg.errors import UserError
 from flowseg.inference.evaluate import chosen_indices, evaluate, scores_from_confusion
 from flowseg.inference.views import WindowRows, interpolated_columns, resize_labels, window_starts
 from flowseg.model.sizes import resolve_size
@@ -50,6 +51,15 @@ def make_segmenter(**sections):
     config = tiny_config(data={"height": 32, "width": 32}, **sections)
     codebook = codebook_of(config.codes.channels)
     return Segmenter(Oracle(codebook), codebook, config)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 64)])
+def test_labels_of_another_size_than_the_image_are_refused(size):
+    pairs = make_pairs([(32, 32)] * 3)
+    pairs[1] = pairs[1][0], Image.new("L", size[::-1])
+    message = rf"pairs\[1\]: .*height 32 and width 32; their shape is \({size[0]}, {size[1]}\)"
+    with pytest.raises(UserError, match=message):
+        evaluate(make_segmenter(), pairs)
 
 
 def test_evaluation_agrees_with_torchmetrics():

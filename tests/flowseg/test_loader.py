@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import flowseg.data.workers as workers
@@ -27,6 +29,7 @@ from flowseg.data.draws import example_generator
 from flowseg.data.loader import Batch, example_batches
 from flowseg.data.transforms import augment, normalised, to_tensor
 from flowseg.data.workers import lost_worker, start_method, worker_count
+from flowseg.devices import to_device
 from flowseg.errors import UserError
 from flowseg.flow import make_source, sample_times
 from flowseg.runs.parallel import Ranks
@@ -203,6 +206,54 @@ def test_a_gpu_gets_batches_in_a_second_stream(monkeypatch):
         assert events == ["copy in copies"] * count + ["main waits for copies"] + ["kept for main"] * count
         assert moved.draws is given.draws and moved.labelled == 1
     assert len(made) == 1, "a stream for each copy keeps memory for each stream"
+
+
+@pytest.mark.parametrize(("target", "non_blocking"), [("cuda", True), ("xpu", True), ("mps", False)])
+def test_an_apple_gpu_copies_before_the_host_may_free_the_memory(target, non_blocking, monkeypatch):
+    calls, pinned = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (pinned.append(self), self)[1])
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, **options: (calls.append(options), self)[1])
+    batch_of(tiny_config(flow={"source": "noise"})).to(torch.device(target))
+    assert calls == [{"non_blocking": non_blocking}] * 4 and not pinned
+    to_device(torch.zeros(2), torch.device(target))
+    assert calls[4:] == [{"non_blocking": non_blocking}] and len(pinned) == non_blocking
+    # The host reads a copy from a device at once.
+    to_device(torch.zeros(2, device="meta"), torch.device("cpu"))
+    assert calls[5:] == [{"non_blocking": False}] and len(pinned) == non_blocking
+
+
+def test_tensors_without_memory_are_not_pinned(monkeypatch):
+    def refuse(tensor):
+        raise RuntimeError("a tensor without memory was pinned")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    assert make_source(torch.empty(1, 3, 8, 8, device="meta"), 3, "noise").device.type == "meta"
+    with FakeTensorMode():
+        noise = make_source(torch.empty(1, 3, 8, 8, device="cuda"), 3, "noise")
+    assert noise.device.type == "cuda" and noise.shape == (1, 3, 8, 8)
+
+
+class Divisors(TorchDispatchMode):
+    """Collects what float32 tensors are divided by."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.div_.Tensor:
+            self.found.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_images_are_divided_by_a_number_in_the_memory_of_their_device():
+    """CUDA multiplies by the reciprocal of a number that the host keeps, which rounds otherwise."""
+    with Divisors() as divisors:
+        normalised(torch.empty(2, 3, 4, 4, dtype=torch.uint8, device="meta"))
+    (divisor,) = divisors.found
+    assert isinstance(divisor, torch.Tensor) and divisor.device.type == "meta" and divisor.dtype == torch.float32
+    values = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(normalised(values), values.float() / 127.5 - 1)
 
 
 # ---- Worker processes ----

@@ -89,6 +89,90 @@ def test_pixels_bound_what_is_read_ahead(pixels, most):
     assert load.most <= most + 1
 
 
+class Held:
+    """A load function of items that are sizes; it records the largest sum of sizes that are loaded and not consumed."""
+
+    def __init__(self):
+        self.now, self.most, self.lock = 0, 0, threading.Lock()
+
+    def __call__(self, size):
+        time.sleep(0.001)
+        with self.lock:
+            self.now += size
+            self.most = max(self.most, self.now)
+        return size
+
+    def run(self, items, **options):
+        loaded = read_ahead(items, self, lambda size: size, threads=4, most=20, budget=2000, **options)
+        for count, size in enumerate(loaded):
+            assert size == items[count]
+            # The caller computes, and the threads load as much as they may.
+            time.sleep(0.005)
+            with self.lock:
+                self.now -= size
+        assert count + 1 == len(items)
+        return self.most
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_mixed_sizes_keep_within_the_bound(overlap):
+    for items in ([1] + [1000] * 20, [1, 1000] * 10, [10, 10, 1500, 10, 700, 700, 700]):
+        # One item more: the one that the caller has just received.
+        assert Held().run(items, overlap=overlap, sizes=lambda size: size) <= 2000 + max(items)
+    # An image that is larger than the bound comes with nothing but the images before it.
+    assert Held().run([10, 5000, 10, 5000, 10], overlap=overlap, sizes=lambda size: size) <= 5020
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_sizes_that_are_not_known_count_as_the_largest_so_far(overlap):
+    def unknown(size):
+        raise OSError("no header")
+
+    for options in ({}, {"sizes": unknown}):
+        assert Held().run([1000] + [1, 1000, 1000, 1000] * 5, overlap=overlap, **options) <= 3000
+
+
+def test_evaluation_asks_the_pairs_for_the_sizes_of_the_next_images(monkeypatch):
+    class Sized(Pairs):
+        def pixels(self, index):
+            asked.append(index)
+            return self[index][0].width * self[index][0].height
+
+    asked = []
+    seen = []
+    real = evaluation.read_ahead
+    monkeypatch.setattr(
+        evaluation, "read_ahead", lambda *args, **options: seen.append(options) or real(*args, **options)
+    )
+    pairs = Sized(make_pairs([(32, 32), (32, 64), (32, 32)]))
+    assert evaluate(make_segmenter(), pairs).images == 3
+    assert [seen[0]["sizes"](index) for index in range(3)] == [1024, 2048, 1024]
+    # A header is read once, although the thread asks again.
+    assert sorted(asked) == [0, 1, 2]
+
+
+def test_without_threads_the_caller_loads_each_item_at_its_turn():
+    load, names = Log(), []
+
+    def named(item):
+        names.append(threading.current_thread().name)
+        return load(item)
+
+    loaded = read_ahead(range(5), named, lambda item: 1, threads=0, most=4)
+    for count, item in enumerate(loaded):
+        assert item == count and load.started == list(range(count + 1)) and not readers()
+    assert set(names) == {threading.current_thread().name} and count == 4
+
+
+def test_no_workers_evaluate_without_a_thread_and_count_the_same(monkeypatch):
+    pairs = make_pairs([(32, 32), (32, 48), (32, 48), (32, 32)])
+    wanted = evaluate(make_segmenter(sample={"batch_size": 2}), pairs).confusion
+    segmenter = make_segmenter(sample={"batch_size": 2})
+    segmenter.config.data.workers = 0
+    monkeypatch.setattr(reading, "ThreadPoolExecutor", None)
+    assert torch.equal(evaluate(segmenter, pairs).confusion, wanted)
+
+
 def test_large_images_are_read_one_at_a_time(monkeypatch):
     monkeypatch.setattr(reading, "LARGE_PIXELS", 100)
     inside, most = [], []
@@ -166,6 +250,7 @@ def test_the_number_of_threads_is_that_of_data_workers_or_of_the_cores(monkeypat
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert reading_threads(tiny_config(data={"workers": 3}).data) == 3
     assert reading_threads(tiny_config().data) == 6
+    assert reading_threads(tiny_config(data={"workers": 0}).data) == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert reading_threads(tiny_config().data) == 1
 
