@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from flowseg.config import Config, DataConfig
 from flowseg.errors import UserError
-from flowseg.runs.machine import usable_cores
+from flowseg.runs.machine import cores_per_process, local_processes
 
 MOST_WORKERS = 8
 """Largest automatic number of workers per process."""
@@ -37,10 +36,9 @@ def worker_count(config: Config) -> int:
     can_start = sys.platform == "linux" and not multiprocessing.current_process().daemon
     if not torch.cuda.is_available() or not can_start:
         return 0
-    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    workers = min(MOST_WORKERS, max(1, usable_cores() // processes))
+    workers = min(MOST_WORKERS, cores_per_process())
     if SHARED_MEMORY.is_dir():
-        room = shutil.disk_usage(SHARED_MEMORY).free // processes
+        room = shutil.disk_usage(SHARED_MEMORY).free // local_processes()
         workers = min(workers, room // (BATCHES_AHEAD * _batch_bytes(config)))
     return workers
 

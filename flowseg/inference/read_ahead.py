@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import TypeVar
 
 from flowseg.config import DataConfig
 from flowseg.data.datasets import Pairs
-from flowseg.runs.machine import usable_cores
+from flowseg.runs.machine import cores_per_process
 
 Loaded = TypeVar("Loaded")
 
@@ -32,8 +31,7 @@ def reading_threads(config: DataConfig) -> int:
     """
     if config.workers is not None:
         return min(_MOST_THREADS, config.workers)
-    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return min(_MOST_THREADS, max(1, usable_cores() // processes))
+    return min(_MOST_THREADS, cores_per_process())
 
 
 def read_ahead(

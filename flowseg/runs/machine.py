@@ -25,6 +25,16 @@ def usable_cores() -> int:
     return math.ceil(max(1, min(cores, _cpu_quota())))
 
 
+def local_processes() -> int:
+    """Number of processes of this run on this machine, which share its cores and memory. Launchers tell it."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def cores_per_process() -> int:
+    """Number of cores for each process of this run on this machine, at least 1."""
+    return max(1, usable_cores() // local_processes())
+
+
 def _cpu_quota() -> float:
     """The quota of the control group (version 2 or 1) in cores; infinite without one."""
     with contextlib.suppress(OSError, ValueError):

@@ -48,6 +48,6 @@ def take_peak_memory(device: torch.device) -> int | None:
     try:
         peak = torch.accelerator.max_memory_allocated(device)
         torch.accelerator.reset_peak_memory_stats(device)
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return None
     return peak

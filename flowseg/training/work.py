@@ -10,6 +10,7 @@ from pathlib import Path
 from flowseg.config import Config
 from flowseg.model.flops import Flops, count_flops
 from flowseg.model.sizes import ModelSize, check_sizes, resolve_size
+from flowseg.training.batches import examples_per_step
 
 # Width and depth of the public DINOv2 encoders, so that an estimate needs no look-up on the hub.
 _DINOV2 = {"small": (384, 12), "base": (768, 12), "large": (1024, 24), "giant": (1536, 40)}
@@ -67,8 +68,8 @@ def work_of(config: Config, processes: int = 1) -> list[StageWork]:
     stages = []
     for first, last in itertools.pairwise(starts):
         stage = config.at_step(first)
-        height, width, train = stage.data.height, stage.data.width, stage.train
-        images = (last - first) * train.batch_size * train.accumulation * processes
+        height, width = stage.data.height, stage.data.width
+        images = (last - first) * examples_per_step(stage, processes)
         stages.append(StageWork(first, last, height, width, images, count_flops(stage), alignment_flops(stage)))
     return stages
 

@@ -86,7 +86,7 @@ def test_a_compiled_step_with_alignment_is_one_graph_per_stage(encoder_folder, t
         graphs.append(graph)
         return graph.forward
 
-    # With fullgraph, which the trainer asks for, a second graph for one size would be an error or another call here.
+    # The trainer asks for fullgraph, so a second graph for one size would be an error or another call here.
     monkeypatch.setattr(torch, "compile", lambda model, fullgraph: real(model, backend=backend, fullgraph=fullgraph))
     torch._dynamo.reset()
     stages = [{"at": 2, "height": 32, "width": 32, "batch_size": 2}]

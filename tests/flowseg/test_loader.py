@@ -263,7 +263,7 @@ def test_images_are_divided_by_a_number_in_the_memory_of_their_device():
 def pretend_gpu(monkeypatch):
     """A GPU, sixteen cores and a large /dev/shm, for the rule that counts workers."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(workers, "usable_cores", lambda: 16)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 16)
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**40))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     return monkeypatch
@@ -273,7 +273,7 @@ def test_the_automatic_number_of_workers_follows_the_cores_of_each_process(prete
     config = tiny_config()
     assert config.data.workers is None and worker_count(config) == 8
     for cores, processes, wanted in ((16, 4, 4), (16, 8, 2), (4, 8, 1), (3, 1, 3), (64, 1, 8), (64, 8, 8)):
-        pretend_gpu.setattr(workers, "usable_cores", lambda cores=cores: cores)
+        pretend_gpu.setattr(machine, "usable_cores", lambda cores=cores: cores)
         pretend_gpu.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert worker_count(config) == wanted, (cores, processes)
     for given in (0, 3, 20):

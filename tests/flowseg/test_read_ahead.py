@@ -17,6 +17,7 @@ from flowseg.inference import read_ahead as reading
 from flowseg.inference.counts import PairCounts
 from flowseg.inference.evaluate import evaluate
 from flowseg.inference.read_ahead import LargeOneByOne, read_ahead, reading_threads
+from flowseg.runs import machine
 
 from .test_evaluate import Pairs, make_pairs, make_segmenter
 from .tiny import folder_section, tiny_config
@@ -246,7 +247,7 @@ def test_reading_ahead_gives_the_counts_of_one_thread_for_mixed_sizes(monkeypatc
 
 
 def test_the_number_of_threads_is_that_of_data_workers_or_of_the_cores(monkeypatch):
-    monkeypatch.setattr(reading, "usable_cores", lambda: 6)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 6)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert reading_threads(tiny_config(data={"workers": 3}).data) == 3
     assert reading_threads(tiny_config().data) == 6

@@ -1,7 +1,5 @@
 """Sampling and evaluation: no read-back before the result is asked for."""
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
@@ -9,18 +7,13 @@ from PIL import Image
 
 from flowseg.build import build
 from flowseg.data import open_data
+from flowseg.inference.counts import PairCounts
 from flowseg.inference.evaluate import evaluate
 from flowseg.segment import Segmenter
 from tests.flowseg.tiny import tiny_config
 from tests.support.pretend_device import allowed, no_read_back
 
 WAITS = r"the host waits for the device|synchronizing CUDA operation"
-# Views of photographs became free of read-backs with the counts on the device.
-with_counts = pytest.mark.xfail(
-    importlib.util.find_spec("flowseg.inference.counts") is None,
-    reason="evaluation counts on the host",
-    strict=True,
-)
 
 
 def segmenter_on(device, **sections):
@@ -70,7 +63,6 @@ VIEWS = {
 }
 
 
-@with_counts
 @pytest.mark.parametrize("name", VIEWS)
 def test_labels_of_photographs_do_not_read(device, name):
     segmenter = segmenter_on(device, sample=VIEWS[name], data={"height": 16, "width": 24})
@@ -89,13 +81,10 @@ def test_labels_of_photographs_do_not_read(device, name):
         assert new[0].shape == native and torch.equal(old[0].cpu(), new[0].cpu())
 
 
-@with_counts
 def test_evaluation_reads_its_counts_once_at_the_end(device, monkeypatch):
     segmenter = segmenter_on(device)
     pairs = open_data(segmenter.config.data).val
     expected = evaluate(segmenter, pairs)
-    from flowseg.inference.counts import PairCounts
-
     confusion, calls = PairCounts.confusion, []
 
     def final(counts):

@@ -48,7 +48,7 @@ def steps_without_read_backs(trainer, count=2):
 
 def check_steps(device, trainer_on, config, tolerance=0.0):
     """Steps do not read, and the weights that they leave are those of a run on the CPU."""
-    # Of all implementations of attention only the one that torch composes itself runs on every device.
+    # Only the attention that torch composes itself runs on every device.
     with sdpa_kernel(SDPBackend.MATH):
         found = steps_without_read_backs(trainer_on(device, config))
         if device.type != "cuda":
