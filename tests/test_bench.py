@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from bench import __main__ as main
-from bench import compare, report, results, run, targets
+from bench import compare, evaluation, report, results, run, targets
 
 from .house import closure
 
@@ -162,6 +162,12 @@ def test_every_command_has_a_help_text(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main.main([command, "--help"])
     assert ended.value.code == 0 and f"usage: python -m bench {command} " in capsys.readouterr().out
+
+
+def test_the_evaluation_of_photographs_is_timed_and_counts_the_same_again(tmp_path):
+    evaluation.make_photographs(tmp_path, 64, 64, 2)
+    first, again = evaluation.measure(tmp_path, "no"), evaluation.measure(tmp_path, "no")
+    assert first["images_per_second"] > 0 and first["confusion"] == again["confusion"]
 
 
 class TestRunInParts:
