@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flowseg.config import Config, load_config, override
 from flowseg.errors import UserError
+from flowseg.model.sizes import ModelSize, resolve_size
 from flowseg.runs.files import replacing
 from flowseg.runs.parallel import Ranks, sharded_like, whole
 from flowseg.shards import LIST, fill_from_shards, read_shards, shapes, verify_shards, write_shards
@@ -347,7 +348,7 @@ def find_weights(run: Path, checkpoint: str = "latest", weights: str = "ema") ->
     Args:
         run: folder written by training.
         checkpoint: ``"latest"``, ``"best"`` (highest validation mIoU, averaged weights), a step number, or the path of
-            a safetensors file.
+            a safetensors file or of a folder with shards.
         weights: ``"ema"`` or ``"model"``.
 
     Raises:
@@ -370,9 +371,16 @@ def find_weights(run: Path, checkpoint: str = "latest", weights: str = "ema") ->
             raise UserError(f"--checkpoint {checkpoint}: no such step in {run}; steps kept: {steps}")
         return path
     path = Path(checkpoint)
-    if not path.is_file():
+    if not path.is_file() and not (path.is_dir() and (path.parent / LIST).is_file()):
         raise UserError(f"--checkpoint must be latest, best, a step or a .safetensors file, got {checkpoint!r}")
     return path
+
+
+def weights_name(run: Path, path: Path) -> str:
+    """Name weights of :func:`find_weights`: their place in the run, and their step if the place does not contain it."""
+    name = str(path.relative_to(run)) if path.is_relative_to(run) else str(path)
+    step = read_facts(path).get("step") if path.is_file() else None
+    return f"{name}, step {step}" if step else name
 
 
 def _weights_in(checkpoint: Path, weights: str) -> Path:
@@ -420,23 +428,19 @@ def trained_steps(run: Path, checkpoint: str = "latest") -> int | None:
 
 
 def check_meaning(before: Config, after: Config, run: Path) -> None:
-    """Refuse settings that change what the network's outputs mean (codes, prediction, source, loss, conditioning).
+    """Refuse settings that describe another network, or that change what its outputs mean (codes, prediction, source, loss).
 
     Raises:
         UserError: naming the setting.
     """
+    keys = ["codes.channels", "codes.sequence", "flow.predicts", "flow.source", "loss.kind", "model.condition_on_image"]
+    # Equal sizes may be written in two ways, such as L and L/16.
+    if resolve_size(before.model) != resolve_size(after.model):
+        keys += ["model.size", *(f"model.{field.name}" for field in dataclasses.fields(ModelSize))]
     old, new = before.flat(), after.flat()
-    for key in (
-        "codes.channels",
-        "codes.sequence",
-        "flow.predicts",
-        "flow.source",
-        "loss.kind",
-        "model.condition_on_image",
-    ):
-        was, now = old[key], new[key]
-        if was != now:
-            raise UserError(f"{key}: {run} was trained with {was!r}, got {now!r}; train another run for that")
+    for key in keys:
+        if old[key] != new[key]:
+            raise UserError(f"{key}: {run} was trained with {old[key]!r}, got {new[key]!r}; train another run for that")
 
 
 _MISMATCH = "checksum mismatch"

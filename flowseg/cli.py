@@ -315,7 +315,7 @@ def evaluate(
     import torch
     from accelerate import PartialState
 
-    from flowseg.checkpoint import read_run_config
+    from flowseg.checkpoint import find_weights, read_run_config, weights_name
     from flowseg.data import open_data
     from flowseg.inference.evaluate import chosen_indices
     from flowseg.inference.evaluate import evaluate as score
@@ -339,7 +339,9 @@ def evaluate(
     pairs = data.train if split is Split.train else data.val
     if not torch.accelerator.is_available():
         keep_freed_memory()
-    segmenter = Segmenter.from_run(run, settings, checkpoint, compiled=settings.model.compile)
+    # A run that still trains may write another checkpoint meanwhile.
+    weights = find_weights(run, checkpoint, settings.sample.weights)
+    segmenter = Segmenter.from_run(run, settings, str(weights), compiled=settings.model.compile)
     shown = counting_view(
         make_console(quiet=not state.is_main_process), "evaluate", len(chosen_indices(len(pairs), limit))
     )
@@ -358,19 +360,23 @@ def evaluate(
     unwritten = None
     if json_file:
         facts = scores.summary(data.labels.classes)
-        facts |= {"split": split.value, "checkpoint": checkpoint, "sample": settings.sample.model_dump()}
+        facts |= {"split": split.value, "checkpoint": checkpoint, "weights": weights_name(run, weights)}
+        facts |= {"sample": settings.sample.model_dump()}
         try:
             write_whole(json_file, json.dumps(facts, indent=1) + "\n")
         except OSError as error:
             # The scores are shown before the command fails.
             unwritten = error.strerror or str(error)
-    table = Table("class", "IoU %", title=printable(f"{run} on {split.value} ({scores.images} images)"))
+    table = Table("class", "IoU %")
     for name, value in zip(data.labels.classes, scores.iou):
         table.add_row(printable(name), "absent" if value is None else f"{value:.2f}")
     table.add_section()
     table.add_row("mIoU", f"{scores.miou:.2f}")
     table.add_row("pixel accuracy", f"{scores.pixel_accuracy:.2f}")
-    make_console(stderr=False).print(table)
+    output = make_console(stderr=False)
+    heading = f"{run} on {split.value} ({scores.images} images), weights {weights_name(run, weights)}"
+    output.print(printable(heading), soft_wrap=True)
+    output.print(table)
     if unwritten:
         raise UserError(f"--json {json_file}: cannot be written ({unwritten}); the scores are in the table above")
 

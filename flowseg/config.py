@@ -32,6 +32,7 @@ class ModelConfig(Section):
     """The network. ``size`` names a preset; each field from ``patch_size`` on replaces one number of the preset."""
 
     size: str = "nano"
+    """``nano``, ``S/16``, ``B/16``, ``L/16`` or ``XL/16``: 3, 46, 156, 453 and 702 M parameters at 8 code channels."""
     condition_on_image: bool = True
     """Concatenate the image with ``x_t`` before the patch embedding."""
     pixnerd: Path | None = None
@@ -69,8 +70,11 @@ class FlowConfig(Section):
     """The path from the source to the colour-coded mask, and the times at which the network is trained."""
 
     source: Literal["image", "noise"] = "image"
+    """State at t = 0: the image followed by channels of zeros, or Gaussian noise."""
     predicts: Literal["endpoint", "velocity"] = "endpoint"
+    """Output of the network: the state at t = 1, or the velocity ``dx/dt``."""
     time_sampler: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the training times. ``logit_normal``: the sigmoid of a Gaussian with ``time_mean`` and ``time_std``."""
     time_mean: float = 0.0
     time_std: Positive = 1.0
     time_shift: Positive = 1.0
@@ -90,12 +94,18 @@ class LossConfig(Section):
     """``cross_entropy`` treats the channels of the prediction as class scores, a baseline for studies: the same network
     with a softmax head. It requires ``codes.sequence=one_hot`` and ``flow.zero_fraction=1``."""
     correction_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Weight of the distance-aware correction."""
     schedule: Literal["static", "annealed"] = "static"
+    """Weight over time: the same at every t, or multiplied by ``1 - t``."""
     temperature: Positive = 1.0
+    """Divisor of the logits of the classes: small values make the correction act between the nearest classes only."""
     eps: Positive | None = None
     """``None``: 0.2 times the smallest squared distance between two codes."""
     transform: Literal["neg_log", "neg_sq", "neg_dist", "inverse"] = "neg_log"
+    """Logit of a class from the squared distance ``d`` to its code: ``-log(d + eps)``, ``-d``, ``-sqrt(d + eps)`` or
+    ``1 / (d + eps)``."""
     max_norm: Positive | None = None
+    """Largest norm of the correction at a pixel; longer ones are shortened to it. ``None``: no limit."""
     space: Literal["velocity", "endpoint"] | None = None
     """``None``: the space of the prediction."""
 
@@ -164,14 +174,17 @@ class OptimConfig(Section):
     """AdamW, and the warm-up and schedule of its learning rate."""
 
     lr: Positive = 1e-3
+    """Largest learning rate, at the end of the warm-up."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
     warmup: Annotated[int, Field(ge=0)] = 100
+    """Number of steps in which the learning rate grows linearly to ``lr``."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     lr_end: Fraction = 0.02
     """Final learning rate as a share of ``lr``; a constant schedule ignores it."""
     grad_clip: Positive = 1.0
+    """Largest norm of the gradient of all parameters; longer gradients are shortened to it."""
     ema_decay: Fraction = 0.9999
     """Decay of the averaged weights; after ``n`` early steps it is ``(1 + n) / (10 + n)`` if that is smaller."""
 
@@ -197,12 +210,16 @@ class TrainConfig(Section):
     max_minutes: Positive | None = None
     """Stop after this many minutes of training. The learning rate follows time or steps, whichever is closer to its end."""
     batch_size: Count = 32
+    """Images in a forward pass of each process."""
     accumulation: Count = 1
+    """Forward passes of each process in one optimiser step."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """``auto``: bf16 if the hardware has bf16 products; ``no``: float32. Loss and correction are always computed in float32."""
     seed: Annotated[int, Field(ge=0)] = 0
     log_every: Count = 10
+    """Steps between two lines in ``metrics.jsonl``."""
     eval_every: Count = 500
+    """Steps between validations."""
     eval_images: Count | None = None
     """Number of images per validation during training; ``None``: all."""
     checkpoint_every: Count = 500
@@ -252,8 +269,11 @@ class SampleConfig(Section):
     scales: Annotated[list[Positive], Field(min_length=1)] = [1.0]
     """Multiples of the size to segment at; the results are averaged."""
     upsample: Literal["codes", "labels", "probabilities"] = "labels"
+    """What is resized to the image's own size: codes (then decoded), labels (nearest neighbour) or class probabilities."""
     weights: Literal["ema", "model"] = "ema"
+    """The averaged weights, or those of the last step."""
     batch_size: Count = 16
+    """Images of equal size that the network sees at once."""
     cuda_graph: bool = False
     """On a CUDA GPU: record the solver's loop as a CUDA graph for each number and size of images (at most 8 graphs, each of
     which keeps the memory of a call), and replay it. Elsewhere, and for the states on the way, this changes nothing."""
@@ -347,9 +367,11 @@ def override(
         pairs, flags: as for :func:`load_config`.
         origin: where the tree comes from, for error messages.
     """
+    origins = {}
     for key, value in (flags or {}).items():
         if value is not None:
             _assign(tree, key, value)
+            origins[key] = "settings"
     for pair in pairs or []:
         key, separator, text = decoded(pair).partition("=")
         if not separator or not key.strip():
@@ -358,8 +380,10 @@ def override(
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        _assign(tree, key.strip(), _number(value))
-    return config_from_tree(tree, origin)
+        key = key.strip()
+        _assign(tree, key, _number(value))
+        origins[key] = "--set"
+    return parse_section(Config, tree, origin, origins)
 
 
 def config_from_tree(tree: dict[str, Any], origin: str = "settings") -> Config:
@@ -367,12 +391,34 @@ def config_from_tree(tree: dict[str, Any], origin: str = "settings") -> Config:
     return parse_section(Config, tree, origin)
 
 
-def parse_section(section: type[Parsed], tree: dict[str, Any], origin: str) -> Parsed:
-    """Validate ``tree`` as a ``section``; an error becomes a :class:`UserError` of one line."""
+def parse_section(
+    section: type[Parsed], tree: dict[str, Any], origin: str, origins: dict[str, str] | None = None
+) -> Parsed:
+    """Validate ``tree`` as a ``section``; an error becomes a :class:`UserError` of one line.
+
+    Args:
+        section: the class to validate as.
+        tree: the values.
+        origin: where the tree comes from, for the message.
+        origins: dotted keys to where their values come from, if that is elsewhere.
+    """
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: {_explain(error, section)}") from None
+        raise UserError(f"{_origin(error, origin, origins or {})}: {_explain(error, section)}") from None
+
+
+def _origin(error: ValidationError, origin: str, origins: dict[str, str]) -> str:
+    """Where the wrong value comes from; ``"settings"`` for a conflict of several values that may come from several places."""
+    first = _first(error)
+    place = [str(part) for part in first["loc"]]
+    for length in range(len(place), 0, -1):
+        if ".".join(place[:length]) in origins:
+            return origins[".".join(place[:length])]
+    if first["type"] == "extra_forbidden" and len(place) == 1:
+        # An unknown section is an error of the section, not of the key in it that was given.
+        return next((where for key, where in origins.items() if key.split(".")[0] == place[0]), origin)
+    return "settings" if origins and len(place) < 2 else origin
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -438,9 +484,13 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     node[leaf] = value
 
 
-def _explain(error: ValidationError, section: type[Section]) -> str:
+def _first(error: ValidationError) -> Any:
     # A misspelt required field gives two errors, unknown and missing; the unknown name is more helpful.
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    return min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+
+
+def _explain(error: ValidationError, section: type[Section]) -> str:
+    first = _first(error)
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":

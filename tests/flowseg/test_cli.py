@@ -40,10 +40,22 @@ def test_train_resume_evaluate(trained_run, tmp_path, monkeypatch, capsys):
         "heun",
     )
     assert status == 0 and "mIoU" in out and "pixel accuracy" in out
+    newest = "checkpoints/step-00000005/ema.safetensors"
+    assert out.splitlines()[0] == f"{trained_run} on val (2 images), weights {newest}"
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores["images"] == 2 and set(scores["iou"]) == {"a", "b", "c"} and scores["sample"]["steps"] == 3
-    for checkpoint in ("best", "5", trained_run / "best.safetensors"):
-        assert run(monkeypatch, capsys, "evaluate", "--run", trained_run, "--checkpoint", checkpoint)[0] == 0
+    assert scores["weights"] == newest
+    for checkpoint, weights in (
+        ("best", r"best.safetensors, step \d"),
+        ("5", newest),
+        (trained_run / "best.safetensors", r"best.safetensors, step \d"),
+        (
+            trained_run / "checkpoints" / "step-00000005" / "model.safetensors",
+            "checkpoints/step-00000005/model.safetensors",
+        ),
+    ):
+        status, out, _ = run(monkeypatch, capsys, "evaluate", "--run", trained_run, "--checkpoint", checkpoint)
+        assert status == 0 and re.search(f", weights {weights}$", out.splitlines()[0]), out
 
 
 def test_predict_writes_masks_overlays_and_margins(trained_run, folder_data, tmp_path, monkeypatch, capsys):

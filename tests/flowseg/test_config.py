@@ -57,6 +57,28 @@ def test_the_error_about_a_wrong_setting_names_the_key_and_a_remedy(pair, words)
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("pair", "origin"),
+    [
+        ("optim.lr=-1", "--set: optim.lr"),
+        ("train.stages=[{at: 0, height: 8, width: 8}]", "--set: train.stages.0.at"),
+        ("optim=3", "--set: optim"),
+        ("lsos.eps=1", "--set: unknown setting 'lsos'"),
+        # The conflict is between a value of the file and one of the pair.
+        ("data.scale_max=1", "settings: data: scale_min (2) must not exceed"),
+        ("sample.steps=3", "settings: sample.steps must be 1"),
+        ("data.scale_max=3", "FILE: train.steps"),
+        (None, "FILE: train.steps"),
+    ],
+)
+def test_the_error_about_a_wrong_setting_says_where_the_value_comes_from(tmp_path, pair, origin):
+    file, text = tmp_path / "c.yaml", "flow: {zero_fraction: 1}\ndata: {scale_min: 2, scale_max: 2}\n"
+    file.write_text(text + "train: {steps: 0}\n" * origin.startswith("FILE"))
+    with pytest.raises(UserError) as error:
+        load_config(file, [pair] if pair else None)
+    assert str(error.value).startswith(origin.replace("FILE", str(file)))
+
+
 def test_unreadable_files_and_repeated_keys_are_errors(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         load_config(tmp_path / "none.yaml")

@@ -162,7 +162,8 @@ def test_the_commands_of_the_page_continue_one_run_and_equal_an_uninterrupted_on
     os.kill(trainer, signal.SIGKILL)
     finish(machines[0], status=None)
     assert list_checkpoints(run)[-1].name == f"step-{step:08d}"
-    assert "Connection closed by peer" in machines[0].said() or "Connection reset" in machines[0].said()
+    # Which one depends on what the first machine did at that moment: it read, it waited or it wrote.
+    assert re.search("Connection closed by peer|Connection reset by peer|Broken pipe", machines[0].said())
 
     # The launchers find each other. A trainer dies and all are started again. Then SIGTERM to the launchers ends the run.
     (line,) = several[4:]

@@ -13,7 +13,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from flowseg.checkpoint import list_checkpoints
+from flowseg.checkpoint import list_checkpoints, trained_steps
 from flowseg.codes import build_codebook
 from flowseg.config import load_config, save_config
 from flowseg.data import open_data
@@ -189,8 +189,9 @@ def test_sigterm_to_a_study_ends_its_runs_with_a_checkpoint(study_file, tmp_path
     study.join(90)
     assert study.exitcode == 128 + signal.SIGTERM
     assert list_checkpoints(metrics.parent)
-    # If the process of the run still lived, the folder would be locked.
-    train(load_config(metrics.parent / "config.yaml", ["train.steps=1"]), metrics.parent, resume=True)
+    # If the process of the run still lived, the folder would be locked. The signal may come after any number of steps.
+    done = trained_steps(metrics.parent)
+    train(load_config(metrics.parent / "config.yaml", [f"train.steps={done}"]), metrics.parent, resume=True)
 
 
 def test_softmax_head_is_cross_entropy_and_decodes_to_the_largest_channel(folder_data):

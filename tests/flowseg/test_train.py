@@ -348,8 +348,12 @@ def test_errors_at_the_start(tmp_path):
     with pytest.raises(UserError, match=r"data.width must be a multiple of the patch size 8, got 20; try 16"):
         train(tiny_config(data={"width": 20}), tmp_path / "other")
     wider = tiny_config(model={**TINY_MODEL, "dim": 48}, train={"steps": 2})
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match=r"model.dim: .* was trained with 32, got 48; train another run"):
         train(wider, tmp_path / "run", resume=True)
+    with pytest.raises(UserError, match=r"model.size: .* was trained with 'nano', got 'S'; train another run"):
+        train(tiny_config(model={"size": "S"}), tmp_path / "run", resume=True)
+    # The same network, written in another way.
+    train(tiny_config(model={"field_depth": 1}), tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("resume", [True, "auto"])
