@@ -25,6 +25,7 @@ from flowseg.errors import CompilerWarning, DataWarning, PeerError, UserError
 from flowseg.runs.files import write_whole
 from flowseg.runs.terminal import make_console, printable, say, speak_any_text
 
+# Each command imports the modules that it needs: importing PyTorch here would delay --help.
 app = typer.Typer(
     help="Generative segmentation by flow matching. Start with: flowseg demo",
     no_args_is_help=True,
@@ -33,7 +34,6 @@ app = typer.Typer(
 )
 
 
-# Each command imports the modules that it needs: importing PyTorch here would delay --help.
 def _sets(example: str) -> typer.models.OptionInfo:
     return typer.Option("--set", metavar="KEY=VALUE", help=f"Any setting, such as {example}; can be repeated.")
 

@@ -17,7 +17,7 @@ from flowseg.checkpoint import find_weights, load_weights
 from flowseg.config import Config
 from flowseg.data.datasets import resolve_labels
 from flowseg.data.pictures import Reading, as_picture, stored_values
-from flowseg.data.transforms import model_size, normalised, pad_to, prepare, resized
+from flowseg.data.transforms import model_size, normalised, pad_to, pad_to_patches, prepare, resized
 from flowseg.devices import to_device
 from flowseg.flow import integrate, make_source
 from flowseg.inference.graphs import Graphs
@@ -168,9 +168,7 @@ class Segmenter:
 
     def _patched(self, images: Sequence[Image.Image]) -> Tensor:
         """:meth:`_pixels` with the edge repeated up to whole patches."""
-        pixels, patch = self._pixels(images), self.model.size.patch_size
-        height, width = pixels.shape[-2:]
-        return pad_to(pixels, height + -height % patch, width + -width % patch)
+        return pad_to_patches(self._pixels(images), self.model.size.patch_size)
 
     def native_field(self, images: Sequence[Image.Image]) -> Tensor:
         """Code fields at native resolution for images of equal size; the nearest codes are the labels.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 import warnings
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from flowseg.codes import IGNORE_INDEX
 from flowseg.data.files import IMAGE_SUFFIXES
 from flowseg.data.layouts import Pair
 from flowseg.data.pictures import (
+    LARGE_PIXELS,
     Reading,
     Shape,
     bands,
@@ -31,13 +31,12 @@ from flowseg.data.pictures import (
 )
 from flowseg.data.presets import Labels
 from flowseg.errors import DataWarning, UserError
+from flowseg.runs.machine import usable_cores
 
 __all__ = ["IMAGE_SUFFIXES", "FolderPairs", "read_image"]
 
 # Up to this many pairs, the check decodes every label map; with more pairs it reads only headers.
 FULL_CHECK = 6000
-# The check decodes label maps of more pixels one at a time, to bound memory.
-_LARGE = 2**24
 
 
 class FolderPairs:
@@ -126,7 +125,7 @@ class FolderPairs:
         total = np.zeros(65536, np.int64)
         unsure: list[Path] = []
         # Threads suffice: decoding releases the GIL.
-        with ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)) as pool:
+        with ThreadPoolExecutor(min(8, usable_cores() + 1)) as pool:
             for index, (shape, found) in enumerate(pool.map(lambda index: self._check(index, large), range(len(self)))):
                 if shape.orientation != 1 and shape.upright == shape.stored:
                     unsure.append(self.images[index])
@@ -149,7 +148,7 @@ class FolderPairs:
         shape = read_shape(self.images[index], "an image", self._reading)
         label = read_shape(self.labels[index], "a label map", self._reading)
         none = np.zeros(0, np.int64)
-        with large if math.prod(label.stored) > _LARGE else contextlib.nullcontext():
+        with large if math.prod(label.stored) > LARGE_PIXELS else contextlib.nullcontext():
             try:
                 turn_of_labels(self.labels[index], label, shape, self._reading.exif)
             except UserError:

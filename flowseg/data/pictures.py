@@ -33,6 +33,8 @@ _BACK = {6: 8, 8: 6}
 _FULL_16_BIT = 2**14
 # Number of values to convert at a time: a whole photograph in int64 would take eight times its size.
 _BAND = 2**20
+# Threads decode images of more pixels one at a time, to bound memory.
+LARGE_PIXELS = 2**24
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,13 +141,18 @@ def prepare(image: Image.Image, size: tuple[int, int], patch_size: int) -> Tenso
     Returns:
         ``(3, h', w')`` float32 in [-1, 1].
     """
-    height, width = size
-    return pad_to(to_tensor(resized(image, size)), height + -height % patch_size, width + -width % patch_size)
+    return pad_to_patches(to_tensor(resized(image, size)), patch_size)
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize an image to ``size`` ``(h, w)``; an image of that size is returned as it is."""
     return image if image.size == size[::-1] else image.resize(size[::-1], BILINEAR)
+
+
+def pad_to_patches(image: Tensor, patch_size: int) -> Tensor:
+    """:func:`pad_to` the next multiples of the patch size."""
+    height, width = image.shape[-2:]
+    return pad_to(image, height + -height % patch_size, width + -width % patch_size)
 
 
 def pad_to(image: Tensor, height: int, width: int) -> Tensor:

@@ -26,6 +26,7 @@ from flowseg.config import Config, Count, Section, load_config, parse_section, r
 from flowseg.errors import UserError
 from flowseg.report.names import captioned, drawable, font_families
 from flowseg.runs.files import replacing, write_whole
+from flowseg.runs.machine import usable_cores
 from flowseg.runs.metrics import read_metrics
 from flowseg.runs.progress import counting_view
 from flowseg.runs.signals import exit_on_signal
@@ -187,7 +188,7 @@ def run_study(study: Study, out: Path, *, root: Path | None, jobs: int, console:
     for run in runs:
         run.check()
     failed: list[str] = []
-    commands = _Commands(threads=max(1, len(os.sched_getaffinity(0)) // jobs))
+    commands = _Commands(threads=max(1, usable_cores() // jobs))
 
     def work(run: Run) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)

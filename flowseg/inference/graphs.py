@@ -39,8 +39,11 @@ class Graphs:
     def clear(self) -> None:
         """Forget all graphs, and free their memory."""
         with self._lock:
-            self._recorded.clear()
-            self._called.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._recorded.clear()
+        self._called.clear()
 
     def run(self, owner: Hashable, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """``function(*inputs)``, replayed if it was recorded.
@@ -57,8 +60,7 @@ class Graphs:
         key = key, requested_backend(), stream, *((tuple(one.shape), one.dtype) for one in inputs)
         with self._lock:
             if owner != self._owner:
-                self._recorded.clear()
-                self._called.clear()
+                self._forget()
                 self._owner = owner
             if key not in self._recorded:
                 if key not in self._called:

@@ -12,14 +12,13 @@ from typing import TypeVar
 
 from flowseg.config import DataConfig
 from flowseg.data.datasets import Pairs
+from flowseg.data.pictures import LARGE_PIXELS
 from flowseg.runs.machine import cores_per_process
 
 Loaded = TypeVar("Loaded")
 
 # Largest number of pixels that are read ahead. An image that is being decoded takes about 6 bytes per pixel.
 READ_AHEAD_PIXELS = 2**26
-# The threads decode images of more pixels one at a time.
-LARGE_PIXELS = 2**24
 # Decoding is limited by the memory bandwidth before so many threads.
 _MOST_THREADS = 16
 

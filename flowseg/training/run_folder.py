@@ -125,7 +125,7 @@ def check_steps_left(config: Config, out: Path) -> None:
 
 
 def check_same_meaning(config: Config, out: Path) -> None:
-    """Refuse to resume with other classes or codes than the run was trained with: its outputs would mean something else.
+    """Refuse to resume with other classes, codes or another network than the run was trained with.
 
     Raises:
         UserError: naming the setting.

@@ -348,10 +348,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.bare_model, state.step)
         state.step += 1
-        images = stage.train.batch_size * stage.train.accumulation
         state.examples = examples_per_step(stage, self.ranks.world)
         state.draws += state.examples
-        self.window.add(images, self.flops[stage.data.height, stage.data.width])
+        self.window.add(state.examples // self.ranks.world, self.flops[stage.data.height, stage.data.width])
         self.is_updating = False
         if state.step % stage.train.log_every == 0 or state.step == stage.train.steps:
             self._log_step(objective, loss, align, norm, rate, progress)
@@ -426,7 +425,7 @@ class Trainer:
         error = squared_error(objective, self.codebook, self.config)
         # Read the device once: each read waits for all work queued there.
         found = torch.stack([value.float() for value in (loss, error, align, norm)]).tolist()
-        self._raise_if_any(not (math.isfinite(found[0]) and math.isfinite(found[3])))
+        self._raise_if_diverged(not (math.isfinite(found[0]) and math.isfinite(found[3])))
         sums = self.ranks.add_up(*found[:3])
         mean_loss, mean_error, mean_align = (value / self.ranks.world for value in sums)
         speed = self.window.close()
@@ -456,11 +455,11 @@ class Trainer:
         """Raise UserError in all processes if a value in one of them is infinite or NaN. Every process must call this."""
         # Read the device once, not once per tensor.
         finite = torch.stack([torch.isfinite(local_part(value)).all() for value in values])
-        self._raise_if_any(not bool(finite.all()))
+        self._raise_if_diverged(not bool(finite.all()))
 
-    def _raise_if_any(self, wrong: bool) -> None:
+    def _raise_if_diverged(self, diverged: bool) -> None:
         """Raise UserError in all processes if the loss of one of them is no longer finite. Every process must call this."""
-        if self.ranks.add_up(wrong)[0]:
+        if self.ranks.add_up(diverged)[0]:
             raise UserError(
                 f"the loss is no longer finite at step {self.state.step}; lower optim.lr or raise loss.eps, then "
                 f"--resume from the last checkpoint"
