@@ -38,10 +38,10 @@ class ModelConfig(Section):
     pixnerd: Path | None = None
     """PixNerd checkpoint to start training from (``flowseg/model/pixnerd.py``)."""
     compile: bool = False
-    """Compile the network with ``torch.compile``, as one graph. Validation and ``evaluate`` then compile it too, for images
-    and windows of the training size."""
+    """Compile the network with ``torch.compile``: as one graph, or block by block with ``train.strategy=fsdp``. Validation
+    and ``evaluate`` compile it too, for images and windows of the training size."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, about a third more time."""
+    """Recompute each block in the backward pass: less memory, about a quarter more FLOPs (``flowseg flops`` counts them)."""
     field_chunk: Count | None = None
     """Generate the neural-field weights of this many patches at a time (fewer need less memory); ``None``: of all."""
     patch_size: Count | None = None
@@ -157,8 +157,9 @@ class DataConfig(Section):
     max_class_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Largest share of a crop's labelled pixels that one class may cover. Other crops are drawn again, up to ten times."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Worker processes that load the examples of each training process; 0: it loads them itself. ``None``: none without a
-    GPU; with one as many as the process has cores, at most 8, and fewer if their batches would fill /dev/shm."""
+    """In training, the number of worker processes that load for each training process; 0: it loads by itself. ``None``: 0
+    without a GPU; with one, on Linux, the number of cores of the process, at most 8, or fewer if their batches would fill
+    /dev/shm. In evaluation, the number of threads that read images, at most 16; ``None``: one per core of the process."""
     scenes_train: Count = 4000
     """Number of scenes per epoch of generated data (digits, paints)."""
     scenes_val: Count = 200
@@ -227,9 +228,8 @@ class TrainConfig(Section):
     keep: Count = 2
     """Number of newest checkpoints to keep, in addition to the best weights."""
     checkpoint: Literal["whole", "sharded"] = "whole"
-    """Writer of checkpoints: the first process, one file of each kind (``whole``), or every process, its part of each
-    (``sharded``), so that several machines write at once. ``sharded`` needs a file system that all machines share. A run of
-    one process writes whole ones."""
+    """``whole``: the first process writes a checkpoint. ``sharded``: each process writes its part of it, and all machines must
+    share the file system of ``--out``. A run of one process always writes whole checkpoints."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """Parameters of several processes: a copy in each (``ddp``), or sharded over all (``fsdp``, which is FSDP2)."""
     trackers: list[Literal["tensorboard", "wandb"]] = []
@@ -275,8 +275,8 @@ class SampleConfig(Section):
     batch_size: Count = 16
     """Images of equal size that the network sees at once."""
     cuda_graph: bool = False
-    """On a CUDA GPU: record the solver's loop as a CUDA graph for each number and size of images (at most 8 graphs, each of
-    which keeps the memory of a call), and replay it. Elsewhere, and for the states on the way, this changes nothing."""
+    """Replay the solver's loop as a CUDA graph. A graph is recorded when a number and size of images comes for the second
+    time. At most 8 graphs are kept, and each keeps the memory of one call. Without a CUDA GPU this changes nothing."""
 
 
 class Config(Section):
