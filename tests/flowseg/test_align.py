@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 from flowseg.errors import UserError
 from flowseg.segment import Segmenter
@@ -12,15 +13,6 @@ from .support.runs import metrics
 from .tiny import tiny_config
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[repa]'")
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    """A small DINOv2 with random weights, saved as the published ones are."""
-    folder = tmp_path_factory.mktemp("dinov2")
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 56}
-    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
-    return folder
 
 
 def test_features_match_our_patches(encoder_folder):
@@ -80,12 +72,7 @@ def test_training_aligns_and_the_result_has_no_projector(encoder_folder, tmp_pat
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_step_with_alignment_is_one_graph_per_stage(encoder_folder, tmp_path, monkeypatch, checkpointing):
-    graphs, real = [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    backend, real = EagerAndRecordGraphs(), torch.compile
     # The trainer asks for fullgraph, so a second graph for one size would be an error or another call here.
     monkeypatch.setattr(torch, "compile", lambda model, fullgraph: real(model, backend=backend, fullgraph=fullgraph))
     torch._dynamo.reset()
@@ -98,7 +85,7 @@ def test_a_compiled_step_with_alignment_is_one_graph_per_stage(encoder_folder, t
     # The validation at the end, which compiles another network, has its own test.
     monkeypatch.setattr("flowseg.inference.network.compiled", lambda network: network)
     train(tiny_config(**settings, repa=repa, model=compiled), tmp_path / "compiled")
-    assert len(graphs) == (1 if checkpointing else 2)
+    assert len(backend.graphs) == (1 if checkpointing else 2)
     monkeypatch.undo()
     train(tiny_config(**settings, repa=repa), tmp_path / "eager")
     losses = ([line["loss"] for line in metrics(tmp_path / name, "train")] for name in ("compiled", "eager"))

@@ -19,6 +19,7 @@ from flowseg.inference.evaluate import evaluate
 from flowseg.inference.read_ahead import LargeOneByOne, read_ahead, reading_threads
 from flowseg.runs import machine
 
+from .support.processes import wait_until
 from .test_evaluate import Pairs, make_pairs, make_segmenter
 from .tiny import folder_section, tiny_config
 
@@ -60,9 +61,7 @@ def test_the_next_items_are_loaded_while_the_caller_computes():
     loaded = read_ahead(range(20), load, lambda item: 1, threads=2, most=3)
     assert next(loaded) == 0
     # The caller computes here, and asks for nothing.
-    deadline = time.monotonic() + 20
-    while len(load.started) < 4 and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_until(lambda: len(load.started) >= 4)
     assert sorted(load.started) == [0, 1, 2, 3]
     loaded.close()
     assert not readers() and len(load.started) == 4
@@ -263,21 +262,16 @@ def test_pairs_are_counted_exactly(classes, device, monkeypatch):
     generator = torch.Generator().manual_seed(classes)
     truth, predicted = values[torch.randint(len(values), (2, 700, 800), generator=generator)]
     truth[:300], predicted[:200, :300] = 1, 0
-    counts = PairCounts(classes, torch.device("cpu"))
     if device == "other":
-        counts = _as_on_a_gpu(classes, monkeypatch)
+        # The way of a GPU, which must not call bincount.
+        monkeypatch.setattr(PairCounts, "_on_cpu", staticmethod(lambda device: False))
+    counts = PairCounts(classes, torch.device("cpu"))
     for _ in range(2):
         counts.add(truth, predicted)
     confusion, labelled = counts.confusion()
     wanted = 2 * torch.bincount(truth.flatten().long() * 256 + predicted.flatten(), minlength=65536).view(256, 256)
     assert torch.equal(confusion, wanted[:classes, :classes])
     assert torch.equal(labelled, wanted[:classes].sum(1)) and confusion.dtype == torch.int64
-
-
-def _as_on_a_gpu(classes, monkeypatch):
-    """Counts that take the way of a GPU, which must not call bincount."""
-    monkeypatch.setattr(PairCounts, "_on_cpu", staticmethod(lambda device: False))
-    return PairCounts(classes, torch.device("cpu"))
 
 
 def test_bytes_are_normalised_and_padded_on_the_device_to_the_same_bits():

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._inductor.exc import TritonMissing
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -300,12 +301,7 @@ def test_sampling_compiles_the_training_size_only(monkeypatch):
 
 
 def test_the_compiled_network_compiles_twice_for_all_batches_and_once_for_a_single_image(monkeypatch):
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    backend = EagerAndRecordGraphs()
     monkeypatch.setattr(sampling, "compiled", lambda network: torch.compile(network, backend=backend, fullgraph=True))
     torch._dynamo.reset()
     segmenter = make_segmenter()
@@ -313,7 +309,7 @@ def test_the_compiled_network_compiles_twice_for_all_batches_and_once_for_a_sing
     for batch, most in ((4, 1), (3, 2), (2, 2), (5, 2), (4, 2), (1, 3), (2, 3), (1, 3)):
         pixels = images(batch, 16, 16)
         torch.testing.assert_close(segmenter.sample(pixels), plain_sample(segmenter, pixels))
-        assert 1 <= len(graphs) <= most, f"a batch of {batch} compiled again"
+        assert 1 <= len(backend.graphs) <= most, f"a batch of {batch} compiled again"
 
 
 def test_training_and_evaluate_compile_where_the_settings_say_so_and_predict_never(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 import flowseg.training.objective as objective
 import flowseg.training.trainer as training
@@ -482,12 +483,7 @@ def test_a_signal_ends_the_command_with_a_checkpoint(tmp_path, number):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_network_to_shard_is_compiled_block_by_block(monkeypatch, checkpointing):
-    graphs, real = [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    backend, real = EagerAndRecordGraphs(), torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda function, fullgraph: real(function, backend=backend, fullgraph=fullgraph)
     )
@@ -514,4 +510,4 @@ def test_a_network_to_shard_is_compiled_block_by_block(monkeypatch, checkpointin
     for one, other in zip(model.parameters(), eager.parameters()):
         torch.testing.assert_close(one.grad, other.grad)
     # Both blocks share one graph. Checkpointing runs them again in the backward pass, hooks included.
-    assert len(graphs) == 1 and len(calls) == (4 if checkpointing else 2)
+    assert len(backend.graphs) == 1 and len(calls) == (4 if checkpointing else 2)
