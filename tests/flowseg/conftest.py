@@ -17,6 +17,17 @@ def folder_data(tmp_path):
     return write_folder_data(tmp_path / "data")
 
 
+@pytest.fixture
+def compiled_graphs(monkeypatch):
+    """The graphs that ``torch.compile`` makes in the test. They run eagerly."""
+    from torch._dynamo.testing import EagerAndRecordGraphs
+
+    backend, real = EagerAndRecordGraphs(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: real(model, backend=backend, fullgraph=fullgraph))
+    torch._dynamo.reset()
+    return backend.graphs
+
+
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory):
     """A small DINOv2 with random weights, saved as the published ones are. Tests must not change it."""

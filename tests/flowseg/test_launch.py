@@ -77,6 +77,7 @@ def shell(tmp_path, warm):
 
 
 def finish(*processes, status=0):
+    """Wait until all processes have ended with this status; ``None``: with an error."""
     for process in processes:
         code = process.wait(120)
         assert code == status or (status is None and code), f"{code}\n{process.said()}"
@@ -234,7 +235,7 @@ def test_the_slurm_script_gives_the_tasks_their_cores(slurm, tmp_path):
     start, _ = slurm
     save_config(config(steps=1), tmp_path / "tiny.yaml")
     finish(start())
-    # Since SLURM 22.05 srun gives a task one core if it does not get the number itself.
+    # srun of SLURM 22.05 and later gives a task one core if it does not get the number itself.
     assert {"--cpus-per-task=3", "--cpu-bind=none"} <= set(json.loads((tmp_path / "srun.json").read_text()))
     # Loaders divide the cores and the shared memory of the node by this number.
     assert [entry["local_world_size"] for entry in started(tmp_path / "commands")] == ["2", "2"]

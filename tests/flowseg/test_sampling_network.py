@@ -57,7 +57,7 @@ class Casts(TorchDispatchMode):
         self.sizes, self.count = {tuple(value.shape) for value in model.parameters() if value.ndim > 1}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # Below autograd, as in ops that need no gradient, a cast arrives as aten.to.
+        # A cast arrives as aten.to below autograd, which ops that need no gradient leave out.
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype) and args[0].dtype == torch.float32:
             self.count += tuple(args[0].shape) in self.sizes
         return func(*args, **(kwargs or {}))

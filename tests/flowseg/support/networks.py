@@ -71,7 +71,7 @@ def make_pairs(sizes, seed=0):
     return pairs
 
 
-def oracle_segmenter(**sections):
-    config = tiny_config(data={"height": 32, "width": 32}, **sections)
+def oracle_segmenter(data=None, **sections):
+    config = tiny_config(data={"height": 32, "width": 32, **(data or {})}, **sections)
     codebook = codebook_of(config.codes.channels)
     return Segmenter(Oracle(codebook), codebook, config)
