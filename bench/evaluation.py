@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+#: Size of the photographs, and how many of them.
 SIZES = {"640x480": 32, "1280x960": 24, "2048x1024": 16}
-"""Size of the photographs, and how many of them."""
 CLASSES = 11
 
 

@@ -17,6 +17,27 @@ def folder_data(tmp_path):
     return write_folder_data(tmp_path / "data")
 
 
+@pytest.fixture
+def compiled_graphs(monkeypatch):
+    """The graphs that ``torch.compile`` makes in the test. They run eagerly."""
+    from torch._dynamo.testing import EagerAndRecordGraphs
+
+    backend, real = EagerAndRecordGraphs(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: real(model, backend=backend, fullgraph=fullgraph))
+    torch._dynamo.reset()
+    return backend.graphs
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """A small DINOv2 with random weights, saved as the published ones are. Tests must not change it."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[repa]'")
+    folder = tmp_path_factory.mktemp("dinov2")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 56}
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def shared_run(tmp_path_factory):
     """A run of three steps on its own copy of the folder data. Tests must not change it."""

@@ -14,15 +14,6 @@ from .tiny import tiny_config
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[repa]'")
 
 
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    """A small DINOv2 with random weights, saved as the published ones are."""
-    folder = tmp_path_factory.mktemp("dinov2")
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 56}
-    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
-    return folder
-
-
 def test_features_match_our_patches(encoder_folder):
     encoder = ImageFeatures.from_pretrained(str(encoder_folder))
     assert (encoder.dim, encoder.patch_size, encoder.leading) == (24, 14, 1)
@@ -79,30 +70,22 @@ def test_training_aligns_and_the_result_has_no_projector(encoder_folder, tmp_pat
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_compiled_step_with_alignment_is_one_graph_per_stage(encoder_folder, tmp_path, monkeypatch, checkpointing):
-    graphs, real = [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    # The trainer asks for fullgraph, so a second graph for one size would be an error or another call here.
-    monkeypatch.setattr(torch, "compile", lambda model, fullgraph: real(model, backend=backend, fullgraph=fullgraph))
-    torch._dynamo.reset()
-    stages = [{"at": 2, "height": 32, "width": 32, "batch_size": 2}]
+def test_a_compiled_step_with_alignment_is_one_graph_per_stage(
+    encoder_folder, tmp_path, monkeypatch, compiled_graphs, checkpointing
+):
+    stages = [] if checkpointing else [{"at": 2, "height": 32, "width": 32, "batch_size": 2}]
     settings = {"train": {"steps": 4, "eval_every": 100, "stages": stages}}
-    if checkpointing:
-        del settings["train"]["stages"]
     repa = {"weight": 0.5, "encoder": str(encoder_folder), "block": 1}
     compiled = {"compile": True, "activation_checkpointing": checkpointing}
     # The validation at the end, which compiles another network, has its own test.
     monkeypatch.setattr("flowseg.inference.network.compiled", lambda network: network)
     train(tiny_config(**settings, repa=repa, model=compiled), tmp_path / "compiled")
-    assert len(graphs) == (1 if checkpointing else 2)
+    # The trainer asks for fullgraph, so a second graph for one size would be an error or another graph here.
+    assert len(compiled_graphs) == 1 + len(stages)
     monkeypatch.undo()
     train(tiny_config(**settings, repa=repa), tmp_path / "eager")
-    losses = ([line["loss"] for line in metrics(tmp_path / name, "train")] for name in ("compiled", "eager"))
-    assert next(losses) == pytest.approx(next(losses), rel=1e-4)
+    found, wanted = ([line["loss"] for line in metrics(tmp_path / name, "train")] for name in ("compiled", "eager"))
+    assert found == pytest.approx(wanted, rel=1e-4)
 
 
 def test_wrong_encoders_and_blocks_are_errors(tmp_path, encoder_folder):

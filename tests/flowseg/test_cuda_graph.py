@@ -11,7 +11,7 @@ from flowseg.inference import graphs
 from flowseg.inference.graphs import Graphs
 from flowseg_kernels import use_backend
 
-from .test_sampling_network import _assigned, _loaded, _written, images, make_segmenter, plain_sample
+from .support.random_networks import assigned, images, loaded, plain_sample, random_segmenter, written
 
 
 class Recorder:
@@ -41,7 +41,7 @@ def recorder(monkeypatch):
 
 def graphed(**sections):
     """A segmenter on the CPU that records as if it were on a GPU."""
-    segmenter = make_segmenter(sample={"steps": 3, "cuda_graph": True}, **sections)
+    segmenter = random_segmenter(sample={"steps": 3, "cuda_graph": True}, **sections)
     segmenter._records_graphs = lambda: segmenter.config.sample.cuda_graph
     return segmenter
 
@@ -50,7 +50,7 @@ def graphed(**sections):
 @pytest.mark.parametrize("source", ["image", "noise"])
 def test_a_size_is_recorded_the_second_time_and_replayed_with_new_images(recorder, precision, source):
     sections = {"train": {"mixed_precision": precision}, "flow": {"source": source}}
-    segmenter, eager = graphed(**sections), make_segmenter(**sections)
+    segmenter, eager = graphed(**sections), random_segmenter(**sections)
     results = []
     for round in range(4):
         pixels = images() * (0.5 + round / 8)
@@ -96,7 +96,7 @@ def test_graphs_of_inference_mode_serve_outside_of_it(recorder):
     assert not segmenter._graphs._recorded
 
 
-@pytest.mark.parametrize("change", [_loaded, _written])
+@pytest.mark.parametrize("change", [loaded, written])
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 def test_a_graph_stays_valid_when_weights_change_in_place(recorder, change, precision):
     segmenter = graphed(train={"mixed_precision": precision})
@@ -112,7 +112,7 @@ def test_replaced_weights_are_recorded_again(recorder, precision):
     segmenter = graphed(train={"mixed_precision": precision})
     for _ in range(2):
         segmenter.sample(images())
-    _assigned(segmenter)
+    assigned(segmenter)
     for _ in range(2):
         assert torch.equal(segmenter.sample(images()), plain_sample(segmenter, images()))
     assert len(recorder.recorded) == 2
@@ -158,7 +158,7 @@ def test_states_networks_with_hooks_and_other_devices_are_not_recorded(recorder)
     segmenter.model.blocks[0].register_forward_hook(lambda *_: None)
     for _ in range(3):
         segmenter.sample(images())
-    on_cpu = make_segmenter(sample={"cuda_graph": True})
+    on_cpu = random_segmenter(sample={"cuda_graph": True})
     for _ in range(3):
         on_cpu.sample(images())
     assert not recorder.recorded
@@ -169,7 +169,7 @@ def test_the_setting_is_off_by_default(recorder):
     segmenter.config.sample.cuda_graph = False
     for _ in range(3):
         segmenter.sample(images())
-    assert not recorder.recorded and not make_segmenter().config.sample.cuda_graph
+    assert not recorder.recorded and not random_segmenter().config.sample.cuda_graph
 
 
 def test_a_segmenter_with_graphs_can_be_copied(recorder):
@@ -179,17 +179,18 @@ def test_a_segmenter_with_graphs_can_be_copied(recorder):
     assert not copy.deepcopy(segmenter._graphs)._recorded
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here, which records CUDA graphs")
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 @pytest.mark.parametrize("source", ["image", "noise"])
 def test_a_recorded_loop_gives_the_same_bits_on_a_gpu(precision, source):
     sections = {"train": {"mixed_precision": precision}, "flow": {"source": source}}
-    made = [make_segmenter(sample={"steps": 3, "cuda_graph": on}, **sections) for on in (True, False)]
-    segmenter, eager = (type(one)(one.model, one.codebook, one.config, "cuda") for one in made)
+    segmenter, eager = (
+        random_segmenter("cuda", sample={"steps": 3, "cuda_graph": on}, **sections) for on in (True, False)
+    )
     for round in range(4):
         pixels = images() * (0.5 + round / 8)
         assert torch.equal(segmenter.sample(pixels, seed=round), eager.sample(pixels, seed=round))
     assert len(segmenter._graphs._recorded) == 1
     for one in (segmenter, eager):
-        _written(one)
+        written(one)
     assert torch.equal(segmenter.sample(pixels), eager.sample(pixels)) and len(segmenter._graphs._recorded) == 1

@@ -11,10 +11,9 @@ from flowseg.errors import UserError
 from flowseg.inference.evaluate import chosen_indices, evaluate, scores_from_confusion
 from flowseg.inference.views import WindowRows, interpolated_columns, resize_labels, window_starts
 from flowseg.model.sizes import resolve_size
-from flowseg.segment import Segmenter
 from flowseg_kernels import decode_confusion, nearest_centroid
 
-from .support.networks import Oracle, Waves, codebook_of
+from .support.networks import Oracle, Pairs, Waves, make_pairs, oracle_segmenter
 from .tiny import tiny_config
 
 
@@ -29,44 +28,20 @@ def test_scores_by_hand():
     assert scores_from_confusion(torch.zeros(2, 2)).miou == 0.0
 
 
-class Pairs(list):
-    names = ()
-
-
-def make_pairs(sizes, seed=0):
-    rng = np.random.default_rng(seed)
-    pairs = Pairs()
-    for height, width in sizes:
-        labels = rng.integers(0, 8, (height // 8, width // 8)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
-        pixels = np.zeros((height, width, 3), np.uint8)
-        pixels[..., 0] = np.round(labels * (255 / 12))
-        pixels[: height // 4, :, 1] = 255
-        target = labels.copy()
-        target[:, -3:] = 255
-        pairs.append((Image.fromarray(pixels), Image.fromarray(target)))
-    return pairs
-
-
-def make_segmenter(**sections):
-    config = tiny_config(data={"height": 32, "width": 32}, **sections)
-    codebook = codebook_of(config.codes.channels)
-    return Segmenter(Oracle(codebook), codebook, config)
-
-
 @pytest.mark.parametrize("size", [(16, 16), (32, 64)])
 def test_labels_of_another_size_than_the_image_are_refused(size):
     pairs = make_pairs([(32, 32)] * 3)
     pairs[1] = pairs[1][0], Image.new("L", size[::-1])
     message = rf"pairs\[1\]: .*height 32 and width 32; their shape is \({size[0]}, {size[1]}\)"
     with pytest.raises(UserError, match=message):
-        evaluate(make_segmenter(), pairs)
+        evaluate(oracle_segmenter(), pairs)
 
 
 def test_evaluation_agrees_with_torchmetrics():
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
     pairs = make_pairs([(32, 32)] * 5)
-    segmenter = make_segmenter(sample={"batch_size": 2})
+    segmenter = oracle_segmenter(sample={"batch_size": 2})
     scores = evaluate(segmenter, pairs)
     metric = MulticlassJaccardIndex(num_classes=11, ignore_index=255, average="none")
     accuracy = MulticlassAccuracy(num_classes=11, ignore_index=255, average="micro")
@@ -111,7 +86,7 @@ def official_ade20k(predictions, truths, classes):
 
 def test_evaluation_agrees_with_the_official_formula_of_ade20k():
     pairs = make_pairs([(32, 32), (32, 48), (24, 64)], seed=3)
-    segmenter = make_segmenter()
+    segmenter = oracle_segmenter()
     scores = evaluate(segmenter, pairs)
     predictions = [segmenter.labels(image).numpy().astype(int) + 1 for image, _ in pairs]
     truths = [np.where(np.array(target) == 255, 0, np.array(target).astype(int) + 1) for _, target in pairs]
@@ -128,7 +103,7 @@ def test_scores_with_a_noise_source_do_not_depend_on_the_batch_size():
     pairs = make_pairs([(32, 32)] * 5, seed=5)
     found = []
     for size in (1, 2, 5):
-        segmenter = make_segmenter(flow={"source": "noise"}, sample={"batch_size": size})
+        segmenter = oracle_segmenter(flow={"source": "noise"}, sample={"batch_size": size})
         segmenter.model = Drifting()
         found.append(evaluate(segmenter, pairs).confusion)
     assert all(torch.equal(one, found[0]) for one in found)
@@ -139,7 +114,7 @@ def test_scores_with_a_noise_source_do_not_depend_on_the_batch_size():
 
 def test_processes_sum_counts_not_scores():
     pairs = make_pairs([(32, 32)] * 3 + [(64, 64)] * 2 + [(32, 48)] * 2)
-    segmenter = make_segmenter(sample={"batch_size": 2})
+    segmenter = oracle_segmenter(sample={"batch_size": 2})
     alone = evaluate(segmenter, pairs)
     parts = []
     for rank in range(2):
@@ -155,7 +130,7 @@ def test_processes_sum_counts_not_scores():
 def test_images_of_mixed_sizes_are_scored_at_native_resolution(upsample):
     # Twice the training size, and a size that needs padding to whole patches.
     pairs = make_pairs([(64, 64), (64, 64), (64, 40), (32, 32)])
-    segmenter = make_segmenter(sample={"upsample": upsample})
+    segmenter = oracle_segmenter(sample={"upsample": upsample})
     scores = evaluate(segmenter, pairs)
     assert int(scores.confusion.sum()) == sum(int((np.array(t) != 255).sum()) for _, t in pairs)
     assert scores.images == 4
@@ -165,7 +140,7 @@ def test_images_of_mixed_sizes_are_scored_at_native_resolution(upsample):
 
 def test_labels_agree_with_evaluation_and_the_margin_is_the_gap_to_the_next_code():
     (image, target), *_ = make_pairs([(64, 64)])
-    segmenter = make_segmenter()
+    segmenter = oracle_segmenter()
     labels, margin = segmenter.labels(image, with_margin=True)
     assert torch.equal(labels, segmenter.labels(image)) and labels.dtype == torch.uint8
     assert margin.shape == labels.shape and float(margin.min()) >= 0
@@ -178,13 +153,13 @@ def test_labels_agree_with_evaluation_and_the_margin_is_the_gap_to_the_next_code
 
 def test_a_limit_chooses_images_evenly_over_the_split():
     assert chosen_indices(10, 3) == [0, 4, 9] and chosen_indices(3, 10) == [0, 1, 2] and chosen_indices(9, 1) == [0]
-    assert evaluate(make_segmenter(), make_pairs([(32, 32)] * 6), limit=2).images == 2
+    assert evaluate(oracle_segmenter(), make_pairs([(32, 32)] * 6), limit=2).images == 2
 
 
 @pytest.mark.parametrize("sample", [{}, {"upsample": "codes"}, {"upsample": "probabilities"}, {"flip": True}])
 def test_nan_pixels_count_as_wrong(sample):
     pairs = make_pairs([(64, 64)] * 2)
-    segmenter = make_segmenter(sample=sample)
+    segmenter = oracle_segmenter(sample=sample)
     before = evaluate(segmenter, pairs)
     sound = segmenter.sample
 
@@ -218,7 +193,7 @@ def test_views_of_a_pixelwise_network_change_nothing(sample, size):
     pixels = np.zeros((*size, 3), np.uint8)
     pixels[..., 0] = np.round(labels * (255 / 12))
     image = Image.fromarray(pixels)
-    segmenter = make_segmenter(sample=sample)
+    segmenter = oracle_segmenter(sample=sample)
     seen = []
     segmenter.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-2:]))
     found = segmenter.labels(image).numpy()
@@ -244,7 +219,7 @@ def test_windows_cover_the_axis_and_the_last_one_ends_with_it():
 
 
 def test_views_are_averaged_as_probabilities():
-    segmenter = make_segmenter(sample={"flip": True})
+    segmenter = oracle_segmenter(sample={"flip": True})
     codes, eps = segmenter.codebook.centroids, segmenter.codebook.default_eps
 
     class TwoMinds(Oracle):
@@ -274,9 +249,9 @@ def test_labels_do_not_depend_on_the_size_of_the_strips():
 @pytest.mark.parametrize("steps", [1, 100])
 def test_every_solver_and_step_count_gives_the_same_scores_for_an_end_point(method, steps):
     pairs = make_pairs([(32, 32)])
-    segmenter = make_segmenter(sample={"method": method, "steps": steps})
+    segmenter = oracle_segmenter(sample={"method": method, "steps": steps})
     # The oracle's end point does not depend on x, so every solver must reach it.
-    assert evaluate(segmenter, pairs).confusion.equal(evaluate(make_segmenter(), pairs).confusion)
+    assert evaluate(segmenter, pairs).confusion.equal(evaluate(oracle_segmenter(), pairs).confusion)
 
 
 def speckled(height, width, seed=0):
@@ -287,7 +262,7 @@ def speckled(height, width, seed=0):
 @pytest.mark.parametrize("upsample", ["codes", "labels", "probabilities"])
 @pytest.mark.parametrize("views", [{}, {"flip": True}, {"scales": [1.0, 0.5]}, {"window": "slide", "resize": "cover"}])
 def test_labels_and_scores_equal_those_of_the_native_field(channels, upsample, views):
-    segmenter = make_segmenter(sample={"upsample": upsample, **views}, codes={"channels": channels})
+    segmenter = oracle_segmenter(sample={"upsample": upsample, **views}, codes={"channels": channels})
     segmenter.model = Waves()
     image = speckled(190, 411)
     field = segmenter.native_field([image])
@@ -304,7 +279,7 @@ def test_labels_and_scores_equal_those_of_the_native_field(channels, upsample, v
 @pytest.mark.parametrize("size", [(97, 150), (33, 20), (32, 32), (20, 300)])
 @pytest.mark.parametrize("sample", [{}, {"flip": True}, {"stride": 1.0}, {"stride": 0.3, "flip": True}])
 def test_windows_in_bands_give_the_same_labels_as_all_windows_at_once(size, sample):
-    segmenter = make_segmenter(sample={"window": "slide", "resize": "native", **sample})
+    segmenter = oracle_segmenter(sample={"window": "slide", "resize": "native", **sample})
     segmenter.model = Waves()
     image = speckled(*size)
     whole = segmenter.labels(image)

@@ -139,7 +139,7 @@ def test_the_work_of_a_run_is_the_sum_of_its_stages():
 
 
 def test_repa_is_counted_apart_and_as_transformers_runs_it(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[repa]'")
     shape = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_ratio": 3, "patch_size": 14}
     encoder = transformers.Dinov2Config(**shape, image_size=56)
     with torch.device("meta"):
@@ -161,7 +161,7 @@ def test_repa_is_counted_apart_and_as_transformers_runs_it(tmp_path):
 
 
 def test_the_public_dinov2_has_the_parameters_that_are_counted():
-    """For one patch and one other token the products of the blocks are twice the parameters of their matrices."""
+    """The products of the blocks are twice the parameters of their matrices if there are one patch and one other token."""
     config = tiny_config(data={"height": 8, "width": 8}, repa={"weight": 0.5, "encoder": "facebook/dinov2-base"})
     dim, depth = 768, 12
     blocks = 2 * (2 * 12 * dim**2 * depth + 2 * 2**2 * dim * depth)

@@ -6,12 +6,11 @@ All commands of the page continue one run, which must equal, bit for bit, a run 
 import contextlib
 import json
 import os
+import random
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,13 +18,13 @@ import torch
 from accelerate import Accelerator
 
 from flowseg.build import build
-from flowseg.checkpoint import list_checkpoints
+from flowseg.checkpoint import list_checkpoints, trained_steps
 from flowseg.config import load_config, save_config
 from flowseg.runs.parallel import Ranks
 from flowseg.training.trainer import Trainer, train
 
 from .support.launching import quick_commands, started
-from .support.processes import forked
+from .support.processes import forked, free_port, wait_until
 from .support.runs import assert_same_weights, steps
 from .tiny import tiny_config
 
@@ -78,33 +77,15 @@ def shell(tmp_path, warm):
 
 
 def finish(*processes, status=0):
+    """Wait until all processes have ended with this status; ``None``: with an error."""
     for process in processes:
         code = process.wait(120)
         assert code == status or (status is None and code), f"{code}\n{process.said()}"
 
 
-def wait_for(condition, *processes, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        ended = [process.said() for process in processes if process.poll() is not None]
-        assert not ended and time.monotonic() < deadline, "\n".join(ended) or [process.said() for process in processes]
-        time.sleep(0.02)
-
-
 def logged(run):
     """The last logged step, or 0."""
     return max(steps(run), default=0) if (run / "metrics.jsonl").exists() else 0
-
-
-def free_port(low=0, high=2**16):
-    for port in range(low, high):
-        with socket.socket() as candidate:
-            try:
-                candidate.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return candidate.getsockname()[1]
-    raise AssertionError("no free port")
 
 
 def page_commands():
@@ -156,13 +137,13 @@ def test_the_commands_of_the_page_continue_one_run_and_equal_an_uninterrupted_on
     finish(*(shell(f"{line} --resume=auto --steps {step}") for line in on_two_machines(*several[:2])))
     # Two machines with torchrun. The second one dies: the first one ends, and what it has not saved is lost.
     machines = [shell(f"{line} --resume=auto") for line in on_two_machines(*several[2:4])]
-    wait_for(lambda: logged(run) > step + 2, *machines)
+    wait_until(lambda: logged(run) > step + 2, *machines)
     trainer = [entry for entry in started(tmp_path / "commands") if entry["rank"] == "1"][-1]["process"]
     machines[1].kill()
     os.kill(trainer, signal.SIGKILL)
     finish(machines[0], status=None)
     assert list_checkpoints(run)[-1].name == f"step-{step:08d}"
-    # Which one depends on what the first machine did at that moment: it read, it waited or it wrote.
+    # The first machine read, waited or wrote at that moment, and each has an error of its own.
     assert re.search("Connection closed by peer|Connection reset by peer|Broken pipe", machines[0].said())
 
     # The launchers find each other. A trainer dies and all are started again. Then SIGTERM to the launchers ends the run.
@@ -175,7 +156,7 @@ def test_the_commands_of_the_page_continue_one_run_and_equal_an_uninterrupted_on
         return sum(machine.said().count(f"starts at step {step} of") for machine in machines)
 
     for start in (1, 2):
-        wait_for(lambda start=start: starts() == start and logged(run) > step, *machines)
+        wait_until(lambda start=start: starts() == start and logged(run) > step, *machines)
         trainers = [entry for entry in started(tmp_path / "commands")[before:] if entry["argv"][0] == "python"]
         assert len(trainers) == 2 * start
         if start == 1:
@@ -183,8 +164,7 @@ def test_the_commands_of_the_page_continue_one_run_and_equal_an_uninterrupted_on
     for machine in machines:
         machine.terminate()
     finish(*machines, status=1)
-    final = list_checkpoints(run)[-1]
-    last = int(final.name[-8:])
+    last = trained_steps(run)
     assert last > step and f"stopped by signal at step {last}" in "".join(machine.said() for machine in machines)
     # The run without any of this.
     assert forked(lambda rank: train(config(steps=last), tmp_path / "whole"), world=2) == [0, 0]
@@ -218,7 +198,8 @@ esac
 @pytest.fixture
 def slurm(shell, tmp_path):
     """Start the script as SLURM does, with commands that stand for ``srun`` and ``scontrol``."""
-    job = free_port(20000, 40000) - 20000
+    # The script adds 20000 to the number of the job: the result is the port.
+    job = free_port(random.Random().sample(range(20000, 40000), 100)) - 20000
     for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
         (tmp_path / "commands" / name).write_text(text)
         (tmp_path / "commands" / name).chmod(0o755)
@@ -236,10 +217,10 @@ def test_the_slurm_script_saves_requeues_and_continues_to_the_weights_of_an_unin
     start, job = slurm
     run, requeued = tmp_path / "run", tmp_path / "requeued"
     first = start()
-    wait_for(lambda: logged(run) >= 2, first)
+    wait_until(lambda: logged(run) >= 2, first)
     first.send_signal(signal.SIGUSR1)
     finish(first, status=128 + signal.SIGUSR1)
-    saved = int(list_checkpoints(run)[-1].name[-8:])
+    saved = trained_steps(run)
     assert requeued.read_text().split() == [job] and f"job {job} goes back to the queue" in first.said()
     # The same job again. It ends by itself and stays out of the queue.
     save_config(config(steps=saved + 2), tmp_path / "tiny.yaml")
@@ -254,7 +235,7 @@ def test_the_slurm_script_gives_the_tasks_their_cores(slurm, tmp_path):
     start, _ = slurm
     save_config(config(steps=1), tmp_path / "tiny.yaml")
     finish(start())
-    # Since SLURM 22.05 srun gives a task one core if it does not get the number itself.
+    # srun of SLURM 22.05 and later gives a task one core if it does not get the number itself.
     assert {"--cpus-per-task=3", "--cpu-bind=none"} <= set(json.loads((tmp_path / "srun.json").read_text()))
     # Loaders divide the cores and the shared memory of the node by this number.
     assert [entry["local_world_size"] for entry in started(tmp_path / "commands")] == ["2", "2"]

@@ -61,7 +61,7 @@ def test_a_batch_gives_bit_for_bit_the_loss_of_its_examples_one_by_one(case):
     """The reference draws each example's time, then its noise, and makes its image float before it stacks the batch."""
     augmentation = {"flip": True, "scale_max": 2.0, "color_jitter": 0.3}
     config = tiny_config(data=augmentation, train={"seed": 3}, **SETTINGS[case])
-    pairs, flow, results = open_data(config.data).train, config.flow, []
+    pairs, flow = open_data(config.data).train, config.flow
     model, codebook = build(config, 11)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -81,15 +81,15 @@ def test_a_batch_gives_bit_for_bit_the_loss_of_its_examples_one_by_one(case):
     images, labels, source, t = torch.stack(images), torch.stack(labels), torch.cat(sources), torch.cat(times)
     prediction = model(flow_interpolate(source, labels, t, codebook), t, images)
     loss = flow_loss(prediction, source, labels, t, codebook, predicts="endpoint", reduction="sum")
-    results.append((loss, torch.autograd.grad(loss, model.patch_embed.proj.weight)[0]))
+    wanted = loss, torch.autograd.grad(loss, model.patch_embed.proj.weight)[0]
 
     batch = batch_of(config, 1)
     assert batch.images.dtype == torch.uint8 and batch.draws.tolist() == [4, 5, 6, 7]
     assert (batch.noise is None) == (case != "noise") and batch.labelled == int((labels != 255).sum())
     step = flow_step(model, codebook, config, batch)
-    results.append((step.flow, torch.autograd.grad(step.flow, model.patch_embed.proj.weight)[0]))
+    found = step.flow, torch.autograd.grad(step.flow, model.patch_embed.proj.weight)[0]
     assert torch.equal(step.source, source) and torch.equal(step.t, t) and torch.equal(step.labels, labels)
-    for ours, reference in zip(*results):
+    for ours, reference in zip(found, wanted):
         assert torch.equal(ours, reference) and ours.abs().max() > 0
 
 
@@ -371,9 +371,8 @@ def test_a_lost_worker_is_named_with_what_to_do(monkeypatch):
     assert "could not start" in str(lost_worker(OSError(12, "Cannot allocate memory"), 3, config))
     for start in ("spawn", "forkserver"):
         monkeypatch.setattr(workers, "start_method", lambda start=start: start)
-        assert f"start by {start}" in str(lost_worker(died, 3, config)) and "__main__" in str(
-            lost_worker(died, 3, config)
-        )
+        text = str(lost_worker(died, 3, config))
+        assert f"start by {start}" in text and "__main__" in text
     # Errors that a worker has caught and sent are no deaths.
     for error in (RuntimeError, ConnectionError, OSError):
         assert lost_worker(error("Caught RuntimeError in DataLoader worker process 0.\n..."), 3, config) is None
@@ -432,9 +431,12 @@ def test_a_script_without_a_main_guard_trains_with_workers(tmp_path):
     assert (tmp_path / "started").read_text() == "once " and len(metrics(tmp_path / "run", "train")) == 2
 
 
-def test_a_step_waits_for_no_copy_and_no_draw(tmp_path, monkeypatch):
-    """The training process draws no time and no noise: only the loader's process does."""
-    monkeypatch.setattr(training, "evaluate", lambda *args, **others: (_ for _ in ()).throw(UserError("enough")))
+def test_only_the_loaders_process_draws_times_and_noise(tmp_path, monkeypatch):
+    def validation(*args, **others):
+        raise UserError("enough")
+
+    # A validation draws noise of its own in the training process.
+    monkeypatch.setattr(training, "evaluate", validation)
     made, original = [], torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda *args: made.append(args) or original(*args))
     config = tiny_config(flow={"source": "noise"}, train={"steps": 2}, data={"workers": 1})

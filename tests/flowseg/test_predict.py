@@ -12,17 +12,14 @@ from flowseg.errors import DataWarning, UserError
 from flowseg.inference.predict import Input, find_images, find_inputs, output_names, predict
 from flowseg.segment import Segmenter
 
-from .support.networks import Oracle, codebook_of
+from .support.networks import oracle_segmenter
 from .support.photographs import SHOWN, exif, photo, stored, write_pair
-from .tiny import tiny_config
 
 PALETTE = [(10 * k, 0, 255 - 10 * k) for k in range(11)]
 
 
 def segmenter(**data):
-    config = tiny_config(data={"height": 32, "width": 32, **data}, sample={"resize": "native"})
-    codebook = codebook_of(config.codes.channels)
-    return Segmenter(Oracle(codebook), codebook, config)
+    return oracle_segmenter(data, sample={"resize": "native"})
 
 
 def picture(path, mode="RGB"):

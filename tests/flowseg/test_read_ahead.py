@@ -19,7 +19,8 @@ from flowseg.inference.evaluate import evaluate
 from flowseg.inference.read_ahead import LargeOneByOne, read_ahead, reading_threads
 from flowseg.runs import machine
 
-from .test_evaluate import Pairs, make_pairs, make_segmenter
+from .support.networks import Pairs, make_pairs, oracle_segmenter
+from .support.processes import wait_until
 from .tiny import folder_section, tiny_config
 
 
@@ -60,9 +61,7 @@ def test_the_next_items_are_loaded_while_the_caller_computes():
     loaded = read_ahead(range(20), load, lambda item: 1, threads=2, most=3)
     assert next(loaded) == 0
     # The caller computes here, and asks for nothing.
-    deadline = time.monotonic() + 20
-    while len(load.started) < 4 and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_until(lambda: len(load.started) >= 4)
     assert sorted(load.started) == [0, 1, 2, 3]
     loaded.close()
     assert not readers() and len(load.started) == 4
@@ -146,7 +145,7 @@ def test_evaluation_asks_the_pairs_for_the_sizes_of_the_next_images(monkeypatch)
         evaluation, "read_ahead", lambda *args, **options: seen.append(options) or real(*args, **options)
     )
     pairs = Sized(make_pairs([(32, 32), (32, 64), (32, 32)]))
-    assert evaluate(make_segmenter(), pairs).images == 3
+    assert evaluate(oracle_segmenter(), pairs).images == 3
     assert [seen[0]["sizes"](index) for index in range(3)] == [1024, 2048, 1024]
     # A header is read once, although the thread asks again.
     assert sorted(asked) == [0, 1, 2]
@@ -167,8 +166,8 @@ def test_without_threads_the_caller_loads_each_item_at_its_turn():
 
 def test_no_workers_evaluate_without_a_thread_and_count_the_same(monkeypatch):
     pairs = make_pairs([(32, 32), (32, 48), (32, 48), (32, 32)])
-    wanted = evaluate(make_segmenter(sample={"batch_size": 2}), pairs).confusion
-    segmenter = make_segmenter(sample={"batch_size": 2})
+    wanted = evaluate(oracle_segmenter(sample={"batch_size": 2}), pairs).confusion
+    segmenter = oracle_segmenter(sample={"batch_size": 2})
     segmenter.config.data.workers = 0
     monkeypatch.setattr(reading, "ThreadPoolExecutor", None)
     assert torch.equal(evaluate(segmenter, pairs).confusion, wanted)
@@ -207,7 +206,7 @@ class Broken(Pairs):
 
 def test_an_error_of_a_file_is_raised_at_its_turn_and_leaves_no_thread():
     done = []
-    segmenter = make_segmenter(sample={"batch_size": 2})
+    segmenter = oracle_segmenter(sample={"batch_size": 2})
     with pytest.raises(UserError, match=r"photo\.jpg"):
         evaluate(segmenter, Broken(make_pairs([(32, 32)] * 8)), on_batch=done.append)
     # The batch of images 0 and 1 was complete before image 3 was needed.
@@ -232,13 +231,13 @@ def test_an_interrupted_evaluation_leaves_no_thread(error, overlap, monkeypatch)
         evaluation, "read_ahead", lambda *args, **options: real(*args, **{**options, "overlap": overlap})
     )
     with pytest.raises(error):
-        evaluate(make_segmenter(sample={"batch_size": 2}), Counted(make_pairs([(32, 32)] * 40)), on_batch=stop)
+        evaluate(oracle_segmenter(sample={"batch_size": 2}), Counted(make_pairs([(32, 32)] * 40)), on_batch=stop)
     assert not readers() and len(begun) < 20
 
 
 def test_reading_ahead_gives_the_counts_of_one_thread_for_mixed_sizes(monkeypatch):
     pairs = make_pairs([(32, 32), (32, 32), (32, 48), (64, 64), (64, 64), (64, 64), (32, 32)] * 3)
-    segmenter = make_segmenter(sample={"batch_size": 2})
+    segmenter = oracle_segmenter(sample={"batch_size": 2})
     sizes = []
     found = evaluate(segmenter, pairs, on_batch=sizes.append)
     assert sizes[:5] == [2, 1, 2, 1, 2] and sum(sizes) == found.images == 21
@@ -263,21 +262,18 @@ def test_pairs_are_counted_exactly(classes, device, monkeypatch):
     generator = torch.Generator().manual_seed(classes)
     truth, predicted = values[torch.randint(len(values), (2, 700, 800), generator=generator)]
     truth[:300], predicted[:200, :300] = 1, 0
-    counts = PairCounts(classes, torch.device("cpu"))
-    if device == "other":
-        counts = _as_on_a_gpu(classes, monkeypatch)
-    for _ in range(2):
-        counts.add(truth, predicted)
-    confusion, labelled = counts.confusion()
+    with monkeypatch.context() as patch:
+        if device == "other":
+            # The way of a GPU, on which bincount reads a value back.
+            patch.setattr(PairCounts, "_on_cpu", staticmethod(lambda device: False))
+            patch.delattr(torch, "bincount")
+        counts = PairCounts(classes, torch.device("cpu"))
+        for _ in range(2):
+            counts.add(truth, predicted)
+        confusion, labelled = counts.confusion()
     wanted = 2 * torch.bincount(truth.flatten().long() * 256 + predicted.flatten(), minlength=65536).view(256, 256)
     assert torch.equal(confusion, wanted[:classes, :classes])
     assert torch.equal(labelled, wanted[:classes].sum(1)) and confusion.dtype == torch.int64
-
-
-def _as_on_a_gpu(classes, monkeypatch):
-    """Counts that take the way of a GPU, which must not call bincount."""
-    monkeypatch.setattr(PairCounts, "_on_cpu", staticmethod(lambda device: False))
-    return PairCounts(classes, torch.device("cpu"))
 
 
 def test_bytes_are_normalised_and_padded_on_the_device_to_the_same_bits():
@@ -287,7 +283,7 @@ def test_bytes_are_normalised_and_padded_on_the_device_to_the_same_bits():
     assert torch.equal(batch, torch.stack([to_tensor(image)] * 2)) and batch.dtype == torch.float32
     assert torch.equal(pad_to(batch, 24, 20)[1], pad_to(to_tensor(image), 24, 20))
     narrow = image.crop((0, 0, 13, 16))
-    segmenter = make_segmenter()
+    segmenter = oracle_segmenter()
     patched = segmenter._patched([narrow, narrow])
     assert patched.shape == (2, 3, 16, 16) and torch.equal(patched[1], pad_to(to_tensor(narrow), 16, 16))
 

@@ -7,50 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch._inductor.exc import TritonMissing
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowseg.build import build
 from flowseg.data import open_data
 from flowseg.errors import CompilerWarning, UserError
-from flowseg.flow import integrate
 from flowseg.inference import network as sampling
 from flowseg.inference.evaluate import evaluate
-from flowseg.segment import Segmenter, autocast
+from flowseg.segment import Segmenter
 from flowseg.training import trainer as training
 from flowseg_kernels import Codebook
 
 from .support.commands import run
+from .support.random_networks import assigned, images, loaded, plain_sample, random_segmenter, written
 from .tiny import tiny_config
-
-
-def make_segmenter(**sections):
-    sections.setdefault("train", {"mixed_precision": "bf16"})
-    config = tiny_config(**{"sample": {"steps": 3}, **sections})
-    model, codebook = build(config, 5)
-    with torch.no_grad():
-        for index, value in enumerate(model.parameters()):
-            value.add_(0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(index)))
-    return Segmenter(model.eval().requires_grad_(False), codebook, config)
-
-
-def images(batch=2, height=16, width=24):
-    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-@torch.no_grad()
-def plain_sample(segmenter, pixels):
-    """The solver over the network itself, under autocast."""
-    config = segmenter.config
-    with autocast(config.train.mixed_precision, segmenter.device):
-        return integrate(
-            lambda x, t: segmenter.model(x, t, pixels).float(),
-            pixels,
-            steps=config.sample.steps,
-            method=config.sample.method,
-            predicts=config.flow.predicts,
-            t_min=config.flow.t_min,
-        )
 
 
 @pytest.mark.parametrize(
@@ -59,7 +30,7 @@ def plain_sample(segmenter, pixels):
     ids=["linear", "stem", "chunks", "depth"],
 )
 def test_the_copy_samples_the_same_bits(model):
-    segmenter = make_segmenter(model=model)
+    segmenter = random_segmenter(model=model)
     pixels = images()
     assert torch.equal(segmenter.sample(pixels), plain_sample(segmenter, pixels))
     assert segmenter._network._copy is not None
@@ -70,7 +41,7 @@ def test_the_copy_samples_the_same_bits(model):
 def test_labels_of_views_are_the_same_with_and_without_the_copy(sample, monkeypatch):
     from PIL import Image
 
-    segmenter = make_segmenter(sample=sample)
+    segmenter = random_segmenter(sample=sample)
     pixels = (images(1, 40, 56)[0].movedim(0, -1) * 127 + 128).byte().numpy()
     with_copy = segmenter.labels(Image.fromarray(pixels))
     monkeypatch.setattr(sampling, "_modules_and_tensors", lambda model: None)
@@ -86,14 +57,14 @@ class Casts(TorchDispatchMode):
         self.sizes, self.count = {tuple(value.shape) for value in model.parameters() if value.ndim > 1}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # Below autograd, as in ops that need no gradient, a cast arrives as aten.to.
+        # A cast arrives as aten.to below autograd, which ops that need no gradient leave out.
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype) and args[0].dtype == torch.float32:
             self.count += tuple(args[0].shape) in self.sizes
         return func(*args, **(kwargs or {}))
 
 
 def test_weights_are_cast_once_and_not_at_each_evaluation():
-    segmenter = make_segmenter()
+    segmenter = random_segmenter()
     segmenter.sample(images())
     with Casts(segmenter.model) as after:
         segmenter.sample(images())
@@ -101,19 +72,6 @@ def test_weights_are_cast_once_and_not_at_each_evaluation():
         plain_sample(segmenter, images())
     layers = sum(isinstance(module, nn.Linear) for module in segmenter.model.modules())
     assert after.count == 0 and before.count >= 3 * layers
-
-
-def _loaded(segmenter):
-    segmenter.model.load_state_dict({k: v * 1.1 for k, v in segmenter.model.state_dict().items()})
-
-
-def _assigned(segmenter):
-    segmenter.model.load_state_dict({k: v * 1.1 for k, v in segmenter.model.state_dict().items()}, assign=True)
-
-
-def _written(segmenter):
-    with torch.no_grad():
-        torch._foreach_mul_(list(segmenter.model.parameters()), 1.1)
 
 
 def _data_replaced(segmenter):
@@ -135,7 +93,7 @@ def _norm_written(segmenter):
 
 def _model_replaced(segmenter):
     segmenter.model = copy.deepcopy(segmenter.model)
-    _written(segmenter)
+    written(segmenter)
 
 
 def _buffer_written(segmenter):
@@ -174,14 +132,14 @@ def _written_in_inference_mode(segmenter):
 
 
 CHANGES = [
-    _loaded, _assigned, _written, _data_replaced, _module_replaced, _norm_written, _model_replaced, _buffer_written,
+    loaded, assigned, written, _data_replaced, _module_replaced, _norm_written, _model_replaced, _buffer_written,
     _data_written, _data_copied, _averaged_into_data, _written_by_numpy, _attribute_set, _written_in_inference_mode,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_copy_follows_every_change_of_the_network(change):
-    segmenter = make_segmenter()
+    segmenter = random_segmenter()
     pixels = images()
     before = segmenter.sample(pixels)
     change(segmenter)
@@ -190,50 +148,50 @@ def test_the_copy_follows_every_change_of_the_network(change):
 
 
 def test_a_copy_that_was_made_in_inference_mode_follows_too():
-    segmenter = make_segmenter()
+    segmenter = random_segmenter()
     with torch.inference_mode():
         before = segmenter.sample(images())
-    _written(segmenter)
+    written(segmenter)
     after = segmenter.sample(images())
     assert torch.equal(after, plain_sample(segmenter, images())) and not torch.equal(after, before)
 
 
 def test_a_network_that_was_made_in_inference_mode_is_followed():
     with torch.inference_mode():
-        segmenter = make_segmenter()
+        segmenter = random_segmenter()
         before = segmenter.sample(images())
-        _written(segmenter)
+        written(segmenter)
     after = segmenter.sample(images())
     assert segmenter._network._copy is not None
     assert torch.equal(after, plain_sample(segmenter, images())) and not torch.equal(after, before)
 
 
 def test_threads_share_one_copy():
-    segmenter = make_segmenter()
+    segmenter = random_segmenter()
     wanted = plain_sample(segmenter, images())
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: segmenter.sample(images()), range(8)))
     assert all(torch.equal(one, wanted) for one in found)
-    _written(segmenter)
+    written(segmenter)
     assert torch.equal(segmenter.sample(images()), plain_sample(segmenter, images()))
 
 
 def test_a_change_in_place_keeps_the_memory_of_the_copy():
-    segmenter = make_segmenter()
+    segmenter = random_segmenter()
     segmenter.sample(images())
     places = [value.data_ptr() for value in segmenter._network._copy.parameters()]
     number = segmenter._network.structure
-    _written(segmenter)
+    written(segmenter)
     segmenter.sample(images())
     assert [value.data_ptr() for value in segmenter._network._copy.parameters()] == places
     assert segmenter._network.structure == number
-    _assigned(segmenter)
+    assigned(segmenter)
     segmenter.sample(images())
     assert segmenter._network.structure != number
 
 
 def test_a_network_with_hooks_or_foreign_modules_runs_itself():
-    segmenter = make_segmenter()
+    segmenter = random_segmenter()
     calls = []
     handle = segmenter.model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     segmenter.sample(images())
@@ -257,10 +215,10 @@ def test_a_network_with_hooks_or_foreign_modules_runs_itself():
 
 
 def test_float32_makes_no_copy_and_memory_is_two_bytes_per_cast_number():
-    segmenter = make_segmenter(train={"mixed_precision": "no"})
+    segmenter = random_segmenter(train={"mixed_precision": "no"})
     segmenter.sample(images())
     assert segmenter._network._copy is None
-    segmenter = make_segmenter()
+    segmenter = random_segmenter()
     segmenter.sample(images())
     shared = {value.data_ptr() for value in segmenter.model.parameters()}
     own = [value for value in segmenter._network._copy.parameters() if value.data_ptr() not in shared]
@@ -270,7 +228,7 @@ def test_float32_makes_no_copy_and_memory_is_two_bytes_per_cast_number():
 
 
 def test_a_segmenter_can_be_copied_and_pickled_after_sampling():
-    segmenter = make_segmenter()
+    segmenter = random_segmenter()
     expected = segmenter.sample(images())
     for again in (copy.deepcopy(segmenter), pickle.loads(pickle.dumps(segmenter))):
         assert again._network._copy is None and torch.equal(again.sample(images()), expected)
@@ -285,13 +243,13 @@ def test_sampling_compiles_the_training_size_only(monkeypatch):
         return lambda *inputs: calls.append(inputs[0].shape) or network(*inputs)
 
     monkeypatch.setattr(sampling, "compiled", pretended)
-    segmenter = make_segmenter()
+    segmenter = random_segmenter()
     segmenter.compiled = True
     for size in ((16, 16), (16, 24), (16, 16)):
         pixels = images(2, *size)
         assert torch.equal(segmenter.sample(pixels), plain_sample(segmenter, pixels))
     assert compilations == [segmenter._network._copy] and [tuple(shape[2:]) for shape in calls] == [(16, 16)] * 6
-    _written(segmenter)
+    written(segmenter)
     segmenter.sample(images(2, 16, 16))
     assert len(compilations) == 1
     segmenter.compiled = False
@@ -300,20 +258,15 @@ def test_sampling_compiles_the_training_size_only(monkeypatch):
 
 
 def test_the_compiled_network_compiles_twice_for_all_batches_and_once_for_a_single_image(monkeypatch):
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    backend = EagerAndRecordGraphs()
     monkeypatch.setattr(sampling, "compiled", lambda network: torch.compile(network, backend=backend, fullgraph=True))
     torch._dynamo.reset()
-    segmenter = make_segmenter()
+    segmenter = random_segmenter()
     segmenter.compiled = True
     for batch, most in ((4, 1), (3, 2), (2, 2), (5, 2), (4, 2), (1, 3), (2, 3), (1, 3)):
         pixels = images(batch, 16, 16)
         torch.testing.assert_close(segmenter.sample(pixels), plain_sample(segmenter, pixels))
-        assert 1 <= len(graphs) <= most, f"a batch of {batch} compiled again"
+        assert 1 <= len(backend.graphs) <= most, f"a batch of {batch} compiled again"
 
 
 def test_training_and_evaluate_compile_where_the_settings_say_so_and_predict_never(tmp_path, monkeypatch, capsys):
@@ -344,7 +297,7 @@ def no_compiler():
 
 
 def test_without_a_compiler_sampling_says_so_once_and_runs_uncompiled(no_compiler):
-    segmenter = make_segmenter()
+    segmenter = random_segmenter()
     segmenter.compiled = True
     pixels = images(2, 16, 16)
     words = r"runs uncompiled.*No working C\+\+ compiler.*model\.compile=false"

@@ -106,7 +106,7 @@ def test_an_accelerator_without_a_count_of_memory_logs_none(monkeypatch):
     assert "memory_gib" not in SpeedWindow(Ranks(1), torch.device("mps")).close()
 
 
-def test_several_processes_log_the_sum_of_images_and_the_longest_wait(tmp_path, monkeypatch):
+def test_several_processes_log_the_sum_of_images_and_the_longest_wait():
     def both(rank):
         clock = Clock()
         speed.time = clock

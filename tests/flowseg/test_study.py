@@ -184,7 +184,7 @@ def test_sigterm_to_a_study_ends_its_runs_with_a_checkpoint(study_file, tmp_path
     out = tmp_path / "out"
     study = start_command(tmp_path / "output", "study", study_file(steps=100000), "--out", out)
     metrics = out / "flowseg" / "seed0" / "metrics.jsonl"
-    wait_until(lambda: metrics.is_file() and metrics.read_text(), study, seconds=90)
+    wait_until(lambda: metrics.is_file() and metrics.read_text(), study)
     study.terminate()
     study.join(90)
     assert study.exitcode == 128 + signal.SIGTERM

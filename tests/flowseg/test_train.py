@@ -481,17 +481,7 @@ def test_a_signal_ends_the_command_with_a_checkpoint(tmp_path, number):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_network_to_shard_is_compiled_block_by_block(monkeypatch, checkpointing):
-    graphs, real = [], torch.compile
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(
-        torch, "compile", lambda function, fullgraph: real(function, backend=backend, fullgraph=fullgraph)
-    )
-    torch._dynamo.reset()
+def test_a_network_to_shard_is_compiled_block_by_block(compiled_graphs, checkpointing):
     config = tiny_config(model={"activation_checkpointing": checkpointing})
     model, eager = (build(config, 5)[0] for _ in range(2))
     calls = []
@@ -514,4 +504,4 @@ def test_a_network_to_shard_is_compiled_block_by_block(monkeypatch, checkpointin
     for one, other in zip(model.parameters(), eager.parameters()):
         torch.testing.assert_close(one.grad, other.grad)
     # Both blocks share one graph. Checkpointing runs them again in the backward pass, hooks included.
-    assert len(graphs) == 1 and len(calls) == (4 if checkpointing else 2)
+    assert len(compiled_graphs) == 1 and len(calls) == (4 if checkpointing else 2)

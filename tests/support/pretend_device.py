@@ -4,8 +4,8 @@ The tensors are plain tensors of torch's PrivateUse1 backend. Their memory is ho
 the numbers are right, and autograd, optimisers and modules treat them as they treat CUDA tensors. `no_read_back` refuses whatever
 would make the host wait for a GPU: reading a value, an op whose result's shape depends on values, and every copy between host and
 device that is not from or to pinned memory without blocking. A host tensor of one number in arithmetic is fine: torch passes it
-to a kernel as a number. The compiled CUDA kernels are replaced by the compiled CPU kernels,
-below the host code of the CUDA backend, which therefore runs as on a GPU.
+to a kernel as a number. The host code of the CUDA backend runs as on a GPU; below it the compiled CPU kernels replace those of
+CUDA.
 
 On a machine with a GPU the same tests run on it, with `torch.cuda.set_sync_debug_mode("error")`.
 
@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -32,12 +33,14 @@ import flowseg_kernels  # noqa: F401  fills the table of backends
 from flowseg_kernels.runtime import backend
 from flowseg_kernels.runtime.extension import why_no_cpu_kernels
 
-__all__ = ["ReadBack", "allowed", "chosen_device", "no_read_back", "recorded", "run_in_own_process", "why_not"]
+__all__ = ["WAITS", "ReadBack", "allowed", "chosen_device", "no_read_back", "recorded", "run_in_own_process"]
 
 NAME = "pretend"
 ROOT = Path(__file__).parents[2]
 #: The device of the tests, in the process that `run_in_own_process` starts.
 CHOSEN = "NO_STALL_DEVICE"
+#: A pattern for the message of a wait, on the pretended device or with torch.cuda.set_sync_debug_mode.
+WAITS = "the host waits for the device|synchronizing CUDA operation"
 
 #: Ops that wait for a GPU whatever their arguments are: they read a value, or values decide the shape of their result.
 _WAITING = frozenset(
@@ -68,7 +71,7 @@ _SWEEP_EVERY = 4096
 _made = 0
 
 
-def why_not(device: str) -> str | None:
+def _why_not(device: str) -> str | None:
     """None if the tests can run here on `device`, "pretend" or "cuda", else the reason."""
     if device == "cuda":
         return None if torch.cuda.is_available() else "no GPU here, which torch.cuda.set_sync_debug_mode needs"
@@ -83,7 +86,12 @@ def why_not(device: str) -> str | None:
 
 
 def run_in_own_process(device: str, *files: str) -> None:
-    """Run test files with pytest on `device` in a new process; fail with its output if a test fails or none runs."""
+    """Run test files with pytest on `device` in a new process; fail with its output if a test fails or none runs.
+
+    Skip the calling test if this machine cannot show it.
+    """
+    if reason := _why_not(device):
+        pytest.skip(reason)
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-o", "addopts=", *files]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, CHOSEN: device}, capture_output=True, text=True)
     if done.returncode:
@@ -113,17 +121,17 @@ def _setting(forbidden: bool, reads: list[str] | None = None) -> Iterator[list[s
 
 
 def no_read_back() -> contextlib.AbstractContextManager:
-    """Inside the block every wait for the device raises ReadBack; on a GPU it raises RuntimeError."""
+    """A block in which every wait for the device raises ReadBack; on a GPU it raises RuntimeError."""
     return _setting(True)
 
 
 def allowed() -> contextlib.AbstractContextManager:
-    """Inside the block, which may be inside `no_read_back`, the host may wait for the device: to log, to save, to score."""
+    """A block, also inside `no_read_back`, in which the host may wait for the device: to log, to save, to score."""
     return _setting(False)
 
 
 def recorded() -> contextlib.AbstractContextManager[list[str]]:
-    """Inside the block waits for the pretended device are allowed; yields the list of their descriptions so far."""
+    """A block in which waits for the pretended device are allowed; yields the list of their descriptions so far."""
     return _setting(True, [])
 
 
@@ -131,7 +139,7 @@ def recorded() -> contextlib.AbstractContextManager[list[str]]:
 
 
 class _Module:
-    """What torch and its tools ask of a device's module `torch.pretend`."""
+    """The module `torch.pretend`, with all that torch and its tools ask of a device."""
 
     _is_in_bad_fork = staticmethod(lambda: False)
     is_initialized = staticmethod(lambda: True)
@@ -149,7 +157,7 @@ class _Module:
 def _pretended() -> torch.device:
     global _device
     # It also loads the compiled CPU kernels.
-    if reason := why_not(NAME):
+    if reason := _why_not(NAME):
         raise RuntimeError(reason)
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -222,7 +230,7 @@ def _to_copy(tensor: Tensor, **options) -> Tensor:
     if _forbidden and target.type != tensor.device.type:
         _check_copy(tensor if target.type == NAME else None, non_blocking)
     found = _call(torch.ops.aten._to_copy.default, tensor, **options)
-    # As on CUDA, the result of a copy to the host that does not block is pinned.
+    # The result of a copy to the host that does not block is pinned, as on CUDA.
     return _pin_memory(found) if non_blocking and target.type == "cpu" else found
 
 

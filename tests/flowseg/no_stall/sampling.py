@@ -5,25 +5,16 @@ import pytest
 import torch
 from PIL import Image
 
-from flowseg.build import build
 from flowseg.data import open_data
 from flowseg.inference.counts import PairCounts
 from flowseg.inference.evaluate import evaluate
-from flowseg.segment import Segmenter
-from tests.flowseg.tiny import tiny_config
-from tests.support.pretend_device import allowed, no_read_back
-
-WAITS = r"the host waits for the device|synchronizing CUDA operation"
+from tests.flowseg.support.random_networks import random_segmenter
+from tests.support.pretend_device import WAITS, allowed, no_read_back
 
 
-def segmenter_on(device, **sections):
+def segmenter_on(device, precision="no", **sections):
     sample = {"batch_size": 2, **sections.pop("sample", {})}
-    config = tiny_config(sample=sample, **sections)
-    model, codebook = build(config, 11)
-    generator = torch.Generator().manual_seed(0)
-    for value in model.parameters():
-        value.data += 0.05 * torch.randn(value.shape, generator=generator)
-    return Segmenter(model.eval(), codebook, config, device)
+    return random_segmenter(device, sample=sample, train={"mixed_precision": precision}, **sections)
 
 
 @pytest.mark.parametrize("predicts", ["velocity", "endpoint"])
@@ -40,7 +31,7 @@ def segmenter_on(device, **sections):
 def test_sampling_does_not_read(device, source, method, precision, predicts):
     sections = {"flow": {"source": source, "predicts": predicts}, "codes": {"channels": 8 if source == "image" else 3}}
     sample = {"method": method, "steps": 3}
-    segmenter = segmenter_on(device, sample=sample, train={"mixed_precision": precision}, **sections)
+    segmenter = segmenter_on(device, precision, sample=sample, **sections)
     images = torch.rand(2, 3, 16, 24).to(device)
     first = segmenter.sample(images)
     with no_read_back():

@@ -7,10 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import flowseg.training.trainer as training
 from flowseg.training.ema import Ema
 from tests.flowseg.tiny import TINY_MODEL, tiny_config
-from tests.support.pretend_device import no_read_back, recorded
-
-#: What a plant gets: the message of the pretended device, or that of torch.cuda.set_sync_debug_mode.
-WAITS = "the host waits for the device|synchronizing CUDA operation"
+from tests.support.pretend_device import WAITS, no_read_back, recorded
 
 
 def config_of(**sections):
@@ -37,7 +34,7 @@ CASES = {
 
 
 def steps_without_read_backs(trainer, count=2):
-    """The first step may read: it fills caches of the codes and of the positions. Return the weights after the last step."""
+    """The weights after a first step, which may read to fill caches of codes and positions, and ``count`` that may not."""
     assert trainer.train_step(trainer.config)
     with no_read_back():
         for _ in range(count):
@@ -69,19 +66,16 @@ def test_steps_in_bf16_do_not_read(device, trainer_on):
     check_steps(device, trainer_on, config, tolerance=2e-2)
 
 
-def test_steps_with_repa_and_a_stem_do_not_read(device, trainer_on, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[repa]'")
-    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 56}
-    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(tmp_path)
-    repa = {"weight": 0.5, "encoder": str(tmp_path), "block": 1}
+def test_steps_with_repa_and_a_stem_do_not_read(device, trainer_on, encoder_folder):
+    repa = {"weight": 0.5, "encoder": str(encoder_folder), "block": 1}
     config = config_of(repa=repa, flow={"source": "noise"}, model={"stem_width": 8})
-    # On a CPU GroupNorm adds channels-last images in another order than on other devices.
+    # GroupNorm adds channels-last images on a CPU in another order than on other devices.
     check_steps(device, trainer_on, config, tolerance=1e-3)
 
 
 def test_a_logged_step_reads_once_and_so_does_the_check_of_a_checkpoint(device, trainer_on):
     if device.type == "cuda":
-        pytest.skip("only the pretended device counts read-backs")
+        pytest.skip("only the pretended device counts read-backs; torch.cuda.set_sync_debug_mode raises or warns")
     trainer = trainer_on(device, config_of(train={"log_every": 2}))
     logged = []
     trainer.log = lambda **fields: logged.append(fields)

@@ -15,9 +15,10 @@ import time
 
 import torch.distributed.run
 from accelerate.commands import accelerate_cli
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from flowseg import cli
+
+from .processes import forget_accelerate
 
 COMMANDS = ("flowseg", "torchrun", "accelerate", "python")
 
@@ -124,8 +125,7 @@ def _become(request, outputs):
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
+    forget_accelerate()
     name, *sys.argv[1:] = request["argv"]
     sys.argv[0] = name
     status = 1

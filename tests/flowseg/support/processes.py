@@ -1,8 +1,10 @@
 """Processes for tests, forked from this one: a fork needs no import of torch, which takes seconds."""
 
+import contextlib
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import time
 
@@ -14,7 +16,7 @@ from flowseg import cli
 
 def forked(target, world=1, timeout=120):
     """Exit codes of ``target(rank)`` in ``world`` forked processes that form one process group."""
-    processes = [start(target, rank, world, port) for port in [_free_port()] for rank in range(world)]
+    processes = [start(target, rank, world, port) for port in [free_port()] for rank in range(world)]
     for process in processes:
         process.join(timeout)
         if process.is_alive():
@@ -32,7 +34,7 @@ def start_command(output, *arguments):
         sys.argv = ["flowseg", *map(str, arguments)]
         cli.main()
 
-    return start(command, 0, 1, _free_port())
+    return start(command, 0, 1, free_port())
 
 
 def start(target, rank, world, port):
@@ -41,8 +43,7 @@ def start(target, rank, world, port):
     def run():
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
+        forget_accelerate()
         target(rank)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -52,15 +53,26 @@ def start(target, rank, world, port):
     return process
 
 
-def wait_until(condition, process, seconds=60):
-    """Wait until ``condition()`` is true, and fail if the process ends before."""
+def forget_accelerate():
+    """Drop what Accelerate keeps about this process: a forked process has a place of its own among the others."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+def wait_until(condition, *processes, seconds=120):
+    """Wait until ``condition()`` is true. Fail if a process ends before, with what it said if it has a function ``said``."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline and process.is_alive(), f"exit code {process.exitcode}"
+        codes = [one.poll() if isinstance(one, subprocess.Popen) else one.exitcode for one in processes]
+        waits = time.monotonic() < deadline and all(code is None for code in codes)
+        assert waits, f"exit codes {codes}\n" + "\n".join(one.said() for one in processes if hasattr(one, "said"))
         time.sleep(0.02)
 
 
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def free_port(ports=(0,)):
+    """The first of these ports that is free; 0 stands for any port."""
+    for port in ports:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return free.getsockname()[1]
+    raise AssertionError("no port is free")

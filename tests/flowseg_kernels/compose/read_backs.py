@@ -50,8 +50,8 @@ CALLS = {
 }
 
 
-def repeatedly(run, device):
-    """The result of a first call, which may read, and of three that may not."""
+def repeatedly(run):
+    """The values of a call that may not read. They equal those of the first call, which may."""
     first = run()
     with no_read_back():
         again = [run() for _ in range(3)][-1]
@@ -68,7 +68,7 @@ def test_ops_do_not_read(device, name, channels):
     host = {key: value.cpu() for key, value in inputs.items()}
     codebook = fk.Codebook(fk.kronecker_centroids(19, channels))
     codes = copy.deepcopy(codebook).to(device)
-    found = repeatedly(lambda: CALLS[name](codes, **{k: v.detach().clone() for k, v in inputs.items()}), device)
+    found = repeatedly(lambda: CALLS[name](codes, **{k: v.detach().clone() for k, v in inputs.items()}))
     if device.type != "cuda":
         expected = torch.utils._pytree.tree_leaves(CALLS[name](codebook, **host))
         assert all(torch.equal(old, new) for old, new in zip(expected, found, strict=True))
@@ -83,7 +83,7 @@ def test_codes_in_float64_and_images_in_bfloat16_do_not_read(device):
     inputs = tensors(device, 3)
     exact = fk.Codebook(fk.kronecker_centroids(19, 3).double()).to(device)
     image, labels = inputs["image"].bfloat16(), inputs["labels"]
-    repeatedly(lambda: (fk.nearest_centroid(image, exact), fk.distance_correction(image, labels, exact)), device)
+    repeatedly(lambda: (fk.nearest_centroid(image, exact), fk.distance_correction(image, labels, exact)))
 
 
 def test_bare_codes_do_not_read(device):
@@ -96,14 +96,14 @@ def test_bare_codes_do_not_read(device):
         fk.distance_correction(image, labels, codes, eps=0.1),
         fk.flow_loss(image, inputs["source"], labels, inputs["t"], codes, eps=0.1),
     )
-    repeatedly(run, device)
+    repeatedly(run)
 
 
 def test_a_codebook_made_in_inference_mode_does_not_read(device):
     image = tensors(device, 3)["image"]
     with torch.inference_mode():
         codes = fk.Codebook(fk.kronecker_centroids(19, 3)).to(device)
-        repeatedly(lambda: fk.nearest_centroid(image, codes), device)
+        repeatedly(lambda: fk.nearest_centroid(image, codes))
     image.requires_grad_()
     fk.flow_loss(image, image.detach(), *(tensors(device, 3)[name] for name in ("labels", "t")), codes).backward()
 
@@ -113,7 +113,7 @@ def test_codes_rounded_by_a_cast_do_not_read(device):
     image = tensors(device, 3)["image"]
     exact = fk.nearest_centroid(image, codes)
     codes.centroids = codes.centroids.bfloat16()
-    found = repeatedly(lambda: fk.nearest_centroid(image, codes), device)
+    found = repeatedly(lambda: fk.nearest_centroid(image, codes))
     assert torch.equal(found[0], exact.cpu())
 
 
@@ -154,7 +154,9 @@ def waits(x, host):
 
 def test_every_wait_is_refused_and_named(device):
     if device.type == "cuda":
-        pytest.skip("the GPU itself waits")
+        pytest.skip(
+            "this lists the waits that the pretended device refuses; torch.cuda.set_sync_debug_mode sees some of them"
+        )
     x, host = torch.rand(4, 4).to(device), torch.rand(4, 4)
     for name, wait in waits(x, host).items():
         wait()
@@ -214,7 +216,7 @@ def test_modules_train_without_reading(device, chunk):
 
 def test_written_codes_are_read_once_per_tensor(device):
     if device.type == "cuda":
-        pytest.skip("only the pretended device counts read-backs")
+        pytest.skip("only the pretended device counts read-backs; torch.cuda.set_sync_debug_mode raises or warns")
     network, inputs = Network().to(device), tensors(device, 3)
     network(**inputs)
     codebook = network.loss.codebook

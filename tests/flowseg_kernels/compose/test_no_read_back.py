@@ -2,11 +2,9 @@
 
 import pytest
 
-from tests.support import pretend_device
+from tests.support.pretend_device import run_in_own_process
 
 
 @pytest.mark.parametrize("device", ["pretend", "cuda"])
 def test_no_op_waits_for_the_device(device):
-    if reason := pretend_device.why_not(device):
-        pytest.skip(reason)
-    pretend_device.run_in_own_process(device, "tests/flowseg_kernels/compose/read_backs.py")
+    run_in_own_process(device, "tests/flowseg_kernels/compose/read_backs.py")

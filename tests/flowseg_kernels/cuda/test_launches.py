@@ -31,7 +31,7 @@ def plan(request):
 
 @pytest.mark.parametrize("classes", [19, 150, 171, 256, 330, 1000])
 def test_the_launch_fills_the_gpu(plan, classes):
-    """95 % of the multiprocessors have a block. With the grid a fifth of all threads or more run from the first moment on."""
+    """95 % of the multiprocessors have a block. A fifth of all threads or more run from the start if there is a grid."""
     for batch, side in SIZES:
         blocks, threads, *_ = plan[1](classes, batch, side)
         assert blocks >= 0.95 * H100[0], (batch, side)

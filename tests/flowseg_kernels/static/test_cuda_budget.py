@@ -61,8 +61,10 @@ def test_instructions_of_the_inner_loops(kernel, every):
 
 
 def test_the_budget_keeps_what_was_promised():
-    """At most 14 instructions per pair in the inner loop of the correction, and 12 per candidate in decoding. A warp searches 32
-    centroids for a point outside the grid with less than two candidates of one lane take."""
+    """The inner loop of the correction has at most 14 instructions per pair, and decoding 12 per candidate.
+
+    32 centroids, which a warp searches at once for a point outside the grid, have at most as many as two candidates.
+    """
     costs = BUDGET["instructions"]
     assert max(*costs["correct"].values(), *costs["loss"].values()) <= 14
     listed, outside = costs["decode_by_grid"].values()

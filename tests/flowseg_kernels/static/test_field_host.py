@@ -32,7 +32,7 @@ def test_launches_and_calls_of_pytorch_do_not_grow_up_to_4096_patches(depth):
 
 @pytest.mark.parametrize("depth", field_host.DEPTHS.values())
 def test_the_decoder_calls_little_of_pytorch_around_the_op(depth):
-    """Per block the generator and its gradients; all else is a few calls."""
+    """Each block has a generator and its gradients; all else is a few calls."""
     forward, backward = field_host.Layer(depth).calls()
     assert forward.count("flowseg.neural_field.default") == backward.count("flowseg.neural_field_bwd.default") == 1
     assert len(forward) <= 5 * depth + 3 and len(backward) <= 16 * depth + 6
