@@ -348,7 +348,7 @@ def find_weights(run: Path, checkpoint: str = "latest", weights: str = "ema") ->
     Args:
         run: folder written by training.
         checkpoint: ``"latest"``, ``"best"`` (highest validation mIoU, averaged weights), a step number, or the path of
-            a safetensors file or of a folder with shards.
+            a checkpoint, a safetensors file or a folder with shards.
         weights: ``"ema"`` or ``"model"``.
 
     Raises:
@@ -371,8 +371,13 @@ def find_weights(run: Path, checkpoint: str = "latest", weights: str = "ema") ->
             raise UserError(f"--checkpoint {checkpoint}: no such step in {run}; steps kept: {steps}")
         return path
     path = Path(checkpoint)
+    if (path / "state.json").is_file():
+        return _weights_in(path, weights)
     if not path.is_file() and not (path.is_dir() and (path.parent / LIST).is_file()):
-        raise UserError(f"--checkpoint must be latest, best, a step or a .safetensors file, got {checkpoint!r}")
+        raise UserError(
+            "--checkpoint must be latest, best, a step, a .safetensors file or the folder of a checkpoint, got "
+            f"{checkpoint!r}"
+        )
     return path
 
 
@@ -422,6 +427,10 @@ def trained_steps(run: Path, checkpoint: str = "latest") -> int | None:
     if checkpoint == "latest":
         return max((int(path.name.removeprefix(PREFIX)) for path in list_checkpoints(run)), default=None)
     path = run / "best.safetensors" if checkpoint == "best" else Path(checkpoint)
+    for place in (path, path.parent):
+        step = place.name.removeprefix(PREFIX)
+        if step != place.name and step.isdigit():
+            return int(step)
     with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
         return int(read_facts(path)["step"])
     return None

@@ -41,7 +41,9 @@ def _sets(example: str) -> typer.models.OptionInfo:
 TrainSets = Annotated[list[str], _sets("optim.lr=3e-4")]
 WorkSets = Annotated[list[str], _sets("model.size=L")]
 SampleSets = Annotated[list[str], _sets("sample.steps=5")]
-Checkpoint = Annotated[str, typer.Option(help="Weights: latest, best, the number of a step, or a .safetensors file.")]
+Checkpoint = Annotated[
+    str, typer.Option(help="Weights: latest, best, a step, a .safetensors file or a checkpoint's folder.")
+]
 Root = Annotated[Path | None, typer.Option(help="Folder of the data set.")]
 MovedRoot = Annotated[Path | None, typer.Option(help="Folder of the data, if it has moved since training.")]
 

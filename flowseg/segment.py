@@ -82,7 +82,7 @@ class Segmenter:
         Args:
             run: folder written by training.
             config: settings of the run (:func:`flowseg.checkpoint.read_run_config`); sampling settings may differ.
-            checkpoint: ``"latest"``, ``"best"``, a step number, or the path of a safetensors file.
+            checkpoint: ``"latest"``, ``"best"``, a step number, or the path of a safetensors file or of a checkpoint.
             device: device to compute on; ``None``: the accelerator, or the CPU.
             compiled: as for the class.
         """

@@ -53,6 +53,7 @@ def test_train_resume_evaluate(trained_run, tmp_path, monkeypatch, capsys):
             trained_run / "checkpoints" / "step-00000005" / "model.safetensors",
             "checkpoints/step-00000005/model.safetensors",
         ),
+        (trained_run / "checkpoints" / "step-00000005", newest),
     ):
         status, out, _ = run(monkeypatch, capsys, "evaluate", "--run", trained_run, "--checkpoint", checkpoint)
         assert status == 0 and re.search(f", weights {weights}$", out.splitlines()[0]), out

@@ -273,7 +273,9 @@ def test_a_later_stage_changes_the_size_and_resumes_in_it(tmp_path):
         save_config(settings, tmp_path / "scored" / "config.yaml")
         heights = {2: 16, 3: 32}
         best = int(read_facts(tmp_path / "scored" / "best.safetensors")["step"])
-        for which, height in {"latest": 32, "best": heights[best], "2": 16}.items():
+        first = tmp_path / "scored" / "checkpoints" / "step-00000002"
+        paths = {str(first): 16, str(first / "ema.safetensors"): 16}
+        for which, height in {"latest": 32, "best": heights[best], "2": 16, **paths}.items():
             assert read_run_config(tmp_path / "scored", checkpoint=which).data.height == height, which
         train(settings, tmp_path / "part", resume=True)
         train(settings, tmp_path / "again")
