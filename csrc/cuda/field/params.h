@@ -1,0 +1,107 @@
+// What the kernels of the neural field read and write: inputs, scratch memory and its layout. Plain data, passed by value.
+//
+// Names: Hx hidden units, inner = r Hx, p pixels along a side of a patch, L blocks, P patches, C channels, F frequencies.
+// Pixels of a patch are padded to whole tiles of 64 rows, hidden units to 64 columns. What is added is zero.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/async.cuh"
+#include "cuda/hopper/tile.h"
+#include "shared/types.h"
+
+namespace flowseg::cuda {
+
+constexpr int kMostHidden = 64;
+constexpr int kMostChannels = 16;
+// The inner units whose weights one stage of shared memory holds: two tiles of W1 (rows: hidden, columns: inner units), then two
+// tiles of W2 (rows: inner units, columns: hidden).
+constexpr int kSlice = 128;
+constexpr int kStageBytes = 4 * kTileBytes;
+
+struct FieldParams {
+  // Inputs. All have one 16-bit type; all but x are contiguous.
+  Image x;
+  const void* weights;     // (P, L, 2 r Hx^2): W1 (Hx, inner), then W2 (inner, Hx) of each block; at a multiple of 16 bytes
+  const void* embed;       // (Hx, C + F^2)
+  const void* embed_bias;  // (Hx,)
+  const void* gains;       // (L, Hx); unused in the plain form
+  const void* out_gain;    // (Hx,); unused in the plain form
+  const void* out_weight;  // (C, Hx)
+  const void* out_bias;    // (C,)
+  int hidden, inner, p, freqs, depth;
+  int columns, per_image;  // patches per row of an image, per image
+  int64_t patches;         // P
+  float eps;
+  bool both, residual;
+  TensorMap w1, w2;  // over the P L matrices W1 (Hx, inner) and W2 (inner, Hx)
+
+  // The forward's result, contiguous (B, C, H, W).
+  void* out;
+
+  // The backward's input and results. The last six come from finish_field.
+  Image grad;          // of `out`, any strides
+  void* grad_x;        // contiguous (B, C, H, W)
+  void* grad_weights;  // as weights
+  TensorMap grad_w1, grad_w2;
+  void *grad_embed, *grad_bias, *grad_gains, *grad_out_gain, *grad_out_weight, *grad_out_bias;
+
+  // Scratch memory. A round of the backward takes patches [first, first + count); the forward is one round of all patches. A patch
+  // of a round has the number local = patch - first.
+  int64_t first, count;
+  bool aliased;              // see state_of
+  float* table;              // (64 tiles, 64): what the embedding adds at each pixel of every patch
+  float* inverse_lengths;    // (count, L, padded_inner + 64): reciprocal column norms of W1, then of W2
+  char* states;              // (count, 2, tiles, kTileBytes): see state_of
+  char* later_states;        // (count, L - 1, tiles, kTileBytes), null if aliased
+  float* inverse_rms;        // (count, L + 1, 64 tiles): 1 / rms of the states
+  float* along2;             // (count, L, 64): sums for the column norms of W2, if inner > kSlice
+  float* gain_sums;          // (P, L, 64): the gradient of the gains by patch
+  float* group_sums;         // (groups, tiles, GroupSums::kSize): sums over groups of patches, see GroupSums
+  int64_t per_group;         // patches per group
+  int64_t groups_before;     // groups of earlier rounds
+  int64_t groups;            // groups of all rounds
+
+  FLOWSEG_INLINE int pixels() const { return p * p; }
+  FLOWSEG_INLINE int tiles() const { return (p * p + kTile - 1) / kTile; }
+  FLOWSEG_INLINE int slices() const { return (inner + kSlice - 1) / kSlice; }
+  FLOWSEG_INLINE int padded_inner() const { return slices() * kSlice; }
+  FLOWSEG_INLINE int64_t block_bytes() const { return int64_t{4} * inner * hidden; }
+  FLOWSEG_INLINE int state_bytes() const { return tiles() * kTileBytes; }
+};
+
+// Partial sums of one tile of the pixels, over the patches of a group, in fp32. Offsets in floats.
+struct GroupSums {
+  enum : int {
+    by_position = 0,                                          // (64, 64): gradient of the embedding's result, at each pixel
+    by_channel = by_position + kTile * kTile,                 // (64 hidden, 16): gradient of the embedding's weights on the channels
+    out_gain = by_channel + kTile * kMostChannels,            // (64,)
+    out_weight = out_gain + kTile,                            // (16, 64)
+    out_bias = out_weight + kMostChannels * kTile,            // (16,)
+    kSize = out_bias + kMostChannels,
+  };
+};
+
+// The address of a patch's state in tiles of 64 pixels (rows) by 64 hidden units (columns), each laid out as tile_offset says.
+//
+// The state before block `level` is h / rms(h), or h in the plain form; level L is the state after the last block. The backward
+// replaces the state of level L by the gradient of the state: after the last block first, then, block by block, before the first.
+//
+// If `aliased`, a state between two blocks is kept in grad_weights, in the place of the block before it. That block's gradients are
+// written only after the state was read for the last time.
+FLOWSEG_INLINE char* state_of(const FieldParams& f, int64_t local, int level) {
+  const int64_t bytes = f.state_bytes();
+  if (level == f.depth) return f.states + (local * 2 + 1) * bytes;
+  if (level == 0) return f.states + local * 2 * bytes;
+  if (f.aliased) return static_cast<char*>(f.grad_weights) + ((f.first + local) * f.depth + level - 1) * f.block_bytes();
+  return f.later_states + (local * (f.depth - 1) + level - 1) * bytes;
+}
+
+// The offset in elements of pixel `row` of a patch, channel 0, in an image of any strides.
+FLOWSEG_INLINE int64_t pixel_of(const FieldParams& f, const Image& image, int64_t patch, int row) {
+  const int64_t in_image = patch % f.per_image, batch = patch / f.per_image;
+  const int64_t down = in_image / f.columns * f.p + row / f.p, right = in_image % f.columns * f.p + row % f.p;
+  return batch * image.stride[0] + down * image.stride[2] + right * image.stride[3];
+}
+
+}  // namespace flowseg::cuda
