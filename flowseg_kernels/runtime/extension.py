@@ -171,15 +171,13 @@ def why_no_cuda_kernels() -> str | None:
 
 @functools.cache
 def why_no_hopper_kernels(op: str) -> str | None:
-    """The reason against the CUDA kernels of an op that exist for compute capability 9.0 only: this GPU, or the build of the library.
+    """The reason against the CUDA kernels of an op that has them for compute capability 9.0 only: this GPU, or the library's build.
 
     None if they can run, or without a GPU if the library has them. The library must be loaded.
     """
     found = torch.cuda.get_device_capability() if torch.cuda.is_available() else HOPPER
     if found != HOPPER:
-        return (
-            f"the CUDA kernels of {op} need a GPU of compute capability 9.0 (Hopper); this one has {found[0]}.{found[1]}"
-        )
+        return f"the CUDA kernels of {op} need a GPU of compute capability 9.0 (Hopper); this one has {found[0]}.{found[1]}"
     reason = CUDA.left_out().get(op)
     return reason and (
         f"the CUDA kernels of {op} were left out of the library ({reason}); compile them with: "

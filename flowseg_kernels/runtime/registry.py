@@ -103,7 +103,7 @@ def define_op(
     Args:
         schema: "NAME(Tensor x, ...) -> ...". A backward op ends its arguments with `str backend`, the backend of its forward.
         fake: output shapes from input shapes.
-        backends: backend name -> implementation, a function of the op's arguments without `backend`, or such a function with limits.
+        backends: backend name -> implementation, a function of the op's arguments without `backend`, or one with limits.
         channels: the op's arguments -> number of code channels of the call.
         backward, setup_context: the rule for torch.library.register_autograd.
         autocast: whether autocast casts floating tensors to its dtype, as for a matrix product. The per-pixel ops need no cast:

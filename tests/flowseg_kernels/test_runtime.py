@@ -152,7 +152,11 @@ def test_cuda_kernels_compiled_for_another_gpu_are_not_chosen(built, gpu, runs, 
     [
         ((9, 0), {}, None),
         (None, {}, None),
-        ((8, 0), {}, "the CUDA kernels of neural_field need a GPU of compute capability 9.0 (Hopper); this one has 8.0"),
+        (
+            (8, 0),
+            {},
+            "the CUDA kernels of neural_field need a GPU of compute capability 9.0 (Hopper); this one has 8.0",
+        ),
         ((10, 0), {"neural_field": "old nvcc"}, "need a GPU of compute capability 9.0 (Hopper); this one has 10.0"),
         ((9, 0), {"neural_field": "old nvcc"}, "of neural_field were left out of the library (old nvcc); compile them"),
         (None, {"neural_field": "old nvcc"}, "left out of the library (old nvcc)"),

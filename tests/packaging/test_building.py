@@ -111,7 +111,9 @@ def test_the_field_is_compiled_for_hopper_alone_or_left_out_with_the_reason(
     folder = tmp_path / "bin"
     folder.mkdir()
     nvcc = folder / "nvcc"
-    nvcc.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "Cuda compilation tools, release {release}, V{release}.1"\n')
+    nvcc.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "Cuda compilation tools, release {release}, V{release}.1"\n'
+    )
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
