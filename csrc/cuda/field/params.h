@@ -99,7 +99,8 @@ FLOWSEG_INLINE char* state_of(const FieldParams& f, int64_t local, int level) {
 
 // The offset in elements of pixel `row` of a patch, channel 0, in an image of any strides.
 FLOWSEG_INLINE int64_t pixel_of(const FieldParams& f, const Image& image, int64_t patch, int row) {
-  const int64_t in_image = patch % f.per_image, batch = patch / f.per_image;
+  const int number = static_cast<int>(patch);  // patches are fewer than 2^31, and a division in 64 bits is a long function
+  const int batch = number / f.per_image, in_image = number - batch * f.per_image;
   const int64_t down = in_image / f.columns * f.p + row / f.p, right = in_image % f.columns * f.p + row % f.p;
   return batch * image.stride[0] + down * image.stride[2] + right * image.stride[3];
 }
