@@ -59,7 +59,8 @@ struct ForwardShared {
   float lengths[kStages][kTile];       // reciprocal lengths of W2's columns; only if inner > kSlice
   ByQuad out_gain;
   float out_bias[kMostChannels];
-  unsigned largest;  // bits of the largest magnitude in the table
+  unsigned largest;      // bits of the largest magnitude in the table
+  float inverse_hidden;  // 1 / Hx
   Barrier full[kStages], ready[kStages], empty[kStages], x_full, x_empty;
 };
 // With kKeep follows room for 16 rows of a tile for every warp of the consumers.
@@ -419,7 +420,7 @@ __device__ __forceinline__ void embed_pixels(float (&h)[32], ForwardShared& s, i
 struct TwoRows {
   float at[2];
 };
-__device__ __forceinline__ TwoRows inverse_rms(const float (&h)[32], const FieldParams& f) {
+__device__ __forceinline__ TwoRows inverse_rms(const float (&h)[32], const ForwardShared& s, const FieldParams& f) {
   float sum[2][2] = {};
 #pragma unroll
   for (int i = 0; i < 32; ++i) sum[i / 2 % 2][i % 2] += h[i] * h[i];
@@ -429,7 +430,7 @@ __device__ __forceinline__ TwoRows inverse_rms(const float (&h)[32], const Field
     float squares = sum[r][0] + sum[r][1];
 #pragma unroll
     for (int step = 1; step < 4; step *= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
-    found.at[r] = f.residual ? rsqrtf(squares * (1.0f / f.hidden) + f.eps) : 1.0f;
+    found.at[r] = f.residual ? rsqrtf(squares * s.inverse_hidden + f.eps) : 1.0f;
   }
   return found;
 }
@@ -498,7 +499,7 @@ template <class T>
 __device__ __forceinline__ void write_output(const float (&h)[32], ForwardShared& s, const FieldParams& f, int local, int tile) {
   using Element = typename T::Element;
   const int quad = threadIdx.x % 4, channels = static_cast<int>(f.x.channels);
-  const TwoRows by = inverse_rms(h, f);
+  const TwoRows by = inverse_rms(h, s, f);
   const float* gain = s.out_gain.at + quad * ByQuad::kStride;
   uint32_t e[16];
 #pragma unroll
@@ -546,7 +547,7 @@ struct Consumer {
 
   // The A operand of the level's first products.
   __device__ __forceinline__ TwoRows enter(uint32_t (&e)[16], const float (&h)[32]) {
-    const TwoRows by = inverse_rms(h, f);
+    const TwoRows by = inverse_rms(h, s, f);
     pack_rows<T>(e, h, by);
     return by;
   }
@@ -673,6 +674,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1) field_forward(FLOWSEG_GRID
     s.x_empty.init(work.groups() * 4);
     fence_barrier_init();
     s.largest = 0;
+    s.inverse_hidden = 1.0f / f.hidden;
   }
   __syncthreads();
   fill_ends<T>(s, f);
