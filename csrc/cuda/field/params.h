@@ -72,7 +72,7 @@ struct FieldParams {
   FLOWSEG_INLINE int state_bytes() const { return tiles() * kTileBytes; }
 };
 
-// Partial sums of one tile of the pixels, over the patches of a group, in fp32. Offsets in floats.
+// Partial sums of one tile of the pixels, over the patches of a group, in fp32. Offsets in floats. Channels beyond C are undefined.
 struct GroupSums {
   enum : int {
     by_position = 0,                                          // (64, 64): gradient of the embedding's result, at each pixel
