@@ -64,7 +64,7 @@ namespace flowseg::cuda::backward {
 
 constexpr int kThreads = 4 * kGroupThreads;
 // Registers per thread of the loader, the state group and the inner groups. 512 in all: 65,536 registers.
-constexpr int kLoaderRegisters = 40, kStateRegisters = 72, kInnerRegisters = 200;
+constexpr int kLoaderRegisters = 32, kStateRegisters = 64, kInnerRegisters = 208;
 constexpr int kStages = 2;
 constexpr int kRing = 5;
 constexpr int kScalingThreads = 64;  // two warps
@@ -214,13 +214,13 @@ __device__ __forceinline__ void scale_weights(char* weights, const Factors& fact
   const int column1 = thread % 16 * 8;
   eight(factors.inverse1 + column1, slice * kSlice + column1 < f.inner, factor);
   char* w1 = weights + column1 / kTile * kTileBytes;
-#pragma unroll 2
+#pragma unroll 1
   for (int row = thread / 16; row < kTile; row += kScalingThreads / 16) scale<T>(w1 + tile_offset(row, column1 % kTile), factor);
   if (!f.both) return;
   const int column2 = thread % 8 * 8;
   eight(factors.inverse2 + column2, column2 < f.hidden, factor);
   char* w2 = weights + 2 * kTileBytes;
-#pragma unroll 2
+#pragma unroll 1
   for (int row = thread / 8; row < kSlice; row += kScalingThreads / 8) scale<T>(w2 + tile_offset(row, column2), factor);
 }
 
@@ -249,7 +249,9 @@ __device__ __forceinline__ void load_weights(Shared& s, const FieldParams& f, in
     if (f.residual && thread < f.hidden) gain = widen(static_cast<const typename T::Element*>(f.gains)[v.level * f.hidden + thread]);
     full.wait(stage.parity);
     factors.half_gain[thread] = 0.5f * gain;
-    scale_weights<T>(weights, factors, f, v.slice, thread);
+    uint32_t own[1] = {static_cast<uint32_t>(thread)};
+    settle(own);  // so that the compiler does not hold addresses from step to step: that would take too many registers
+    scale_weights<T>(weights, factors, f, v.slice, static_cast<int>(own[0]));
     if (!FLOWSEG_PLANTED(unfenced)) fence_async();
     arrive_as_warp(s.weights_ready[stage.index]);
   }
@@ -395,10 +397,12 @@ __device__ __forceinline__ void propagate_state(Shared& s, const FieldParams& f)
 __device__ __forceinline__ Pair sum_columns(float (&column)[16]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int step = 16, kept = 8; step >= 4; step /= 2, kept /= 2) {
+  for (int round = 0; round < 3; ++round) {
+    const int step = 16 >> round, kept = 8 >> round;
     const bool upper = lane & step;
 #pragma unroll
-    for (int i = 0; i < kept; ++i) {
+    for (int i = 0; i < 8; ++i) {
+      if (i >= kept) continue;
       const float sent = upper ? column[i] : column[i + kept], own = upper ? column[i + kept] : column[i];
       column[i] = own + __shfl_xor_sync(kAllLanes, sent, step);
     }
