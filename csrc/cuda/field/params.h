@@ -58,6 +58,7 @@ struct FieldParams {
   char* later_states;        // (count, L - 1, tiles, kTileBytes), null if aliased
   float* inverse_rms;        // (count, L + 1, 64 tiles): 1 / rms of the states
   float* along2;             // (count, L, 64): sums for the column norms of W2, if inner > kSlice
+  float* dn_sums;            // (blocks of the backward, tiles, 64, 64), see launch_backward_blocks; null if inner <= kSlice
   float* gain_sums;          // (P, L, 64): the gradient of the gains by patch
   float* group_sums;         // (groups, tiles, GroupSums::kSize): sums over groups of patches, see GroupSums
   int64_t per_group;         // patches per group
