@@ -341,6 +341,7 @@ __device__ __forceinline__ void normalise(ForwardShared& s, const FieldParams& f
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32;
   const int row = lane / 16 * 8 + lane % 8, chunk = lane / 8 % 2;  // where the lane reads, in a block of 16 x 16
   const bool one_slice = f.slices() == 1, keeps = kKeep && work.set == 0;
+  constexpr int kUnroll = T::kIsBFloat ? 2 : 1;  // fp16 takes more registers
   Stage stage;
   work.for_each_step(f, [&](int local, int level, int slice) {
     const uint32_t weights = shared_address(s.weights[stage.index]);
@@ -354,7 +355,7 @@ __device__ __forceinline__ void normalise(ForwardShared& s, const FieldParams& f
     };
     s.full[stage.index].wait(stage.parity);
     float inverse0, inverse1;
-#pragma unroll
+#pragma unroll kUnroll
     for (int i = 0; i < 2; ++i) {
       const int columns = 32 * (warp % 2) + 16 * i;
       const uint32_t at = weights + warp / 2 * kTileBytes + tile_offset(row, columns + 8 * chunk);
