@@ -57,6 +57,7 @@ struct ForwardShared {
   alignas(16) uint16_t x[kSetPixels][kMostChannels];
   uint32_t gains[kStages][kTile / 2];  // pairs
   float lengths[kStages][kTile];       // reciprocal lengths of W2's columns; only if inner > kSlice
+  int places[kSetPixels];              // of the set's pixels in a contiguous image, from the patch's first one; -1 beyond the patch
   ByQuad out_gain;
   float out_bias[kMostChannels];
   unsigned largest;      // bits of the largest magnitude in the table
@@ -116,9 +117,9 @@ __device__ __forceinline__ float element(const void* data, int64_t at) {
   return widen(static_cast<const Element*>(data)[at]);
 }
 
-// The ends' weights, zero beyond the hidden units and channels.
+// What the ends need: weights, zero beyond the hidden units and channels.
 template <class T>
-__device__ __forceinline__ void fill_ends(ForwardShared& s, const FieldParams& f) {
+__device__ __forceinline__ void fill_ends(ForwardShared& s, const FieldParams& f, int set) {
   using Element = typename T::Element;
   const int channels = static_cast<int>(f.x.channels), features = channels + f.freqs * f.freqs;
   for (int i = threadIdx.x; i < kMostChannels * kTile / 2; i += kForwardThreads) {
@@ -130,6 +131,10 @@ __device__ __forceinline__ void fill_ends(ForwardShared& s, const FieldParams& f
     const uint32_t at = tile_offset(channel, column);
     *reinterpret_cast<uint32_t*>(s.embed + at) = pair(f.embed, int64_t{column} * features + channel, features);
     *reinterpret_cast<uint32_t*>(s.out_weight + at) = pair(f.out_weight, channel * f.hidden + column, 1);
+  }
+  for (int i = threadIdx.x; i < kSetPixels; i += kForwardThreads) {
+    const int pixel = set * kSetPixels + i;
+    s.places[i] = pixel < f.pixels() ? pixel / f.p * f.columns * f.p + pixel % f.p : -1;
   }
   for (int i = threadIdx.x; i < kTile; i += kForwardThreads) {
     s.out_gain.at[ByQuad::place(i)] = i >= f.hidden ? 0.0f : f.residual ? element<Element>(f.out_gain, i) : 1.0f;
@@ -516,20 +521,24 @@ __device__ __forceinline__ void write_output(const float (&h)[32], ForwardShared
   wgmma_commit();
   wgmma_wait<0>();
   settle(v);
-  Image out = f.x;
-  const int64_t width = int64_t{f.columns} * f.p, plane = int64_t{f.per_image} * f.pixels();
-  out.stride[0] = plane * channels;
-  out.stride[2] = width;
-  out.stride[3] = 1;
+  // The pixels of the two rows, in a contiguous (B, C, H, W).
+  const int64_t plane = int64_t{f.per_image} * f.pixels();
+  const int patch = static_cast<int>(f.first) + local, image = patch / f.per_image, cell = patch - image * f.per_image;
+  const int down = cell / f.columns, right = cell - down * f.columns, row = tile % kSetTiles * kTile + tile_row();
+  Element* to = static_cast<Element*>(f.out) + (int64_t{image} * channels + 2 * quad) * plane + int64_t{down} * f.columns * f.pixels() +
+                right * f.p;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int pixel = tile * kTile + tile_row() + 8 * r;
-    if (pixel >= f.pixels()) continue;
-    Element* to = static_cast<Element*>(f.out) + pixel_of(f, out, f.first + local, pixel);
+  for (int half = 0; half < 2; ++half) {
+    if (8 * half >= channels) break;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int channel = i / 2 * 8 + 2 * quad + i % 2;
-      if (channel < channels) narrow(v[4 * (i / 2) + 2 * r + i % 2] + s.out_bias[channel], to[channel * plane]);
+    for (int i = 0; i < 2; ++i) {
+      const int channel = 8 * half + 2 * quad + i;
+      Element* at = to + (8 * half + i) * plane;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int place = s.places[row + 8 * r];
+        if (channel < channels && place >= 0) narrow(v[4 * half + 2 * r + i] + s.out_bias[channel], at[place]);
+      }
     }
   }
 }
@@ -678,7 +687,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1) field_forward(FLOWSEG_GRID
     s.inverse_hidden = 1.0f / f.hidden;
   }
   __syncthreads();
-  fill_ends<T>(s, f);
+  fill_ends<T>(s, f, work.set);
   fill_table(s, f, work.set);
   fence_async();
   __syncthreads();
