@@ -102,6 +102,7 @@ constexpr int kConsumerWarp = 2 * kGroupThreads / 32;  // the first one
 constexpr int kStagingAt = (int(sizeof(ForwardShared)) + 127) / 128 * 128;
 template <bool kKeep>
 constexpr int kForwardSharedBytes = kStagingAt + (kKeep ? 8 * kWarpBytes : 0) + 1024;
+static_assert(kForwardSharedBytes<true> <= 227 * 1024);
 
 // The stage of a step, and the parity of its barriers' phase.
 struct Stage {
@@ -143,7 +144,10 @@ struct ForwardWork {
   }
 };
 
-// ---- Filling shared memory at the start
+// ---- Filling shared memory at the start, by all groups but the producer, which loads meanwhile
+
+constexpr int kFillBarrier = 1;
+constexpr int kFillThreads = kForwardThreads - kGroupThreads;
 
 template <class Element>
 __device__ __forceinline__ float element(const void* data, int64_t at) {
@@ -155,7 +159,7 @@ template <class T>
 __device__ __forceinline__ void fill_ends(ForwardShared& s, const FieldParams& f, int set) {
   using Element = typename T::Element;
   const int channels = static_cast<int>(f.x.channels), features = channels + f.freqs * f.freqs;
-  for (int i = threadIdx.x; i < kMostChannels * kTile / 2; i += kForwardThreads) {
+  for (int i = threadIdx.x - kGroupThreads; i < kMostChannels * kTile / 2; i += kFillThreads) {
     const int channel = i / (kTile / 2), column = i % (kTile / 2) * 2;
     const bool exists = channel < channels && column < f.hidden;
     const auto pair = [&](const void* data, int64_t at, int64_t stride) {
@@ -165,17 +169,16 @@ __device__ __forceinline__ void fill_ends(ForwardShared& s, const FieldParams& f
     *reinterpret_cast<uint32_t*>(s.embed + at) = pair(f.embed, int64_t{column} * features + channel, features);
     *reinterpret_cast<uint32_t*>(s.out_weight + at) = pair(f.out_weight, channel * f.hidden + column, 1);
   }
-  for (int i = threadIdx.x; i < kSetPixels; i += kForwardThreads) {
+  for (int i = threadIdx.x - kGroupThreads; i < kSetPixels; i += kFillThreads) {
     const int pixel = set * kSetPixels + i;
     s.places[i] = pixel < f.pixels() ? pixel / f.p * f.columns * f.p + pixel % f.p : -1;
   }
-  for (int i = threadIdx.x; i < kTile; i += kForwardThreads) {
+  for (int i = threadIdx.x - kGroupThreads; i < kTile; i += kFillThreads) {
     s.out_gain.at[ByQuad::place(i)] = i >= f.hidden ? 0.0f : f.residual ? element<Element>(f.out_gain, i) : 1.0f;
   }
-  for (int i = threadIdx.x; i < kMostChannels; i += kForwardThreads) {
+  for (int i = threadIdx.x - kGroupThreads; i < kMostChannels; i += kFillThreads) {
     s.out_bias[i] = i < channels ? element<Element>(f.out_bias, i) : 0.0f;
   }
-  for (int i = threadIdx.x; i < kSetPixels * kMostChannels; i += kForwardThreads) s.x[i / kMostChannels][i % kMostChannels] = 0;
 }
 
 // The factor of the table and its reciprocal: powers of two, given by the exponent of the largest element, which the factor brings
@@ -186,20 +189,22 @@ __device__ __forceinline__ float table_factor(unsigned largest, bool reciprocal)
   return same_bits<float>(static_cast<uint32_t>(reciprocal ? 254 - power : power) << 23);
 }
 
-// The part of the table that belongs to the set. All threads call it; it ends without a barrier.
+// The part of the table that belongs to the set. It ends without a barrier.
 __device__ __forceinline__ void fill_table(ForwardShared& s, const FieldParams& f, int set) {
   const int pixels = f.pixels() - set * kSetPixels;
   const float* table = f.table + int64_t{set} * kSetPixels * kTile;
   unsigned largest = 0;
-  for (int i = threadIdx.x; i < kSetPixels * kTile; i += kForwardThreads) {
+#pragma unroll 8
+  for (int i = threadIdx.x - kGroupThreads; i < kSetPixels * kTile; i += kFillThreads) {
     const unsigned bits = i / kTile < pixels ? same_bits<unsigned>(table[i]) & 0x7fffffffu : 0;
     largest = bits > largest ? bits : largest;
   }
   largest = __reduce_max_sync(kAllLanes, largest);
   if (threadIdx.x % 32 == 0) atomicMax(&s.largest, largest);
-  __syncthreads();
+  named_barrier<kFillBarrier, kFillThreads>();
   const float factor = table_factor(s.largest, false);
-  for (int i = threadIdx.x; i < kSetPixels * kTile / 2; i += kForwardThreads) {
+#pragma unroll 4
+  for (int i = threadIdx.x - kGroupThreads; i < kSetPixels * kTile / 2; i += kFillThreads) {
     const int row = i / (kTile / 2), column = i % (kTile / 2) * 2;
     // A row beyond the patch is not zero: its norm would be 0 * inf if eps is 0, and the backward multiplies it by zero.
     float low = 16384, high = 16384;
@@ -707,7 +712,6 @@ __global__ void __launch_bounds__(kForwardThreads, 1) field_forward(FLOWSEG_GRID
   char* base = raw + (-shared_address(raw) & 1023);
   ForwardShared& s = *reinterpret_cast<ForwardShared*>(base);
   const ForwardWork work(f);
-  // Registers of the groups' threads: 24 + 40 + 2 * 224 = 512, as many as four groups of 128 have at the start.
   const int group = __shfl_sync(kAllLanes, threadIdx.x / kGroupThreads, 0), warp = threadIdx.x % kGroupThreads / 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
@@ -722,11 +726,9 @@ __global__ void __launch_bounds__(kForwardThreads, 1) field_forward(FLOWSEG_GRID
     s.inverse_hidden = 1.0f / f.hidden;
     if (kKeep) s.states.fill(f, work.set);
   }
+  for (int i = threadIdx.x; i < kSetPixels * kMostChannels; i += kForwardThreads) s.x[i / kMostChannels][i % kMostChannels] = 0;
   __syncthreads();
-  fill_ends<T>(s, f, work.set);
-  fill_table(s, f, work.set);
-  fence_async();
-  __syncthreads();
+  // Registers of the groups' threads: 24 + 40 + 2 * 224 = 512, as many as four groups of 128 have at the start.
   if (group == 0) {
     give_registers<24>();
     if (warp == 0) {
@@ -736,15 +738,20 @@ __global__ void __launch_bounds__(kForwardThreads, 1) field_forward(FLOWSEG_GRID
     } else {
       load_pixels(s, f, work);
     }
-  } else if (group == 1) {
+    return;
+  }
+  fill_ends<T>(s, f, work.set);
+  fill_table(s, f, work.set);
+  fence_async();
+  named_barrier<kFillBarrier, kFillThreads>();
+  if (group == 1) {
     give_registers<40>();
     normalise<T, kKeep>(s, f, work);
   } else {
     take_registers<224>();
-    if (group - 2 < work.groups()) {
-      Consumer<T, kTanh, kKeep> consumer{.s = s, .f = f, .tile = (group - 2) * 2, .two = work.tiles > (group - 2) * 2 + 1};
-      consumer.consume(work);
-    }
+    if (group - 2 >= work.groups()) return;
+    Consumer<T, kTanh, kKeep> consumer{.s = s, .f = f, .tile = (group - 2) * 2, .two = work.tiles > (group - 2) * 2 + 1};
+    consumer.consume(work);
   }
 }
 
