@@ -67,8 +67,8 @@ struct FieldInputs {
   }
 };
 
-Tensor scratch_of(const FieldParams& f, bool backward, const Tensor& like) {
-  return empty_like_shape(like, ScalarType::Byte, {field_scratch(f, backward)});
+Tensor scratch_of(const FieldParams& f, bool backward, const Tensor& like, const HopperLaunch& launch) {
+  return empty_like_shape(like, ScalarType::Byte, {field_scratch(f, backward, launch)});
 }
 
 Tensor neural_field(Tensor x, Tensor weights, Tensor embed_weight, Tensor embed_bias, Tensor norm_weight, Tensor out_norm_weight,
@@ -80,8 +80,9 @@ Tensor neural_field(Tensor x, Tensor weights, Tensor embed_weight, Tensor embed_
   Tensor out = empty_like_shape(x, x.scalar_type(), shape_of(f.x));
   if (f.patches == 0) return out;
   f.out = out.data_ptr();
-  const Tensor scratch = scratch_of(f, false, x);
-  launch_field(f, f.x.type, scratch.data_ptr(), HopperLaunch(x));
+  const HopperLaunch launch(x);
+  const Tensor scratch = scratch_of(f, false, x, launch);
+  launch_field(f, f.x.type, scratch.data_ptr(), launch);
   return out;
 }
 
@@ -110,8 +111,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> neura
                      gradient_of_gains(out_norm_weight, f.grad_out_gain),
                      gradient(out_weight, f.grad_out_weight),
                      gradient(out_bias, f.grad_out_bias)};
-  const Tensor scratch = scratch_of(f, true, x);
-  launch_field_backward(f, f.x.type, scratch.data_ptr(), HopperLaunch(x));
+  const HopperLaunch launch(x);
+  const Tensor scratch = scratch_of(f, true, x, launch);
+  launch_field_backward(f, f.x.type, scratch.data_ptr(), launch);
   return results;
 }
 
