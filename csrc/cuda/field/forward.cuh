@@ -1,21 +1,21 @@
-// The forward of the neural field on Hopper, and the first pass of its backward, which stores the states of every block instead of
-// the output.
+// The forward of the neural field on Hopper, and the first pass of its backward, which stores the states of every block instead
+// of the output.
 //
 // A block stays on its multiprocessor and takes one item after the other. An item is a patch and a set of four tiles of 64 pixels.
-// All items of a block have the same set, so the table of the embedding stays in shared memory. The patch passes through in steps:
-// a step is kSlice inner units of one level's weights, held by one stage of shared memory. Four warp groups work on it:
-// - The producer. Its first warp loads the weights of a step by TMA, its second what belongs to them (Extras), the other two the
-//   pixels of x of the next item.
-// - The normaliser scales the weights in place: each column of W1 by gain / (2 length), each column of W2 by 1 / length. So the
-//   products give y = z / 2 and the addend of h directly.
-// - Two consumers of two tiles each. They keep the states of their tiles in registers as fp32 accumulators. A tile's rows are pixels,
-//   its columns hidden units.
+// All items of a block have the same set, so its part of the embedding's table stays in shared memory. An item takes one step for
+// every level and slice: a slice is kSlice inner units of the level's weights, which one stage of shared memory holds. Four warp
+// groups share the work:
+// - The producer. Its first warp loads the weights of a step by TMA, its second the gains, the other two load an item's pixels of x.
+// - The normaliser scales the weights in place: W1[h, j] by gain[h] / (2 |W1[:, j]|), W2[:, h] by 1 / |W2[:, h]|. So the products
+//   give y = z / 2 and what is added to h.
+// - Two consumers of two tiles each. Rows of a tile are pixels, columns hidden units. A consumer keeps the states of its tiles in
+//   registers, in fp32, from the embedding to the output.
 //
-// Barriers of a stage, in the order of their phases:
-// - `full`: the weights and the extras have come. The normaliser and the consumers wait for it.
-// - `ready`: the normaliser is done. The consumers wait for it.
-// - `empty`: every warp of the consumers is done. The producer waits for it before it loads the next step of this stage.
-// `x_full` and `x_empty` do the same for the pixels of an item.
+// Barriers of a stage. All have one phase for every step that uses the stage:
+// - `full`: the weights and the gains are there. The normaliser and the consumers wait for it.
+// - `ready`: the weights are scaled. The consumers wait for it.
+// - `empty`: every warp of the consumers is done. The producer waits for it before it loads a later step.
+// `x_full` and `x_empty` do the same for the pixels, with one phase for every item.
 #pragma once
 
 #include <algorithm>
@@ -88,7 +88,7 @@ struct ForwardShared {
   float lengths[kStages][kTile];       // reciprocal lengths of W2's columns; only if inner > kSlice
   StatePlaces states;                  // with kKeep
   KeptState kept[kStages];             // with kKeep: the state with which the step begins
-  int places[kSetPixels];              // of the set's pixels in a contiguous image, from the patch's first one; -1 beyond the patch
+  int places[kSetPixels];              // of the pixels in a contiguous image, from the patch's first one; -1 beyond the patch
   ByQuad out_gain;
   float out_bias[kMostChannels];
   unsigned largest;      // bits of the largest magnitude in the table
@@ -181,8 +181,8 @@ __device__ __forceinline__ void fill_ends(ForwardShared& s, const FieldParams& f
   }
 }
 
-// The factor of the table and its reciprocal: powers of two, given by the exponent of the largest element, which the factor brings
-// to 2^14. fp16 has half the range of bf16's exponents.
+// The factor of the table in shared memory, or its reciprocal. A power of two that brings the largest element to between 2^14 and
+// 2^15: the table may hold numbers that fp16 cannot.
 __device__ __forceinline__ float table_factor(unsigned largest, bool reciprocal) {
   const int exponent = static_cast<int>(largest >> 23);
   const int power = exponent == 255 ? 127 : 268 - (exponent < 15 ? 15 : exponent);
@@ -287,9 +287,9 @@ __device__ __forceinline__ void load_pixels(ForwardShared& s, const FieldParams&
 
 // ---- The normaliser
 
-// A warp works on 16 columns of a weight, as transposed fragments: of 16 rows, r[0] and r[2] hold two rows of column lane / 4, r[1]
-// and r[3] of column lane / 4 + 8. r[0] and r[1] hold rows 2 (lane % 4) and the next, r[2] and r[3] the same plus 8.
-// The weight is read twice, once for the lengths and once for the scaling: it does not fit in the group's registers.
+// A warp works on 16 columns of a weight, in blocks of 16 rows. Of a block, a lane's word r[0] holds rows 2 (lane % 4) and the next
+// of column lane / 4. r[1] is the same for column lane / 4 + 8; r[2] and r[3] are 8 rows further.
+// The weights are read once for the lengths and again for the scaling: they do not fit in the group's registers.
 
 // The sums of squares of the columns lane / 4 and lane / 4 + 8, over 16 kSteps rows.
 template <class T, int kSteps>
@@ -497,7 +497,8 @@ __device__ __forceinline__ void first_product(float (&z)[32], const uint32_t (&e
 
 // h += u W2 for the same inner units, or h = u W2.
 template <class T>
-__device__ __forceinline__ void second_product(float (&h)[32], const uint32_t (&u)[16], uint32_t weights, int half, int accumulate) {
+__device__ __forceinline__ void second_product(float (&h)[32], const uint32_t (&u)[16], uint32_t weights, int half,
+                                               int accumulate) {
   wgmma<T, true>(h, u, descriptor(weights, (2 + half) * kTileBytes), accumulate);
 #pragma unroll
   for (int k = 1; k < 4; ++k) wgmma<T, true>(h, u + 4 * k, descriptor(weights, (2 + half) * kTileBytes + k * kRowStep));
@@ -562,8 +563,8 @@ __device__ __forceinline__ void write_output(const float (&h)[32], ForwardShared
   const int64_t plane = int64_t{f.per_image} * f.pixels();
   const int patch = static_cast<int>(f.first) + local, image = patch / f.per_image, cell = patch - image * f.per_image;
   const int down = cell / f.columns, right = cell - down * f.columns, row = tile * kTile + tile_row();
-  Element* to = static_cast<Element*>(f.out) + (int64_t{image} * channels + 2 * quad) * plane + int64_t{down} * f.columns * f.pixels() +
-                right * f.p;
+  Element* to = static_cast<Element*>(f.out) + (int64_t{image} * channels + 2 * quad) * plane +
+                int64_t{down} * f.columns * f.pixels() + right * f.p;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (8 * half >= channels) break;
@@ -603,10 +604,12 @@ struct Consumer {
     if (threadIdx.x % 32 == 0) s.empty[index].arrive();
   }
 
-  // One step. The products of one tile run while the other tile's SiLU is computed. Order of the products, halves a and b of the
-  // slice: first 0a, first 1a, second 0a, first 0b, second 1a, first 1b, second 0b, second 1b.
-  // The last product may still run after the step, unless kLast; the next step is then kCrossing: it overlaps with the norm of the
-  // first tile. This works within an unrolled pair of steps only: ptxas waits for all products at the end of a loop's body.
+  // One step. While the SiLU of one tile is computed, products of the other run. Order of the products, for tiles 0 and 1 and halves
+  // a and b of the slice: first 0a, first 1a; second 0a, first 0b; second 1a, first 1b; second 0b; second 1b.
+  // A product is finished after the wait that leaves only later groups pending, and only then are its accumulators touched.
+  //
+  // Unless kLast, second 1b still runs when the step ends. The next step must be kCrossing: it waits for it after it has begun its
+  // own first product. That works within an unrolled pair of steps only: ptxas waits for all products at the end of a loop.
   template <bool kCrossing, bool kLast>
   __device__ __forceinline__ void take_step() {
     const bool begins = slice == 0;
