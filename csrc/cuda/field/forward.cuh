@@ -384,7 +384,7 @@ __device__ __forceinline__ void normalise(ForwardShared& s, const FieldParams& f
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32;
   const int row = lane / 16 * 8 + lane % 8, chunk = lane / 8 % 2;  // where the lane reads, in a block of 16 x 16
   const bool one_slice = f.slices() == 1, keeps = kKeep && work.set == 0;
-  constexpr int kUnroll = T::kIsBFloat ? 2 : 1;  // fp16 takes more registers
+  [[maybe_unused]] constexpr int kUnroll = T::kIsBFloat ? 2 : 1;  // fp16 takes more registers
   Stage stage;
   work.for_each_step(f, [&](int local, int level, int slice) {
     const uint32_t weights = shared_address(s.weights[stage.index]);
