@@ -189,9 +189,7 @@ __global__ void __launch_bounds__(kEndThreads) table(FLOWSEG_GRID_CONSTANT Field
       for (int i = 0; i < here; ++i) sum += waves[own][i] * widen(embed[start + i]);
     }
   }
-  // Ones in the padding keep its norms finite if eps is 0. Nothing reads what is computed there.
-  const float padding = exists && f.residual ? 1.0f : 0.0f;
-  f.table[static_cast<int64_t>(pixel) * kTile + column] = in_patch ? sum : padding;
+  f.table[static_cast<int64_t>(pixel) * kTile + column] = in_patch ? sum : 0.0f;
 }
 
 FLOWSEG_INLINE float* inverse_lengths_of(const FieldParams& f, int64_t local, int level) {

@@ -1,27 +1,28 @@
-// The forward of the neural field on Hopper, and the first pass of its backward, which stores the states of every block instead of
-// the output.
+// The forward of the neural field on Hopper, and the first pass of its backward, which stores the states of every block instead
+// of the output.
 //
 // A block stays on its multiprocessor and takes one item after the other. An item is a patch and a set of four tiles of 64 pixels.
-// All items of a block have the same set, so the table of the embedding stays in shared memory. The patch passes through in steps:
-// a step is kSlice inner units of one level's weights, held by one stage of shared memory. Four warp groups work on it:
-// - The producer. Its first warp loads the weights of a step by TMA, its second what belongs to them (Extras), the other two the
-//   pixels of x of the next item.
-// - The normaliser scales the weights in place: each column of W1 by gain / (2 length), each column of W2 by 1 / length. So the
-//   products give y = z / 2 and the addend of h directly.
-// - Two consumers of two tiles each. They keep the states of their tiles in registers as fp32 accumulators. A tile's rows are pixels,
-//   its columns hidden units.
+// All items of a block have the same set, so its part of the embedding's table stays in shared memory. An item takes one step for
+// every level and slice: a slice is kSlice inner units of the level's weights, which one stage of shared memory holds. Four warp
+// groups share the work:
+// - The producer. Its first warp loads the weights of a step by TMA, its second the gains, the other two load an item's pixels of x.
+// - The normaliser scales the weights in place: W1[h, j] by gain[h] / (2 |W1[:, j]|), W2[:, h] by 1 / |W2[:, h]|. So the products
+//   give y = z / 2 and what is added to h.
+// - Two consumers of two tiles each. Rows of a tile are pixels, columns hidden units. A consumer keeps the states of its tiles in
+//   registers, in fp32, from the embedding to the output.
 //
-// Barriers of a stage, in the order of their phases:
-// - `full`: the weights and the extras have come. The normaliser and the consumers wait for it.
-// - `ready`: the normaliser is done. The consumers wait for it.
-// - `empty`: every warp of the consumers is done. The producer waits for it before it loads the next step of this stage.
-// `x_full` and `x_empty` do the same for the pixels of an item.
+// Barriers of a stage. All have one phase for every step that uses the stage:
+// - `full`: the weights and the gains are there. The normaliser and the consumers wait for it.
+// - `ready`: the weights are scaled. The consumers wait for it.
+// - `empty`: every warp of the consumers is done. The producer waits for it before it loads a later step.
+// `x_full` and `x_empty` do the same for the pixels, with one phase for every item.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "cuda/block.cuh"
+#include "cuda/field/fragments.cuh"
 #include "cuda/field/params.h"
 #include "cuda/hopper/async.cuh"
 #include "cuda/hopper/tile.h"
@@ -30,7 +31,6 @@
 namespace flowseg::cuda {
 
 constexpr int kForwardThreads = 512;  // four groups of four warps
-constexpr int kGroupThreads = 128;          // threads of a warp group
 constexpr int kStages = 5;
 constexpr int kSetTiles = 4;
 constexpr int kSetPixels = kSetTiles * kTile;
@@ -48,6 +48,35 @@ struct alignas(16) FourWords {
   uint32_t at[4];
 };
 
+// Where the set's part of a state is stored: tiles, and 1 / rms of their rows.
+struct KeptState {
+  char* tiles;
+  float* inverse_rms;
+};
+// What state_of gives, as a linear function of the patch and the level: it takes few registers.
+struct StatePlaces {
+  char *first, *later;                              // of patch 0: level 0, and level 0 if `level` bytes before level 1
+  int64_t first_patch, later_patch, level;          // bytes from patch to patch, and from level to level
+  float* inverse_rms;
+  int rows;
+
+  __device__ __forceinline__ void fill(const FieldParams& f, int set) {
+    const int64_t in_patch = int64_t{set} * kSetTiles * kTileBytes;
+    level = state_of(f, 0, 2) - state_of(f, 0, 1);
+    first = state_of(f, 0, 0) + in_patch;
+    later = state_of(f, 0, 1) - level + in_patch;
+    first_patch = state_of(f, 1, 0) - state_of(f, 0, 0);
+    later_patch = state_of(f, 1, 1) - state_of(f, 0, 1);
+    inverse_rms = f.inverse_rms + set * kSetPixels;
+    rows = f.tiles() * kTile;
+  }
+  // The state before block `at`.
+  __device__ __forceinline__ KeptState state(const FieldParams& f, int local, int at) const {
+    return {.tiles = at == 0 ? first + local * first_patch : later + local * later_patch + at * level,
+            .inverse_rms = inverse_rms + int64_t{local * (f.depth + 1) + at} * rows};
+  }
+};
+
 struct ForwardShared {
   char weights[kStages][kStageBytes];  // as kSlice says
   char embed[16 * kTileRowBytes];       // rows: channels, columns: hidden units; swizzled as a tile
@@ -57,6 +86,9 @@ struct ForwardShared {
   alignas(16) uint16_t x[kSetPixels][kMostChannels];
   uint32_t gains[kStages][kTile / 2];  // pairs
   float lengths[kStages][kTile];       // reciprocal lengths of W2's columns; only if inner > kSlice
+  StatePlaces states;                  // with kKeep
+  KeptState kept[kStages];             // with kKeep: the state with which the step begins
+  int places[kSetPixels];              // of the pixels in a contiguous image, from the patch's first one; -1 beyond the patch
   ByQuad out_gain;
   float out_bias[kMostChannels];
   unsigned largest;      // bits of the largest magnitude in the table
@@ -66,8 +98,11 @@ struct ForwardShared {
 // With kKeep follows room for 16 rows of a tile for every warp of the consumers.
 constexpr int kWarpRows = 16;
 constexpr int kWarpBytes = kWarpRows * kTileRowBytes;
+constexpr int kConsumerWarp = 2 * kGroupThreads / 32;  // the first one
+constexpr int kStagingAt = (int(sizeof(ForwardShared)) + 127) / 128 * 128;
 template <bool kKeep>
-constexpr int kForwardSharedBytes = (int(sizeof(ForwardShared)) + 127) / 128 * 128 + (kKeep ? 8 * kWarpBytes : 0) + 1024;
+constexpr int kForwardSharedBytes = kStagingAt + (kKeep ? 8 * kWarpBytes : 0) + 1024;
+static_assert(kForwardSharedBytes<true> <= 227 * 1024);
 
 // The stage of a step, and the parity of its barriers' phase.
 struct Stage {
@@ -109,19 +144,22 @@ struct ForwardWork {
   }
 };
 
-// ---- Filling shared memory at the start
+// ---- Filling shared memory at the start, by all groups but the producer, which loads meanwhile
+
+constexpr int kFillBarrier = 1;
+constexpr int kFillThreads = kForwardThreads - kGroupThreads;
 
 template <class Element>
 __device__ __forceinline__ float element(const void* data, int64_t at) {
   return widen(static_cast<const Element*>(data)[at]);
 }
 
-// The ends' weights, zero beyond the hidden units and channels.
+// What the ends need: weights, zero beyond the hidden units and channels.
 template <class T>
-__device__ __forceinline__ void fill_ends(ForwardShared& s, const FieldParams& f) {
+__device__ __forceinline__ void fill_ends(ForwardShared& s, const FieldParams& f, int set) {
   using Element = typename T::Element;
   const int channels = static_cast<int>(f.x.channels), features = channels + f.freqs * f.freqs;
-  for (int i = threadIdx.x; i < kMostChannels * kTile / 2; i += kForwardThreads) {
+  for (int i = threadIdx.x - kGroupThreads; i < kMostChannels * kTile / 2; i += kFillThreads) {
     const int channel = i / (kTile / 2), column = i % (kTile / 2) * 2;
     const bool exists = channel < channels && column < f.hidden;
     const auto pair = [&](const void* data, int64_t at, int64_t stride) {
@@ -131,37 +169,42 @@ __device__ __forceinline__ void fill_ends(ForwardShared& s, const FieldParams& f
     *reinterpret_cast<uint32_t*>(s.embed + at) = pair(f.embed, int64_t{column} * features + channel, features);
     *reinterpret_cast<uint32_t*>(s.out_weight + at) = pair(f.out_weight, channel * f.hidden + column, 1);
   }
-  for (int i = threadIdx.x; i < kTile; i += kForwardThreads) {
+  for (int i = threadIdx.x - kGroupThreads; i < kSetPixels; i += kFillThreads) {
+    const int pixel = set * kSetPixels + i;
+    s.places[i] = pixel < f.pixels() ? pixel / f.p * f.columns * f.p + pixel % f.p : -1;
+  }
+  for (int i = threadIdx.x - kGroupThreads; i < kTile; i += kFillThreads) {
     s.out_gain.at[ByQuad::place(i)] = i >= f.hidden ? 0.0f : f.residual ? element<Element>(f.out_gain, i) : 1.0f;
   }
-  for (int i = threadIdx.x; i < kMostChannels; i += kForwardThreads) {
+  for (int i = threadIdx.x - kGroupThreads; i < kMostChannels; i += kFillThreads) {
     s.out_bias[i] = i < channels ? element<Element>(f.out_bias, i) : 0.0f;
   }
-  for (int i = threadIdx.x; i < kSetPixels * kMostChannels; i += kForwardThreads) s.x[i / kMostChannels][i % kMostChannels] = 0;
 }
 
-// The factor of the table and its reciprocal: powers of two, given by the exponent of the largest element, which the factor brings
-// to 2^14. fp16 has half the range of bf16's exponents.
+// The factor of the table in shared memory, or its reciprocal. A power of two that brings the largest element to between 2^14 and
+// 2^15: the table may hold numbers that fp16 cannot.
 __device__ __forceinline__ float table_factor(unsigned largest, bool reciprocal) {
   const int exponent = static_cast<int>(largest >> 23);
   const int power = exponent == 255 ? 127 : 268 - (exponent < 15 ? 15 : exponent);
   return same_bits<float>(static_cast<uint32_t>(reciprocal ? 254 - power : power) << 23);
 }
 
-// The part of the table that belongs to the set. All threads call it; it ends without a barrier.
+// The part of the table that belongs to the set. It ends without a barrier.
 __device__ __forceinline__ void fill_table(ForwardShared& s, const FieldParams& f, int set) {
   const int pixels = f.pixels() - set * kSetPixels;
   const float* table = f.table + int64_t{set} * kSetPixels * kTile;
   unsigned largest = 0;
-  for (int i = threadIdx.x; i < kSetPixels * kTile; i += kForwardThreads) {
+#pragma unroll 8
+  for (int i = threadIdx.x - kGroupThreads; i < kSetPixels * kTile; i += kFillThreads) {
     const unsigned bits = i / kTile < pixels ? same_bits<unsigned>(table[i]) & 0x7fffffffu : 0;
     largest = bits > largest ? bits : largest;
   }
   largest = __reduce_max_sync(kAllLanes, largest);
   if (threadIdx.x % 32 == 0) atomicMax(&s.largest, largest);
-  __syncthreads();
+  named_barrier<kFillBarrier, kFillThreads>();
   const float factor = table_factor(s.largest, false);
-  for (int i = threadIdx.x; i < kSetPixels * kTile / 2; i += kForwardThreads) {
+#pragma unroll 4
+  for (int i = threadIdx.x - kGroupThreads; i < kSetPixels * kTile / 2; i += kFillThreads) {
     const int row = i / (kTile / 2), column = i % (kTile / 2) * 2;
     // A row beyond the patch is not zero: its norm would be 0 * inf if eps is 0, and the backward multiplies it by zero.
     float low = 16384, high = 16384;
@@ -177,7 +220,8 @@ __device__ __forceinline__ void fill_table(ForwardShared& s, const FieldParams& 
 
 // ---- The producer
 
-// One thread: the four tiles of weights of each step.
+// One thread: the four tiles of weights of each step, and the place for the state with which it begins.
+template <bool kKeep>
 __device__ __forceinline__ void load_weights(ForwardShared& s, const FieldParams& f, const ForwardWork& work) {
   Stage stage;
   work.for_each_step(f, [&](int local, int level, int slice) {
@@ -185,6 +229,7 @@ __device__ __forceinline__ void load_weights(ForwardShared& s, const FieldParams
     const int matrix = (static_cast<int>(f.first) + local) * f.depth + level, inner = slice * kSlice;
     const uint32_t to = shared_address(s.weights[stage.index]);
     s.empty[stage.index].wait(stage.parity ^ 1);
+    if (kKeep && slice == 0) s.kept[stage.index] = s.states.state(f, local, level);
     full.arrive_and_expect(kStageBytes);
     load_tile(to, f.w1, full, inner, 0, matrix);
     load_tile(to + kTileBytes, f.w1, full, inner + kTile, 0, matrix);
@@ -201,21 +246,19 @@ __device__ __forceinline__ void load_extras(ForwardShared& s, const FieldParams&
   const bool lengths = f.both && f.slices() > 1;
   Stage stage;
   work.for_each_step(f, [&](int local, int level, int) {
-    float low = 1, high = 1, length0 = 0, length1 = 0;
+    s.empty[stage.index].wait(stage.parity ^ 1);
+    float low = 1, high = 1;
     if (f.residual && 2 * lane < f.hidden) {
       const int at = level * f.hidden + 2 * lane;
       low = element<typename T::Element>(f.gains, at);
       high = element<typename T::Element>(f.gains, at + 1);
     }
+    s.gains[stage.index][lane] = T::pack(low, high);
     if (lengths) {
       const float* from = f.inverse_lengths + (int64_t{local} * f.depth + level) * (f.padded_inner() + kTile) + f.padded_inner();
-      length0 = from[lane];
-      length1 = from[lane + 32];
+      s.lengths[stage.index][lane] = from[lane];
+      s.lengths[stage.index][lane + 32] = from[lane + 32];
     }
-    s.empty[stage.index].wait(stage.parity ^ 1);
-    s.gains[stage.index][lane] = T::pack(low, high);
-    s.lengths[stage.index][lane] = length0;
-    s.lengths[stage.index][lane + 32] = length1;
     s.full[stage.index].arrive();
     stage.advance();
   });
@@ -244,9 +287,9 @@ __device__ __forceinline__ void load_pixels(ForwardShared& s, const FieldParams&
 
 // ---- The normaliser
 
-// A warp works on 16 columns of a weight, as transposed fragments: of 16 rows, r[0] and r[2] hold two rows of column lane / 4, r[1]
-// and r[3] of column lane / 4 + 8. r[0] and r[1] hold rows 2 (lane % 4) and the next, r[2] and r[3] the same plus 8.
-// The weight is read twice, once for the lengths and once for the scaling: it does not fit in the group's registers.
+// A warp works on 16 columns of a weight, in blocks of 16 rows. Of a block, a lane's word r[0] holds rows 2 (lane % 4) and the next
+// of column lane / 4. r[1] is the same for column lane / 4 + 8; r[2] and r[3] are 8 rows further.
+// The weights are read once for the lengths and again for the scaling: they do not fit in the group's registers.
 
 // The sums of squares of the columns lane / 4 and lane / 4 + 8, over 16 kSteps rows.
 template <class T, int kSteps>
@@ -341,6 +384,7 @@ __device__ __forceinline__ void normalise(ForwardShared& s, const FieldParams& f
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32;
   const int row = lane / 16 * 8 + lane % 8, chunk = lane / 8 % 2;  // where the lane reads, in a block of 16 x 16
   const bool one_slice = f.slices() == 1, keeps = kKeep && work.set == 0;
+  [[maybe_unused]] constexpr int kUnroll = T::kIsBFloat ? 2 : 1;  // fp16 takes more registers
   Stage stage;
   work.for_each_step(f, [&](int local, int level, int slice) {
     const uint32_t weights = shared_address(s.weights[stage.index]);
@@ -354,7 +398,7 @@ __device__ __forceinline__ void normalise(ForwardShared& s, const FieldParams& f
     };
     s.full[stage.index].wait(stage.parity);
     float inverse0, inverse1;
-#pragma unroll
+#pragma unroll kUnroll
     for (int i = 0; i < 2; ++i) {
       const int columns = 32 * (warp % 2) + 16 * i;
       const uint32_t at = weights + warp / 2 * kTileBytes + tile_offset(row, columns + 8 * chunk);
@@ -453,7 +497,8 @@ __device__ __forceinline__ void first_product(float (&z)[32], const uint32_t (&e
 
 // h += u W2 for the same inner units, or h = u W2.
 template <class T>
-__device__ __forceinline__ void second_product(float (&h)[32], const uint32_t (&u)[16], uint32_t weights, int half, int accumulate) {
+__device__ __forceinline__ void second_product(float (&h)[32], const uint32_t (&u)[16], uint32_t weights, int half,
+                                               int accumulate) {
   wgmma<T, true>(h, u, descriptor(weights, (2 + half) * kTileBytes), accumulate);
 #pragma unroll
   for (int k = 1; k < 4; ++k) wgmma<T, true>(h, u + 4 * k, descriptor(weights, (2 + half) * kTileBytes + k * kRowStep));
@@ -472,11 +517,11 @@ __device__ __forceinline__ void activate(uint32_t (&u)[16], const float (&z)[32]
   for (int i = 0; i < 16; ++i) u[i] = T::pack(silu_of_half<kTanh>(z[2 * i]), silu_of_half<kTanh>(z[2 * i + 1]));
 }
 
-// Stores a normalised state and its 1 / rms. The copy from the warp's staging runs while the warp goes on.
-__device__ __forceinline__ void keep_state(const uint32_t (&e)[16], const TwoRows& by, const FieldParams& f, uint32_t staging, int local,
-                                           int level, int tile) {
-  if (tile >= f.tiles()) return;
-  const int lane = threadIdx.x % 32, row = tile_row();
+// Stores a normalised state of a tile of the set and its 1 / rms. The copy from the warp's staging runs while the warp goes on.
+__device__ __forceinline__ void keep_state(const uint32_t (&e)[16], const TwoRows& by, const KeptState& kept, bool residual,
+                                           const ForwardShared& s, int tile) {
+  const int lane = threadIdx.x % 32, row = tile * kTile + tile_row();
+  const uint32_t staging = shared_address(&s) + kStagingAt + (threadIdx.x / 32 - kConsumerWarp) * kWarpBytes;
   if (lane == 0) wait_for_reads<0>();
   __syncwarp();
 #pragma unroll
@@ -484,13 +529,12 @@ __device__ __forceinline__ void keep_state(const uint32_t (&e)[16], const TwoRow
   fence_async();
   __syncwarp();
   if (lane == 0) {
-    store_bytes(state_of(f, local, level) + int64_t{tile} * kTileBytes + row / kWarpRows * kWarpBytes, staging, kWarpBytes);
+    store_bytes(kept.tiles + row / kWarpRows * kWarpBytes, staging, kWarpBytes);
     commit_copies();
   }
-  if (f.residual && lane % 4 == 0) {
-    float* to = f.inverse_rms + (int64_t{local} * (f.depth + 1) + level) * f.tiles() * kTile + tile * kTile + row;
-    to[0] = by.at[0];
-    to[8] = by.at[1];
+  if (residual && lane % 4 == 0) {
+    kept.inverse_rms[row] = by.at[0];
+    kept.inverse_rms[row + 8] = by.at[1];
   }
 }
 
@@ -515,20 +559,24 @@ __device__ __forceinline__ void write_output(const float (&h)[32], ForwardShared
   wgmma_commit();
   wgmma_wait<0>();
   settle(v);
-  Image out = f.x;
-  const int64_t width = int64_t{f.columns} * f.p, plane = int64_t{f.per_image} * f.pixels();
-  out.stride[0] = plane * channels;
-  out.stride[2] = width;
-  out.stride[3] = 1;
+  // The pixels of the two rows, in a contiguous (B, C, H, W).
+  const int64_t plane = int64_t{f.per_image} * f.pixels();
+  const int patch = static_cast<int>(f.first) + local, image = patch / f.per_image, cell = patch - image * f.per_image;
+  const int down = cell / f.columns, right = cell - down * f.columns, row = tile * kTile + tile_row();
+  Element* to = static_cast<Element*>(f.out) + (int64_t{image} * channels + 2 * quad) * plane +
+                int64_t{down} * f.columns * f.pixels() + right * f.p;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int pixel = tile * kTile + tile_row() + 8 * r;
-    if (pixel >= f.pixels()) continue;
-    Element* to = static_cast<Element*>(f.out) + pixel_of(f, out, f.first + local, pixel);
+  for (int half = 0; half < 2; ++half) {
+    if (8 * half >= channels) break;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int channel = i / 2 * 8 + 2 * quad + i % 2;
-      if (channel < channels) narrow(v[4 * (i / 2) + 2 * r + i % 2] + s.out_bias[channel], to[channel * plane]);
+    for (int i = 0; i < 2; ++i) {
+      const int channel = 8 * half + 2 * quad + i;
+      Element* at = to + (8 * half + i) * plane;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int place = s.places[row + 8 * r];
+        if (channel < channels && place >= 0) narrow(v[4 * half + 2 * r + i] + s.out_bias[channel], at[place]);
+      }
     }
   }
 }
@@ -538,8 +586,8 @@ template <class T, bool kTanh, bool kKeep>
 struct Consumer {
   ForwardShared& s;
   const FieldParams& f;
-  int tile;          // the first of two tiles, in the patch
-  uint32_t staging;  // with kKeep
+  int tile;          // the first of two tiles, in the set
+  bool two;          // the second tile exists
   Stage stage;
   int local, level, slice;
   float h0[32], h1[32];
@@ -556,10 +604,12 @@ struct Consumer {
     if (threadIdx.x % 32 == 0) s.empty[index].arrive();
   }
 
-  // One step. The products of one tile run while the other tile's SiLU is computed. Order of the products, halves a and b of the
-  // slice: first 0a, first 1a, second 0a, first 0b, second 1a, first 1b, second 0b, second 1b.
-  // The last product may still run after the step, unless kLast; the next step is then kCrossing: it overlaps with the norm of the
-  // first tile. This works within an unrolled pair of steps only: ptxas waits for all products at the end of a loop's body.
+  // One step. While the SiLU of one tile is computed, products of the other run. Order of the products, for tiles 0 and 1 and halves
+  // a and b of the slice: first 0a, first 1a; second 0a, first 0b; second 1a, first 1b; second 0b; second 1b.
+  // A product is finished after the wait that leaves only later groups pending, and only then are its accumulators touched.
+  //
+  // Unless kLast, second 1b still runs when the step ends. The next step must be kCrossing: it waits for it after it has begun its
+  // own first product. That works within an unrolled pair of steps only: ptxas waits for all products at the end of a loop.
   template <bool kCrossing, bool kLast>
   __device__ __forceinline__ void take_step() {
     const bool begins = slice == 0;
@@ -573,7 +623,7 @@ struct Consumer {
     const uint32_t weights = descriptor_low(shared_address(s.weights[stage.index]));
     wgmma_fence();
     first_product<T>(z0, e0, weights, 0);
-    if (kKeep && begins) keep_state(e0, by0, f, staging, local, level, tile);
+    if (kKeep && begins) keep_state(e0, by0, s.kept[stage.index], f.residual, s, tile);
     if constexpr (kCrossing) {
       wgmma_wait<1>();
       settle(h1);
@@ -582,8 +632,8 @@ struct Consumer {
     if (begins) by1 = enter(e1, h1);
     wgmma_fence();
     first_product<T>(z1, e1, weights, 0);
-    if (kKeep && begins) keep_state(e1, by1, f, staging, local, level, tile + 1);
-    wgmma_wait<1>();
+    if (kKeep && begins && two) keep_state(e1, by1, s.kept[stage.index], f.residual, s, tile + 1);
+    if (!FLOWSEG_PLANTED(short_wait)) wgmma_wait<1>();
     settle(z0);
     activate<T, kTanh>(u0, z0);
     wgmma_fence();
@@ -608,9 +658,10 @@ struct Consumer {
     wgmma_wait<1>();
     settle(h0);
     if constexpr (kLast) {
+      if (FLOWSEG_PLANTED(early_stage)) give_back(stage.index);
       wgmma_wait<0>();
       settle(h1);
-      give_back(stage.index);
+      if (!FLOWSEG_PLANTED(early_stage)) give_back(stage.index);
     }
     stage.advance();
     if (++slice == f.slices()) {
@@ -619,13 +670,16 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void leave(const float (&h)[32], int at) {
+  __device__ __forceinline__ void leave(const ForwardWork& work) {
     if constexpr (kKeep) {
-      uint32_t e[16];
-      const TwoRows by = enter(e, h);
-      keep_state(e, by, f, staging, local, f.depth, at);
+      char* last = state_of(f, local, f.depth) + int64_t{work.set} * kSetTiles * kTileBytes;
+      const KeptState kept{.tiles = last, .inverse_rms = s.states.state(f, local, f.depth).inverse_rms};
+      const TwoRows by0 = enter(e0, h0), by1 = enter(e1, h1);
+      keep_state(e0, by0, kept, f.residual, s, tile);
+      if (two) keep_state(e1, by1, kept, f.residual, s, tile + 1);
     } else {
-      write_output<T>(h, s, f, local, at);
+      write_output<T>(h0, s, f, local, tile);
+      if (two) write_output<T>(h1, s, f, local, tile + 1);
     }
   }
 
@@ -635,8 +689,8 @@ struct Consumer {
     for (local = work.first; local < work.count; local += work.step) {
       s.x_full.wait(parity);
       parity ^= 1;
-      embed_pixels<T>(h0, s, tile % kSetTiles);
-      embed_pixels<T>(h1, s, tile % kSetTiles + 1);
+      embed_pixels<T>(h0, s, tile);
+      embed_pixels<T>(h1, s, tile + 1);
       __syncwarp();
       if (threadIdx.x % 32 == 0) s.x_empty.arrive();
       level = slice = 0;
@@ -647,8 +701,7 @@ struct Consumer {
         take_step<true, true>();
       }
       if (left) take_step<false, true>();
-      leave(h0, tile);
-      leave(h1, tile + 1);
+      leave(work);
     }
     if (kKeep && threadIdx.x % 32 == 0) wait_for_copies<0>();
   }
@@ -662,7 +715,6 @@ __global__ void __launch_bounds__(kForwardThreads, 1) field_forward(FLOWSEG_GRID
   char* base = raw + (-shared_address(raw) & 1023);
   ForwardShared& s = *reinterpret_cast<ForwardShared*>(base);
   const ForwardWork work(f);
-  // Registers of the groups' threads: 24 + 40 + 2 * 224 = 512, as many as four groups of 128 have at the start.
   const int group = __shfl_sync(kAllLanes, threadIdx.x / kGroupThreads, 0), warp = threadIdx.x % kGroupThreads / 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
@@ -675,32 +727,34 @@ __global__ void __launch_bounds__(kForwardThreads, 1) field_forward(FLOWSEG_GRID
     fence_barrier_init();
     s.largest = 0;
     s.inverse_hidden = 1.0f / f.hidden;
+    if (kKeep) s.states.fill(f, work.set);
   }
+  for (int i = threadIdx.x; i < kSetPixels * kMostChannels; i += kForwardThreads) s.x[i / kMostChannels][i % kMostChannels] = 0;
   __syncthreads();
-  fill_ends<T>(s, f);
-  fill_table(s, f, work.set);
-  fence_async();
-  __syncthreads();
+  // Registers of the groups' threads: 24 + 40 + 2 * 224 = 512, as many as four groups of 128 have at the start.
   if (group == 0) {
     give_registers<24>();
     if (warp == 0) {
-      if (threadIdx.x == 0) load_weights(s, f, work);
+      if (threadIdx.x == 0) load_weights<kKeep>(s, f, work);
     } else if (warp == 1) {
       load_extras<T>(s, f, work);
     } else {
       load_pixels(s, f, work);
     }
-  } else if (group == 1) {
+    return;
+  }
+  fill_ends<T>(s, f, work.set);
+  fill_table(s, f, work.set);
+  fence_async();
+  named_barrier<kFillBarrier, kFillThreads>();
+  if (group == 1) {
     give_registers<40>();
     normalise<T, kKeep>(s, f, work);
   } else {
     take_registers<224>();
-    if (group - 2 < work.groups()) {
-      const uint32_t staging = shared_address(base) + (int(sizeof(ForwardShared)) + 127) / 128 * 128;
-      Consumer<T, kTanh, kKeep> consumer{.s = s, .f = f, .tile = work.set * kSetTiles + (group - 2) * 2,
-                                         .staging = staging + ((group - 2) * 4 + warp) * kWarpBytes};
-      consumer.consume(work);
-    }
+    if (group - 2 >= work.groups()) return;
+    Consumer<T, kTanh, kKeep> consumer{.s = s, .f = f, .tile = (group - 2) * 2, .two = work.tiles > (group - 2) * 2 + 1};
+    consumer.consume(work);
   }
 }
 

@@ -93,10 +93,9 @@ inline void place_round(FieldParams& f, bool backward, int64_t count, Places& pl
   if (has_long_columns(f)) places.take(f.along2, blocks * kTile);
 }
 
-inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 // Fills in the groups, the patches of the first round, and the pointers to scratch memory. Returns the bytes it takes.
-inline int64_t plan_field(FieldParams& f, bool backward, int64_t multiprocessors, void* memory) {
+template <class Launch>
+int64_t plan_field(FieldParams& f, bool backward, void* memory, const Launch& launch) {
   f.first = f.groups_before = 0;
   f.aliased = f.state_bytes() <= f.block_bytes();
   f.per_group = std::clamp((f.patches + kMostGroups - 1) / kMostGroups, kSmallestGroup, kFewestPatches);
@@ -116,13 +115,15 @@ inline int64_t plan_field(FieldParams& f, bool backward, int64_t multiprocessors
     places.take(f.waves, int64_t{f.pixels()} * f.freqs * f.freqs);
     places.take(f.gain_sums, f.patches * f.depth * kTile);
     places.take(f.group_sums, f.groups * f.tiles() * GroupSums::kSize);
+    if (f.slices() > 1) places.take(f.dn_sums, backward_block_count(f, launch) * f.tiles() * kTile * kTile);
   }
   return places.bytes();
 }
 
+// The bytes of scratch memory that a call needs.
 template <class Launch>
 int64_t field_scratch(FieldParams f, bool backward, const Launch& launch) {
-  return plan_field(f, backward, launch.device().multiprocessors, nullptr);
+  return plan_field(f, backward, nullptr, launch);
 }
 
 // Calls body.template operator()<T>() with the type of the tensors.
@@ -157,7 +158,7 @@ void launch_lengths(const FieldParams& f, Real type, const Launch& launch) {
 template <class Launch>
 void launch_field(FieldParams f, Real type, void* scratch, const Launch& launch) {
   if (f.patches == 0) return;
-  plan_field(f, false, launch.device().multiprocessors, scratch);
+  plan_field(f, false, scratch, launch);
   make_maps(f, f.weights, f.w1, f.w2, launch);
   launch_table(f, type, launch);
   launch_lengths(f, type, launch);
@@ -193,7 +194,7 @@ void launch_round(const FieldParams& f, Real type, const Launch& launch) {
 
 template <class Launch>
 void launch_field_backward(FieldParams f, Real type, void* scratch, const Launch& launch) {
-  plan_field(f, true, launch.device().multiprocessors, scratch);
+  plan_field(f, true, scratch, launch);
   make_maps(f, f.weights, f.w1, f.w2, launch);
   make_maps(f, f.grad_weights, f.grad_w1, f.grad_w2, launch);
   launch_table(f, type, launch);

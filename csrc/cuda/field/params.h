@@ -58,6 +58,7 @@ struct FieldParams {
   char* later_states;        // (count, L - 1, tiles, kTileBytes), null if aliased
   float* inverse_rms;        // (count, L + 1, 64 tiles): 1 / rms of the states
   float* along2;             // (count, L, 64): sums for the column norms of W2, if inner > kSlice
+  float* dn_sums;            // (blocks of the backward, tiles, 64, 64), see launch_backward_blocks; null if inner <= kSlice
   float* gain_sums;          // (P, L, 64): the gradient of the gains by patch
   float* group_sums;         // (groups, tiles, GroupSums::kSize): sums over groups of patches, see GroupSums
   int64_t per_group;         // patches per group
@@ -72,7 +73,7 @@ struct FieldParams {
   FLOWSEG_INLINE int state_bytes() const { return tiles() * kTileBytes; }
 };
 
-// Partial sums of one tile of the pixels, over the patches of a group, in fp32. Offsets in floats.
+// Partial sums of one tile of the pixels, over the patches of a group, in fp32. Offsets in floats. Channels beyond C are undefined.
 struct GroupSums {
   enum : int {
     by_position = 0,                                          // (64, 64): gradient of the embedding's result, at each pixel
