@@ -1,13 +1,15 @@
 // Runs CUDA kernels on the host, one thread (block_threads.h) per CUDA thread, to test the same kernel sources without a GPU, also
 // under ThreadSanitizer and AddressSanitizer. The build includes this header before every other one.
 //
-// Blocks run one after the other. Shared memory is static memory, __syncthreads is a barrier of the block, and warp operations
-// exchange values between two barriers of 32 threads. Only the parts of CUDA that csrc/cuda uses are defined.
+// Blocks run one after the other. Static shared memory is static memory, __syncthreads is a barrier of the block, and warp
+// operations exchange values at a barrier of 32 threads. Only the parts of CUDA that csrc/cuda uses are defined.
 #pragma once
 
 #define FLOWSEG_GPU_ROUNDING
 
+#include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -25,11 +27,12 @@
 #ifndef FLOWSEG_THREADS
 #define FLOWSEG_THREADS 64  // two warps
 #endif
-#define FLOWSEG_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(flowseg::host::block->dynamic_shared.get())
+#define FLOWSEG_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(flowseg::host::dynamic_shared())
 
 #ifdef FLOWSEG_PLANTS
 namespace flowseg::host {
-enum class Fault { none, race, overrun, histogram, list };
+// `race` to `list` are in the kernels of the loss and the decode, the others in kernels with asynchronous copies and products.
+enum class Fault { none, race, overrun, histogram, list, swizzle, proxy_fence, early_load, transposed, wait_group };
 inline Fault planted = Fault::none;
 }  // namespace flowseg::host
 #define FLOWSEG_PLANTED(fault) (flowseg::host::planted == flowseg::host::Fault::fault)
@@ -40,54 +43,71 @@ namespace flowseg::host {
 constexpr int kThreads = FLOWSEG_THREADS, kLanes = 32;
 static_assert(kThreads % kLanes == 0);
 
-struct Block {
-  Barrier all{kThreads};
-  std::vector<std::unique_ptr<Barrier>> warps;
-  uint64_t value[kThreads];  // one value per thread, for exchange()
-  std::unique_ptr<char[]> dynamic_shared;
+struct Asynchronous;  // hopper_on_host.h
 
-  explicit Block(size_t shared) : dynamic_shared(new char[shared]) {
-    for (int w = 0; w < kThreads / kLanes; ++w) warps.push_back(std::make_unique<Barrier>(kLanes));
-  }
+// A value that a thread publishes to the others.
+struct alignas(16) Value {
+  char bytes[16];
+};
+
+struct Block {
+  unsigned threads;
+  ThreadBarrier all;
+  std::vector<std::unique_ptr<ThreadBarrier>> warps;
+  // Values of exchange(): those of two exchanges, so that one barrier is enough.
+  std::vector<Value> in_block[2], in_warp[2];
+  std::vector<unsigned> exchanges_in_block, exchanges_in_warp;
+  std::unique_ptr<Asynchronous> asynchronous;
+
+  Block(unsigned count, size_t shared);
+  ~Block();
 };
 inline Block* block = nullptr;
+// The block's dynamic shared memory.
+char* dynamic_shared();
+// What remains to do, or to check, after a thread's last instruction, and after all threads'.
+void end_thread();
+void end_block();
 // A launch runs only its last `last_blocks` blocks. Tests of huge images compute only the end of the image.
 inline int64_t last_blocks = int64_t{1} << 62;
 
 // Every thread that waits at `barrier` publishes `own`. Each thread then returns use(value), where value(i) is the value that
 // thread first + i published.
 template <class T, class Use>
-auto exchange(Barrier& barrier, int first, T own, Use use) {
-  static_assert(sizeof(T) <= 8);
-  uint64_t bits = 0;
-  std::memcpy(&bits, &own, sizeof own);
-  block->value[threadIdx.x] = bits;
-  barrier.arrive_and_wait();
-  const auto result = use([&](int i) {
+auto exchange(ThreadBarrier& barrier, std::vector<Value> (&values)[2], unsigned& exchanges, bool orders, int first, T own, Use use) {
+  static_assert(sizeof(T) <= sizeof(Value));
+  std::vector<Value>& now = values[exchanges++ % 2];
+  std::memcpy(now[threadIdx.x].bytes, &own, sizeof own);
+  barrier.arrive_and_wait(orders);
+  return use([&](int i) {
     T v;
-    std::memcpy(&v, &block->value[first + i], sizeof v);
+    std::memcpy(&v, now[first + i].bytes, sizeof v);
     return v;
   });
-  barrier.arrive_and_wait();
-  return result;
+}
+template <class T, class Use>
+auto exchange_in_block(T own, Use use) {
+  return exchange(block->all, block->in_block, block->exchanges_in_block[threadIdx.x], true, 0, own, use);
 }
 template <class T, class Use>
 auto exchange_in_warp(T own, Use use) {
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
-  return exchange(*block->warps[warp], warp * kLanes, own, use);
+  return exchange(*block->warps[warp], block->in_warp, block->exchanges_in_warp[threadIdx.x], true, warp * kLanes, own, use);
 }
 
-// Runs kernel(arguments...) on `blocks` blocks.
+// Runs kernel(arguments...) on `blocks` blocks of `threads` threads.
 template <class... Parameters, class... Arguments>
-void run(void (*kernel)(Parameters...), int64_t blocks, size_t shared, const Arguments&... arguments) {
-  Block state(shared);
+void run(void (*kernel)(Parameters...), int64_t threads, int64_t blocks, size_t shared, const Arguments&... arguments) {
+  if (!failure.empty()) return;
+  Block state(static_cast<unsigned>(threads), shared);
   block = &state;
-  run_threads(kThreads, [&] {
+  run_threads(state.threads, [&] {
     for (int64_t b = blocks > last_blocks ? blocks - last_blocks : 0; b < blocks; ++b) {
       blockIdx.x = static_cast<unsigned>(b);
       gridDim.x = static_cast<unsigned>(blocks);
       kernel(arguments...);
-      state.all.arrive_and_wait();
+      end_thread();
+      state.all.arrive_and_wait(true, end_block);
     }
   });
   block = nullptr;
@@ -97,13 +117,13 @@ void run(void (*kernel)(Parameters...), int64_t blocks, size_t shared, const Arg
 
 inline void __syncthreads() { flowseg::host::block->all.arrive_and_wait(); }
 inline int __syncthreads_and(int own) {
-  using namespace flowseg::host;
-  return exchange(block->all, 0, own, [](auto value) {
+  return flowseg::host::exchange_in_block(own, [](auto value) {
     bool all = true;
-    for (int i = 0; i < kThreads; ++i) all = all && value(i);
+    for (unsigned i = 0; i < flowseg::host::block->threads; ++i) all = all && value(i);
     return static_cast<int>(all);
   });
 }
+inline void __syncwarp(unsigned = 0xffffffffu) { flowseg::host::block->warps[threadIdx.x / 32]->arrive_and_wait(); }
 inline int __any_sync(unsigned, int own) {
   return flowseg::host::exchange_in_warp(own, [](auto value) {
     bool any = false;
@@ -120,7 +140,11 @@ inline unsigned __ballot_sync(unsigned, int own) {
 }
 template <class T>
 T __shfl_sync(unsigned, T own, int lane) {
-  return flowseg::host::exchange_in_warp(own, [&](auto value) { return value(lane); });
+  return flowseg::host::exchange_in_warp(own, [&](auto value) { return value(lane % flowseg::host::kLanes); });
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T own, int mask) {
+  return flowseg::host::exchange_in_warp(own, [&](auto value) { return value((threadIdx.x % flowseg::host::kLanes) ^ mask); });
 }
 
 inline int __all_sync(unsigned all, int own) { return !__any_sync(all, !own); }
@@ -144,6 +168,19 @@ inline float __fadd_rd(float a, float b) {
   const float sum = a + b;
   return static_cast<double>(sum) - b > a ? std::nextafter(sum, -INFINITY) : sum;
 }
+inline float __uint_as_float(unsigned v) { return std::bit_cast<float>(v); }
+inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
+inline float __int_as_float(int v) { return std::bit_cast<float>(v); }
+inline int __float_as_int(float v) { return std::bit_cast<int>(v); }
+inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
+inline float __expf(float v) { return std::exp(v); }
+inline float __fdividef(float a, float b) { return a / b; }
+template <class T>
+T __ldg(const T* at) {
+  return *at;
+}
+using std::max;
+using std::min;
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 
@@ -176,3 +213,5 @@ inline float inexact_reciprocal(float v) {
 }
 
 }  // namespace flowseg
+
+#include "hopper_on_host.h"

@@ -50,7 +50,9 @@ def library() -> ctypes.CDLL:
     sanitizer = os.environ.get("FLOWSEG_EMULATED_SANITIZER", "")
     flags = ["-g1", f"-fsanitize={sanitizer}"] if sanitizer else []
     name = f"libops-{sanitizer}.so" if sanitizer else "libops.so"
-    return ctypes.CDLL(compiled(name, "-O1", "-fPIC", "-shared", *flags))
+    found = ctypes.CDLL(compiled(name, "-O1", "-fPIC", "-shared", *flags))
+    found.last_failure.restype = ctypes.c_char_p
+    return found
 
 
 class Array(ctypes.Structure):
@@ -80,6 +82,9 @@ def _argument(value):
 def call(name: str, *arguments) -> None:
     """Call a function of ops.h. The order of numbers and tensors is that of its declaration."""
     getattr(library(), name)(*map(_argument, arguments))
+    failure = library().last_failure()
+    if failure:
+        raise RuntimeError(f"{name} on the host: {failure.decode()}")
 
 
 def _poisoned(shape, dtype):

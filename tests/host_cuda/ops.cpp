@@ -2,6 +2,8 @@
 #include "ops.h"
 
 #include <memory>
+#include <string>
+#include <utility>
 
 #include "cuda/decode_confusion.cuh"
 #include "cuda/distance_correction.cuh"
@@ -15,21 +17,27 @@ using namespace flowseg::cuda;
 
 namespace {
 
+// A kernel with one block per multiprocessor then takes several items per block.
+int64_t multiprocessors = 2;
+
 // The interface of Launch in cuda/launch.h.
 struct HostLaunch {
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, const Arguments&... arguments) const {
-    run(kernel, blocks, static_cast<size_t>(shared), arguments...);
+    with_threads(cuda::kThreads, kernel, blocks, shared, arguments...);
   }
-  template <class... All>
-  void with_threads(int64_t, const All&... all) const {
-    (*this)(all...);
+  template <class... Parameters, class... Arguments>
+  void with_threads(int64_t threads, void (*kernel)(Parameters...), int64_t blocks, int64_t shared,
+                    const Arguments&... arguments) const {
+    run(kernel, threads, blocks, static_cast<size_t>(shared), arguments...);
   }
 
   // Room for one block at a time: each block then processes as many tiles as possible.
   Device device() const {
-    return {.multiprocessors = 1, .threads = cuda::kThreads, .shared_block = 48 * 1024, .shared_multiprocessor = 64 * 1024};
+    return {.multiprocessors = multiprocessors, .threads = cuda::kThreads, .shared_block = 48 * 1024, .shared_multiprocessor = 64 * 1024};
   }
+
+  TensorMap tensor_map(const Matrices& matrices) const { return checked_tensor_map(matrices); }
 
   // Three blocks: each then loops over several tiles. One block per tile if only the last blocks run.
   template <class Kernel>
@@ -95,6 +103,12 @@ Correction correction(double temperature, double eps, double max_norm, int64_t t
 }  // namespace
 
 void run_last_blocks(int64_t count) { last_blocks = count; }
+void set_multiprocessors(int64_t count) { multiprocessors = count; }
+const char* last_failure() {
+  static std::string message;
+  message = std::exchange(failure, "");
+  return message.empty() ? nullptr : message.c_str();
+}
 
 void flow_interpolate(const Array& source, const Array& labels, const Array& t, const Array& centroids, int64_t ignore,
                       const Array& out) {

@@ -42,6 +42,10 @@ void decode_confusion(const Array& x, const Array& target, const Array& centroid
 
 // From now on each launch runs only its last `count` blocks.
 void run_last_blocks(int64_t count);
+// From now on the device has `count` multiprocessors.
+void set_multiprocessors(int64_t count);
+// What was wrong with a launch since the last call, or null.
+const char* last_failure();
 
 }  // extern "C"
 
