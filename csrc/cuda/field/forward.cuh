@@ -22,7 +22,6 @@
 #include <cstdint>
 
 #include "cuda/block.cuh"
-#include "cuda/field/fragments.cuh"
 #include "cuda/field/params.h"
 #include "cuda/hopper/async.cuh"
 #include "cuda/hopper/tile.h"
@@ -31,6 +30,7 @@
 namespace flowseg::cuda {
 
 constexpr int kForwardThreads = 512;  // four groups of four warps
+constexpr int kGroupThreads = 128;          // threads of a warp group
 constexpr int kStages = 5;
 constexpr int kSetTiles = 4;
 constexpr int kSetPixels = kSetTiles * kTile;
@@ -384,7 +384,6 @@ __device__ __forceinline__ void normalise(ForwardShared& s, const FieldParams& f
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32;
   const int row = lane / 16 * 8 + lane % 8, chunk = lane / 8 % 2;  // where the lane reads, in a block of 16 x 16
   const bool one_slice = f.slices() == 1, keeps = kKeep && work.set == 0;
-  [[maybe_unused]] constexpr int kUnroll = T::kIsBFloat ? 2 : 1;  // fp16 takes more registers
   Stage stage;
   work.for_each_step(f, [&](int local, int level, int slice) {
     const uint32_t weights = shared_address(s.weights[stage.index]);
@@ -398,7 +397,7 @@ __device__ __forceinline__ void normalise(ForwardShared& s, const FieldParams& f
     };
     s.full[stage.index].wait(stage.parity);
     float inverse0, inverse1;
-#pragma unroll kUnroll
+#pragma unroll (T::kIsBFloat ? 2 : 1)  // fp16 takes more registers
     for (int i = 0; i < 2; ++i) {
       const int columns = 32 * (warp % 2) + 16 * i;
       const uint32_t at = weights + warp / 2 * kTileBytes + tile_offset(row, columns + 8 * chunk);
@@ -422,7 +421,7 @@ __device__ __forceinline__ void normalise(ForwardShared& s, const FieldParams& f
       scale_columns<T, 8, false>(at, inverse0, inverse1, nullptr);
     }
     if (one_slice || !f.both) keep(f.padded_inner() + 16 * warp, inverse0, inverse1);
-    if (!FLOWSEG_PLANTED(unfenced)) fence_async();
+    if (!FLOWSEG_PLANTED(proxy_fence)) fence_async();
     s.ready[stage.index].arrive();
     stage.advance();
   });
@@ -586,13 +585,16 @@ template <class T, bool kTanh, bool kKeep>
 struct Consumer {
   ForwardShared& s;
   const FieldParams& f;
-  int tile;          // the first of two tiles, in the set
-  bool two;          // the second tile exists
+  const ForwardWork& work;
+  int tile;  // the first of two tiles, in the set
   Stage stage;
   int local, level, slice;
   float h0[32], h1[32];
   uint32_t e0[16], e1[16];
 
+  __device__ __forceinline__ Consumer(ForwardShared& s, const FieldParams& f, const ForwardWork& work, int tile)
+      : s(s), f(f), work(work), tile(tile) {}
+  __device__ __forceinline__ bool has_both() const { return tile + 1 < work.tiles; }
   // The A operand of the level's first products.
   __device__ __forceinline__ TwoRows enter(uint32_t (&e)[16], const float (&h)[32]) {
     const TwoRows by = inverse_rms(h, s, f);
@@ -632,8 +634,8 @@ struct Consumer {
     if (begins) by1 = enter(e1, h1);
     wgmma_fence();
     first_product<T>(z1, e1, weights, 0);
-    if (kKeep && begins && two) keep_state(e1, by1, s.kept[stage.index], f.residual, s, tile + 1);
-    if (!FLOWSEG_PLANTED(short_wait)) wgmma_wait<1>();
+    if (kKeep && begins && has_both()) keep_state(e1, by1, s.kept[stage.index], f.residual, s, tile + 1);
+    if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<1>();
     settle(z0);
     activate<T, kTanh>(u0, z0);
     wgmma_fence();
@@ -658,10 +660,10 @@ struct Consumer {
     wgmma_wait<1>();
     settle(h0);
     if constexpr (kLast) {
-      if (FLOWSEG_PLANTED(early_stage)) give_back(stage.index);
+      if (FLOWSEG_PLANTED(early_load)) give_back(stage.index);
       wgmma_wait<0>();
       settle(h1);
-      if (!FLOWSEG_PLANTED(early_stage)) give_back(stage.index);
+      if (!FLOWSEG_PLANTED(early_load)) give_back(stage.index);
     }
     stage.advance();
     if (++slice == f.slices()) {
@@ -670,20 +672,20 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void leave(const ForwardWork& work) {
+  __device__ __forceinline__ void leave() {
     if constexpr (kKeep) {
       char* last = state_of(f, local, f.depth) + int64_t{work.set} * kSetTiles * kTileBytes;
       const KeptState kept{.tiles = last, .inverse_rms = s.states.state(f, local, f.depth).inverse_rms};
       const TwoRows by0 = enter(e0, h0), by1 = enter(e1, h1);
       keep_state(e0, by0, kept, f.residual, s, tile);
-      if (two) keep_state(e1, by1, kept, f.residual, s, tile + 1);
+      if (has_both()) keep_state(e1, by1, kept, f.residual, s, tile + 1);
     } else {
       write_output<T>(h0, s, f, local, tile);
-      if (two) write_output<T>(h1, s, f, local, tile + 1);
+      if (has_both()) write_output<T>(h1, s, f, local, tile + 1);
     }
   }
 
-  __device__ __forceinline__ void consume(const ForwardWork& work) {
+  __device__ __forceinline__ void consume() {
     int parity = 0;
 #pragma unroll 1
     for (local = work.first; local < work.count; local += work.step) {
@@ -701,7 +703,7 @@ struct Consumer {
         take_step<true, true>();
       }
       if (left) take_step<false, true>();
-      leave(work);
+      leave();
     }
     if (kKeep && threadIdx.x % 32 == 0) wait_for_copies<0>();
   }
@@ -753,8 +755,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1) field_forward(FLOWSEG_GRID
   } else {
     take_registers<224>();
     if (group - 2 >= work.groups()) return;
-    Consumer<T, kTanh, kKeep> consumer{.s = s, .f = f, .tile = (group - 2) * 2, .two = work.tiles > (group - 2) * 2 + 1};
-    consumer.consume(work);
+    Consumer<T, kTanh, kKeep>(s, f, work, (group - 2) * 2).consume();
   }
 }
 
