@@ -95,8 +95,8 @@ inline void check_descriptor(uint64_t descriptor, bool rows_are_k) {
     fail("a descriptor with other strides, swizzle or offset than those of a tile");
   }
   if (rows_are_k ? in_row != 0 : in_row % cuda::kColumnStep != 0 || in_row >= cuda::kTileRowBytes) {
-    fail(text("a descriptor of an operand whose ", 16, "", 0, rows_are_k ? " rows are K" : " columns are K") +
-         text(" starts at byte ", place(start), " of shared memory: not on the grid of a tile"));
+    fail(text("a descriptor of an operand whose ", rows_are_k ? "rows" : "columns", " are K starts at byte ", place(start),
+              " of shared memory: not where a step in a tile starts"));
   }
 }
 
@@ -323,7 +323,6 @@ inline Asynchronous::Asynchronous(unsigned count, size_t shared)
   products->warps.resize((count + 31) / 32);
   products->threads.resize(count);
   products->groups.resize((count + 127) / 128);
-  ++launches;
   reset();
 }
 inline Asynchronous::~Asynchronous() { std::free(memory - kSharedBase % 1024); }
@@ -355,7 +354,7 @@ inline void end_block() {
   if (!all.loads.empty()) fail(text("the block ended before a load to byte ", place(all.loads[0].address), " had landed"));
   int registers = 0;
   for (const int count : all.registers) registers += 32 * count;
-  if (registers > 65536) fail(text("the warps take ", registers, "", 0, " registers: more than 65536"));
+  if (registers > 65536) fail(text("the warps take ", registers, " registers: more than 65536"));
   for (WarpProducts& warp : all.products->warps) warp = {};
   for (ThreadProducts& thread : all.products->threads) thread = {};
   for (auto& group : all.products->groups) group.clear();
