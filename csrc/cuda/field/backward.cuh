@@ -252,7 +252,7 @@ __device__ __forceinline__ void load_weights(Shared& s, const FieldParams& f, in
     uint32_t own[1] = {static_cast<uint32_t>(thread)};
     settle(own);  // so that the compiler does not hold addresses from step to step: that would take too many registers
     scale_weights<T>(weights, factors, f, v.slice, static_cast<int>(own[0]));
-    if (!FLOWSEG_PLANTED(unfenced)) fence_async();
+    fence_async();
     arrive_as_warp(s.weights_ready[stage.index]);
   }
 }
@@ -370,10 +370,10 @@ __device__ __forceinline__ void propagate_state(Shared& s, const FieldParams& f)
     s.dy_full[product.index].wait(product.parity);
     float dn[32];
     state_product<T>(dn, dy, w1);
-    if (FLOWSEG_PLANTED(early)) arrive_as_warp(s.dy_empty[product.index]);
+    if (FLOWSEG_PLANTED(early_reuse)) arrive_as_warp(s.dy_empty[product.index]);
     wgmma_wait<0>();
     settle(dn);
-    if (!FLOWSEG_PLANTED(early)) arrive_as_warp(s.dy_empty[product.index]);
+    if (!FLOWSEG_PLANTED(early_reuse)) arrive_as_warp(s.dy_empty[product.index]);
     if (f.slices() == 1 || add_slices(dn, f, v, thread)) {
       s.new_g_empty.wait(written.parity ^ 1);
       written.advance();
@@ -497,14 +497,14 @@ struct InnerStep {
     settle(y);
     settle(u);
     s.dy_empty[product.index].wait(product.parity ^ 1);  // this loop also keeps ptxas from waiting for du before the tanh
-    if (!FLOWSEG_PLANTED(hasty)) wgmma_wait<0>();
+    if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<0>();
     settle(du);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       dy[i] = T::pack(in_range<T>(du[2 * i] * y[2 * i] + du[2 * i]), in_range<T>(du[2 * i + 1] * y[2 * i + 1] + du[2 * i + 1]));
     }
     store_rows(shared_address(s.dy[product.index][half]) + place, dy);
-    if (!FLOWSEG_PLANTED(unfenced_dy)) fence_async();
+    if (!FLOWSEG_PLANTED(proxy_fence)) fence_async();
     arrive_as_warp(s.dy_full[product.index]);
     start_gradients(g_sum, d_sum, dy, u);
     product.advance();
@@ -636,7 +636,7 @@ template <class T, bool kTanh>
 __device__ __forceinline__ void differentiate_weights(Shared& s, const FieldParams& f, int half) {
   const int thread = threadIdx.x % kGroupThreads, lane = thread % 32, warp = thread / 32;
   InnerStep<T, kTanh> step{.s = s, .f = f, .half = half, .thread = thread, .place = row_place(warp, lane),
-                           .place_of_w1 = column_place(warp, lane)};
+                           .place_of_w1 = column_place(warp, lane), .stage = {}, .turn = {}, .product = {}};
   bool stores = false;  // whether gradients of the step before have been stored
 #pragma unroll 1
   for (Visit v(f); v.exists(f); v.next_step(f)) {
