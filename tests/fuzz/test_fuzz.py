@@ -107,8 +107,6 @@ def slow(backend):
 
 @pytest.mark.parametrize("op", [*PIXEL_OPS, "neural_field"])
 def test_any_call_is_within_its_bound_of_fp64(backend, slow, op):
-    if backend == "cuda" and op == "neural_field":
-        pytest.skip("the neural field has no CUDA kernel")
     most = 12 if slow else 40 if backend == "cuda" else 120
 
     @settings(
@@ -139,8 +137,6 @@ def test_any_call_on_a_changed_codebook_is_right_or_an_error(backend, slow, op):
 
 @pytest.mark.parametrize("op, case", [(op, case) for op, case, _ in FOUND], ids=[why for _, _, why in FOUND])
 def test_what_failed_once(backend, slow, op, case):
-    if backend == "cuda" and op == "neural_field":
-        pytest.skip("the neural field has no CUDA kernel")
     check(op, case, backend)
 
 

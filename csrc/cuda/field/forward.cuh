@@ -22,6 +22,7 @@
 #include <cstdint>
 
 #include "cuda/block.cuh"
+#include "cuda/field/fragments.cuh"
 #include "cuda/field/params.h"
 #include "cuda/hopper/async.cuh"
 #include "cuda/hopper/tile.h"
@@ -30,7 +31,6 @@
 namespace flowseg::cuda {
 
 constexpr int kForwardThreads = 512;  // four groups of four warps
-constexpr int kGroupThreads = 128;          // threads of a warp group
 constexpr int kStages = 5;
 constexpr int kSetTiles = 4;
 constexpr int kSetPixels = kSetTiles * kTile;
