@@ -1,9 +1,9 @@
 // The forward of the neural field on Hopper, and the first pass of its backward, which stores the states of every block instead
 // of the output.
 //
-// A thread block stays on its multiprocessor and takes one item after the other: a patch and a set of four tiles of 64 pixels. All
-// its items have the same set, so the set's part of the embedding's table stays in shared memory. An item takes one step for every
-// level and slice. A slice is kSlice inner units of the level's weights, which one stage of shared memory holds.
+// A thread block stays on its multiprocessor and takes one item after the other: a patch and a set of four tiles of 64 pixels.
+// All its items have the same set, so the set's part of the embedding's table stays in shared memory. An item takes one step for
+// every level and slice. A slice is kSlice inner units of the level's weights, which one stage of shared memory holds.
 //
 // Four warp groups share the work:
 // - The producer. Its first warp loads the weights of a step by TMA, its second the gains. The other two load an item's pixels of
@@ -589,8 +589,9 @@ struct Consumer {
   // halves a and b of the slice: first 0a, first 1a; second 0a, first 0b; second 1a, first 1b; second 0b; second 1b.
   // Accumulators are touched only after a wait that leaves only later groups of products pending.
   //
-  // Unless kLast, second 1b still runs when the step ends. The next step must be kCrossing: it begins its own first product before
-  // it waits for that one. This works within an unrolled pair of steps only: ptxas waits for all products at the end of a loop.
+  // Unless kLast, second 1b still runs when the step ends. The next step must be kCrossing: it begins its own first product
+  // before it waits for that one. This works within an unrolled pair of steps only: ptxas waits for all products at the end of a
+  // loop.
   template <bool kCrossing, bool kLast>
   __device__ __forceinline__ void take_step() {
     const bool begins = slice == 0;
