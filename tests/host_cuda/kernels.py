@@ -35,7 +35,7 @@ def compiled(name: str, *flags: str, sources: tuple[str, ...] = ("ops.cpp",)) ->
     if not target.exists() or target.stat().st_mtime < max(file.stat().st_mtime for file in inputs if file.is_file()):
         BUILD.mkdir(parents=True, exist_ok=True)
         command = ["g++", "-std=c++20", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-                   f"-I{ROOT}/csrc", "-include", FOLDER / "cuda_on_host.h", *flags, *(FOLDER / s for s in sources)]  # fmt: skip
+                   "-Wno-missing-field-initializers", f"-I{ROOT}/csrc", "-include", FOLDER / "cuda_on_host.h", *flags, *(FOLDER / s for s in sources)]  # fmt: skip
         # Another process may load the file meanwhile: it sees the old one or the whole new one.
         written = target.with_suffix(f".{os.getpid()}")
         done = subprocess.run([*command, "-o", written], capture_output=True, text=True)
@@ -144,6 +144,21 @@ def decode_confusion(x, target, centroids, cells, records, records_left, low, sc
     return counts
 
 
+def neural_field(x, *arguments):
+    out = _poisoned(x.shape, x.dtype)
+    call("neural_field", x, *arguments, out)
+    return out
+
+
+def neural_field_bwd(grad, *arguments):
+    tensors, residual = arguments[:8], arguments[-1]
+    found = [_poisoned(v.shape, v.dtype) for v in tensors]
+    call("neural_field_bwd", grad, *arguments, *found)
+    if not residual:
+        found[4:6] = (torch.zeros_like(v) for v in tensors[4:6])  # the plain form has no gains
+    return tuple(found)
+
+
 OPS = (
     flow_interpolate,
     flow_interpolate_bwd,
@@ -153,6 +168,8 @@ OPS = (
     flow_loss_bwd_,
     nearest_centroid,
     decode_confusion,
+    neural_field,
+    neural_field_bwd,
 )
 
 
