@@ -32,7 +32,7 @@
 #ifdef FLOWSEG_PLANTS
 namespace flowseg::host {
 // `race` to `list` are in the kernels of the loss and the decode, the others in kernels with asynchronous copies and products.
-enum class Fault { none, race, overrun, histogram, list, swizzle, proxy_fence, early_load, transposed, wait_group, unfenced, short_wait, early_stage };
+enum class Fault { none, race, overrun, histogram, list, swizzle, proxy_fence, early_release, transposed, wait_group };
 inline Fault planted = Fault::none;
 }  // namespace flowseg::host
 #define FLOWSEG_PLANTED(fault) (flowseg::host::planted == flowseg::host::Fault::fault)
@@ -77,9 +77,13 @@ template <class T, class Use>
 auto exchange(ThreadBarrier& barrier, std::vector<Value> (&values)[2], unsigned& exchanges, bool orders, int first, T own, Use use) {
   static_assert(sizeof(T) <= sizeof(Value));
   std::vector<Value>& now = values[exchanges++ % 2];
-  std::memcpy(now[threadIdx.x].bytes, &own, sizeof own);
+  {
+    const Unwatched unwatched;
+    std::memcpy(now[threadIdx.x].bytes, &own, sizeof own);
+  }
   barrier.arrive_and_wait(orders);
   return use([&](int i) {
+    const Unwatched unwatched;
     T v;
     std::memcpy(&v, now[first + i].bytes, sizeof v);
     return v;

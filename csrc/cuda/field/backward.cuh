@@ -372,10 +372,10 @@ __device__ __forceinline__ void propagate_state(Shared& s, const FieldParams& f)
     s.dy_full[product.index].wait(product.parity);
     float dn[32];
     state_product<T>(dn, dy, w1);
-    if (FLOWSEG_PLANTED(early_stage)) arrive_as_warp(s.dy_empty[product.index]);
+    if (FLOWSEG_PLANTED(early_release)) arrive_as_warp(s.dy_empty[product.index]);
     wgmma_wait<0>();
     settle(dn);
-    if (!FLOWSEG_PLANTED(early_stage)) arrive_as_warp(s.dy_empty[product.index]);
+    if (!FLOWSEG_PLANTED(early_release)) arrive_as_warp(s.dy_empty[product.index]);
     if (f.slices() == 1 || add_slices(dn, f, v, thread)) {
       s.new_g_empty.wait(written.parity ^ 1);
       written.advance();
@@ -499,14 +499,14 @@ struct InnerStep {
     settle(y);
     settle(u);
     s.dy_empty[product.index].wait(product.parity ^ 1);  // this loop also keeps ptxas from waiting for du before the tanh
-    if (!FLOWSEG_PLANTED(short_wait)) wgmma_wait<0>();
+    if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<0>();
     settle(du);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
       dy[i] = T::pack(in_range<T>(du[2 * i] * y[2 * i] + du[2 * i]), in_range<T>(du[2 * i + 1] * y[2 * i + 1] + du[2 * i + 1]));
     }
     store_rows(shared_address(s.dy[product.index][half]) + place, dy);
-    if (!FLOWSEG_PLANTED(unfenced)) fence_async();
+    if (!FLOWSEG_PLANTED(proxy_fence)) fence_async();
     arrive_as_warp(s.dy_full[product.index]);
     start_gradients(g_sum, d_sum, dy, u);
     product.advance();
