@@ -77,9 +77,13 @@ template <class T, class Use>
 auto exchange(ThreadBarrier& barrier, std::vector<Value> (&values)[2], unsigned& exchanges, bool orders, int first, T own, Use use) {
   static_assert(sizeof(T) <= sizeof(Value));
   std::vector<Value>& now = values[exchanges++ % 2];
-  std::memcpy(now[threadIdx.x].bytes, &own, sizeof own);
+  {
+    const Unwatched unwatched;
+    std::memcpy(now[threadIdx.x].bytes, &own, sizeof own);
+  }
   barrier.arrive_and_wait(orders);
   return use([&](int i) {
+    const Unwatched unwatched;
     T v;
     std::memcpy(&v, now[first + i].bytes, sizeof v);
     return v;
