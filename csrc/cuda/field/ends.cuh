@@ -385,8 +385,8 @@ __global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) enter(
   }
 }
 
-// Adds up rows of an array (rows, columns): the kFoldRows rows first, first + step, ..., into row `first`. A block takes kFoldColumns
-// columns of kFoldRows rows.
+// Adds up rows of an array (rows, columns): rows first, first + step, ..., kFoldRows of them, into row `first`. A block takes
+// kFoldColumns columns of kFoldRows rows.
 __global__ void __launch_bounds__(kEndThreads) fold(float* data, int64_t rows, int64_t columns, int64_t step) {
   constexpr int kLanes = kEndThreads / kFoldColumns;
   __shared__ float parts[kLanes][kFoldColumns];
