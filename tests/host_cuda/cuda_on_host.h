@@ -33,7 +33,7 @@
 #ifdef FLOWSEG_PLANTS
 namespace flowseg::host {
 // `race` to `list` are in the kernels of the loss and the decode, the others in kernels with asynchronous copies and products.
-enum class Fault { none, race, overrun, histogram, list, swizzle, proxy_fence, early_release, transposed, wait_group };
+enum class Fault { none, race, overrun, histogram, list, swizzle, proxy_fence, early_load, transposed, wait_group };
 inline Fault planted = Fault::none;
 }  // namespace flowseg::host
 #define FLOWSEG_PLANTED(fault) (flowseg::host::planted == flowseg::host::Fault::fault)

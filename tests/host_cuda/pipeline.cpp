@@ -71,7 +71,7 @@ int main(int arguments, char** words) {
   using host::Fault;
   const std::string name = arguments > 1 ? words[1] : "";
   for (const auto& [fault, is] : {std::pair{Fault::swizzle, "swizzle"}, {Fault::proxy_fence, "proxy_fence"},
-                                  {Fault::early_release, "early_release"}, {Fault::transposed, "transposed"},
+                                  {Fault::early_load, "early_load"}, {Fault::transposed, "transposed"},
                                   {Fault::wait_group, "wait_group"}}) {
     if (name == is) host::planted = fault;
   }

@@ -107,10 +107,10 @@ __device__ __forceinline__ void pipeline_multiply(const PipelineParams& a, Pipel
     if (FLOWSEG_PLANTED(wait_group)) wgmma_wait<2>(); else wgmma_wait<1>();
     settle(pq);
     stage_result<T>(pq, shared_address(s.staged[0]));
-    if (FLOWSEG_PLANTED(early_release) && lane == 0) s.empty[stage].arrive();
+    if (FLOWSEG_PLANTED(early_load) && lane == 0) s.empty[stage].arrive();
     wgmma_wait<0>();
     settle(r);
-    if (!FLOWSEG_PLANTED(early_release) && lane == 0) s.empty[stage].arrive();
+    if (!FLOWSEG_PLANTED(early_load) && lane == 0) s.empty[stage].arrive();
     stage_result<T>(r, shared_address(s.staged[1]));
     fence_async();
     named_barrier<1, 128>();
