@@ -1,5 +1,7 @@
 """PixNerd's decoder in its own form: unfold, cosine features, cat, Linear, normalise, bmm, SiLU, bmm, fold."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -10,15 +12,15 @@ def inputs(
     patches: int = 256, depth: int = 4, hidden: int = 64, ratio: int = 2, p: int = 16, channels: int = 3, freqs: int = 8,
     dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu",
 ):  # fmt: skip
-    """Leaves: one image (a square grid of patches), its generated weights, and the shared parameters."""
+    """Leaves: one image (a grid of patches, as square as possible), its generated weights, and the shared parameters."""
     generator = torch.Generator(device).manual_seed(seed)
-    side = round(patches**0.5)
+    rows = next(n for n in range(math.isqrt(patches), 0, -1) if patches % n == 0)
 
     def normal(*shape, scale=1.0, shift=0.0):
         return (shift + scale * torch.randn(*shape, generator=generator, device=device)).to(dtype).requires_grad_()
 
     return (
-        normal(1, channels, side * p, side * p),
+        normal(1, channels, rows * p, patches // rows * p),
         normal(1, patches, depth, 2 * ratio * hidden * hidden, scale=0.1),
         normal(hidden, channels + freqs**2, scale=0.1),
         normal(hidden, scale=0.1),

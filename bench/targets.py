@@ -63,6 +63,12 @@ def peer(group, entry, wanted):
     return Target(f"{group}: time of {entry} relative to ours", ratio((group, entry), (group,)), wanted)
 
 
+def faster_in_cuda(group, wanted):
+    """Time of our kernel in Triton relative to the one in CUDA C++."""
+    value = ratio((group, "ours (triton)"), (group, "ours (cuda)"))
+    return Target(f"{group}: time in Triton relative to CUDA C++", value, wanted)
+
+
 def share(group, wanted):
     def value(groups):
         row = find(groups, group)
@@ -184,6 +190,7 @@ GPU = (
         )
     ),
     *(share(_FIELD_GPU.format(what, model), 0.6) for what in ("forward", "forward+backward") for model in ("L", "XL")),
+    *(faster_in_cuda(_FIELD_GPU.format(what, "XL"), 2) for what in ("forward", "forward+backward")),
     host_share(_FIELD_GPU.format("forward+backward", "XL"), 1 / 3),
     memory(_FIELD_GPU.format("forward+backward", "XL"), "eager", 1 / 6),
     peer(_STEP, "eager", 1.3),

@@ -35,6 +35,8 @@ def fields():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_neural_field(fields, measure, dtype, model, patches, what, entry):
     skip_unless_it_runs(entry, "neural_field")
+    if entry == "ours (cuda)" and dtype == torch.float32:
+        pytest.skip("the CUDA kernels take 16-bit tensors, and pass this call on to Triton")
     main = model == "XL" and patches == PATCHES[0]
     if entry == "reference" and (dtype == torch.bfloat16 or not main):
         pytest.skip("the reference computes in fp32; its XL entry shows the time")

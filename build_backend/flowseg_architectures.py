@@ -19,6 +19,9 @@ NAMES = {
     "ada": "8.9+PTX", "hopper": "9.0+PTX", "blackwell": "10.0;10.3;12.0;12.1+PTX", "blackwell+tegra": "11.0",
 }  # fmt: skip
 VARIABLE = "TORCH_CUDA_ARCH_LIST"
+#: Code with wgmma, which runs on GPUs of compute capability 9.0 only, and the oldest CUDA that compiles it.
+HOPPER_FLAGS = "-gencode=arch=compute_90a,code=sm_90a"
+HOPPER_CUDA = (12, 0)
 
 
 def code_flags(known: str, say: Callable[[str], None]) -> str:
@@ -55,6 +58,20 @@ def code_flags(known: str, say: Callable[[str], None]) -> str:
     if reasons:
         say(f"{source}: left out {' and '.join(reasons)}")
     return " ".join(flags)
+
+
+def why_no_hopper_code(flags: str, release: str) -> str | None:
+    """None if kernels with HOPPER_FLAGS belong into a library whose other kernels have `flags`, else the reason.
+
+    Args:
+        release: the version of nvcc, such as "12.8"; "?" if it is unknown.
+    """
+    if not re.search(r"arch=compute_90a?,code=sm_90", flags):
+        return "the architectures to compile for have no 9.0"
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    if numbers and tuple(map(int, numbers.groups())) < HOPPER_CUDA:
+        return f"nvcc {release} does not know sm_90a; {HOPPER_CUDA[0]}.{HOPPER_CUDA[1]} or newer does"
+    return None
 
 
 def entries(text: str) -> list[tuple[tuple[int, int], str, bool]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import flowseg_architectures
 from flowseg_jobs import jobs
-from flowseg_ninja import CUDA_OPS, X86, cpu_ninja_file, cuda_ninja_file
+from flowseg_ninja import CUDA_OPS, HOPPER_OPS, X86, cpu_ninja_file, cuda_ninja_file
 from flowseg_toolchain import ROOT, Unbuildable, find_compiler, find_ninja, find_nvcc, output, require_linux
 from flowseg_torch import TORCH_TARGET, find_torch
 
@@ -78,7 +78,7 @@ def build_cuda(
         work: folder for the objects.
         forced: compile for a torch without CUDA too.
         show: called with each line that the compilers print, as they print it.
-        ops: the ops to compile.
+        ops: the ops to compile. Those of HOPPER_OPS are left out, with the reason in the record, if nothing is compiled for 9.0.
 
     Raises:
         Unbuildable: if something is missing or the sources do not compile.
@@ -89,15 +89,21 @@ def build_cuda(
         raise Unbuildable(f"torch {torch.version} is built without CUDA")
     nvcc = find_nvcc()
     flags = architecture_flags(nvcc)
+    release = re.search(r"release (\S+),", output(nvcc, "--version"))
+    without = flowseg_architectures.why_no_hopper_code(flags, release[1] if release else "?")
+    left_out = {op: without for op in ops if without and op in HOPPER_OPS}
+    for op, reason in left_out.items():
+        say(f"CUDA kernels of {op} left out: {reason}")
     architectures = ", ".join(re.findall(r",code=(\w+)", flags))
     show(f"CUDA kernels: compiling for {architectures} with {nvcc}, against torch {torch.version} of {torch.owner}")
     library, at_once = folder / CUDA_LIBRARY, jobs(CUDA_GIB)
-    text = cuda_ninja_file(nvcc, flags, torch.folder, library.resolve(), at_once, ops=ops)
+    compiled = tuple(op for op in ops if op not in left_out)
+    text = cuda_ninja_file(nvcc, flags, torch.folder, library.resolve(), at_once, ops=compiled)
     compile_library(library, work, text, at_once, show)
-    release = re.search(r"release (\S+),", output(nvcc, "--version"))
     facts = {
         "compiler": f"nvcc {release[1] if release else '?'}",
         "architectures": architectures,
+        "left_out": left_out,
         **({"cuda_runtime": release[1]} if release else {}),
         "torch": torch.version,
     }

@@ -5,6 +5,7 @@ import platform
 import shlex
 from pathlib import Path
 
+from flowseg_architectures import HOPPER_FLAGS
 from flowseg_toolchain import ROOT, output
 from flowseg_torch import TORCH_TARGET
 
@@ -25,7 +26,11 @@ CPU_KERNELS = {
     "field/kernels": {**ISA_FLAGS, "avx512bf16": f"{ISA_FLAGS['avx512']} -mavx512bf16"},
 }
 #: csrc/cuda/NAME.cu. The slowest to compile come first, so that no core waits for one at the end.
-CUDA_OPS = ("flow_loss", "distance_correction", "decode_confusion", "nearest_centroid", "flow_interpolate")
+CUDA_OPS = (
+    "neural_field", "flow_loss", "distance_correction", "decode_confusion", "nearest_centroid", "flow_interpolate",
+)  # fmt: skip
+#: Those of CUDA_OPS that are compiled for sm_90a only.
+HOPPER_OPS = ("neural_field",)
 
 
 def cpu_ninja_file(
@@ -68,13 +73,13 @@ def cuda_ninja_file(
     """The ninja file for the CUDA kernels.
 
     Args:
-        architectures: nvcc's -gencode flags.
+        architectures: nvcc's -gencode flags of all ops but HOPPER_OPS.
         jobs: how many compilers run at once.
     """
     # Compile the architectures of a file in parallel only if there are more jobs than files.
     threads = max(1, jobs // len(ops))
     flags = (
-        f"-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA --threads={threads} {architectures} "
+        f"-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA --threads={threads} "
         f"{_includes_and_target(ROOT, torch_folder)} {os.environ.get('FLOWSEG_NVCCFLAGS', '')}"
     )
     # Link the CUDA runtime statically: torch's own may have another major version. Keep libtorch although the library uses no
@@ -83,7 +88,10 @@ def cuda_ninja_file(
         f"{_quoted(nvcc)} -shared -cudart=static $in -o $out -L{_quoted(torch_folder / 'lib')} "
         "-Xlinker=--no-as-needed -ltorch -ltorch_cpu"
     )
-    builds = [(f"{name}.o", ROOT / "csrc" / "cuda" / f"{name}.cu", "") for name in ops]
+    builds = [
+        (f"{name}.o", ROOT / "csrc" / "cuda" / f"{name}.cu", HOPPER_FLAGS if name in HOPPER_OPS else architectures)
+        for name in ops
+    ]
     return _ninja_file("CUDA", f"{_quoted(nvcc)} {flags}", link, builds, target)
 
 

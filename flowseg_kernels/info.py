@@ -34,6 +34,15 @@ def _library(library: extension.Library, reason: str | None, contents: Callable[
     )
 
 
+def _limits(op: str, name: str, reasons: dict[str, str | None]) -> str:
+    """The calls that a backend takes and the backend of all others, if it does not take every call."""
+    found = backend.OPS[op].get(name)
+    if not found or not found.takes:
+        return ""
+    other = next(other for other, why in reasons.items() if why is None and other != name)
+    return f" for {found.takes}; {other} for other calls"
+
+
 def _choices(ops: list[str], device: str) -> list[str]:
     """The backend of each op on a device type, then each reason against another backend, once."""
     chosen, against = [], {}
@@ -42,7 +51,9 @@ def _choices(ops: list[str], device: str) -> list[str]:
         reasons = backend.backend_reasons(op, device)
         name = asked or next(name for name, why in reasons.items() if why is None)
         cannot = f": {reasons[asked]}" if asked and reasons.get(asked) else ""
-        chosen.append(f"  {op:20} {name}{' as FLOWSEG_BACKEND asks' if asked else ''}{cannot}")
+        chosen.append(
+            f"  {op:20} {name}{' as FLOWSEG_BACKEND asks' if asked else ''}{cannot or _limits(op, name, reasons)}"
+        )
         for name, why in reasons.items():
             if why:
                 against.setdefault((name, why), []).append(op)

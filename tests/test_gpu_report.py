@@ -54,7 +54,7 @@ class TestSteps:
 
     def test_checks_come_before_timings_and_our_entries_before_peers(self):
         names = [step.name for step in gpu_steps.steps()]
-        order = ["load", "smoke cuda", "smoke triton", "field", "own field", "own pixel ops", "peers correction"]
+        order = ["load", "smoke cuda", "field cuda", "smoke triton", "own field", "own pixel ops", "peers correction"]
         assert [name for name in names if name in order] == order
 
     def test_names_are_unique_and_every_chosen_file_exists(self):

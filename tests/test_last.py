@@ -12,7 +12,8 @@ def test_every_required_backend_ran():
     required = {*conftest.REQUIRED, *conftest.REQUIRED_PROOFS}
     assert required <= conftest.ran, f"required {sorted(required)}, ran {sorted(conftest.ran)}"
     kernels = {(op, name) for op, found in OPS.items() for name in found if name in conftest.REQUIRED}
-    assert kernels <= conftest.ops_that_ran, f"never called: {sorted(kernels - conftest.ops_that_ran)}"
+    never = sorted(kernel for kernel in kernels if conftest.ops_that_ran[kernel] < 1)
+    assert not never, f"never called: {never}"
 
 
 def test_a_required_proof_fails_instead_of_skipping(monkeypatch):

@@ -47,10 +47,12 @@ class Implementation:
 
     run:      the function, called with the op's arguments.
     why_not:  (device type, code channels) -> None when it can run such a call here, else the reason.
+    takes:    the calls that its kernels take, in words, if the function passes other calls on (`instead_of`); "" if they take all.
     """
 
     run: Callable
     why_not: Callable[[str, int], str | None]
+    takes: str = ""
 
 
 def _checked(name: str) -> str:
@@ -114,8 +116,18 @@ def select(op: str, device: str, channels: int, requested: str) -> Implementatio
         if reason:
             raise BackendUnavailable(f"{op}: backend {requested!r} was asked for and cannot run: {reason}")
         return implementations[requested]
+    return _first(op, device, channels)
+
+
+def instead_of(name: str, op: str, device: str, channels: int) -> Implementation:
+    """The implementation of a call of `op` that the kernels of backend `name` do not take: the automatic choice without them."""
+    return _first(op, device, channels, without=name)
+
+
+def _first(op: str, device: str, channels: int, without: str = "") -> Implementation:
+    implementations = OPS[op]
     for name in _order(op, device):
-        if name in implementations and implementations[name].why_not(device, channels) is None:
+        if name != without and name in implementations and implementations[name].why_not(device, channels) is None:
             return implementations[name]
     raise BackendUnavailable(
         f"{op}: no backend can run on device {device!r}"

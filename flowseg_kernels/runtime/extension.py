@@ -25,16 +25,20 @@ from . import backend
 __all__ = [
     "CPU",
     "CUDA",
+    "HOPPER",
     "Library",
     "compile_command",
     "say_what_is_missing",
     "why_no_cpu_kernels",
     "why_no_cuda_kernels",
+    "why_no_hopper_kernels",
 ]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _FOLDER = _PACKAGE / "lib"
 _DISTRIBUTION = "flowseg-kernels"
+#: The compute capability of GPUs with wgmma, whose code runs on no other.
+HOPPER = (9, 0)
 
 #: FLOWSEG_DISABLE_EXTENSION=1 leaves the compiled libraries unloaded, for example to find the cause of a crash.
 DISABLE_EXTENSION: bool = os.environ.get("FLOWSEG_DISABLE_EXTENSION", "0") == "1"
@@ -111,11 +115,20 @@ class Library:
         reason = record.get("left_out", {}).get(self.build)
         return f"not compiled when flowseg-kernels was installed{f' ({reason})' if reason else ''}"
 
+    def left_out(self) -> dict[str, str]:
+        """Op name -> the reason why the build left its kernels out of this library."""
+        return self.facts().get("left_out", {})
+
     def _ops_without_kernel(self) -> list[str]:
-        """Ops that Python defines for this library and that have no kernel after loading."""
-        namespace, key = f"flowseg_{self.build}::", self.build.upper()
+        """Ops that Python defines for this library and that have no kernel after loading, except those that were left out."""
+        namespace, key, left_out = f"flowseg_{self.build}::", self.build.upper(), self.left_out()
         names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith(namespace)]
-        return sorted(n for n in names if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(n, key))
+        return sorted(
+            n
+            for n in names
+            if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(n, key)
+            and n.removeprefix(namespace).removesuffix("_bwd") not in left_out
+        )
 
 
 def _is_complete(path: Path) -> bool:
@@ -154,6 +167,22 @@ def why_no_cuda_kernels() -> str | None:
     if reason and CUDA.path.exists() and _has_gpu():
         _print_once(f"the CUDA kernels are not used: {reason}")
     return reason
+
+
+@functools.cache
+def why_no_hopper_kernels(op: str) -> str | None:
+    """The reason against the CUDA kernels of an op that has them for compute capability 9.0 only: this GPU, or the library's build.
+
+    None if they can run, or without a GPU if the library has them. The library must be loaded.
+    """
+    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else HOPPER
+    if found != HOPPER:
+        return f"the CUDA kernels of {op} need a GPU of compute capability 9.0 (Hopper); this one has {found[0]}.{found[1]}"
+    reason = CUDA.left_out().get(op)
+    return reason and (
+        f"the CUDA kernels of {op} were left out of the library ({reason}); compile them with: "
+        f"export TORCH_CUDA_ARCH_LIST=9.0 && {compile_command('cuda')}"
+    )
 
 
 def _has_gpu() -> bool:

@@ -6,6 +6,7 @@ PyTorch when nothing was compiled; the compiled libraries only add kernels to ex
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 
@@ -16,7 +17,15 @@ from .extension import why_no_cpu_kernels, why_no_cuda_kernels
 from .transforms import define_transforms
 from .triton import triton_kernel, why_no_triton
 
-__all__ = ["COMPILED_CHANNELS", "cpu_kernel", "cuda_kernel", "define_op", "no_second_derivative", "triton_kernel"]
+__all__ = [
+    "COMPILED_CHANNELS",
+    "Limited",
+    "cpu_kernel",
+    "cuda_kernel",
+    "define_op",
+    "no_second_derivative",
+    "triton_kernel",
+]
 
 #: The most code channels that compiled kernels take. The reference takes any number.
 COMPILED_CHANNELS = 16
@@ -58,11 +67,32 @@ def _why_not_triton(device: str, channels: int) -> str | None:
 _WHY_NOT = {"reference": _why_not_reference, "cpu": _why_not_cpu, "triton": _why_not_triton, "cuda": _why_not_cuda}
 
 
+@dataclasses.dataclass(frozen=True)
+class Limited:
+    """An implementation whose kernels run on fewer devices than their backend, or take fewer calls than their op.
+
+    run:      the function; it passes calls that its kernels do not take to `backend.instead_of`.
+    why_not:  () -> None if the kernels can run here, else the reason. It is asked only if the backend has no reason.
+    takes:    the calls that its kernels take, in words: "16-bit tensors".
+    """
+
+    run: Callable
+    why_not: Callable[[], str | None]
+    takes: str
+
+
+def _implementation(name: str, given: Callable | Limited) -> backend.Implementation:
+    why_not = _WHY_NOT[name]
+    if not isinstance(given, Limited):
+        return backend.Implementation(given, why_not)
+    return backend.Implementation(given.run, lambda *call: why_not(*call) or given.why_not(), given.takes)
+
+
 def define_op(
     schema: str,
     *,
     fake: Callable,
-    backends: dict[str, Callable],
+    backends: dict[str, Callable | Limited],
     channels: Callable[..., int],
     backward: Callable | None = None,
     setup_context: Callable | None = None,
@@ -73,7 +103,7 @@ def define_op(
     Args:
         schema: "NAME(Tensor x, ...) -> ...". A backward op ends its arguments with `str backend`, the backend of its forward.
         fake: output shapes from input shapes.
-        backends: backend name -> implementation, a function of the op's arguments without `backend`.
+        backends: backend name -> implementation, a function of the op's arguments without `backend`, or one with limits.
         channels: the op's arguments -> number of code channels of the call.
         backward, setup_context: the rule for torch.library.register_autograd.
         autocast: whether autocast casts floating tensors to its dtype, as for a matrix product. The per-pixel ops need no cast:
@@ -82,7 +112,7 @@ def define_op(
     name = schema[: schema.index("(")]
     has_backend = "str backend)" in schema
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    backend.OPS[name] = {key: backend.Implementation(fn, _WHY_NOT[key]) for key, fn in backends.items()}
+    backend.OPS[name] = {key: _implementation(key, given) for key, given in backends.items()}
 
     def run(*args):
         if has_backend:

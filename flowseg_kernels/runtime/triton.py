@@ -135,10 +135,10 @@ def over_blocks(block: int, **inputs: Tensor) -> tuple[tuple[int], tuple[int, ..
     return (tensor.shape[0] * blocks,), (*strides, width, height * width, blocks), layouts
 
 
-def aligned(codes: Tensor) -> Tensor:
-    """Return codes that are contiguous and 16-byte aligned: kernels load up to four fp32 numbers at once."""
-    codes = codes.contiguous()
-    return codes if codes.data_ptr() % 16 == 0 else codes.clone()
+def aligned(x: Tensor) -> Tensor:
+    """Return the same values, contiguous and 16-byte aligned, for kernels that load 16 bytes at once."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def two_floats(value: float) -> tuple[float, float]:

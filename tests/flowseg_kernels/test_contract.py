@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import flowseg_kernels as fk
 from flowseg_kernels.runtime.backend import OPS
 
-from ..support.neural_field import field_inputs
+from ..support.neural_field import dtype_for, field_inputs
 from ..support.samples import image_batch, layouts
 
 OPS_ON_IMAGES = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
@@ -75,7 +75,8 @@ def test_opcheck_of_backward_ops(backend, name, layout, codes19):
 @pytest.mark.parametrize("form", ["residual", "plain"])
 @pytest.mark.parametrize("name", ["neural_field", "neural_field_bwd"])
 def test_opcheck_of_the_field(backend, name, form):
-    field = [torch.empty(0) if v is None else v.detach() for v in field_inputs(dtype=torch.float32, form=form)]
+    dtype = dtype_for(backend)
+    field = [torch.empty(0, dtype=dtype) if v is None else v.detach() for v in field_inputs(dtype=dtype, form=form)]
     options = (4, 2, 1e-6, "first", form)
     arguments = {
         "neural_field": (*field, *options),
@@ -113,9 +114,10 @@ def test_compiles_whole_forward_and_backward(backend, fresh_dynamo, mode, codes1
 
 
 def test_compiles_the_neural_field_whole(backend, fresh_dynamo):
-    decoder = fk.NeuralFieldDecoder(10, hidden=8, patch_size=4, max_freqs=2)
+    dtype = dtype_for(backend)
+    decoder = fk.NeuralFieldDecoder(10, hidden=8, patch_size=4, max_freqs=2).to(dtype)
     torch.nn.init.normal_(decoder.final_layer.linear.weight)
-    x, s = torch.randn(2, 3, 8, 8), torch.randn(2, 4, 10)
+    x, s = torch.randn(2, 3, 8, 8, dtype=dtype), torch.randn(2, 4, 10, dtype=dtype)
     want = decoder(x, s)
     got = torch.compile(decoder, fullgraph=True, backend="aot_eager")(x, s)
     torch.testing.assert_close(got, want)
@@ -126,12 +128,14 @@ def test_compiles_the_neural_field_whole(backend, fresh_dynamo):
 
 
 def test_dynamic_shapes_do_not_recompile_the_neural_field(backend, fresh_dynamo):
-    decoder = fk.NeuralFieldDecoder(10, hidden=8, patch_size=4, max_freqs=2)
+    dtype = dtype_for(backend)
+    decoder = fk.NeuralFieldDecoder(10, hidden=8, patch_size=4, max_freqs=2).to(dtype)
     torch.nn.init.normal_(decoder.final_layer.linear.weight)
     compiled = torch.compile(decoder, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch, height, width in ((2, 8, 12), (3, 12, 8)):
-            x, s = torch.randn(batch, 3, height, width), torch.randn(batch, height * width // 16, 10)
+            x = torch.randn(batch, 3, height, width, dtype=dtype)
+            s = torch.randn(batch, height * width // 16, 10, dtype=dtype)
             got, want = (f(x, s) for f in (compiled, decoder))
             torch.testing.assert_close(got, want)
             for a, b in zip(*(torch.autograd.grad(v.square().sum(), [*decoder.parameters()]) for v in (got, want))):

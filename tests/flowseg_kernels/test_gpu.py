@@ -12,6 +12,7 @@ import flowseg_kernels as fk
 from flowseg_kernels.runtime.backend import backend_reasons, requested_backend
 
 from ..conftest import REQUIRED, ran
+from ..support.neural_field import dtype_for
 from ..support.samples import image_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -55,18 +56,19 @@ def run_all(book, x, source, labels, t):
 
 
 def run_field(x, source):
-    """The neural field and the gradients of its input and weights; empty on CUDA, which has no such kernel."""
-    if requested_backend() != "triton":
+    """The neural field and the gradients of its input and weights; empty where the backend has no kernel of it for this GPU."""
+    if backend_reasons("neural_field", "cuda")[requested_backend()]:
         return ()
+    dtype = dtype_for(requested_backend())
     patch, hidden, blocks, ratio = 8, 16, 2, 2
     height, width = (size // patch * patch for size in x.shape[-2:])
     number = (height // patch) * (width // patch)
-    pixels = x[..., :height, :width].detach().requires_grad_()
+    pixels = x[..., :height, :width].to(dtype).detach().requires_grad_()
     count = blocks * 2 * ratio * hidden**2
     # Take the weights from the inputs: a replayed graph must not draw random numbers.
     weights = source.flatten(1).repeat(1, -(-number * count // source[0].numel()))[:, : number * count]
-    weights = weights.reshape(-1, number, blocks, count // blocks).detach().requires_grad_()
-    fixed = functools.partial(torch.full, device=x.device)
+    weights = weights.reshape(-1, number, blocks, count // blocks).to(dtype).detach().requires_grad_()
+    fixed = functools.partial(torch.full, dtype=dtype, device=x.device)
     with torch.enable_grad():
         out = fk.neural_field(
             pixels, weights, fixed((hidden, 3 + 64), 0.1), fixed((hidden,), 0.1), fixed((blocks, hidden), 1.0),
@@ -193,9 +195,10 @@ def test_loss_and_gradient_beyond_two_to_the_31_elements(gpu, predicts):
     torch.testing.assert_close(whole.double(), parts, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("gpu", ["triton"], indirect=True)  # the field has no CUDA kernel
 def test_the_field_beyond_two_to_the_31_elements(gpu):
     """Pixels and generated weights have more than 2^31 elements each. Both ends are compared with small calls."""
+    if reason := backend_reasons("neural_field", "cuda")[gpu]:
+        pytest.skip(reason)
     rows, columns, patch, hidden = 27_000, 27_000, 8, 16
     patches, count = rows // patch * (columns // patch), 2 * hidden**2
     # In bf16: weights and their gradient; pixels, output, and the gradients of both.

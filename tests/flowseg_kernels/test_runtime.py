@@ -1,6 +1,7 @@
 """Backend choice, loading of compiled libraries, and `info`."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -12,9 +13,9 @@ import torch
 
 import flowseg_kernels as fk
 from bench import preferences
-from flowseg_kernels.info import report
-from flowseg_kernels.runtime import extension
-from flowseg_kernels.runtime.backend import gpu_preference
+from flowseg_kernels.info import _choices, report
+from flowseg_kernels.runtime import extension, registry
+from flowseg_kernels.runtime.backend import backend_reasons, gpu_preference, select
 
 from ..support.samples import image_batch
 
@@ -144,6 +145,56 @@ def test_cuda_kernels_compiled_for_another_gpu_are_not_chosen(built, gpu, runs, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
     reason = extension._why_not_this_gpu(built)
     assert reason is None if runs else f"this GPU is sm_{gpu[0]}{gpu[1]}" in reason and "TORCH_CUDA_ARCH_LIST" in reason
+
+
+@pytest.mark.parametrize(
+    "gpu, left_out, words",
+    [
+        ((9, 0), {}, None),
+        (None, {}, None),
+        (
+            (8, 0),
+            {},
+            "the CUDA kernels of neural_field need a GPU of compute capability 9.0 (Hopper); this one has 8.0",
+        ),
+        ((10, 0), {"neural_field": "old nvcc"}, "need a GPU of compute capability 9.0 (Hopper); this one has 10.0"),
+        ((9, 0), {"neural_field": "old nvcc"}, "of neural_field were left out of the library (old nvcc); compile them"),
+        (None, {"neural_field": "old nvcc"}, "left out of the library (old nvcc)"),
+        ((9, 0), {"another": "old nvcc"}, None),
+    ],
+)
+def test_the_reason_against_kernels_for_hopper_alone(gpu, left_out, words, monkeypatch, tmp_path):
+    """It is a reason against the field only: the other CUDA kernels of the same library run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+    library = dataclasses.replace(extension.CUDA, path=tmp_path / "libflowseg_cuda.so")
+    library.path.with_suffix(".json").write_text(json.dumps({"left_out": left_out}))
+    monkeypatch.setattr(extension, "CUDA", library)
+    monkeypatch.setattr(registry, "why_no_cuda_kernels", lambda: None)
+    monkeypatch.setattr(registry, "why_no_triton", lambda device: None)
+    extension.why_no_hopper_kernels.cache_clear()
+    try:
+        reasons = [backend_reasons(op, "cuda")["cuda"] for op in ("flow_loss", "neural_field", "neural_field_bwd")]
+        assert reasons[0] is None and reasons[1] == reasons[2]
+        assert reasons[1] is None if words is None else words in reasons[1]
+        if words:
+            with fk.use_backend("cuda"), pytest.raises(fk.BackendUnavailable) as error:
+                select("neural_field", "cuda", 3, "cuda")
+            assert words in str(error.value)
+        _, field, *against = _choices(["flow_loss", "neural_field"], "cuda")
+        taken = "cuda for bf16 or fp16 tensors, Hx a multiple of 8 up to 64; triton for other calls"
+        assert field == f"  neural_field         {'triton' if words else taken}"
+        assert words is None or any(line.startswith("  not cuda: ") and words in line for line in against)
+    finally:
+        extension.why_no_hopper_kernels.cache_clear()
+
+
+def test_a_library_without_the_ops_that_its_build_left_out_is_no_other_version(tmp_path):
+    library = dataclasses.replace(extension.CUDA, path=tmp_path / "libflowseg_cuda.so")
+    every = library._ops_without_kernel()
+    assert {"flowseg_cuda::neural_field", "flowseg_cuda::neural_field_bwd", "flowseg_cuda::flow_loss"} <= set(every)
+    library.path.with_suffix(".json").write_text('{"left_out": {"neural_field": "old nvcc"}}')
+    assert library._ops_without_kernel() == [name for name in every if "neural_field" not in name]
 
 
 @pytest.mark.parametrize(

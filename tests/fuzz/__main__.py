@@ -47,7 +47,7 @@ PIECE = 250
 #: Environment variable that names the sanitizer of this process.
 UNDER = "FLOWSEG_EMULATED_SANITIZER"
 HOW = {"triton": " (interpreted)", "cuda": " (on the host shim)"}
-#: Relative number of cases per op. The field gets few, because it is slow; it has no CUDA kernel.
+#: Relative number of cases per op. The field gets few, because it is slow.
 SHARES = {
     "flow_interpolate": 3,
     "distance_correction": 5,
@@ -58,9 +58,9 @@ SHARES = {
 }
 
 
-def plan(backend: str, cases: int, changed: bool = False) -> list[tuple[str, int]]:
+def plan(cases: int, changed: bool = False) -> list[tuple[str, int]]:
     """(op, number of cases) of each piece; the ops take turns."""
-    shares = {op: n for op, n in SHARES.items() if op != "neural_field" or (backend != "cuda" and not changed)}
+    shares = {op: n for op, n in SHARES.items() if op != "neural_field" or not changed}
     left = {op: -(-cases * n // sum(shares.values())) for op, n in shares.items()}
     pieces = []
     while any(left.values()):
@@ -146,7 +146,7 @@ def main() -> int:
         record |= {"failed": [], "ops": {}}
     pieces = [
         Piece(op, options.backend, cases, options.seed * 100_003 + number, options.changed)
-        for number, (op, cases) in enumerate(plan(options.backend, options.cases, options.changed))
+        for number, (op, cases) in enumerate(plan(options.cases, options.changed))
     ]
     if record["pieces"] >= len(pieces):
         print(f"{options.backend}: {record['cases']} cases are done at {record['commit']}; --again runs them again")

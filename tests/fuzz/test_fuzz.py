@@ -107,15 +107,13 @@ def slow(backend):
 
 @pytest.mark.parametrize("op", [*PIXEL_OPS, "neural_field"])
 def test_any_call_is_within_its_bound_of_fp64(backend, slow, op):
-    if backend == "cuda" and op == "neural_field":
-        pytest.skip("the neural field has no CUDA kernel")
     most = 12 if slow else 40 if backend == "cuda" else 120
 
     @settings(
         max_examples=most, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink), report_multiple_bugs=False,
     )  # fmt: skip
-    @given(cases(op, slow=slow))
+    @given(cases(op, slow=slow, cuda=backend == "cuda"))
     def every_case(case):
         check(op, case, backend)
 
@@ -139,8 +137,6 @@ def test_any_call_on_a_changed_codebook_is_right_or_an_error(backend, slow, op):
 
 @pytest.mark.parametrize("op, case", [(op, case) for op, case, _ in FOUND], ids=[why for _, _, why in FOUND])
 def test_what_failed_once(backend, slow, op, case):
-    if backend == "cuda" and op == "neural_field":
-        pytest.skip("the neural field has no CUDA kernel")
     check(op, case, backend)
 
 

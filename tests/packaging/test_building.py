@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,42 @@ def test_architectures_to_compile_for(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "newest")
     with pytest.raises(libraries.Unbuildable, match=r"TORCH_CUDA_ARCH_LIST: wanted entries such as 9\.0"):
         libraries.architecture_flags(libraries.find_nvcc())
+
+
+@pytest.mark.parametrize(
+    "asked, release, left_out",
+    [
+        ("8.0;9.0", "13.0", None),
+        ("8.0", "13.0", "the architectures to compile for have no 9.0"),
+        ("9.0", "11.8", "nvcc 11.8 does not know sm_90a; 12.0 or newer does"),
+    ],
+)
+def test_the_field_is_compiled_for_hopper_alone_or_left_out_with_the_reason(
+    monkeypatch, tmp_path, asked, release, left_out
+):
+    """The other kernels are compiled for every architecture of the list, and never with instructions of sm_90a."""
+    libraries = import_backend("flowseg_libraries")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    nvcc = folder / "nvcc"
+    nvcc.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "Cuda compilation tools, release {release}, V{release}.1"\n'
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    texts, said = [], []
+    monkeypatch.setattr(libraries, "compile_library", lambda path, work, text, *rest: texts.append(text))
+    monkeypatch.setattr(libraries, "say", said.append)
+    libraries.build_cuda(tmp_path, tmp_path / "work", True)
+    flags = dict(re.findall(r"^build (\w+)\.o: compile .*\n  more = (.*)$", texts[0], re.MULTILINE))
+    field = flags.pop("neural_field", None)
+    assert len(flags) == 5 and set(flags.values()) == {libraries.architecture_flags(str(nvcc))}
+    assert " -gencode" not in texts[0].partition("build ")[0]
+    assert field == (None if left_out else "-gencode=arch=compute_90a,code=sm_90a")
+    facts = json.loads((tmp_path / "libflowseg_cuda.json").read_text())
+    assert facts["left_out"] == ({"neural_field": left_out} if left_out else {})
+    assert said == ([f"CUDA kernels of neural_field left out: {left_out}"] if left_out else [])
 
 
 def test_a_build_without_kernels_gives_a_wheel_for_every_platform(sources, tmp_path):

@@ -177,6 +177,21 @@ def test_without_a_list_the_architectures_are_those_of_the_gpus_here_or_the_defa
     assert old_nvcc == ("sm_80", ["architectures: left out 9.0 (this nvcc does not know it)"])
 
 
+@pytest.mark.parametrize(
+    "asked, nvcc, words",
+    [
+        ("8.0;9.0", "12.0", None), ("9.0a", "13.0", None), ("9.0+PTX", "?", None), ("Hopper", "12.8", None),
+        ("8.0;8.9+PTX", "13.0", "have no 9.0"), ("10.0", "13.0", "have no 9.0"),
+        ("9.0", "11.8", "nvcc 11.8 does not know sm_90a; 12.0 or newer does"),
+    ],
+)  # fmt: skip
+def test_code_for_hopper_alone_needs_9_0_in_the_list_and_nvcc_12(monkeypatch, asked, nvcc, words):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    flags = flowseg_architectures.code_flags(KNOWN, print)
+    reason = flowseg_architectures.why_no_hopper_code(flags, nvcc)
+    assert reason is None if words is None else words in reason
+
+
 def test_the_driver_lists_the_gpus_and_old_ones_do_not_count(monkeypatch, tmp_path):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\nprintf '9.0\\n6.1\\n9.0\\n[N/A]\\n'\n")

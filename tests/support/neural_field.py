@@ -10,6 +10,11 @@ VARIANTS = [("both", "residual"), ("first", "residual"), ("both", "plain"), ("fi
 HEIGHT, WIDTH = (8, 4) if os.environ.get("TRITON_INTERPRET") == "1" else (8, 12)
 
 
+def dtype_for(backend):
+    """A dtype of calls that a backend's own kernels take: those in CUDA C++ take 16-bit tensors, and pass all others on."""
+    return torch.bfloat16 if backend == "cuda" else torch.float32
+
+
 def pixnerd_field(x, s_weights, embed_w, embed_b, norms, out_norm, out_w, out_b, p, r, variant=VARIANTS[0], eps=1e-6):
     """PixNerd's decoder written from its formulas (docs/ops/neural_field.md), per patch and per pixel of a patch."""
     normalise, form = variant

@@ -34,6 +34,7 @@ struct FieldParams {
   int64_t patches;         // P
   float eps;
   bool both, residual;
+  Image dense;             // the strides of a contiguous tensor of x's shape, such as `out` and `grad_x`; without data
   TensorMap w1, w2;  // over the P L matrices W1 (Hx, inner) and W2 (inner, Hx)
 
   // The forward's result, contiguous (B, C, H, W).
@@ -51,11 +52,13 @@ struct FieldParams {
   int64_t first, count;
   bool aliased;              // see state_of
   float* table;              // (64 tiles, 64): what the embedding adds at each pixel of every patch
+  float* waves;              // (p^2, F^2): the cosine features, for the backward; else null
   float* inverse_lengths;    // (count, L, padded_inner + 64): reciprocal column norms of W1, then of W2
   char* states;              // (count, 2, tiles, kTileBytes): see state_of
   char* later_states;        // (count, L - 1, tiles, kTileBytes), null if aliased
   float* inverse_rms;        // (count, L + 1, 64 tiles): 1 / rms of the states
   float* along2;             // (count, L, 64): sums for the column norms of W2, if inner > kSlice
+  float* dn_sums;            // (blocks of the backward, tiles, 64, 64), see launch_backward_blocks; null if inner <= kSlice
   float* gain_sums;          // (P, L, 64): the gradient of the gains by patch
   float* group_sums;         // (groups, tiles, GroupSums::kSize): sums over groups of patches, see GroupSums
   int64_t per_group;         // patches per group
@@ -70,11 +73,11 @@ struct FieldParams {
   FLOWSEG_INLINE int state_bytes() const { return tiles() * kTileBytes; }
 };
 
-// Partial sums of one tile of the pixels, over the patches of a group, in fp32. Offsets in floats.
+// Partial sums of one tile of the pixels, over the patches of a group, in fp32. Offsets in floats. Channels beyond C are undefined.
 struct GroupSums {
   enum : int {
     by_position = 0,                                          // (64, 64): gradient of the embedding's result, at each pixel
-    by_channel = by_position + kTile * kTile,                 // (64 hidden, 16): gradient of the embedding's weights on the channels
+    by_channel = by_position + kTile * kTile,                 // (64 hidden, 16): of the embedding's weights on the channels
     out_gain = by_channel + kTile * kMostChannels,            // (64,)
     out_weight = out_gain + kTile,                            // (16, 64)
     out_bias = out_weight + kMostChannels * kTile,            // (16,)
@@ -97,11 +100,21 @@ FLOWSEG_INLINE char* state_of(const FieldParams& f, int64_t local, int level) {
   return f.later_states + (local * (f.depth - 1) + level - 1) * bytes;
 }
 
-// The offset in elements of pixel `row` of a patch, channel 0, in an image of any strides.
+// The offset in elements of a patch's first pixel, channel 0, in an image of any strides. There are fewer than 2^31 patches; a
+// division of 32 bits takes a third of the instructions.
+FLOWSEG_INLINE int64_t first_pixel_of(const FieldParams& f, const Image& image, int64_t patch) {
+  const unsigned batch = static_cast<unsigned>(patch) / static_cast<unsigned>(f.per_image);
+  const unsigned in_image = static_cast<unsigned>(patch) % static_cast<unsigned>(f.per_image);
+  const unsigned down = in_image / static_cast<unsigned>(f.columns), right = in_image % static_cast<unsigned>(f.columns);
+  return batch * image.stride[0] + (down * image.stride[2] + right * image.stride[3]) * f.p;
+}
+// The offset of pixel `row` of a patch from the patch's first pixel.
+FLOWSEG_INLINE int64_t pixel_in_patch(const FieldParams& f, const Image& image, int row) {
+  return row / f.p * image.stride[2] + row % f.p * image.stride[3];
+}
+// The offset in elements of pixel `row` of a patch, channel 0.
 FLOWSEG_INLINE int64_t pixel_of(const FieldParams& f, const Image& image, int64_t patch, int row) {
-  const int64_t in_image = patch % f.per_image, batch = patch / f.per_image;
-  const int64_t down = in_image / f.columns * f.p + row / f.p, right = in_image % f.columns * f.p + row % f.p;
-  return batch * image.stride[0] + down * image.stride[2] + right * image.stride[3];
+  return first_pixel_of(f, image, patch) + pixel_in_patch(f, image, row);
 }
 
 }  // namespace flowseg::cuda

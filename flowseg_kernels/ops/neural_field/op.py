@@ -8,8 +8,8 @@ import torch
 
 from ...runtime.backend import requested_backend
 from ...runtime.flops import define_flops
-from ...runtime.registry import cpu_kernel, define_op, triton_kernel
-from . import reference
+from ...runtime.registry import Limited, cpu_kernel, define_op, triton_kernel
+from . import cuda, reference
 from .flops import backward_flops, forward_flops
 
 _TENSORS = (
@@ -90,6 +90,7 @@ define_op(
     f"neural_field({_TENSORS}) -> Tensor",
     fake=lambda x, *args: torch.empty(x.shape, dtype=x.dtype, device=x.device),
     backends={
+        "cuda": Limited(cuda.neural_field, cuda.why_not, cuda.TAKES),
         "cpu": _run_cpu,
         "triton": triton_kernel(__package__, "neural_field", "triton_launch"),
         "reference": reference.neural_field,
@@ -134,6 +135,7 @@ define_op(
     f"neural_field_bwd(Tensor grad, {_TENSORS}, bool[] needs, str backend) -> ({', '.join(['Tensor'] * 8)})",
     fake=_fake_backward,
     backends={
+        "cuda": Limited(cuda.neural_field_bwd, cuda.why_not, cuda.TAKES),
         "cpu": _run_cpu_backward,
         "triton": triton_kernel(__package__, "neural_field_bwd", "triton_launch"),
         "reference": reference.neural_field_bwd,

@@ -76,7 +76,7 @@ def test_ops_do_not_read(device, name, channels):
 
 def test_the_host_code_of_cuda_ran(device):
     names = ("flow_interpolate", "flow_loss", "distance_correction", "nearest_centroid", "decode_confusion")
-    assert {(name, "cuda") for name in names} <= ops_that_ran
+    assert all(ops_that_ran[name, "cuda"] for name in names)
 
 
 def test_codes_in_float64_and_images_in_bfloat16_do_not_read(device):

@@ -6,7 +6,7 @@ import torch
 import flowseg_kernels as fk
 from flowseg_kernels.runtime.triton import INTERPRETED
 
-from ...support.neural_field import VARIANTS, WIDTH, field_inputs, pixnerd_field
+from ...support.neural_field import VARIANTS, WIDTH, dtype_for, field_inputs, pixnerd_field
 from ...support.samples import layouts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,8 +31,8 @@ def test_equals_pixnerd_in_values_and_every_gradient(channels, hidden, depth, ra
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
-def test_only_the_wanted_gradients(brief):
-    inputs = field_inputs(dtype=torch.float32, batch=1 if brief else 2)
+def test_only_the_wanted_gradients(backend, brief):
+    inputs = field_inputs(dtype=dtype_for(backend), batch=1 if brief else 2)
     every = torch.autograd.grad(fk.neural_field(*inputs, patch_size=4).square().sum(), inputs)
     for place, want in enumerate(every):
         mixed = [v if i == place else v.detach() for i, v in enumerate(inputs)]
@@ -83,6 +83,8 @@ SIZES = {  # channels, hidden, depth, ratio, p, freqs
     "pixnerd": (3, 64, 2, 2, 16, 8),
     "wide": (16, 128, 1, 1, 4, 3),
     "deep": (1, 32, 8, 4, 8, 2),
+    # 81 pixels and 200 inner units: neither fills the tiles and slices of the CUDA kernels.
+    "sliced": (5, 40, 2, 5, 9, 3),
 }
 
 
@@ -153,13 +155,14 @@ def test_odd_sizes(brief, channels, hidden, ratio, p):
 
 
 def test_any_layout_of_pixels_and_weights(backend):
-    inputs = [v.detach() for v in field_inputs(dtype=torch.float32)]
-    want = values_and_gradients(lambda *v: fk.neural_field(*v, patch_size=4), inputs, torch.float32)
+    dtype = dtype_for(backend)
+    inputs = [v.detach() for v in field_inputs(dtype=dtype)]
+    want = values_and_gradients(lambda *v: fk.neural_field(*v, patch_size=4), inputs, dtype)
     views = zip(layouts(inputs[0]), layouts(inputs[1]))
     for (name, x), (_, weights) in views:
         leaves = [v.detach().requires_grad_() for v in (x, weights, *inputs[2:])]
         out = fk.neural_field(*leaves, patch_size=4)
-        weighting = (1.5 + torch.arange(out.numel()).double().cos()).view(out.shape).float()
+        weighting = (1.5 + torch.arange(out.numel()).double().cos()).view(out.shape).to(dtype)
         strided = weighting.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
         for a, b in zip((out, *torch.autograd.grad(out, leaves, strided)), want):
             torch.testing.assert_close(a, b, msg=name)
@@ -173,7 +176,7 @@ def test_any_layout_of_pixels_and_weights(backend):
 
 def test_no_patches_and_no_blocks(backend):
     for change in ({"batch": 0}, {"height": 0}, {"depth": 0}):
-        leaves = field_inputs(dtype=torch.float32, **change)
+        leaves = field_inputs(dtype=dtype_for(backend), **change)
         out = fk.neural_field(*leaves, patch_size=4)
         assert out.shape == leaves[0].shape
         grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
@@ -184,8 +187,8 @@ def test_no_patches_and_no_blocks(backend):
 
 def test_results_do_not_depend_on_threads(backend):
     """Shared gradients of 150 patches are summed in groups of three; the last group is short."""
-    if backend == "triton":
-        pytest.skip("Triton kernels use no CPU threads; test_rounds_of_the_triton_backward repeats a run")
+    if backend in ("triton", "cuda"):
+        pytest.skip("GPU kernels use no CPU threads; test_a_run_repeats_bit_for_bit repeats a run")
     inputs = field_inputs(3, 16, 1, 1, 4, 2, torch.float32, batch=2, height=12, width=100)
     threads, found = torch.get_num_threads(), []
     try:
@@ -202,8 +205,17 @@ def test_results_do_not_depend_on_threads(backend):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other))
 
 
+def test_a_run_repeats_bit_for_bit(backend):
+    dtype = dtype_for(backend)
+    inputs = field_inputs(3, 16, 1, 1, 4, 2, dtype, batch=1, height=4, width=36)
+    first, again = (
+        values_and_gradients(lambda *v: fk.neural_field(*v, patch_size=4, mlp_ratio=1), inputs, dtype) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
 def test_rounds_of_the_triton_backward(backend, monkeypatch):
-    """Run 9 patches in one round twice, then in rounds of two, of which the last is short."""
+    """Run 9 patches in one round, then in rounds of two, of which the last is short."""
     if backend != "triton":
         pytest.skip("only the Triton backward takes patches in rounds")
     from flowseg_kernels.ops.neural_field import triton_settings
@@ -214,7 +226,6 @@ def test_rounds_of_the_triton_backward(backend, monkeypatch):
         return values_and_gradients(lambda *v: fk.neural_field(*v, patch_size=4, mlp_ratio=1), inputs, torch.float32)
 
     want = run()
-    assert all(torch.equal(a, b) for a, b in zip(run(), want))
     monkeypatch.setattr(triton_settings, "_PATCHES_PER_ROUND", 2)
     assert triton_settings.patches_per_round(9, 1) == 2
     got = run()
@@ -224,7 +235,7 @@ def test_rounds_of_the_triton_backward(backend, monkeypatch):
 
 
 def test_a_nan_stays_in_its_pixel(backend):
-    inputs = [v.detach() for v in field_inputs(dtype=torch.float32)]
+    inputs = [v.detach() for v in field_inputs(dtype=dtype_for(backend))]
     want = fk.neural_field(*inputs, patch_size=4)
     inputs[0][0, 1, 5, 2] = float("nan")
     got = fk.neural_field(*inputs, patch_size=4)

@@ -1,0 +1,471 @@
+// The neural field's kernels around its blocks: the embedding's table, both ends of the backward, column norms of a W2 of several
+// slices, and the sums over patches.
+//
+// `leave` and `enter` take one tile of all patches of a group in turn, so their sums over patches have a fixed order and no two
+// blocks add to the same memory. A thread reads a tile in chunks of 8 hidden units: 8 neighbouring lanes hold one row.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/block.cuh"
+#include "cuda/field/params.h"
+
+namespace flowseg::cuda {
+
+constexpr int kEndThreads = 256;
+constexpr int kEndWarps = kEndThreads / 32;
+constexpr int kChunk = 8;                            // elements of 16 bytes
+constexpr int kRowLanes = kTile / kChunk;            // lanes that share a row
+constexpr int kRowsAtOnce = kEndThreads / kRowLanes;
+constexpr int kSteps = kTile / kRowsAtOnce;          // rows of a tile per thread
+constexpr int kFewChannels = 4;                      // the compiled numbers of channels: this one and kMostChannels
+constexpr int kTablePixels = kEndThreads / kTile;    // pixels per block of `table`
+constexpr int kFoldRows = 256;                       // rows that one launch of `fold` adds up
+constexpr int kFoldColumns = 64;
+
+template <class T>
+struct alignas(16) Chunk {
+  T at[kChunk];
+};
+
+// The sum over the 8 lanes that share a row, in each of them.
+__device__ __forceinline__ float row_sum(float v) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 1; step < kRowLanes; step *= 2) v += __shfl_sync(kAllLanes, v, lane ^ step);
+  return v;
+}
+
+// Sums N values over the 8 lanes that share a row. Of the values, lane i gets the sums N / 8 i to N / 8 (i + 1) - 1, in v[0] to
+// v[N / 8 - 1]. Callers leave out kLanes.
+template <int kLanes = kRowLanes, int N>
+__device__ __forceinline__ void scatter_row_sums(float (&v)[N]) {
+  if constexpr (kLanes > 1) {
+    constexpr int kStep = kLanes / 2, kKept = N * kLanes / (2 * kRowLanes);
+    const int lane = threadIdx.x % 32;
+    const bool upper = lane & kStep;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const float sent = upper ? v[i] : v[i + kKept], own = upper ? v[i + kKept] : v[i];
+      v[i] = own + __shfl_sync(kAllLanes, sent, lane ^ kStep);
+    }
+    scatter_row_sums<kStep>(v);
+  }
+}
+
+// The sum of each hidden unit over a block's rows. Each thread gives its sums for the 8 hidden units of its chunk; thread h < 64
+// gets the sum of unit h.
+__device__ __forceinline__ float unit_sum(const float (&own)[kChunk]) {
+  __shared__ float warps[kEndWarps][kTile];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  __syncthreads();  // threads may still read earlier sums
+#pragma unroll
+  for (int k = 0; k < kChunk; ++k) {
+    float v = own[k];
+#pragma unroll
+    for (int step = kRowLanes; step < 32; step *= 2) v += __shfl_sync(kAllLanes, v, lane ^ step);
+    if (lane < kRowLanes) warps[warp][lane * kChunk + k] = v;
+  }
+  __syncthreads();
+  float sum = 0;
+  if (threadIdx.x < kTile) {
+#pragma unroll
+    for (int w = 0; w < kEndWarps; ++w) sum += warps[w][threadIdx.x];
+  }
+  return sum;
+}
+
+// The pixels of one tile that a thread holds, at every patch of a group: rows `first_row` + kRowsAtOnce i of the tile.
+struct TilePlace {
+  int tile, group, chunk, first_row;
+
+  static __device__ __forceinline__ TilePlace of(const FieldParams& f) {
+    return {.tile = static_cast<int>(blockIdx.x) % f.tiles(),
+            .group = static_cast<int>(blockIdx.x) / f.tiles(),
+            .chunk = static_cast<int>(threadIdx.x) % kRowLanes,
+            .first_row = static_cast<int>(threadIdx.x) / kRowLanes};
+  }
+  __device__ __forceinline__ int row(int step) const { return first_row + step * kRowsAtOnce; }
+  __device__ __forceinline__ int pixel(int step) const { return tile * kTile + row(step); }
+  // The offset in bytes of the thread's chunk in a patch's state.
+  __device__ __forceinline__ uint32_t offset(int step) const { return tile * kTileBytes + tile_offset(row(step), chunk * kChunk); }
+  __device__ __forceinline__ float* sums(const FieldParams& f) const {
+    return f.group_sums + ((f.groups_before + group) * f.tiles() + tile) * GroupSums::kSize;
+  }
+  __device__ __forceinline__ int begin(const FieldParams& f) const { return group * static_cast<int>(f.per_group); }
+  __device__ __forceinline__ int end(const FieldParams& f) const {
+    const int64_t next = begin(f) + f.per_group;
+    return static_cast<int>(next < f.count ? next : f.count);
+  }
+};
+
+// What a thread needs of one patch: chunks of its state of level L, and an image at the same pixels. Zero beyond the patch.
+template <class T, int C>
+struct Entries {
+  Chunk<T> state[kSteps];
+  T pixels[kSteps][C];
+};
+
+template <class T, int C>
+__device__ __forceinline__ Entries<T, C> load_entries(const FieldParams& f, const TilePlace& place, const Image& image,
+                                                      const int64_t (&within)[kSteps], int local) {
+  Entries<T, C> found;
+  const char* state = state_of(f, local, f.depth);
+  const T* pixels = static_cast<const T*>(image.data) + first_pixel_of(f, image, f.first + local);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const bool exists = place.pixel(step) < f.pixels();
+    found.state[step] = exists ? *reinterpret_cast<const Chunk<T>*>(state + place.offset(step)) : Chunk<T>{};
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      found.pixels[step][c] = exists && c < image.channels ? pixels[within[step] + c * image.stride[1]] : T{};
+    }
+  }
+  return found;
+}
+
+// Calls body(local, entries) for the patches of a group. The next patch's entries are loaded before the body runs, unless there are
+// too many channels for the registers.
+template <class T, int C, class Body>
+__device__ __forceinline__ void for_each_patch(const FieldParams& f, const TilePlace& place, const Image& image, Body body) {
+  int64_t within[kSteps];
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) within[step] = pixel_in_patch(f, image, place.pixel(step));
+  const int begin = place.begin(f), end = place.end(f);
+  if constexpr (C > kFewChannels) {
+    for (int local = begin; local < end; ++local) body(local, load_entries<T, C>(f, place, image, within, local));
+  } else {
+    Entries<T, C> next = load_entries<T, C>(f, place, image, within, begin);
+    for (int local = begin; local < end; ++local) {
+      const Entries<T, C> now = next;
+      if (local + 1 < end) next = load_entries<T, C>(f, place, image, within, local + 1);
+      body(local, now);
+    }
+  }
+}
+
+// cos(2 pi part / turn) for 0 <= part < turn, within 6e-8: the sine of pi/2 minus the angle, as a Taylor polynomial of degree 11.
+__device__ __forceinline__ float cosine_of_turns(int part, int turn) {
+  const int least = part < turn - part ? part : turn - part;
+  const float t = static_cast<float>(turn - 4 * least) * (1.5707963267948966f / static_cast<float>(turn)), q = t * t;
+  return t * (1 - q * (1 / 6.0f) *
+                      (1 - q * (1 / 20.0f) * (1 - q * (1 / 42.0f) * (1 - q * (1 / 72.0f) * (1 - q * (1 / 110.0f))))));
+}
+
+// One of reference.cosine_features. Position times frequency is a fraction of integers, so whole turns are removed from the
+// cosine's argument before any rounding.
+__device__ __forceinline__ float cosine_feature(int p, int freqs, int pixel, int feature) {
+  const int64_t i = feature / freqs, j = feature % freqs, most = static_cast<int64_t>(p - 1) * (freqs - 1);
+  const int64_t turn = 2 * (most > 1 ? most : 1);
+  const auto wave = [&](int64_t position, int64_t frequency) {
+    return cosine_of_turns(static_cast<int>(position * frequency * freqs % turn), static_cast<int>(turn));
+  };
+  const float scale = static_cast<float>(freqs) / static_cast<float>(freqs > 2 ? freqs - 1 : 1);
+  return wave(pixel % p, i) * wave(pixel / p, j) / (1 + scale * scale * static_cast<float>(i * j));
+}
+
+// Fills f.table, and f.waves if it is not null. A block takes kTablePixels pixels.
+template <class T>
+__global__ void __launch_bounds__(kEndThreads) table(FLOWSEG_GRID_CONSTANT FieldParams f) {
+  __shared__ float waves[kTablePixels][kTile];
+  const int own = threadIdx.x / kTile, column = threadIdx.x % kTile;
+  const int pixel = static_cast<int>(blockIdx.x) * kTablePixels + own, count = f.freqs * f.freqs;
+  const bool in_patch = pixel < f.pixels(), exists = column < f.hidden;
+  const int64_t features = f.x.channels + count;
+  const T* embed = static_cast<const T*>(f.embed) + column * features + f.x.channels;
+  float sum = exists ? widen(static_cast<const T*>(f.embed_bias)[column]) : 0.0f;
+  for (int start = 0; start < count; start += kTile) {
+    const int feature = start + column;
+    __syncthreads();  // threads may still read earlier waves
+    if (feature < count) {
+      const float wave = cosine_feature(f.p, f.freqs, pixel, feature);
+      waves[own][column] = wave;
+      if (f.waves && in_patch) f.waves[static_cast<int64_t>(pixel) * count + feature] = wave;
+    }
+    __syncthreads();
+    const int here = count - start < kTile ? count - start : kTile;
+    if (exists) {
+#pragma unroll 8
+      for (int i = 0; i < here; ++i) sum += waves[own][i] * widen(embed[start + i]);
+    }
+  }
+  f.table[static_cast<int64_t>(pixel) * kTile + column] = in_patch ? sum : 0.0f;
+}
+
+FLOWSEG_INLINE float* inverse_lengths_of(const FieldParams& f, int64_t local, int level) {
+  return f.inverse_lengths + (local * f.depth + level) * (f.padded_inner() + kTile);
+}
+
+// Stores the reciprocal column norms of W2. A block takes one of the count L weights. Only for a W2 of several slices.
+template <class T>
+__global__ void __launch_bounds__(kEndThreads) lengths(FLOWSEG_GRID_CONSTANT FieldParams f) {
+  const int64_t local = blockIdx.x / static_cast<unsigned>(f.depth);
+  const int level = static_cast<int>(blockIdx.x % static_cast<unsigned>(f.depth)), chunk = threadIdx.x % kRowLanes;
+  const T* w2 = static_cast<const T*>(f.weights) + ((f.first + local) * f.depth + level) * (int64_t{2} * f.inner * f.hidden) +
+                int64_t{f.inner} * f.hidden;
+  float squares[kChunk] = {};
+  if (chunk * kChunk < f.hidden) {
+    for (int row = threadIdx.x / kRowLanes; row < f.inner; row += kRowsAtOnce) {
+      const auto values = *reinterpret_cast<const Chunk<T>*>(w2 + int64_t{row} * f.hidden + chunk * kChunk);
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k) squares[k] += widen(values.at[k]) * widen(values.at[k]);
+    }
+  }
+  const float sum = unit_sum(squares);
+  const int unit = threadIdx.x;
+  if (unit < kTile) {
+    inverse_lengths_of(f, local, level)[f.padded_inner() + unit] = unit < f.hidden ? 1 / sqrtf(sum > 1e-24f ? sum : 1e-24f) : 0.0f;
+  }
+}
+
+// Fills `to` (C, 64) with the (C, Hx) factors scale(c, h), zero beyond C and Hx. The caller synchronises.
+template <int C, class Scale>
+__device__ __forceinline__ void stage_factors(float (&to)[C][kTile], const FieldParams& f, Scale scale) {
+  for (int i = threadIdx.x; i < C * kTile; i += kEndThreads) {
+    const int c = i / kTile, h = i % kTile;
+    to[c][h] = c < f.x.channels && h < f.hidden ? scale(c, h) : 0.0f;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ float last_gain(const FieldParams& f, int h) {
+  return f.residual ? widen(static_cast<const T*>(f.out_gain)[h]) : 1.0f;
+}
+
+// From a tile's sum over pixels of grad^T n: the group's sums for out_weight, out_gain and out_bias. The gradient of out_gain needs
+// no sum over pixels of its own: it is the column sum of (grad^T n) * out_weight.
+template <class T, int C>
+__device__ __forceinline__ void store_leave_sums(const FieldParams& f, const TilePlace& place, const float (&by_out)[C][kChunk],
+                                                 const float (&by_bias)[C]) {
+  const T* weight = static_cast<const T*>(f.out_weight);
+  float* sums = place.sums(f);
+  const int h = threadIdx.x;
+  float by_gain = 0;
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const float found = unit_sum(by_out[c]);
+    if (h < kTile && c < f.x.channels) {
+      sums[GroupSums::out_weight + c * kTile + h] = h < f.hidden ? found * last_gain<T>(f, h) : 0.0f;
+      if (h < f.hidden) by_gain += found * widen(weight[c * f.hidden + h]);
+    }
+    // All lanes of a row hold the same sums, so that of every lane 0 counts.
+    float bias[kChunk] = {by_bias[c]};
+    const float total = unit_sum(bias);
+    if (h == 0) sums[GroupSums::out_bias + c] = total;
+  }
+  if (h < kTile) sums[GroupSums::out_gain + h] = by_gain;
+}
+
+// The gradient of the state after the last block, in the place of that state, and the group's sums for the last layer.
+template <class T, int C>
+__global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) leave(FLOWSEG_GRID_CONSTANT FieldParams f) {
+  __shared__ float factors[C][kTile];  // out_weight * out_gain
+  const TilePlace place = TilePlace::of(f);
+  const T* weight = static_cast<const T*>(f.out_weight);
+  stage_factors(factors, f, [&](int c, int h) { return widen(weight[c * f.hidden + h]) * last_gain<T>(f, h); });
+  __syncthreads();
+  float by_out[C][kChunk] = {}, by_bias[C] = {};
+  for_each_patch<T, C>(f, place, f.grad, [&](int local, const Entries<T, C>& now) {
+    float normal[kSteps][kChunk], g[kSteps][kChunk] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k) normal[step][k] = widen(now.state[step].at[k]);
+    }
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const float pixel = widen(now.pixels[step][c]);
+        by_bias[c] += pixel;
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) {
+          by_out[c][k] += pixel * normal[step][k];
+          g[step][k] += pixel * factors[c][place.chunk * kChunk + k];
+        }
+      }
+    }
+    char* state = state_of(f, local, f.depth);
+    const float* inverse_rms = f.inverse_rms + (int64_t{local} * (f.depth + 1) + f.depth) * (f.tiles() * kTile);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      float along = 0, scale = 1;
+      if (f.residual) {
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) along += g[step][k] * normal[step][k];
+        along = row_sum(along) / static_cast<float>(f.hidden);
+        scale = place.pixel(step) < f.pixels() ? inverse_rms[place.pixel(step)] : 0.0f;
+      }
+      Chunk<T> found;
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k) narrow(scale * (g[step][k] - normal[step][k] * along), found.at[k]);
+      *reinterpret_cast<Chunk<T>*>(state + place.offset(step)) = found;
+    }
+  });
+  store_leave_sums<T>(f, place, by_out, by_bias);
+}
+
+// Finishes the gradient of a W2 of several slices. grad_weights holds the gradient times the reciprocal column norms; what comes
+// from the norms is missing. A block takes one of the count L weights.
+template <class T>
+__global__ void __launch_bounds__(kEndThreads) project(FLOWSEG_GRID_CONSTANT FieldParams f) {
+  const int64_t local = blockIdx.x / static_cast<unsigned>(f.depth);
+  const int level = static_cast<int>(blockIdx.x % static_cast<unsigned>(f.depth)), chunk = threadIdx.x % kRowLanes;
+  if (chunk * kChunk >= f.hidden) return;
+  const int64_t at = ((f.first + local) * f.depth + level) * (int64_t{2} * f.inner * f.hidden) + int64_t{f.inner} * f.hidden +
+                     chunk * kChunk;
+  const float* inverse = inverse_lengths_of(f, local, level) + f.padded_inner() + chunk * kChunk;
+  const float* along2 = f.along2 + (local * f.depth + level) * kTile + chunk * kChunk;
+  float along[kChunk];
+#pragma unroll
+  for (int k = 0; k < kChunk; ++k) along[k] = inverse[k] * (along2[k] * inverse[k]);
+  for (int row = threadIdx.x / kRowLanes; row < f.inner; row += kRowsAtOnce) {
+    const auto w = *reinterpret_cast<const Chunk<T>*>(static_cast<const T*>(f.weights) + at + int64_t{row} * f.hidden);
+    auto* grad = reinterpret_cast<Chunk<T>*>(static_cast<T*>(f.grad_weights) + at + int64_t{row} * f.hidden);
+    Chunk<T> found = *grad;
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) narrow(widen(found.at[k]) - widen(w.at[k]) * inverse[k] * along[k], found.at[k]);
+    *grad = found;
+  }
+}
+
+// The gradient of x from the gradient of the state before the first block, and the group's sums for the embedding.
+template <class T, int C>
+__global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) enter(FLOWSEG_GRID_CONSTANT FieldParams f) {
+  __shared__ float factors[C][kTile];  // the embedding's weights on the channels
+  const TilePlace place = TilePlace::of(f);
+  const T* embed = static_cast<const T*>(f.embed);
+  const int64_t features = f.x.channels + f.freqs * f.freqs;
+  stage_factors(factors, f, [&](int c, int h) { return widen(embed[h * features + c]); });
+  __syncthreads();
+  float by_position[kSteps][kChunk] = {}, by_channel[C][kChunk] = {};
+  for_each_patch<T, C>(f, place, f.x, [&](int local, const Entries<T, C>& now) {
+    float g_x[kSteps * C] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      float g[kChunk];
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k) {
+        g[k] = widen(now.state[step].at[k]);
+        by_position[step][k] += g[k];
+      }
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        const float pixel = widen(now.pixels[step][c]);
+#pragma unroll
+        for (int k = 0; k < kChunk; ++k) {
+          by_channel[c][k] += pixel * g[k];
+          g_x[step * C + c] += g[k] * factors[c][place.chunk * kChunk + k];
+        }
+      }
+    }
+    scatter_row_sums(g_x);
+    T* to = static_cast<T*>(f.grad_x) + first_pixel_of(f, f.dense, f.first + local);
+    constexpr int kOwn = kSteps * C / kRowLanes;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int index = place.chunk * kOwn + i, pixel = place.pixel(index / C), c = index % C;
+      if (pixel < f.pixels() && c < f.x.channels) {
+        narrow(g_x[i], to[pixel_in_patch(f, f.dense, pixel) + c * f.dense.stride[1]]);
+      }
+    }
+  });
+  float* sums = place.sums(f);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int k = 0; k < kChunk; ++k) {
+      sums[GroupSums::by_position + place.row(step) * kTile + place.chunk * kChunk + k] = by_position[step][k];
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const float found = unit_sum(by_channel[c]);
+    if (threadIdx.x < kTile) sums[GroupSums::by_channel + threadIdx.x * kMostChannels + c] = found;
+  }
+}
+
+// Adds up rows of an array (rows, columns): rows first, first + step, ..., kFoldRows of them, into row `first`. A block takes
+// kFoldColumns columns of kFoldRows rows.
+__global__ void __launch_bounds__(kEndThreads) fold(float* data, int64_t rows, int64_t columns, int64_t step) {
+  constexpr int kLanes = kEndThreads / kFoldColumns;
+  __shared__ float parts[kLanes][kFoldColumns];
+  const int64_t across = (columns + kFoldColumns - 1) / kFoldColumns;
+  const int own = threadIdx.x % kFoldColumns, lane = threadIdx.x / kFoldColumns;
+  const int64_t column = blockIdx.x % across * kFoldColumns + own, first = blockIdx.x / across * kFoldRows * step;
+  float sum = 0;
+  if (column < columns) {
+#pragma unroll 16
+    for (int i = lane; i < kFoldRows; i += kLanes) {
+      const int64_t row = first + i * step;
+      if (row < rows) sum += data[row * columns + column];
+    }
+  }
+  parts[lane][own] = sum;
+  __syncthreads();
+  if (lane == 0 && column < columns) {
+    for (int i = 1; i < kLanes; ++i) sum += parts[i][own];
+    data[first * columns + column] = sum;
+  }
+}
+
+// The sum over all patches of one entry of GroupSums, after `fold`.
+__device__ __forceinline__ float folded(const FieldParams& f, int tile, int offset) {
+  return f.groups ? f.group_sums[int64_t{tile} * GroupSums::kSize + offset] : 0.0f;
+}
+__device__ __forceinline__ float folded_over_tiles(const FieldParams& f, int offset) {
+  float sum = 0;
+  for (int tile = 0; tile < f.tiles(); ++tile) sum += folded(f, tile, offset);
+  return sum;
+}
+
+// The gradients of the embedding's weights on the cosine features, and of its bias, for one hidden unit. Sums over pixels use fp64:
+// the feature of frequency 0 is 1 everywhere, and its fp32 sum over pixels had up to 2.2 times PyTorch's error.
+template <class T>
+__device__ __forceinline__ void finish_embedding(const FieldParams& f, int unit, T* grad_features) {
+  constexpr int kLanes = kEndThreads / kTile;
+  __shared__ double parts[kLanes][kTile];
+  const int own = threadIdx.x % kTile, lane = threadIdx.x / kTile, count = f.freqs * f.freqs;
+  // The bias is one more feature, which is 1 everywhere.
+  for (int start = 0; start <= count; start += kTile) {
+    const int feature = start + own;
+    double sum = 0;
+    if (feature <= count) {
+#pragma unroll 4
+      for (int pixel = lane; pixel < f.pixels(); pixel += kLanes) {
+        const double g = folded(f, pixel / kTile, GroupSums::by_position + pixel % kTile * kTile + unit);
+        sum += g * static_cast<double>(feature < count ? f.waves[static_cast<int64_t>(pixel) * count + feature] : 1.0f);
+      }
+    }
+    __syncthreads();  // threads may still read earlier sums
+    parts[lane][own] = sum;
+    __syncthreads();
+    if (lane == 0 && feature <= count) {
+      for (int i = 1; i < kLanes; ++i) sum += parts[i][own];
+      narrow(sum, feature < count ? grad_features[feature] : static_cast<T*>(f.grad_bias)[unit]);
+    }
+  }
+}
+
+// Computes the gradients of the shared tensors from the folded sums. A block takes one of the Hx hidden units.
+template <class T>
+__global__ void __launch_bounds__(kEndThreads) finish(FLOWSEG_GRID_CONSTANT FieldParams f) {
+  const int unit = static_cast<int>(blockIdx.x), channels = static_cast<int>(f.x.channels), thread = threadIdx.x;
+  T* embed = static_cast<T*>(f.grad_embed) + unit * (f.x.channels + f.freqs * f.freqs);
+  finish_embedding(f, unit, embed + channels);
+  if (thread < channels) {
+    narrow(folded_over_tiles(f, GroupSums::by_channel + unit * kMostChannels + thread), embed[thread]);
+    narrow(folded_over_tiles(f, GroupSums::out_weight + thread * kTile + unit),
+           static_cast<T*>(f.grad_out_weight)[thread * f.hidden + unit]);
+    if (unit == 0) narrow(folded_over_tiles(f, GroupSums::out_bias + thread), static_cast<T*>(f.grad_out_bias)[thread]);
+  }
+  // The plain form has no gains.
+  if (!f.residual) return;
+  if (thread == 0) narrow(folded_over_tiles(f, GroupSums::out_gain + unit), static_cast<T*>(f.grad_out_gain)[unit]);
+  for (int level = thread; level < f.depth; level += kEndThreads) {
+    narrow(f.patches ? f.gain_sums[int64_t{level} * kTile + unit] : 0.0f,
+           static_cast<T*>(f.grad_gains)[int64_t{level} * f.hidden + unit]);
+  }
+}
+
+}  // namespace flowseg::cuda

@@ -1,0 +1,764 @@
+// The forward of the neural field on Hopper, and the first pass of its backward, which stores the states of every block instead
+// of the output.
+//
+// A thread block stays on its multiprocessor and takes one item after the other: a patch and a set of four tiles of 64 pixels.
+// All its items have the same set, so the set's part of the embedding's table stays in shared memory. An item takes one step for
+// every level and slice. A slice is kSlice inner units of the level's weights, which one stage of shared memory holds.
+//
+// Four warp groups share the work:
+// - The producer. Its first warp loads the weights of a step by TMA, its second the gains. The other two load an item's pixels of
+//   x.
+// - The normaliser scales the weights in place: W1[h, j] by gain[h] / (2 |W1[:, j]|), W2[:, h] by 1 / |W2[:, h]|. So the products
+//   give y = z / 2 and what is added to h.
+// - Two consumers of two tiles each. Rows of a tile are pixels, columns hidden units. A consumer keeps the states of its tiles in
+//   registers, in fp32, from the embedding to the output.
+//
+// Barriers of a stage. All have one phase for every step that uses the stage:
+// - `full`: the weights and the gains are there. The normaliser and the consumers wait for it.
+// - `ready`: the weights are scaled. The consumers wait for it.
+// - `empty`: every warp of the consumers is done. The producer waits for it before it loads a later step.
+// `x_full` and `x_empty` do the same for the pixels, with one phase for every item.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/block.cuh"
+#include "cuda/field/fragments.cuh"
+#include "cuda/field/params.h"
+#include "cuda/hopper/async.cuh"
+#include "cuda/hopper/tile.h"
+#include "cuda/hopper/wgmma.cuh"
+
+namespace flowseg::cuda::forward {
+
+constexpr int kThreads = 4 * kGroupThreads;
+constexpr int kStages = 5;
+constexpr int kSetTiles = 4;
+constexpr int kSetPixels = kSetTiles * kTile;
+
+// The columns of a thread: 8 j + 2 (lane % 4) and the next, for j < 8. A vector over hidden units in this order, so that a thread
+// reads its 16 elements as four times 16 bytes. Padded against conflicts of banks.
+struct ByQuad {
+  static constexpr int kStride = 20;
+  alignas(16) float at[4 * kStride];
+
+  static __device__ __forceinline__ int place(int column) { return column % 8 / 2 * kStride + column / 8 * 2 + column % 2; }
+};
+
+struct alignas(16) FourWords {
+  uint32_t at[4];
+};
+
+// Where the set's part of a state is stored: tiles, and 1 / rms of their rows.
+struct KeptState {
+  char* tiles;
+  float* inverse_rms;
+};
+// What state_of gives, as a linear function of the patch and the level: it takes few registers.
+struct StatePlaces {
+  char *first, *later;                              // of patch 0: level 0, and level 0 if `level` bytes before level 1
+  int64_t first_patch, later_patch, level;          // bytes from patch to patch, and from level to level
+  float* inverse_rms;
+  int rows;
+
+  __device__ __forceinline__ void fill(const FieldParams& f, int set) {
+    const int64_t in_patch = int64_t{set} * kSetTiles * kTileBytes;
+    level = state_of(f, 0, 2) - state_of(f, 0, 1);
+    first = state_of(f, 0, 0) + in_patch;
+    later = state_of(f, 0, 1) - level + in_patch;
+    first_patch = state_of(f, 1, 0) - state_of(f, 0, 0);
+    later_patch = state_of(f, 1, 1) - state_of(f, 0, 1);
+    inverse_rms = f.inverse_rms + set * kSetPixels;
+    rows = f.tiles() * kTile;
+  }
+  // The state before block `at`.
+  __device__ __forceinline__ KeptState state(const FieldParams& f, int local, int at) const {
+    return {.tiles = at == 0 ? first + local * first_patch : later + local * later_patch + at * level,
+            .inverse_rms = inverse_rms + int64_t{local * (f.depth + 1) + at} * rows};
+  }
+};
+
+struct Shared {
+  char weights[kStages][kStageBytes];  // as kSlice says
+  char embed[16 * kTileRowBytes];       // rows: channels, columns: hidden units; swizzled as a tile
+  char out_weight[16 * kTileRowBytes];  // the same
+  // The table of the set times a power of two, in fp16: accumulators 8 i to 8 i + 7 of thread t of a group in [tile][i][t].
+  FourWords table[kSetTiles][4][kGroupThreads];
+  alignas(16) uint16_t x[kSetPixels][kMostChannels];
+  uint32_t gains[kStages][kTile / 2];  // pairs
+  float lengths[kStages][kTile];       // reciprocal lengths of W2's columns; only if inner > kSlice
+  StatePlaces states;                  // with kKeep
+  KeptState kept[kStages];             // with kKeep: the state with which the step begins
+  int places[kSetPixels];              // of the pixels in `out`, from the patch's first one; -1 beyond the patch
+  ByQuad out_gain;
+  float out_bias[kMostChannels];
+  unsigned largest;      // bits of the largest magnitude in the table
+  float inverse_hidden;  // 1 / Hx
+  Barrier full[kStages], ready[kStages], empty[kStages], x_full, x_empty;
+};
+// With kKeep follows room for 16 rows of a tile for every warp of the consumers.
+constexpr int kWarpRows = 16;
+constexpr int kWarpBytes = kWarpRows * kTileRowBytes;
+constexpr int kConsumerWarp = 2 * kGroupThreads / 32;  // the first one
+constexpr int kStagingAt = (int(sizeof(Shared)) + 127) / 128 * 128;
+template <bool kKeep>
+constexpr int kSharedBytes = kStagingAt + (kKeep ? 8 * kWarpBytes : 0) + 1024;
+static_assert(kSharedBytes<true> <= 227 * 1024);  // what a block may have
+
+// What a block works on.
+struct Work {
+  int set, first, step, count, tiles;  // patches first, first + step, ... below count; tiles of the set that exist
+
+  __device__ __forceinline__ explicit Work(const FieldParams& f) {
+    const int sets = (f.tiles() + kSetTiles - 1) / kSetTiles;
+    set = static_cast<int>(blockIdx.x) % sets;
+    first = static_cast<int>(blockIdx.x) / sets;
+    step = static_cast<int>(gridDim.x) / sets;
+    count = static_cast<int>(f.count);
+    tiles = f.tiles() - set * kSetTiles < kSetTiles ? f.tiles() - set * kSetTiles : kSetTiles;
+  }
+  // Consumers with at least one tile. The others end at once.
+  __device__ __forceinline__ int groups() const { return (tiles + 1) / 2; }
+  // Calls use(local, level, slice) for each step.
+  template <class Use>
+  __device__ __forceinline__ void for_each_step(const FieldParams& f, Use use) const {
+    const int depth = f.depth, slices = f.slices();
+#pragma unroll 1
+    for (int local = first; local < count; local += step) {
+#pragma unroll 1
+      for (int level = 0; level < depth; ++level) {
+#pragma unroll 1
+        for (int slice = 0; slice < slices; ++slice) use(local, level, slice);
+      }
+    }
+  }
+};
+
+// ---- Filling shared memory at the start, by all groups but the producer, which loads meanwhile
+
+constexpr int kFillBarrier = 1;
+constexpr int kFillThreads = kThreads - kGroupThreads;
+
+template <class Element>
+__device__ __forceinline__ float element(const void* data, int64_t at) {
+  return widen(static_cast<const Element*>(data)[at]);
+}
+
+// What the ends need: weights, zero beyond the hidden units and channels.
+template <class T>
+__device__ __forceinline__ void fill_ends(Shared& s, const FieldParams& f, int set) {
+  using Element = typename T::Element;
+  const int channels = static_cast<int>(f.x.channels), features = channels + f.freqs * f.freqs;
+  for (int i = threadIdx.x - kGroupThreads; i < kMostChannels * kTile / 2; i += kFillThreads) {
+    const int channel = i / (kTile / 2), column = i % (kTile / 2) * 2;
+    const bool exists = channel < channels && column < f.hidden;
+    const auto pair = [&](const void* data, int64_t at, int64_t stride) {
+      return exists ? T::pack(element<Element>(data, at), element<Element>(data, at + stride)) : 0u;
+    };
+    const uint32_t at = tile_offset(channel, column);
+    *reinterpret_cast<uint32_t*>(s.embed + at) = pair(f.embed, int64_t{column} * features + channel, features);
+    *reinterpret_cast<uint32_t*>(s.out_weight + at) = pair(f.out_weight, channel * f.hidden + column, 1);
+  }
+  for (int i = threadIdx.x - kGroupThreads; i < kSetPixels; i += kFillThreads) {
+    const int pixel = set * kSetPixels + i;
+    s.places[i] = pixel < f.pixels() ? static_cast<int>(pixel_in_patch(f, f.dense, pixel)) : -1;
+  }
+  for (int i = threadIdx.x - kGroupThreads; i < kTile; i += kFillThreads) {
+    s.out_gain.at[ByQuad::place(i)] = i >= f.hidden ? 0.0f : f.residual ? element<Element>(f.out_gain, i) : 1.0f;
+  }
+  for (int i = threadIdx.x - kGroupThreads; i < kMostChannels; i += kFillThreads) {
+    s.out_bias[i] = i < channels ? element<Element>(f.out_bias, i) : 0.0f;
+  }
+}
+
+// The factor of the table in shared memory, or its reciprocal. A power of two that brings the largest element to between 2^14 and
+// 2^15: the table may hold numbers that fp16 cannot.
+__device__ __forceinline__ float table_factor(unsigned largest, bool reciprocal) {
+  const int exponent = static_cast<int>(largest >> 23);
+  const int power = exponent == 255 ? 127 : 268 - (exponent < 15 ? 15 : exponent);
+  return same_bits<float>(static_cast<uint32_t>(reciprocal ? 254 - power : power) << 23);
+}
+
+// The part of the table that belongs to the set. It ends without a barrier.
+__device__ __forceinline__ void fill_table(Shared& s, const FieldParams& f, int set) {
+  const int pixels = f.pixels() - set * kSetPixels;
+  const float* table = f.table + int64_t{set} * kSetPixels * kTile;
+  unsigned largest = 0;
+#pragma unroll 8
+  for (int i = threadIdx.x - kGroupThreads; i < kSetPixels * kTile; i += kFillThreads) {
+    const unsigned bits = i / kTile < pixels ? same_bits<unsigned>(table[i]) & 0x7fffffffu : 0;
+    largest = bits > largest ? bits : largest;
+  }
+  largest = __reduce_max_sync(kAllLanes, largest);
+  if (threadIdx.x % 32 == 0) atomicMax(&s.largest, largest);
+  named_barrier<kFillBarrier, kFillThreads>();
+  const float factor = table_factor(s.largest, false);
+#pragma unroll 4
+  for (int i = threadIdx.x - kGroupThreads; i < kSetPixels * kTile / 2; i += kFillThreads) {
+    const int row = i / (kTile / 2), column = i % (kTile / 2) * 2;
+    // A row beyond the patch is not zero: its norm would be 0 * inf if eps is 0, and the backward multiplies it by zero.
+    float low = 16384, high = 16384;
+    if (row < pixels) {
+      low = table[2 * i] * factor;
+      high = table[2 * i + 1] * factor;
+    }
+    if (column >= f.hidden) low = high = 0;
+    const int thread = row % kTile / 16 * 32 + row % 8 * 4 + column % 8 / 2, at = 4 * (column / 8) + row % 16 / 8 * 2;
+    s.table[row / kTile][at / 8][thread].at[at % 8 / 2] = HalfPair::pack(low, high);
+  }
+}
+
+// ---- The producer
+
+// One thread: the four tiles of weights of each step, and the place for the state with which it begins.
+template <bool kKeep>
+__device__ __forceinline__ void load_weights(Shared& s, const FieldParams& f, const Work& work) {
+  Turn<kStages> stage;
+  work.for_each_step(f, [&](int local, int level, int slice) {
+    Barrier& full = s.full[stage.index];
+    const int matrix = (static_cast<int>(f.first) + local) * f.depth + level, inner = slice * kSlice;
+    const uint32_t to = shared_address(s.weights[stage.index]);
+    s.empty[stage.index].wait(stage.parity ^ 1);
+    if (kKeep && slice == 0) s.kept[stage.index] = s.states.state(f, local, level);
+    full.arrive_and_expect(kStageBytes);
+    load_tile(to, f.w1, full, inner, 0, matrix);
+    load_tile(to + kTileBytes, f.w1, full, inner + kTile, 0, matrix);
+    load_tile(to + 2 * kTileBytes, f.w2, full, 0, inner, matrix);
+    load_tile(to + 3 * kTileBytes, f.w2, full, 0, inner + kTile, matrix);
+    stage.advance();
+  });
+}
+
+// One warp: the gains of each step's level, and W2's lengths where an earlier kernel has found them.
+template <class T>
+__device__ __forceinline__ void load_extras(Shared& s, const FieldParams& f, const Work& work) {
+  const int lane = threadIdx.x % 32;
+  const bool lengths = f.both && f.slices() > 1;
+  Turn<kStages> stage;
+  work.for_each_step(f, [&](int local, int level, int) {
+    s.empty[stage.index].wait(stage.parity ^ 1);
+    float low = 1, high = 1;
+    if (f.residual && 2 * lane < f.hidden) {
+      const int at = level * f.hidden + 2 * lane;
+      low = element<typename T::Element>(f.gains, at);
+      high = element<typename T::Element>(f.gains, at + 1);
+    }
+    s.gains[stage.index][lane] = T::pack(low, high);
+    if (lengths) {
+      const float* from = f.inverse_lengths + (int64_t{local} * f.depth + level) * (f.padded_inner() + kTile) + f.padded_inner();
+      s.lengths[stage.index][lane] = from[lane];
+      s.lengths[stage.index][lane + 32] = from[lane + 32];
+    }
+    s.full[stage.index].arrive();
+    stage.advance();
+  });
+}
+
+// Two warps: the pixels of x of each item. Channels beyond the last stay zero.
+__device__ __forceinline__ void load_pixels(Shared& s, const FieldParams& f, const Work& work) {
+  const int thread = threadIdx.x % 64, channels = static_cast<int>(f.x.channels);
+  int parity = 0;
+#pragma unroll 1
+  for (int local = work.first; local < work.count; local += work.step) {
+    s.x_empty.wait(parity ^ 1);
+    parity ^= 1;
+#pragma unroll 1
+    for (int row = thread; row < work.tiles * kTile; row += 64) {
+      const int pixel = work.set * kSetPixels + row;
+      const bool exists = pixel < f.pixels();
+      const uint16_t* from = static_cast<const uint16_t*>(f.x.data) + (exists ? pixel_of(f, f.x, f.first + local, pixel) : 0);
+#pragma unroll 4
+      for (int c = 0; c < channels; ++c) s.x[row][c] = exists ? from[c * f.x.stride[1]] : uint16_t{0};
+    }
+    s.x_full.arrive();
+  }
+}
+
+// ---- The normaliser
+
+// A warp works on 16 columns of a weight, in blocks of 16 rows. Of a block, a lane's word r[0] holds rows 2 (lane % 4) and the
+// next of column lane / 4. r[1] is the same for column lane / 4 + 8; r[2] and r[3] are 8 rows further.
+// The weights are read once for the lengths and again for the scaling: they do not fit in the group's registers.
+
+// The sums of squares of the columns lane / 4 and lane / 4 + 8, over 16 kSteps rows.
+template <class T, int kSteps>
+__device__ __forceinline__ void column_squares(uint32_t at, float& sum0, float& sum1) {
+  sum0 = sum1 = 0;
+  if constexpr (T::kIsBFloat) {
+    // Sums of four squares in bf16, the rest in fp32.
+    uint32_t pair0 = 0, pair1 = 0;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t r[4];
+      load_matrices_transposed(r, at + k * kRowStep);
+      pair0 = k % 2 ? T::multiply_add(r[0], r[0], pair0) : T::multiply(r[0], r[0]);
+      pair1 = k % 2 ? T::multiply_add(r[1], r[1], pair1) : T::multiply(r[1], r[1]);
+      pair0 = T::multiply_add(r[2], r[2], pair0);
+      pair1 = T::multiply_add(r[3], r[3], pair1);
+      if (k % 2) {
+        sum0 += T::low(pair0);
+        sum0 += T::high(pair0);
+        sum1 += T::low(pair1);
+        sum1 += T::high(pair1);
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      sum0 += __shfl_xor_sync(kAllLanes, sum0, step);
+      sum1 += __shfl_xor_sync(kAllLanes, sum1, step);
+    }
+  } else {
+    // The diagonals of products of the columns with themselves: fp16's range is too small for squares.
+    float d0[4] = {}, d1[4] = {};
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t r[4];
+      load_matrices_transposed(r, at + k * kRowStep);
+      mma_16x8x8<T>(d0, r[0], r[1], r[0]);
+      mma_16x8x8<T>(d1, r[0], r[1], r[1]);
+      mma_16x8x8<T>(d0, r[2], r[3], r[2]);
+      mma_16x8x8<T>(d1, r[2], r[3], r[3]);
+    }
+    const int lane = threadIdx.x % 32, diagonal = (lane & 28) | (lane >> 3);  // the lane that has the element of column lane / 4
+    sum0 = __shfl_sync(kAllLanes, lane & 4 ? d0[1] : d0[0], diagonal);
+    sum1 = __shfl_sync(kAllLanes, lane & 4 ? d1[3] : d1[2], diagonal);
+  }
+}
+
+// Scales the columns by factor0 and factor1 and, with kGains, the rows by `gains`.
+template <class T, int kSteps, bool kGains>
+__device__ __forceinline__ void scale_columns(uint32_t at, float factor0, float factor1, const uint32_t* gains) {
+  const int quad = threadIdx.x % 4;
+  const float factor[2] = {factor0, factor1};
+  uint32_t high[2], low[2];  // bf16 takes a factor as the sum of two numbers
+  if constexpr (T::kIsBFloat) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      high[i] = T::pack(factor[i], factor[i]);
+      const float rest = factor[i] - T::low(high[i]);
+      low[i] = T::pack(rest, rest);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    uint32_t r[4], gain[2];
+    load_matrices_transposed(r, at + k * kRowStep);
+    if constexpr (kGains) {
+      gain[0] = gains[8 * k + quad];
+      gain[1] = gains[8 * k + 4 + quad];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (T::kIsBFloat) {
+        r[i] = T::multiply_add(r[i], high[i % 2], T::multiply(r[i], low[i % 2]));
+        if constexpr (kGains) r[i] = T::multiply(r[i], gain[i / 2]);
+      } else {
+        float first = T::low(r[i]) * factor[i % 2], second = T::high(r[i]) * factor[i % 2];
+        if constexpr (kGains) {
+          first *= T::low(gain[i / 2]);
+          second *= T::high(gain[i / 2]);
+        }
+        r[i] = T::pack(first, second);
+      }
+    }
+    store_matrices_transposed(at + k * kRowStep, r);
+  }
+}
+
+__device__ __forceinline__ float reciprocal_length(float squares) { return rsqrtf(squares > 1e-24f ? squares : 1e-24f); }
+
+// The group: scales every step's weights in place. A warp takes 32 of the 128 columns of W1 and 16 of the 64 of W2.
+template <class T, bool kKeep>
+__device__ __forceinline__ void normalise(Shared& s, const FieldParams& f, const Work& work) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32;
+  const bool one_slice = f.slices() == 1, keeps = kKeep && work.set == 0;
+  Turn<kStages> stage;
+  work.for_each_step(f, [&](int local, int level, int slice) {
+    const uint32_t weights = shared_address(s.weights[stage.index]);
+    float* found = nullptr;  // the lengths of the level, with kKeep
+    if constexpr (kKeep) found = f.inverse_lengths + (int64_t{local} * f.depth + level) * (f.padded_inner() + kTile);
+    const auto keep = [&](int at, float inverse0, float inverse1) {
+      if (kKeep && keeps && lane % 4 == 0) {
+        found[at + lane / 4] = inverse0;
+        found[at + lane / 4 + 8] = inverse1;
+      }
+    };
+    s.full[stage.index].wait(stage.parity);
+    float inverse0, inverse1;
+#pragma unroll (T::kIsBFloat ? 2 : 1)  // fp16 takes more registers
+    for (int i = 0; i < 2; ++i) {
+      const int band = 2 * warp + i;  // 16 columns
+      const uint32_t at = weights + band / 4 * kTileBytes + column_place(band % 4, lane);
+      column_squares<T, 4>(at, inverse0, inverse1);
+      inverse0 = reciprocal_length(inverse0);
+      inverse1 = reciprocal_length(inverse1);
+      keep(slice * kSlice + 16 * band, inverse0, inverse1);
+      scale_columns<T, 4, true>(at, 0.5f * inverse0, 0.5f * inverse1, s.gains[stage.index]);
+    }
+    const uint32_t at = weights + 2 * kTileBytes + column_place(warp, lane);
+    inverse0 = inverse1 = 1;
+    if (f.both) {
+      if (one_slice) {
+        column_squares<T, 8>(at, inverse0, inverse1);
+        inverse0 = reciprocal_length(inverse0);
+        inverse1 = reciprocal_length(inverse1);
+      } else {
+        inverse0 = s.lengths[stage.index][16 * warp + lane / 4];
+        inverse1 = s.lengths[stage.index][16 * warp + lane / 4 + 8];
+      }
+      scale_columns<T, 8, false>(at, inverse0, inverse1, nullptr);
+    }
+    if (one_slice || !f.both) keep(f.padded_inner() + 16 * warp, inverse0, inverse1);
+    if (!FLOWSEG_PLANTED(proxy_fence)) fence_async();
+    s.ready[stage.index].arrive();
+    stage.advance();
+  });
+}
+
+// ---- The consumers
+//
+// A tile's state h is the accumulator of a product: of thread t, h[4 j + 2 r + b] is row 16 (t / 32) + t % 32 / 4 + 8 r, column
+// 8 j + 2 (t % 4) + b. Packed in pairs it is the A operand of the next product, four words for every 16 columns.
+
+// The lane's first row in a tile; the other one is 8 further.
+__device__ __forceinline__ int tile_row() { return threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4; }
+
+// The state before the first block: the table and the channels of x times their weights.
+template <class T>
+__device__ __forceinline__ void embed_pixels(float (&h)[32], Shared& s, int tile) {
+  const FourWords* from = s.table[tile][0] + threadIdx.x % kGroupThreads;
+  const float factor = table_factor(s.largest, true);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const FourWords v = from[i * kGroupThreads];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      h[8 * i + 2 * j] = HalfPair::low(v.at[j]) * factor;
+      h[8 * i + 2 * j + 1] = HalfPair::high(v.at[j]) * factor;
+    }
+  }
+  const int lane = threadIdx.x % 32, row = tile * kTile + threadIdx.x % kGroupThreads / 32 * 16 + lane % 16;
+  uint32_t pixels[4];
+  load_matrices(pixels, shared_address(s.x[row]) + lane / 16 * 16);
+  wgmma_fence();
+  wgmma<T, true>(h, pixels, descriptor(descriptor_low(shared_address(s.embed))));
+  wgmma_commit();
+  wgmma_wait<0>();
+  settle(h);
+}
+
+// 1 / rms of the lane's two rows of a state; one in the plain form.
+struct TwoRows {
+  float at[2];
+};
+__device__ __forceinline__ TwoRows inverse_rms(const float (&h)[32], const Shared& s, const FieldParams& f) {
+  float sum[2][2] = {};
+#pragma unroll
+  for (int i = 0; i < 32; ++i) sum[i / 2 % 2][i % 2] += h[i] * h[i];
+  TwoRows found;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float squares = sum[r][0] + sum[r][1];
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
+    found.at[r] = f.residual ? rsqrtf(squares * s.inverse_hidden + f.eps) : 1.0f;
+  }
+  return found;
+}
+
+// The A operand: the state over its rms.
+template <class T>
+__device__ __forceinline__ void pack_rows(uint32_t (&e)[16], const float (&h)[32], const TwoRows& by) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) e[i] = T::pack(h[2 * i] * by.at[i % 2], h[2 * i + 1] * by.at[i % 2]);
+}
+
+// y = n W1 for 64 of the slice's inner units.
+template <class T>
+__device__ __forceinline__ void first_product(float (&z)[32], const uint32_t (&e)[16], uint32_t weights, int half) {
+  wgmma_first<T, true>(z, e, descriptor(weights, half * kTileBytes));
+#pragma unroll
+  for (int k = 1; k < 4; ++k) wgmma<T, true>(z, e + 4 * k, descriptor(weights, half * kTileBytes + k * kRowStep));
+  wgmma_commit();
+}
+
+// h += u W2 for the same inner units, or h = u W2.
+template <class T>
+__device__ __forceinline__ void second_product(float (&h)[32], const uint32_t (&u)[16], uint32_t weights, int half,
+                                               int accumulate) {
+  wgmma<T, true>(h, u, descriptor(weights, (2 + half) * kTileBytes), accumulate);
+#pragma unroll
+  for (int k = 1; k < 4; ++k) wgmma<T, true>(h, u + 4 * k, descriptor(weights, (2 + half) * kTileBytes + k * kRowStep));
+  wgmma_commit();
+}
+
+template <class T, bool kTanh>
+__device__ __forceinline__ void activate(uint32_t (&u)[16], const float (&z)[32]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    float low, high, t;
+    silu_and_tanh<kTanh>(z[2 * i], low, t);
+    silu_and_tanh<kTanh>(z[2 * i + 1], high, t);
+    u[i] = T::pack(low, high);
+  }
+}
+
+// Stores a normalised state of a tile of the set and its 1 / rms. The copy from the warp's staging runs while the warp goes on.
+__device__ __forceinline__ void keep_state(const uint32_t (&e)[16], const TwoRows& by, const KeptState& kept, bool residual,
+                                           const Shared& s, int tile) {
+  const int lane = threadIdx.x % 32, row = tile * kTile + tile_row();
+  const uint32_t staging = shared_address(&s) + kStagingAt + (threadIdx.x / 32 - kConsumerWarp) * kWarpBytes;
+  if (lane == 0) wait_for_reads<0>();
+  __syncwarp();
+  store_rows(staging + row_place(0, lane), e);
+  fence_async();
+  __syncwarp();
+  if (lane == 0) {
+    store_bytes(kept.tiles + row / kWarpRows * kWarpBytes, staging, kWarpBytes);
+    commit_copies();
+  }
+  if (residual && lane % 4 == 0) {
+    kept.inverse_rms[row] = by.at[0];
+    kept.inverse_rms[row + 8] = by.at[1];
+  }
+}
+
+// The output of a tile's pixels.
+template <class T>
+__device__ __forceinline__ void write_output(const float (&h)[32], Shared& s, const FieldParams& f, int local, int tile) {
+  using Element = typename T::Element;
+  const int quad = threadIdx.x % 4, channels = static_cast<int>(f.x.channels);
+  const TwoRows by = inverse_rms(h, s, f);
+  const float* gain = s.out_gain.at + quad * ByQuad::kStride;
+  uint32_t e[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float scale = by.at[i % 2];
+    e[i] = T::pack(h[2 * i] * scale * gain[i / 2 * 2], h[2 * i + 1] * scale * gain[i / 2 * 2 + 1]);
+  }
+  float v[8] = {};
+  const uint32_t weight = descriptor_low(shared_address(s.out_weight));
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) wgmma<T, false>(v, e + 4 * k, descriptor(weight, k * kColumnStep));
+  wgmma_commit();
+  wgmma_wait<0>();
+  settle(v);
+  const int64_t plane = f.dense.stride[1];
+  const int row = tile * kTile + tile_row();
+  Element* to = static_cast<Element*>(f.out) + first_pixel_of(f, f.dense, f.first + local) + 2 * quad * plane;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (8 * half >= channels) break;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int channel = 8 * half + 2 * quad + i;
+      Element* at = to + (8 * half + i) * plane;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int place = s.places[row + 8 * r];
+        if (channel < channels && place >= 0) narrow(v[4 * half + 2 * r + i] + s.out_bias[channel], at[place]);
+      }
+    }
+  }
+}
+
+// A consumer's registers and its place in the work.
+template <class T, bool kTanh, bool kKeep>
+struct Consumer {
+  Shared& s;
+  const FieldParams& f;
+  const Work& work;
+  int tile;  // the first of two tiles, in the set
+  Turn<kStages> stage;
+  int local, level, slice;
+  float h0[32], h1[32];
+  uint32_t e0[16], e1[16];
+
+  __device__ __forceinline__ Consumer(Shared& s, const FieldParams& f, const Work& work, int tile)
+      : s(s), f(f), work(work), tile(tile) {}
+  __device__ __forceinline__ bool has_both() const { return tile + 1 < work.tiles; }
+  // The A operand of the level's first products.
+  __device__ __forceinline__ TwoRows enter(uint32_t (&e)[16], const float (&h)[32]) {
+    const TwoRows by = inverse_rms(h, s, f);
+    pack_rows<T>(e, h, by);
+    return by;
+  }
+  // One step. While the SiLU of one tile is computed, products of the other run. Order of the products, for tiles 0 and 1 and
+  // halves a and b of the slice: first 0a, first 1a; second 0a, first 0b; second 1a, first 1b; second 0b; second 1b.
+  // Accumulators are touched only after a wait that leaves only later groups of products pending.
+  //
+  // Unless kLast, second 1b still runs when the step ends. The next step must be kCrossing: it begins its own first product
+  // before it waits for that one. This works within an unrolled pair of steps only: ptxas waits for all products at the end of a
+  // loop.
+  template <bool kCrossing, bool kLast>
+  __device__ __forceinline__ void take_step() {
+    const bool begins = slice == 0;
+    const int accumulate = f.residual || !begins;
+    float z0[32], z1[32];
+    uint32_t u0[16], u1[16];
+    TwoRows by0, by1;
+    if (begins) by0 = enter(e0, h0);
+    s.full[stage.index].wait(stage.parity);
+    s.ready[stage.index].wait(stage.parity);
+    const uint32_t weights = descriptor_low(shared_address(s.weights[stage.index]));
+    wgmma_fence();
+    first_product<T>(z0, e0, weights, 0);
+    if (kKeep && begins) keep_state(e0, by0, s.kept[stage.index], f.residual, s, tile);
+    if constexpr (kCrossing) {
+      wgmma_wait<1>();
+      settle(h1);
+      arrive_as_warp(s.empty[stage.previous()]);
+    }
+    if (begins) by1 = enter(e1, h1);
+    wgmma_fence();
+    first_product<T>(z1, e1, weights, 0);
+    if (kKeep && begins && has_both()) keep_state(e1, by1, s.kept[stage.index], f.residual, s, tile + 1);
+    if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<1>();
+    settle(z0);
+    activate<T, kTanh>(u0, z0);
+    wgmma_fence();
+    second_product<T>(h0, u0, weights, 0, accumulate);
+    first_product<T>(z0, e0, weights, 1);
+    wgmma_wait<2>();
+    settle(z1);
+    activate<T, kTanh>(u1, z1);
+    wgmma_fence();
+    second_product<T>(h1, u1, weights, 0, accumulate);
+    first_product<T>(z1, e1, weights, 1);
+    wgmma_wait<2>();
+    settle(z0);
+    activate<T, kTanh>(u0, z0);
+    wgmma_fence();
+    second_product<T>(h0, u0, weights, 1, 1);
+    wgmma_wait<1>();
+    settle(z1);
+    activate<T, kTanh>(u1, z1);
+    wgmma_fence();
+    second_product<T>(h1, u1, weights, 1, 1);
+    wgmma_wait<1>();
+    settle(h0);
+    if constexpr (kLast) {
+      if (FLOWSEG_PLANTED(early_load)) arrive_as_warp(s.empty[stage.index]);
+      wgmma_wait<0>();
+      settle(h1);
+      if (!FLOWSEG_PLANTED(early_load)) arrive_as_warp(s.empty[stage.index]);
+    }
+    stage.advance();
+    if (++slice == f.slices()) {
+      slice = 0;
+      ++level;
+    }
+  }
+
+  __device__ __forceinline__ void leave() {
+    if constexpr (kKeep) {
+      char* last = state_of(f, local, f.depth) + int64_t{work.set} * kSetTiles * kTileBytes;
+      const KeptState kept{.tiles = last, .inverse_rms = s.states.state(f, local, f.depth).inverse_rms};
+      const TwoRows by0 = enter(e0, h0), by1 = enter(e1, h1);
+      keep_state(e0, by0, kept, f.residual, s, tile);
+      if (has_both()) keep_state(e1, by1, kept, f.residual, s, tile + 1);
+    } else {
+      write_output<T>(h0, s, f, local, tile);
+      if (has_both()) write_output<T>(h1, s, f, local, tile + 1);
+    }
+  }
+
+  __device__ __forceinline__ void consume() {
+    int parity = 0;
+#pragma unroll 1
+    for (local = work.first; local < work.count; local += work.step) {
+      s.x_full.wait(parity);
+      parity ^= 1;
+      embed_pixels<T>(h0, s, tile);
+      embed_pixels<T>(h1, s, tile + 1);
+      arrive_as_warp(s.x_empty);
+      level = slice = 0;
+      int left = f.depth * f.slices();
+#pragma unroll 1
+      for (; left >= 2; left -= 2) {
+        take_step<false, false>();
+        take_step<true, true>();
+      }
+      if (left) take_step<false, true>();
+      leave();
+    }
+    if (kKeep && threadIdx.x % 32 == 0) wait_for_copies<0>();
+  }
+};
+
+// ---- The kernel
+
+template <class T, bool kTanh, bool kKeep>
+__global__ void __launch_bounds__(kThreads, 1) forward_blocks(FLOWSEG_GRID_CONSTANT FieldParams f) {
+  FLOWSEG_DYNAMIC_SHARED(char, raw);
+  char* base = raw + (-shared_address(raw) & 1023);
+  Shared& s = *reinterpret_cast<Shared*>(base);
+  const Work work(f);
+  const int group = __shfl_sync(kAllLanes, threadIdx.x / kGroupThreads, 0), warp = threadIdx.x % kGroupThreads / 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      s.full[i].init(1 + 32);
+      s.ready[i].init(kGroupThreads);
+      s.empty[i].init(work.groups() * 4);
+    }
+    s.x_full.init(64);
+    s.x_empty.init(work.groups() * 4);
+    fence_barrier_init();
+    s.largest = 0;
+    s.inverse_hidden = 1.0f / f.hidden;
+    if (kKeep) s.states.fill(f, work.set);
+  }
+  for (int i = threadIdx.x; i < kSetPixels * kMostChannels; i += kThreads) s.x[i / kMostChannels][i % kMostChannels] = 0;
+  __syncthreads();
+  // Registers of the groups' threads: 24 + 40 + 2 * 224 = 512, as many as four groups of 128 have at the start.
+  if (group == 0) {
+    give_registers<24>();
+    if (warp == 0) {
+      if (threadIdx.x == 0) load_weights<kKeep>(s, f, work);
+    } else if (warp == 1) {
+      load_extras<T>(s, f, work);
+    } else {
+      load_pixels(s, f, work);
+    }
+    return;
+  }
+  fill_ends<T>(s, f, work.set);
+  fill_table(s, f, work.set);
+  fence_async();
+  named_barrier<kFillBarrier, kFillThreads>();
+  if (group == 1) {
+    give_registers<40>();
+    normalise<T, kKeep>(s, f, work);
+  } else {
+    take_registers<224>();
+    if (group - 2 >= work.groups()) return;
+    Consumer<T, kTanh, kKeep>(s, f, work, (group - 2) * 2).consume();
+  }
+}
+
+}  // namespace flowseg::cuda::forward
+
+namespace flowseg::cuda {
+
+// Takes the round's patches from x to `out`. With kKeep it is the backward's first pass: it stores the normalised states of all
+// levels, their 1 / rms, and the inverse lengths of the weights' columns. With several slices and both weights normalised, W2's
+// inverse lengths must be there before.
+template <bool kKeep, class Launch>
+void launch_forward(const FieldParams& f, Real type, const Launch& launch) {
+  if (f.count == 0) return;
+  const int64_t sets = (f.tiles() + forward::kSetTiles - 1) / forward::kSetTiles;
+  // The sets of a patch are worked on at the same time, so its weights come from memory once.
+  const int64_t blocks = sets * std::clamp<int64_t>(launch.device().multiprocessors / sets, 1, f.count);
+  const auto run = [&](auto kernel) { launch.with_threads(forward::kThreads, kernel, blocks, forward::kSharedBytes<kKeep>, f); };
+  if (type == Real::f16) {
+    run(forward::forward_blocks<HalfPair, false, kKeep>);
+  } else if (f.residual) {
+    run(forward::forward_blocks<BFloatPair, true, kKeep>);
+  } else {
+    run(forward::forward_blocks<BFloatPair, false, kKeep>);
+  }
+}
+
+}  // namespace flowseg::cuda

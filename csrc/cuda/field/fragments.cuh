@@ -1,0 +1,80 @@
+// What the neural field's kernels for Hopper share: SiLU, a warp's fragments of a tile, and positions in rings of buffers.
+//
+// A warp group (128 threads) holds a matrix of 64 rows and 64 columns: warp w has rows 16 w to 16 w + 15. As an accumulator of a
+// product, element 4 j + 2 r + b of a lane is row lane / 4 + 8 r, column 8 j + 2 (lane % 4) + b. Packed in pairs, word 2 j + r holds
+// two neighbouring columns: that is the operand A of a product, four words for every 16 of its columns.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/block.cuh"
+#include "cuda/hopper/async.cuh"
+#include "cuda/hopper/tile.h"
+#include "cuda/hopper/wgmma.cuh"
+
+namespace flowseg::cuda {
+
+constexpr int kGroupThreads = 128;  // of a warp group
+constexpr int kGroupWarps = kGroupThreads / 32;
+
+// Sets u = SiLU(2 y) and t = tanh(y). u is y t + y: one fused multiply-add with an approximate t. Without kTanh, 1 + t is computed
+// first: it keeps its relative error where it is small.
+template <bool kTanh>
+__device__ __forceinline__ void silu_and_tanh(float y, float& u, float& t) {
+  if constexpr (kTanh) {
+    t = approximate_tanh(y);
+    u = y * t + y;
+  } else {
+    const float gate = __fdividef(2.0f, 1.0f + __expf(-2.0f * y));
+    t = gate - 1;
+    u = y * gate;
+  }
+}
+
+// The place in a tile that a lane gives to load_rows and store_rows: row 16 warp + lane % 16, column 8 (lane / 16).
+__device__ __forceinline__ uint32_t row_place(int warp, int lane) { return tile_offset(16 * warp + lane % 16, 8 * (lane / 16)); }
+// The place for load_columns and store_columns: row 8 (lane / 16) + lane % 8, column 16 warp + 8 (lane / 8 % 2).
+__device__ __forceinline__ uint32_t column_place(int warp, int lane) {
+  return tile_offset(8 * (lane / 16) + lane % 8, 16 * warp + 8 * (lane / 8 % 2));
+}
+
+// A tile's rows, or its columns as the rows of the transposed tile, in a group's registers. `at` is the address of the lane's place.
+// The next 16 columns of a row are at ^ 32: the swizzle makes an addition of an exclusive or.
+__device__ __forceinline__ void load_rows(uint32_t (&v)[16], uint32_t at) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) load_matrices(v + 4 * k, at ^ (k * kColumnStep));
+}
+__device__ __forceinline__ void store_rows(uint32_t at, const uint32_t (&v)[16]) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) store_matrices(at ^ (k * kColumnStep), v + 4 * k);
+}
+__device__ __forceinline__ void load_columns(uint32_t (&v)[16], uint32_t at) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) load_matrices_transposed(v + 4 * k, at + k * kRowStep);
+}
+__device__ __forceinline__ void store_columns(uint32_t at, const uint32_t (&v)[16]) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) store_matrices_transposed(at + k * kRowStep, v + 4 * k);
+}
+
+// A buffer of a ring of kBuffers, and the parity of its barriers' phase. Who fills it waits for parity ^ 1 of its `empty` barrier.
+template <int kBuffers>
+struct Turn {
+  int index = 0, parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++index == kBuffers) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ __forceinline__ int previous() const { return index == 0 ? kBuffers - 1 : index - 1; }
+};
+
+// One arrival for a warp, after all of its lanes.
+__device__ __forceinline__ void arrive_as_warp(Barrier& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier.arrive();
+}
+
+}  // namespace flowseg::cuda
