@@ -3,8 +3,8 @@
 //
 // They are operating-system threads if a sanitizer watches them. Otherwise they are fibers that take turns in
 // one thread: a barrier then takes microseconds. A fiber runs until it waits at a barrier; the last fiber to arrive goes on first.
-// The fibers of every other launch take turns in reverse order. If a barrier is missing, either order lets some fiber read before
-// the fiber that should have written, so two launches show the fault in every run.
+// The fibers of every other block take turns in reverse order. If a barrier is missing, either order lets some fiber read before
+// the fiber that should have written, so a launch of two blocks shows the fault in every run.
 //
 // If every thread waits, an asynchronous copy is delivered; without one, the launch fails with a message that says who waits for
 // what.
@@ -103,28 +103,35 @@ struct Scheduler {
   unsigned waiting = 0, live = 0;
 };
 inline Scheduler scheduler;
+inline void reverse_turns() {}
 
-// A section that one thread at a time enters. ThreadSanitizer sees neither its accesses nor that it orders threads: only what
-// acquire, release, reads and writes say.
-class Guard {
- public:
-  Guard() {
+// A section whose accesses ThreadSanitizer does not see.
+struct Unwatched {
 #ifdef __SANITIZE_THREAD__
+  Unwatched() {
     AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
     AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
     AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-#endif
-    scheduler.lock.lock();
   }
-  ~Guard() {
-    scheduler.lock.unlock();
-#ifdef __SANITIZE_THREAD__
+  ~Unwatched() {
     AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
     AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
     AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
-#endif
   }
-  Guard(const Guard&) = delete;
+#else
+  Unwatched() {}
+#endif
+  Unwatched(const Unwatched&) = delete;
+};
+
+// An unwatched section that one thread at a time enters. It orders threads only as acquire, release, reads and writes say.
+class Guard {
+ public:
+  Guard() { scheduler.lock.lock(); }
+  ~Guard() { scheduler.lock.unlock(); }
+
+ private:
+  Unwatched unwatched_;
 };
 
 [[noreturn]] inline void fail(const std::string& message) {
@@ -144,6 +151,7 @@ class Phase {
     count_.fetch_add(1);
     count_.notify_all();
   }
+  void let_waiters_go_first() {}
   // The caller is in a Guard, which is open during the wait.
   void wait(unsigned seen, Wanted wanted) {
     if (count() != seen) return;
@@ -205,15 +213,17 @@ inline void release(uint64_t&) {}
 inline void reads(const void*, size_t) {}
 inline void writes(const void*, size_t) {}
 
-struct Guard {
-  Guard() {}
+struct Unwatched {
+  Unwatched() {}
 };
+using Guard = Unwatched;
 
 class Phase {
  public:
   unsigned count() const { return count_; }
   void advance() { ++count_; }
   void wait(unsigned seen, Wanted wanted);
+  void let_waiters_go_first() const;
 
  private:
   unsigned count_ = 0;
@@ -240,8 +250,7 @@ struct Fibers {
 
   // Lets the next fiber run that can. May return at once.
   void yield() {
-    const unsigned own = threadIdx.x;
-    unsigned other = own;
+    unsigned other = threadIdx.x;
     for (unsigned tried = 1;; ++tried) {
       other = in_reverse ? (other ? other : count) - 1 : other + 1 == count ? 0 : other + 1;
       if (!finished[other] && waits[other].over()) break;
@@ -249,6 +258,11 @@ struct Fibers {
       if (!deliver_one_copy()) fail(deadlock(wanted));
       tried = 0;
     }
+    go_to(other);
+  }
+
+  void go_to(unsigned other) {
+    const unsigned own = threadIdx.x;
     waits[other].phase = nullptr;
     if (other == own) return;
     threadIdx.x = other;
@@ -264,6 +278,7 @@ struct Fibers {
   }
 };
 inline Fibers fibers;
+inline void reverse_turns() { fibers.in_reverse = !fibers.in_reverse; }
 
 // Abandons all fibers: the launch returns.
 [[noreturn]] inline void fail(const std::string& message) {
@@ -278,6 +293,12 @@ inline void Phase::wait(unsigned seen, Wanted wanted) {
   fibers.wanted[threadIdx.x] = wanted;
   fibers.yield();
   fibers.wanted[threadIdx.x] = {};
+}
+
+inline void Phase::let_waiters_go_first() const {
+  for (unsigned t = 0; t < fibers.count; ++t) {
+    if (!fibers.finished[t] && fibers.waits[t].phase == this && fibers.waits[t].over()) return fibers.go_to(t);
+  }
 }
 
 template <class Body>
@@ -299,7 +320,6 @@ void run_threads(unsigned count, const Body& body) {
     context.uc_stack.ss_size = Fibers::kStackBytes;
     makecontext(&context, [] { fibers.run(); }, 0);
   }
-  fibers.in_reverse = !fibers.in_reverse;
   threadIdx.x = fibers.in_reverse ? count - 1 : 0;
   swapcontext(&fibers.caller, &fibers.contexts[threadIdx.x]);
 }

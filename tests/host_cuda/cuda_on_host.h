@@ -27,6 +27,7 @@
 #ifndef FLOWSEG_THREADS
 #define FLOWSEG_THREADS 64  // two warps
 #endif
+#define FLOWSEG_ROUND_PATCHES 8  // two groups
 #define FLOWSEG_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(flowseg::host::dynamic_shared())
 
 #ifdef FLOWSEG_PLANTS
@@ -77,9 +78,13 @@ template <class T, class Use>
 auto exchange(ThreadBarrier& barrier, std::vector<Value> (&values)[2], unsigned& exchanges, bool orders, int first, T own, Use use) {
   static_assert(sizeof(T) <= sizeof(Value));
   std::vector<Value>& now = values[exchanges++ % 2];
-  std::memcpy(now[threadIdx.x].bytes, &own, sizeof own);
+  {
+    const Unwatched unwatched;
+    std::memcpy(now[threadIdx.x].bytes, &own, sizeof own);
+  }
   barrier.arrive_and_wait(orders);
   return use([&](int i) {
+    const Unwatched unwatched;
     T v;
     std::memcpy(&v, now[first + i].bytes, sizeof v);
     return v;

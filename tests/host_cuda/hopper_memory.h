@@ -20,8 +20,12 @@ constexpr uint32_t kSharedBase = 1024 + 128;  // not a multiple of 1024: CUDA do
 constexpr uint32_t kStaticBase = 1u << 30;    // of static shared memory
 constexpr unsigned char kPoison = 0xff;       // NaN in every floating-point type
 
-inline std::string text(const char* what, int64_t a, const char* then = "", int64_t b = 0, const char* last = "") {
-  return what + std::to_string(a) + (*then ? then + std::to_string(b) : "") + last;
+inline std::string text_of(const char* part) { return part; }
+inline std::string text_of(int64_t part) { return std::to_string(part); }
+// The parts of a message, strings and integers, in one.
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  return (text_of(parts) + ...);
 }
 // For messages: bytes after the first multiple of 1024 of the dynamic shared memory.
 inline int64_t place(uint32_t address) { return static_cast<int64_t>(address) - (kSharedBase + 1023) / 1024 * 1024; }
@@ -43,8 +47,8 @@ struct BarrierState {
   }
   static std::string describe(const void* about) {
     const auto& own = *static_cast<const BarrierState*>(about);
-    return text("barrier at byte ", place(own.address), " of shared memory, phase ", own.phase.count(), ": ") +
-           text("", own.missing, " of ", own.expected, " arrivals and ") + text("", own.bytes, "", 0, " bytes are missing");
+    return text("barrier at byte ", place(own.address), " of shared memory, phase ", own.phase.count(), ": ", own.missing, " of ",
+                own.expected, " arrivals and ", own.bytes, " bytes are missing");
   }
 };
 
@@ -100,10 +104,14 @@ struct Asynchronous {
   std::unique_ptr<ThreadBarrier> named[16];
   std::vector<int> registers;  // of the threads of each warp, if it has changed them
   std::unique_ptr<Products> products;
-  uint32_t serial;  // of the block
+  uint32_t serial;  // of the block, over all launches
+
+  // What the hardware leaves open, and each block decides in another way: loads land in the order of their issue or in reverse;
+  // the threads that wait at a barrier go on before or after the thread that completes its phase.
+  bool newest_first() const { return serial & 2; }
+  bool waiters_first() const { return serial & 4; }
 
   inline static uint32_t blocks = 0;
-  inline static int64_t launches = 0;
 
   Asynchronous(unsigned count, size_t shared);
   ~Asynchronous();
@@ -129,6 +137,7 @@ inline void Asynchronous::reset() {
 #endif
   barriers.clear();
   serial = ++blocks;
+  reverse_turns();
 }
 
 inline char* Asynchronous::at(uint32_t address, int64_t size) const {
@@ -149,12 +158,12 @@ inline void Asynchronous::check_visible([[maybe_unused]] const char* from, [[may
   const int64_t offset = from - memory;
   for (int64_t word = offset / 4; word < (offset + size) / 4; ++word) {
     if (!writers[word]) continue;
-    fail(reader + text(" reads byte ", place(kSharedBase + static_cast<uint32_t>(word * 4)), " of shared memory, which thread ",
-                       writers[word] - 1, " has written without fence_async()"));
+    fail(text(reader, " reads byte ", place(kSharedBase + static_cast<uint32_t>(word * 4)), " of shared memory, which thread ",
+              writers[word] - 1, " has written without fence_async()"));
   }
   if (std::memcmp(from, visible.data() + offset, size) != 0) {
-    fail(reader + text(" reads byte ", place(kSharedBase + static_cast<uint32_t>(offset)),
-                       " of shared memory, which was written without fence_async()"));
+    fail(text(reader, " reads byte ", place(kSharedBase + static_cast<uint32_t>(offset)),
+              " of shared memory, which was written without fence_async()"));
   }
 #endif
 }
@@ -198,11 +207,10 @@ inline void land(const Copy& copy) {
   copy.barrier->complete_if_due();
 }
 
-// Loads land in the order of their issue, and in every other launch in reverse.
 inline bool deliver_one_copy() {
   if (!block || asynchronous().loads.empty()) return false;
   std::deque<Copy>& loads = asynchronous().loads;
-  const bool newest = Asynchronous::launches % 2 == 0;
+  const bool newest = asynchronous().newest_first();
   const Copy copy = newest ? loads.back() : loads.front();
   newest ? loads.pop_back() : loads.pop_front();
   land(copy);
@@ -309,6 +317,7 @@ struct Barrier {
     --own.missing;
     own.bytes += bytes;
     own.complete_if_due();
+    if (own.phase.count() != phase && host::asynchronous().waiters_first()) own.phase.let_waiters_go_first();
   }
   void wait(int parity) {
     const uint64_t number = state;

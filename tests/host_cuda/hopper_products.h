@@ -49,6 +49,11 @@ struct TileOperand {
   }
 };
 
+// Row and column of what a thread holds of a warp's 16 rows: element i of A, two to a word, and accumulator i.
+inline std::pair<int, int> place_in_fragment(int lane, int i) {
+  return {lane / 4 + 8 * (i / 2 % 2), 8 * (i / 4) + 2 * (lane % 4) + i % 2};
+}
+
 struct Product {
   bool bfloat = false;
   int columns = 0;
@@ -95,8 +100,8 @@ inline void check_descriptor(uint64_t descriptor, bool rows_are_k) {
     fail("a descriptor with other strides, swizzle or offset than those of a tile");
   }
   if (rows_are_k ? in_row != 0 : in_row % cuda::kColumnStep != 0 || in_row >= cuda::kTileRowBytes) {
-    fail(text("a descriptor of an operand whose ", 16, "", 0, rows_are_k ? " rows are K" : " columns are K") +
-         text(" starts at byte ", place(start), " of shared memory: not on the grid of a tile"));
+    fail(text("a descriptor of an operand whose ", rows_are_k ? "rows" : "columns", " are K starts at byte ", place(start),
+              " of shared memory: not where a step in a tile starts"));
   }
 }
 
@@ -130,9 +135,8 @@ inline void multiply(const Product& p, float (&c)[16][64]) {
     }
   }
   for (int i = 0; !p.a.extent && i < 32 * 8; ++i) {
-    const int lane = i / 8, word = i / 2 % 4, high = i % 2;
-    const int row = lane / 4 + 8 * (word & 1), k = 2 * (lane % 4) + 8 * (word >> 1) + high;
-    a[row][k] = element_value(static_cast<uint16_t>(p.lanes[lane].a[word] >> 16 * high), p.bfloat);
+    const auto [row, k] = place_in_fragment(i / 8, i % 8);
+    a[row][k] = element_value(static_cast<uint16_t>(p.lanes[i / 8].a[i / 2 % 4] >> 16 * (i % 2)), p.bfloat);
   }
   for (int m = 0; m < 16; ++m) {
     for (int n = 0; n < p.columns; ++n) c[m][n] = 0;
@@ -158,7 +162,8 @@ inline void carry_out(Product& p) {
   for (int lane = 0; lane < 32; ++lane) {
     Accumulator& sums = *p.lanes[lane].sums;
     for (int i = 0; i < sums.count; ++i) {
-      const float product = c[lane / 4 + 8 * (i >> 1 & 1)][8 * (i / 4) + 2 * (lane % 4) + (i & 1)];
+      const auto [row, column] = place_in_fragment(lane, i);
+      const float product = c[row][column];
       sums.values[i] = p.lanes[lane].adds ? sums.values[i] + product : product;
     }
     if (--sums.pending) continue;
@@ -194,7 +199,7 @@ inline Accumulator& accumulator(ThreadProducts& own, float* d, int count, bool a
 
 __attribute__((noinline)) inline void issue(const Signature& signature, float* d, const uint32_t* a, bool adds) {
   const unsigned thread = threadIdx.x, warp = thread / 32, lane = thread % 32, group = thread / 128;
-  const TileOperand operand_a{signature.a, signature.rows_a, signature.a_in_tile ? 16 : 0, static_cast<int>(warp % 4 * 16)};
+  const TileOperand operand_a{signature.a, signature.rows_a, signature.a_in_tile ? 16 : 0, static_cast<int>(warp % 4) * 16};
   const TileOperand operand_b{signature.b, signature.rows_b, signature.columns, 0};
   if (lane == 0) {  // it stands for the product
     for (const TileOperand* operand : {&operand_a, &operand_b}) {
@@ -323,7 +328,6 @@ inline Asynchronous::Asynchronous(unsigned count, size_t shared)
   products->warps.resize((count + 31) / 32);
   products->threads.resize(count);
   products->groups.resize((count + 127) / 128);
-  ++launches;
   reset();
 }
 inline Asynchronous::~Asynchronous() { std::free(memory - kSharedBase % 1024); }
@@ -355,7 +359,7 @@ inline void end_block() {
   if (!all.loads.empty()) fail(text("the block ended before a load to byte ", place(all.loads[0].address), " had landed"));
   int registers = 0;
   for (const int count : all.registers) registers += 32 * count;
-  if (registers > 65536) fail(text("the warps take ", registers, "", 0, " registers: more than 65536"));
+  if (registers > 65536) fail(text("the warps take ", registers, " registers: more than 65536"));
   for (WarpProducts& warp : all.products->warps) warp = {};
   for (ThreadProducts& thread : all.products->threads) thread = {};
   for (auto& group : all.products->groups) group.clear();

@@ -35,7 +35,7 @@ def compiled(name: str, *flags: str, sources: tuple[str, ...] = ("ops.cpp",)) ->
     if not target.exists() or target.stat().st_mtime < max(file.stat().st_mtime for file in inputs if file.is_file()):
         BUILD.mkdir(parents=True, exist_ok=True)
         command = ["g++", "-std=c++20", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-                   "-Wno-missing-field-initializers", f"-I{ROOT}/csrc", "-include", FOLDER / "cuda_on_host.h", *flags, *(FOLDER / s for s in sources)]  # fmt: skip
+                   f"-I{ROOT}/csrc", "-include", FOLDER / "cuda_on_host.h", *flags, *(FOLDER / s for s in sources)]  # fmt: skip
         # Another process may load the file meanwhile: it sees the old one or the whole new one.
         written = target.with_suffix(f".{os.getpid()}")
         done = subprocess.run([*command, "-o", written], capture_output=True, text=True)

@@ -35,7 +35,7 @@ __device__ __forceinline__ void pipeline_load(const PipelineParams& a, PipelineS
   int step = 0;
   for (int item = blockIdx.x; item < a.items; item += gridDim.x, ++step) {
     const int stage = step % kPipelineStages;
-    if (!FLOWSEG_PLANTED(early_load)) s.empty[stage].wait((step / kPipelineStages & 1) ^ 1);
+    s.empty[stage].wait((step / kPipelineStages & 1) ^ 1);
     s.full[stage].arrive_and_expect(2 * kTileBytes);
     load_bytes(shared_address(s.x[stage]), a.x + int64_t{item} * kTileBytes, s.full[stage], kTileBytes);
     load_tile(shared_address(s.w[stage]), a.w, s.full[stage], 0, 0, item);
@@ -107,9 +107,10 @@ __device__ __forceinline__ void pipeline_multiply(const PipelineParams& a, Pipel
     if (FLOWSEG_PLANTED(wait_group)) wgmma_wait<2>(); else wgmma_wait<1>();
     settle(pq);
     stage_result<T>(pq, shared_address(s.staged[0]));
+    if (FLOWSEG_PLANTED(early_load) && lane == 0) s.empty[stage].arrive();
     wgmma_wait<0>();
     settle(r);
-    if (lane == 0) s.empty[stage].arrive();
+    if (!FLOWSEG_PLANTED(early_load) && lane == 0) s.empty[stage].arrive();
     stage_result<T>(r, shared_address(s.staged[1]));
     fence_async();
     named_barrier<1, 128>();

@@ -193,35 +193,37 @@ __device__ __forceinline__ void move_gradients(Shared& s, const FieldParams& f) 
   }
 }
 
-// Multiplies 16 bytes by eight factors.
+// Multiplies 8 columns of every eighth row by eight factors. `at` is the first row's place.
 template <class T>
-__device__ __forceinline__ void scale(char* at, const float (&factor)[8]) {
-  FourWords v = *reinterpret_cast<FourWords*>(at);
+__device__ __forceinline__ void scale_rows(char* at, int rows, const float (&factor)[8]) {
+#pragma unroll 2
+  for (; rows > 0; rows -= 8, at += 8 * kTileRowBytes) {
+    FourWords v = *reinterpret_cast<FourWords*>(at);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) v.at[i] = T::pack(T::low(v.at[i]) * factor[2 * i], T::high(v.at[i]) * factor[2 * i + 1]);
-  *reinterpret_cast<FourWords*>(at) = v;
+    for (int i = 0; i < 4; ++i) v.at[i] = T::pack(T::low(v.at[i]) * factor[2 * i], T::high(v.at[i]) * factor[2 * i + 1]);
+    *reinterpret_cast<FourWords*>(at) = v;
+  }
 }
 
 // Gives the columns of a step's weights length 1. A thread has 8 columns of each weight and every fourth or eighth row. Lengths beyond
 // the weights' ends may hold anything.
 template <class T>
-__device__ __forceinline__ void scale_weights(char* weights, const Factors& factors, const FieldParams& f, int slice, int thread) {
+__device__ __forceinline__ void scale_weights(char* weights, const Factors& factors, const FieldParams& f, int slice, uint32_t thread) {
+  const uint32_t column1 = thread % 16 * 8, column2 = thread % 8 * 8;
   const auto eight = [](const float* from, bool exist, float (&factor)[8]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) factor[i] = exist ? from[i] : 0.0f;
   };
   float factor[8];
-  const int column1 = thread % 16 * 8;
-  eight(factors.inverse1 + column1, slice * kSlice + column1 < f.inner, factor);
+  eight(factors.inverse1 + column1, slice * kSlice + static_cast<int>(column1) < f.inner, factor);
   char* w1 = weights + column1 / kTile * kTileBytes;
 #pragma unroll 1
-  for (int row = thread / 16; row < kTile; row += kScalingThreads / 16) scale<T>(w1 + tile_offset(row, column1 % kTile), factor);
+  for (uint32_t row = thread / 16; row < 8; row += kScalingThreads / 16) {
+    scale_rows<T>(w1 + tile_offset(row, column1 % kTile), kTile, factor);
+  }
   if (!f.both) return;
-  const int column2 = thread % 8 * 8;
-  eight(factors.inverse2 + column2, column2 < f.hidden, factor);
-  char* w2 = weights + 2 * kTileBytes;
-#pragma unroll 1
-  for (int row = thread / 8; row < kSlice; row += kScalingThreads / 8) scale<T>(w2 + tile_offset(row, column2), factor);
+  eight(factors.inverse2 + column2, static_cast<int>(column2) < f.hidden, factor);
+  scale_rows<T>(weights + 2 * kTileBytes + tile_offset(thread / 8, column2), kSlice, factor);
 }
 
 // Two warps: the weights of each step.
@@ -251,7 +253,7 @@ __device__ __forceinline__ void load_weights(Shared& s, const FieldParams& f, in
     factors.half_gain[thread] = 0.5f * gain;
     uint32_t own[1] = {static_cast<uint32_t>(thread)};
     settle(own);  // so that the compiler does not hold addresses from step to step: that would take too many registers
-    scale_weights<T>(weights, factors, f, v.slice, static_cast<int>(own[0]));
+    scale_weights<T>(weights, factors, f, v.slice, own[0]);
     fence_async();
     arrive_as_warp(s.weights_ready[stage.index]);
   }
@@ -370,10 +372,10 @@ __device__ __forceinline__ void propagate_state(Shared& s, const FieldParams& f)
     s.dy_full[product.index].wait(product.parity);
     float dn[32];
     state_product<T>(dn, dy, w1);
-    if (FLOWSEG_PLANTED(early_reuse)) arrive_as_warp(s.dy_empty[product.index]);
+    if (FLOWSEG_PLANTED(early_release)) arrive_as_warp(s.dy_empty[product.index]);
     wgmma_wait<0>();
     settle(dn);
-    if (!FLOWSEG_PLANTED(early_reuse)) arrive_as_warp(s.dy_empty[product.index]);
+    if (!FLOWSEG_PLANTED(early_release)) arrive_as_warp(s.dy_empty[product.index]);
     if (f.slices() == 1 || add_slices(dn, f, v, thread)) {
       s.new_g_empty.wait(written.parity ^ 1);
       written.advance();

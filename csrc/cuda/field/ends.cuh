@@ -138,7 +138,7 @@ __device__ __forceinline__ void for_each_patch(const FieldParams& f, const TileP
     Entries<T, C> next = load_entries<T, C>(f, place, image, within, begin);
     for (int local = begin; local < end; ++local) {
       const Entries<T, C> now = next;
-      if (local + 1 < end) next = load_entries<T, C>(f, place, image, within, local + 1);
+      next = load_entries<T, C>(f, place, image, within, local + 1 < end ? local + 1 : local);
       body(local, now);
     }
   }
@@ -385,8 +385,8 @@ __global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) enter(
   }
 }
 
-// Adds up rows of an array (rows, columns): the kFoldRows rows first, first + step, ..., into row `first`. A block takes kFoldColumns
-// columns of kFoldRows rows.
+// Adds up rows of an array (rows, columns): rows first, first + step, ..., kFoldRows of them, into row `first`. A block takes
+// kFoldColumns columns of kFoldRows rows.
 __global__ void __launch_bounds__(kEndThreads) fold(float* data, int64_t rows, int64_t columns, int64_t step) {
   constexpr int kLanes = kEndThreads / kFoldColumns;
   __shared__ float parts[kLanes][kFoldColumns];
