@@ -14,7 +14,7 @@ from ...runtime.triton import aligned
 
 __all__ = ["TAKES", "neural_field", "neural_field_bwd", "takes", "why_not"]
 
-#: What `takes` checks, in words.
+#: The calls that pass `takes`, in words.
 TAKES = "bf16 or fp16 tensors, Hx a multiple of 8 up to 64"
 
 _TENSORS = (
