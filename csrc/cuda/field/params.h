@@ -40,7 +40,7 @@ struct FieldParams {
   // The forward's result, contiguous (B, C, H, W).
   void* out;
 
-  // The backward's input and results. The last six come from finish_field.
+  // The backward's input and results. The last six come from `finish`.
   Image grad;          // of `out`, any strides
   void* grad_x;        // contiguous (B, C, H, W)
   void* grad_weights;  // as weights
