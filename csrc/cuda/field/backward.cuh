@@ -155,7 +155,7 @@ __device__ __forceinline__ void load_states(Shared& s, const FieldParams& f) {
   Turn<kRing> turn;
   for (Visit v(f); v.exists(f); v.next(f), turn.advance()) {
     Barrier& full = s.tile_full[turn.index];
-    s.tile_empty[turn.index].wait(turn.parity ^ 1);
+    if (!FLOWSEG_PLANTED(early_load)) s.tile_empty[turn.index].wait(turn.parity ^ 1);
     full.arrive_and_expect(kTileBytes);
     load_bytes(shared_address(s.tiles[turn.index][0]), state_of(f, v.local, v.level) + int64_t{v.tile} * kTileBytes, full, kTileBytes);
   }
@@ -372,10 +372,9 @@ __device__ __forceinline__ void propagate_state(Shared& s, const FieldParams& f)
     s.dy_full[product.index].wait(product.parity);
     float dn[32];
     state_product<T>(dn, dy, w1);
-    if (FLOWSEG_PLANTED(early_release)) arrive_as_warp(s.dy_empty[product.index]);
     wgmma_wait<0>();
     settle(dn);
-    if (!FLOWSEG_PLANTED(early_release)) arrive_as_warp(s.dy_empty[product.index]);
+    arrive_as_warp(s.dy_empty[product.index]);
     if (f.slices() == 1 || add_slices(dn, f, v, thread)) {
       s.new_g_empty.wait(written.parity ^ 1);
       written.advance();

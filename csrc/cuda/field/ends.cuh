@@ -138,7 +138,7 @@ __device__ __forceinline__ void for_each_patch(const FieldParams& f, const TileP
     Entries<T, C> next = load_entries<T, C>(f, place, image, within, begin);
     for (int local = begin; local < end; ++local) {
       const Entries<T, C> now = next;
-      if (local + 1 < end) next = load_entries<T, C>(f, place, image, within, local + 1);
+      next = load_entries<T, C>(f, place, image, within, local + 1 < end ? local + 1 : local);
       body(local, now);
     }
   }
