@@ -21,7 +21,10 @@ INSTRUCTIONS = {(True, False): 1290, (True, True): 1550, (False, False): 2315, (
 def compiled():
     """Compile every kernel. Returns what ptxas says, and the path of the cubin."""
     proof("cuda_code", None if sass.find_tool("nvcc") else "nvcc was not found: no machine code to look at")
-    source, target = cuda_budget.PATH.with_name("field_kernels.cu"), cuda_budget.ROOT / "build" / "static" / "field.cubin"
+    source, target = (
+        cuda_budget.PATH.with_name("field_kernels.cu"),
+        cuda_budget.ROOT / "build" / "static" / "field.cubin",
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
     command = [sass.find_tool("nvcc"), "-std=c++20", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v",
                "-cubin", f"-I{cuda_budget.ROOT}/csrc", source, "-o", target]  # fmt: skip
@@ -37,9 +40,9 @@ def test_no_kernel_spills(compiled):
     assert all(used["LOCAL"] == 0 for used in sass.resources(binary).values())
 
 
-def test_ptxas_does_not_serialise_products(compiled):
-    """Its warnings C7510 and C7512 say that it waits for every product before the next."""
-    assert "serialized" not in compiled[0]
+def test_ptxas_does_not_wait_for_products(compiled):
+    """Warnings C7510 to C7519 say that it waits for every product before the next, or that it fences where the kernel does not."""
+    assert not re.search(r".*\(C75\d\d\).*", compiled[0])
 
 
 def test_the_main_loop_of_the_forward(compiled):
