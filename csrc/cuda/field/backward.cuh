@@ -36,7 +36,7 @@
 // | new_g_full    | 1     | state group (4), when the new g is written           | g's thread, before it stores                |
 // | new_g_empty   | 1     | g's thread (1), when the store has read it           | state group, before it writes the new g     |
 //
-// Why no wait lasts for ever: order all events by visits. For a visit a group needs the loads up to this visit, and what the other
+// Why no wait lasts for ever: order all events by visits. For a visit a group needs the loads up to it, and what the other
 // groups do in visits up to this one. So it is enough that no load waits for its own visit or a later one:
 // - g's thread stores the new g of a visit, waits until it is in global memory, and then loads g of `ahead` + 1 visits later.
 //   `ahead` is less than the number of tiles, so g of the next level, that many visits later, is loaded after it was stored.
@@ -77,7 +77,7 @@ struct alignas(16) FourWords {
   uint32_t at[4];
 };
 
-// What belongs to the weights of a step.
+// Factors of the weights of a step.
 struct alignas(16) Factors {
   float inverse1[kSlice], inverse2[kTile];
   float half_gain[kTile];
@@ -287,7 +287,7 @@ __device__ __forceinline__ bool add_slices(float (&dn)[32], const FieldParams& f
   return last;
 }
 
-// The new g of the lane's two rows, written to `to`. `n`, `g` and `to` are the lane's places in the tiles, `inverse` is 1 / rms of
+// The new g of the lane's two rows, written to `to`. `n`, `g` and `to` are the lane's places in tiles, `inverse` is 1 / rms of
 // the rows.
 template <class T>
 __device__ __forceinline__ void finish_state(float (&dn)[32], const FieldParams& f, const float* half_gain, uint32_t n,
