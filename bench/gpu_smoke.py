@@ -188,7 +188,8 @@ def check_field(checks, backend, device, dtype, patches, depth, options):
     shown = " ".join(options.values())
     if backend == "cuda":
         checks.say(
-            cuda.takes(inputs), f"neural_field {patches} patches L={depth} {shown} {dtype}: the CUDA kernels take it"
+            cuda.takes(16, *inputs),
+            f"neural_field {patches} patches L={depth} {shown} {dtype}: the CUDA kernels take it",
         )
     for name, *values in zip(FIELD_NAMES, got, plain, want, again):
         if values[0] is None:
@@ -235,7 +236,7 @@ def call_all(backend, device, dtype, shape, patches):
     pixels = pixel_inputs(150, 3, device, dtype, shape)
     field = field_plain.inputs(patches=patches, depth=2, dtype=dtype, device=device)
     grad = torch.ones(field[0].shape, device=device)
-    runs = backend in fk.available_backends("neural_field", device) and (backend != "cuda" or cuda.takes(field))
+    runs = backend in fk.available_backends("neural_field", device) and (backend != "cuda" or cuda.takes(16, *field))
 
     def run():
         with fk.use_backend(backend):

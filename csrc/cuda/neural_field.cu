@@ -7,13 +7,13 @@ namespace flowseg::cuda {
 
 namespace {
 
+constexpr int64_t kMostPixelsOfSide = 2048;  // of a patch: the bytes of its state are an int
+
 std::vector<int64_t> sizes_of(const Tensor& t) {
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
   return sizes;
 }
-
-bool has_shape(const Tensor& t, const std::vector<int64_t>& shape) { return sizes_of(t) == shape; }
 
 // The inputs of both ops. The members keep the tensors alive.
 struct FieldInputs {
@@ -23,22 +23,21 @@ struct FieldInputs {
   // Checks the tensors and returns them as parameters of the kernels.
   FieldParams params() const {
     const Image image = image_of(x, "x");
+    FLOWSEG_CHECK(embed_bias.dim() == 1 && weights.dim() == 4, "embed_bias: wanted shape (Hx,), and weights (B, N, L, 2 r Hx^2)");
     const int64_t hidden = embed_bias.size(0), p = options.patch_size;
+    FLOWSEG_CHECK(p <= kMostPixelsOfSide, "patch_size: wanted at most ", kMostPixelsOfSide, "; got ", p);
     FLOWSEG_CHECK(p >= 1 && options.mlp_ratio >= 1 && image.height % p == 0 && image.width % p == 0,
                   "x: wanted height and width divisible by patch_size ", p);
     const int64_t per_image = (image.height / p) * (image.width / p);
-    FLOWSEG_CHECK(image.batch * per_image <= INT32_MAX, "x: wanted at most 2^31 - 1 patches");
+    FLOWSEG_CHECK(image.batch * per_image * std::max<int64_t>(1, weights.size(2)) <= INT32_MAX,
+                  "weights: wanted fewer than 2^31 blocks in all patches");
     FLOWSEG_CHECK(image.channels >= 1 && image.channels <= kMostChannels, "x: wanted 1 to 16 channels; got ", image.channels);
     FLOWSEG_CHECK(hidden >= 8 && hidden <= kMostHidden && hidden % 8 == 0,
                   "embed_bias: wanted Hx a multiple of 8, at most 64; got ", hidden);
-    FLOWSEG_CHECK(weights.dim() == 4 && weights.size(0) == image.batch && weights.size(1) == per_image &&
-                      weights.size(3) == 2 * options.mlp_ratio * hidden * hidden,
-                  "weights: wanted shape (B, N, L, 2 r Hx^2)");
     FLOWSEG_CHECK(reinterpret_cast<uintptr_t>(weights.data_ptr()) % 16 == 0, "weights: wanted an address divisible by 16");
-    FLOWSEG_CHECK(embed.dim() == 2 && embed.size(0) == hidden && embed.size(1) > image.channels,
-                  "embed_weight: wanted shape (Hx, C + F^2)");
-    check("weights", weights, sizes_of(weights));
-    check("embed_weight", embed, sizes_of(embed));
+    FLOWSEG_CHECK(embed.dim() == 2 && embed.size(1) > image.channels, "embed_weight: wanted shape (Hx, C + F^2)");
+    check("weights", weights, {image.batch, per_image, weights.size(2), 2 * options.mlp_ratio * hidden * hidden});
+    check("embed_weight", embed, {hidden, embed.size(1)});
     check("embed_bias", embed_bias, {hidden});
     check("out_weight", out_weight, {image.channels, hidden});
     check("out_bias", out_bias, {image.channels});
@@ -59,7 +58,7 @@ struct FieldInputs {
 
  private:
   void check(const char* name, const Tensor& t, const std::vector<int64_t>& shape) const {
-    FLOWSEG_CHECK(has_shape(t, shape), name, ": wrong shape");
+    FLOWSEG_CHECK(sizes_of(t) == shape, name, ": wrong shape");
     FLOWSEG_CHECK(t.is_cuda() && t.is_contiguous(), name, ": wanted a contiguous CUDA tensor");
     FLOWSEG_CHECK(t.scalar_type() == x.scalar_type() &&
                       (x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half),

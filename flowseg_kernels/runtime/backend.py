@@ -82,6 +82,8 @@ def use_backend(name: str) -> Iterator[None]:
     the block uses the same backend, even if it runs later or in another thread. A function compiled with torch.compile reads
     the backend of its forward at run time and the backend of its backward at compile time.
 
+    A call of neural_field that the backend's kernels do not take, because of its dtypes or its hidden width, runs on the next one.
+
     Raises:
         ValueError: for an unknown name.
         BackendUnavailable: at the call of an op that has no such backend here, with the reason.

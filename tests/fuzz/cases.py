@@ -201,18 +201,23 @@ def pixels(draw, op: str, *, slow: bool = False):
 
 
 @st.composite
-def fields(draw, *, slow: bool = False):
+def fields(draw, *, slow: bool = False, cuda: bool = False):
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
-    dtype = pick("float32", "bfloat16", "float16", "float64")
+    # The kernels in CUDA C++ pass most other calls on.
+    dtype = (
+        pick("bfloat16", "float16", "bfloat16", "float32")
+        if cuda
+        else pick("float32", "bfloat16", "float16", "float64")
+    )
     return Field(
         batch=pick(1, 1, 2, 0),
         down=pick(1, 1, 2, 0),
         across=pick(1, 2, 3) if not slow else pick(1, 1, 2),
         channels=pick(3, 1, 2, 5, 8, 16),
-        hidden=pick(8, 4, 7, 16, 24, 33) if not slow else pick(8, 4, 7, 16),
+        hidden=pick(8, 16, 64, 24, 40, 12) if cuda else pick(8, 4, 7, 16, 24, 33) if not slow else pick(8, 4, 7, 16),
         depth=pick(1, 2, 3, 0) if not slow else pick(1, 1, 2, 0),
         ratio=pick(1, 2, 3),
-        patch=pick(2, 1, 3, 4, 5),
+        patch=pick(2, 1, 3, 4, 9) if cuda else pick(2, 1, 3, 4, 5),
         freqs=pick(2, 1, 3),
         dtypes=(dtype,) * 3 if draw(st.integers(0, 4)) else tuple(pick(*FLOATS) for _ in range(3)),
         layouts=tuple(pick("contiguous", *LAYOUTS) for _ in range(3)),
@@ -232,5 +237,5 @@ def with_changed_codebook(case: Pixels) -> Pixels:
 PIXEL_OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
 
 
-def cases(op: str, *, slow: bool = False):
-    return fields(slow=slow) if op == "neural_field" else pixels(op, slow=slow)
+def cases(op: str, *, slow: bool = False, cuda: bool = False):
+    return fields(slow=slow, cuda=cuda) if op == "neural_field" else pixels(op, slow=slow)

@@ -38,7 +38,7 @@ def run_piece(piece: Piece) -> Piece:
         report_multiple_bugs=False,
         phases=(Phase.generate, Phase.shrink),
     )
-    @given(cases(piece.op, slow=piece.backend == "triton"))
+    @given(cases(piece.op, slow=piece.backend == "triton", cuda=piece.backend == "cuda"))
     def every_case(case):
         piece.ran += 1
         check(piece.op, with_changed_codebook(case) if piece.changed else case, piece.backend)

@@ -113,7 +113,7 @@ def test_any_call_is_within_its_bound_of_fp64(backend, slow, op):
         max_examples=most, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink), report_multiple_bugs=False,
     )  # fmt: skip
-    @given(cases(op, slow=slow))
+    @given(cases(op, slow=slow, cuda=backend == "cuda"))
     def every_case(case):
         check(op, case, backend)
 

@@ -278,7 +278,10 @@ struct World {
   }
 };
 
-void report(const char* name, const std::string& what) { std::printf("%s: %s\n", name, what.c_str()); }
+void report(const char* name, std::string what) {
+  std::replace(what.begin(), what.end(), '\n', ' ');
+  std::printf("%s: %s\n", name, what.c_str());
+}
 
 void report_wrong() {
   const std::pair<const char*, void (*)(Data)> kernels[] = {

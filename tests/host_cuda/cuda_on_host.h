@@ -27,6 +27,7 @@
 #ifndef FLOWSEG_THREADS
 #define FLOWSEG_THREADS 64  // two warps
 #endif
+#define FLOWSEG_ROUND_PATCHES 8  // two groups
 #define FLOWSEG_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(flowseg::host::dynamic_shared())
 
 #ifdef FLOWSEG_PLANTS

@@ -144,6 +144,21 @@ def decode_confusion(x, target, centroids, cells, records, records_left, low, sc
     return counts
 
 
+def neural_field(x, *arguments):
+    out = _poisoned(x.shape, x.dtype)
+    call("neural_field", x, *arguments, out)
+    return out
+
+
+def neural_field_bwd(grad, *arguments):
+    tensors, residual = arguments[:8], arguments[-1]
+    found = [_poisoned(v.shape, v.dtype) for v in tensors]
+    call("neural_field_bwd", grad, *arguments, *found)
+    if not residual:
+        found[4:6] = (torch.zeros_like(v) for v in tensors[4:6])  # the plain form has no gains
+    return tuple(found)
+
+
 OPS = (
     flow_interpolate,
     flow_interpolate_bwd,
@@ -153,6 +168,8 @@ OPS = (
     flow_loss_bwd_,
     nearest_centroid,
     decode_confusion,
+    neural_field,
+    neural_field_bwd,
 )
 
 

@@ -7,6 +7,7 @@
 
 #include "cuda/decode_confusion.cuh"
 #include "cuda/distance_correction.cuh"
+#include "cuda/field/launch.cuh"
 #include "cuda/flow_interpolate.cuh"
 #include "cuda/flow_loss.cuh"
 #include "cuda/nearest_centroid.cuh"
@@ -99,6 +100,28 @@ Grid decode_grid(const Array& cells, const Array& records, const Array& records_
 Correction correction(double temperature, double eps, double max_norm, int64_t transform) {
   return {.temperature = temperature, .eps = eps, .max_norm = max_norm, .transform = static_cast<int>(transform)};
 }
+
+FieldParams field(const Array& x, const Array& weights, const Array& embed, const Array& embed_bias, const Array& norm,
+                  const Array& out_norm, const Array& out_weight, const Array& out_bias, const FieldOptions& options) {
+  const FieldShared shared{.embed = embed.data,
+                           .embed_bias = embed_bias.data,
+                           .gains = norm.data,
+                           .out_gain = out_norm.data,
+                           .out_weight = out_weight.data,
+                           .out_bias = out_bias.data};
+  return field_params(image(x), weights.data, weights.shape[2], shared, embed_bias.shape[0], embed.shape[1], options);
+}
+
+// Scratch memory of NaN: what a kernel reads before it is written shows in the results.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : memory_(static_cast<size_t>(bytes) + kAlignment, static_cast<char>(0xff)) {}
+  void* data() { return memory_.data() + (-reinterpret_cast<uintptr_t>(memory_.data()) & (kAlignment - 1)); }
+
+ private:
+  static constexpr size_t kAlignment = 256;
+  std::vector<char> memory_;
+};
 
 }  // namespace
 
@@ -197,6 +220,36 @@ void decode_confusion(const Array& x, const Array& target, const Array& centroid
                                .grid = decode_grid(cells, records, records_left, low, scale),
                                .counts = static_cast<unsigned long long*>(counts.data)};
   launch_confusion(params, HostLaunch{});
+}
+
+void neural_field(const Array& x, const Array& weights, const Array& embed, const Array& embed_bias, const Array& norm,
+                  const Array& out_norm, const Array& out_weight, const Array& out_bias, int64_t patch_size, int64_t mlp_ratio,
+                  double eps, int64_t both, int64_t residual, const Array& out) {
+  FieldParams params = field(x, weights, embed, embed_bias, norm, out_norm, out_weight, out_bias,
+                             {patch_size, mlp_ratio, eps, both != 0, residual != 0});
+  params.out = out.data;
+  Scratch scratch(field_scratch(params, false, HostLaunch{}));
+  launch_field(params, real_of(x), scratch.data(), HostLaunch{});
+}
+
+void neural_field_bwd(const Array& grad, const Array& x, const Array& weights, const Array& embed, const Array& embed_bias,
+                      const Array& norm, const Array& out_norm, const Array& out_weight, const Array& out_bias, int64_t patch_size,
+                      int64_t mlp_ratio, double eps, int64_t both, int64_t residual, const Array& grad_x, const Array& grad_weights,
+                      const Array& grad_embed, const Array& grad_bias, const Array& grad_norm, const Array& grad_out_norm,
+                      const Array& grad_out_weight, const Array& grad_out_bias) {
+  FieldParams params = field(x, weights, embed, embed_bias, norm, out_norm, out_weight, out_bias,
+                             {patch_size, mlp_ratio, eps, both != 0, residual != 0});
+  params.grad = image(grad);
+  params.grad_x = grad_x.data;
+  params.grad_weights = grad_weights.data;
+  params.grad_embed = grad_embed.data;
+  params.grad_bias = grad_bias.data;
+  params.grad_gains = grad_norm.data;
+  params.grad_out_gain = grad_out_norm.data;
+  params.grad_out_weight = grad_out_weight.data;
+  params.grad_out_bias = grad_out_bias.data;
+  Scratch scratch(field_scratch(params, true, HostLaunch{}));
+  launch_field_backward(params, real_of(x), scratch.data(), HostLaunch{});
 }
 
 }  // namespace flowseg::host

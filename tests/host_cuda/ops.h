@@ -40,6 +40,15 @@ void nearest_centroid(const Array& x, const Array& centroids, const Array& cells
 void decode_confusion(const Array& x, const Array& target, const Array& centroids, const Array& cells, const Array& records,
                       const Array& records_left, double low, double scale, int64_t ignore, const Array& counts);
 
+void neural_field(const Array& x, const Array& weights, const Array& embed, const Array& embed_bias, const Array& norm,
+                  const Array& out_norm, const Array& out_weight, const Array& out_bias, int64_t patch_size, int64_t mlp_ratio,
+                  double eps, int64_t both, int64_t residual, const Array& out);
+void neural_field_bwd(const Array& grad, const Array& x, const Array& weights, const Array& embed, const Array& embed_bias,
+                      const Array& norm, const Array& out_norm, const Array& out_weight, const Array& out_bias, int64_t patch_size,
+                      int64_t mlp_ratio, double eps, int64_t both, int64_t residual, const Array& grad_x, const Array& grad_weights,
+                      const Array& grad_embed, const Array& grad_bias, const Array& grad_norm, const Array& grad_out_norm,
+                      const Array& grad_out_weight, const Array& grad_out_bias);
+
 // From now on each launch runs only its last `count` blocks.
 void run_last_blocks(int64_t count);
 // From now on the device has `count` multiprocessors.

@@ -24,7 +24,7 @@ def _compiled():
 
 def _runs(item) -> bool:
     is_about_cuda = "cuda" in item.nodeid or "every_required" in item.name
-    return is_about_cuda and "neural_field" not in item.nodeid and item.originalname not in LEFT_OUT
+    return is_about_cuda and item.originalname not in LEFT_OUT
 
 
 def pytest_collection_modifyitems(config, items):

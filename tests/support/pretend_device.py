@@ -214,11 +214,10 @@ def _autocast() -> None:
 
 
 def _use_cuda_host_code() -> None:
-    """Let the automatic choice find the CUDA kernels, and for an op without them the Triton kernels, on this device."""
+    """Let the automatic choice find the CUDA kernels on this device, and the Triton kernels for calls that those do not take."""
     for found in backend.OPS.values():
-        if "cuda" in found:
-            found["cuda"] = dataclasses.replace(found["cuda"], why_not=lambda device, channels: None)
-        elif "triton" in found:
+        found["cuda"] = dataclasses.replace(found["cuda"], why_not=lambda device, channels: None)
+        if found["cuda"].takes:
             # The launches of these kernels are proven on the meta device, which has no values to read.
             run = functools.partial(_call, found["cpu"].run)
             found["triton"] = dataclasses.replace(found["triton"], run=run, why_not=lambda device, channels: None)
@@ -289,6 +288,11 @@ def _cuda_kernel(name: str, args: tuple):
         # Only CUDA has a kernel that scales in place.
         args[1].copy_(_call(torch.ops.flowseg_cpu.flow_loss_bwd.default, *args))
         return None
+    if name in ("neural_field", "neural_field_bwd"):
+        *args, both, residual = args
+        needs = ([True] * 8,) if name.endswith("_bwd") else ()
+        options = ("both" if both else "first", "residual" if residual else "plain")
+        return _call(backend.OPS[name]["cpu"].run, *args, *options, *needs)
     return _call(getattr(torch.ops.flowseg_cpu, name).default, *args)
 
 

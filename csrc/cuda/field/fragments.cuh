@@ -25,7 +25,7 @@ __device__ __forceinline__ void silu_and_tanh(float y, float& u, float& t) {
     t = approximate_tanh(y);
     u = y * t + y;
   } else {
-    const float gate = __fdividef(2.0f, 1.0f + __expf(-2.0f * y));
+    const float gate = one_plus_tanh(y);
     t = gate - 1;
     u = y * gate;
   }

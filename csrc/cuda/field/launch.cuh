@@ -13,13 +13,18 @@
 #include "cuda/field/forward.cuh"
 #include "cuda/field/params.h"
 
+#ifndef FLOWSEG_ROUND_PATCHES
+#define FLOWSEG_ROUND_PATCHES 4096  // the host build uses fewer
+#endif
+
 namespace flowseg::cuda {
 
-constexpr int64_t kMostScratch = int64_t{1} << 30;  // bytes per round of the backward, unless kFewestPatches need more
-constexpr int64_t kFewestPatches = 256;             // in a round
-constexpr int64_t kMostPatches = 4096;
+constexpr int64_t kMostPatches = FLOWSEG_ROUND_PATCHES;  // in a round of the backward
+constexpr int64_t kMostScratch = int64_t{1} << 30;       // bytes of scratch memory per round, unless kFewestPatches need more
+constexpr int64_t kFewestPatches = std::min<int64_t>(256, kMostPatches);
+// The patches of a group are 1/256 of all, but at least kSmallestGroup and no more than fit in every round.
 constexpr int64_t kSmallestGroup = 4;
-constexpr int64_t kMostGroups = 256;  // unless there are more than kFewestPatches patches per group
+constexpr int64_t kMostGroups = 256;
 
 // The shared tensors, contiguous, of x's type. The gains may be null in the plain form.
 struct FieldShared {

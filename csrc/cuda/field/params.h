@@ -77,7 +77,7 @@ struct FieldParams {
 struct GroupSums {
   enum : int {
     by_position = 0,                                          // (64, 64): gradient of the embedding's result, at each pixel
-    by_channel = by_position + kTile * kTile,                 // (64 hidden, 16): gradient of the embedding's weights on the channels
+    by_channel = by_position + kTile * kTile,                 // (64 hidden, 16): of the embedding's weights on the channels
     out_gain = by_channel + kTile * kMostChannels,            // (64,)
     out_weight = out_gain + kTile,                            // (16, 64)
     out_bias = out_weight + kMostChannels * kTile,            // (16,)

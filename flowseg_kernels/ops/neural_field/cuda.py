@@ -14,8 +14,11 @@ from ...runtime.triton import aligned
 
 __all__ = ["TAKES", "neural_field", "neural_field_bwd", "takes", "why_not"]
 
-#: What `takes` checks, in words.
+#: The calls that pass `takes`, in words.
 TAKES = "bf16 or fp16 tensors, Hx a multiple of 8 up to 64"
+
+#: The kernels count the bytes of a patch's state in 32 bits.
+_LARGEST_PATCH = 2048
 
 _TENSORS = (
     "Tensor x, Tensor weights, Tensor embed_weight, Tensor embed_bias, Tensor norm_weight, Tensor out_norm_weight, "
@@ -35,7 +38,7 @@ def _is_hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == HOPPER
 
 
-def takes(tensors: tuple[Tensor, ...]) -> bool:
+def takes(patch_size: int, *tensors: Tensor) -> bool:
     """Whether the kernels take a call with these tensors: x, weights, embed_weight, embed_bias, and the rest in any order.
 
     All have one 16-bit dtype, and x has pixels. The device is asked too: a process may have GPUs of several kinds.
@@ -48,6 +51,7 @@ def takes(tensors: tuple[Tensor, ...]) -> bool:
         and hidden % 8 == 0
         and 8 <= hidden <= 64
         and x.numel() > 0
+        and patch_size <= _LARGEST_PATCH
         and (not x.is_cuda or _is_hopper(x.device.index))
     )
 
@@ -60,14 +64,14 @@ def _kernel_arguments(x, *rest) -> tuple:
 
 def neural_field(x: Tensor, *rest) -> Tensor:
     """Return the same as reference.neural_field."""
-    if not takes((x, *rest[:7])):
+    if not takes(rest[7], x, *rest[:7]):
         return backend.instead_of("cuda", "neural_field", x.device.type, x.shape[1]).run(x, *rest)
     return _forward(*_kernel_arguments(x, *rest))
 
 
 def neural_field_bwd(grad: Tensor, x: Tensor, *rest) -> tuple[Tensor, ...]:
     """Return the same as reference.neural_field_bwd: gradients of the eight tensors, empty where not needed."""
-    if not takes((x, *rest[:7], grad)):
+    if not takes(rest[7], x, *rest[:7], grad):
         return backend.instead_of("cuda", "neural_field_bwd", x.device.type, x.shape[1]).run(grad, x, *rest)
     *inputs, needs = rest
     found = _backward(grad, *_kernel_arguments(x, *inputs))

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import flowseg_kernels as fk
+from flowseg_kernels.runtime.backend import backend_reasons
 from tests.conftest import ops_that_ran
 from tests.support import pretend_device
+from tests.support.neural_field import field_inputs
 from tests.support.pretend_device import ReadBack, no_read_back, recorded
 
 
@@ -77,6 +79,23 @@ def test_ops_do_not_read(device, name, channels):
 def test_the_host_code_of_cuda_ran(device):
     names = ("flow_interpolate", "flow_loss", "distance_correction", "nearest_centroid", "decode_confusion")
     assert all(ops_that_ran[name, "cuda"] for name in names)
+
+
+def test_the_field_does_not_read(device):
+    fields = ("neural_field", "neural_field_bwd")
+    if device.type == "cuda" and backend_reasons(fields[0], "cuda")["cuda"]:
+        pytest.skip("the field has no CUDA kernel for this GPU")
+    before = [ops_that_ran[name, "cuda"] for name in fields]
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [v.detach().to(device).requires_grad_() for v in field_inputs(dtype=dtype)]
+
+        def run(leaves=leaves):
+            out = fk.neural_field(*leaves, patch_size=4)
+            return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
+
+        repeatedly(run)
+        # The kernels take the four calls in bf16 only.
+        assert [ops_that_ran[name, "cuda"] for name in fields] == [calls + 4 for calls in before]
 
 
 def test_codes_in_float64_and_images_in_bfloat16_do_not_read(device):

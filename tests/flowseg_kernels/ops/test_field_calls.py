@@ -79,6 +79,11 @@ def test_calls_that_the_kernels_take_and_others(kernels, name):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_patches_beyond_the_index_range_of_the_kernels_are_passed_on():
+    tensors = field_inputs(dtype=torch.bfloat16)
+    assert cuda.takes(2048, *tensors) and not cuda.takes(2049, *tensors)
+
+
 @pytest.mark.parametrize("place", range(8))
 def test_tensors_of_two_types_are_passed_on(kernels, place):
     leaves = [
@@ -161,6 +166,6 @@ def test_the_device_of_the_tensors_decides(monkeypatch, capability, taken):
     cuda._is_hopper.cache_clear()
     tensors = [v.detach() for v in field_inputs(dtype=torch.bfloat16)]
     try:
-        assert cuda.takes((tensors[0].as_subclass(OnGpu), *tensors[1:])) is taken and asked == [3]
+        assert cuda.takes(4, tensors[0].as_subclass(OnGpu), *tensors[1:]) is taken and asked == [3]
     finally:
         cuda._is_hopper.cache_clear()
