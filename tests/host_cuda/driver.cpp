@@ -3,9 +3,11 @@
 //
 // It runs them with odd sizes (partly filled blocks, rows with gaps, planes that do not start at 16 bytes, a codebook that takes
 // two parts), in each half precision with sizes that are read in 16-byte vectors, and with the decode grid.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <initializer_list>
+#include <iterator>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -167,22 +169,89 @@ bool run_grid(int64_t height, int64_t width) {
   return found == want && diagonal == known && known < pixels;
 }
 
+// The sizes of a neural field on `patches` patches side by side.
+struct FieldSizes {
+  int64_t patches, channels, hidden, depth, ratio, p, freqs;
+  bool both, residual;
+};
+
+// The result of the neural field and all gradients, as bits.
+template <class S>
+std::vector<uint16_t> field_results(const FieldSizes& n) {
+  const int64_t features = n.channels + n.freqs * n.freqs, weight_count = 2 * n.ratio * n.hidden * n.hidden;
+  const std::vector<std::vector<int64_t>> shapes{
+      {1, n.channels, n.p, n.p * n.patches}, {1, n.patches, n.depth, weight_count}, {n.hidden, features}, {n.hidden},
+      {n.depth, n.hidden}, {n.hidden}, {n.channels, n.hidden}, {n.channels}};
+  std::vector<std::vector<S>> inputs, gradients;
+  std::vector<Array> in, back;
+  const auto add = [](std::vector<std::vector<S>>& to, std::vector<Array>& arrays, const std::vector<int64_t>& shape, unsigned seed) {
+    int64_t count = 1;
+    for (const int64_t size : shape) count *= size;
+    Array a = array(to.emplace_back(values<S>(count, seed)), {});
+    int64_t stride = count;
+    for (const int64_t size : shape) {
+      a.shape[a.dims] = size;
+      a.stride[a.dims++] = stride /= size;
+    }
+    arrays.push_back(a);
+  };
+  for (const auto& shape : shapes) add(inputs, in, shape, static_cast<unsigned>(inputs.size()));
+  for (const auto& shape : shapes) add(gradients, back, shape, 0);
+  add(inputs, in, shapes[0], 20);
+  add(gradients, back, shapes[0], 0);
+  neural_field(in[0], in[1], in[2], in[3], in[4], in[5], in[6], in[7], n.p, n.ratio, 1e-6, n.both, n.residual, back[8]);
+  neural_field_bwd(in[8], in[0], in[1], in[2], in[3], in[4], in[5], in[6], in[7], n.p, n.ratio, 1e-6, n.both, n.residual, back[0],
+                   back[1], back[2], back[3], back[4], back[5], back[6], back[7]);
+  std::vector<uint16_t> bits;
+  for (const std::vector<S>& v : gradients) {
+    if (!all_finite(v)) return {};
+    for (const S x : v) bits.push_back(same_bits<uint16_t>(x));
+  }
+  return bits;
+}
+
+// Runs the neural field twice, the second time with the planted fault. The results must be the same. The blocks of the two runs
+// take turns in different orders.
+template <class S>
+bool run_field(const FieldSizes& sizes, Fault fault) {
+  const std::vector<uint16_t> first = field_results<S>(sizes);
+  planted = fault;
+  const std::vector<uint16_t> second = field_results<S>(sizes);
+  planted = Fault::none;
+  if (const char* what = last_failure()) return std::puts(what), false;
+  return !first.empty() && first == second;
+}
+
+bool is_in_field(Fault fault) {
+  return fault == Fault::proxy_fence || fault == Fault::early_load || fault == Fault::transposed || fault == Fault::wait_group;
+}
+
 }  // namespace
 
-// driver [race | overrun | histogram | list]: with a planted fault, runs only the ops that contain it.
+// driver [name of a fault]: with a planted fault, runs only the ops that contain it.
 int main(int arguments, char** words) {
-  const std::string fault = arguments > 1 ? words[1] : "";
-  const bool in_grid = fault == "histogram" || fault == "list";
-  planted = fault == "race"        ? Fault::race
-                          : fault == "overrun"   ? Fault::overrun
-                          : fault == "histogram" ? Fault::histogram
-                          : fault == "list"      ? Fault::list
-                                                 : Fault::none;
+  const std::string name = arguments > 1 ? words[1] : "";
+  const std::pair<const char*, Fault> faults[] = {
+      {"", Fault::none},           {"race", Fault::race},       {"overrun", Fault::overrun},     {"histogram", Fault::histogram},
+      {"list", Fault::list},       {"swizzle", Fault::swizzle}, {"proxy_fence", Fault::proxy_fence},
+      {"early_load", Fault::early_load}, {"transposed", Fault::transposed}, {"wait_group", Fault::wait_group}};
+  const auto* found = std::find_if(std::begin(faults), std::end(faults), [&](const auto& f) { return name == f.first; });
+  if (found == std::end(faults)) return std::puts("no such fault"), 2;
+  const Fault fault = found->second;
+  const bool none = fault == Fault::none, in_field = is_in_field(fault);
+  const bool in_grid = fault == Fault::histogram || fault == Fault::list;
   bool fine = true;
-  if (!in_grid) fine &= run_all<float, int64_t>(2, 5, 61, 2, 1100, -1, {1.0, 2.0});
-  if (fault.empty()) fine &= run_all<BFloat, uint8_t>(1, 4, 136, 0, 40, 255, {1.0});
-  if (fault.empty()) fine &= run_all<Half, int16_t>(1, 4, 136, 0, 40, -1, {2.0});
-  if (fault.empty() || in_grid) fine &= run_grid<float>(5, 61) && run_grid<BFloat>(4, 136);
+  if (none || in_field) {
+    fine &= run_field<BFloat>({.patches = 3, .channels = 3, .hidden = 64, .depth = 2, .ratio = 2, .p = 16, .freqs = 3, .both = true,
+                               .residual = true}, fault);
+    fine &= run_field<Half>({.patches = 3, .channels = 5, .hidden = 40, .depth = 2, .ratio = 5, .p = 9, .freqs = 2, .both = true,
+                             .residual = false}, fault);
+  }
+  planted = fault;
+  if (!in_grid && !in_field) fine &= run_all<float, int64_t>(2, 5, 61, 2, 1100, -1, {1.0, 2.0});
+  if (none) fine &= run_all<BFloat, uint8_t>(1, 4, 136, 0, 40, 255, {1.0});
+  if (none) fine &= run_all<Half, int16_t>(1, 4, 136, 0, 40, -1, {2.0});
+  if (none || in_grid) fine &= run_grid<float>(5, 61) && run_grid<BFloat>(4, 136);
   std::puts(fine ? "every kernel ran" : "a kernel gave a wrong result");
   return fine ? 0 : 1;
 }

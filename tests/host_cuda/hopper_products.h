@@ -433,6 +433,7 @@ inline void store_matrices_transposed(uint32_t at, const uint32_t* r) {
 
 // The largest error that the hardware's may have.
 inline float approximate_tanh(float y) { return std::tanh(y) * (1 + 0x1p-11f); }
+inline float one_plus_tanh(float y) { return 2 / (1 + std::exp(-2 * y)); }
 
 template <int N>
 void give_registers() {

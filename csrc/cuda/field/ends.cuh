@@ -99,7 +99,7 @@ struct TilePlace {
   }
 };
 
-// What a thread needs of one patch: chunks of its state of level L, and an image at the same pixels. Zero beyond the patch.
+// A thread's part of one patch: chunks of its state of level L, and an image at the same pixels. Zero beyond the patch.
 template <class T, int C>
 struct Entries {
   Chunk<T> state[kSteps];
@@ -218,12 +218,14 @@ __global__ void __launch_bounds__(kEndThreads) lengths(FLOWSEG_GRID_CONSTANT Fie
   }
 }
 
+using FloatChunk = Chunk<float>;
+
 // Fills `to` (C, 64) with the (C, Hx) factors scale(c, h), zero beyond C and Hx. The caller synchronises.
 template <int C, class Scale>
-__device__ __forceinline__ void stage_factors(float (&to)[C][kTile], const FieldParams& f, Scale scale) {
+__device__ __forceinline__ void stage_factors(FloatChunk (&to)[C][kRowLanes], const FieldParams& f, Scale scale) {
   for (int i = threadIdx.x; i < C * kTile; i += kEndThreads) {
     const int c = i / kTile, h = i % kTile;
-    to[c][h] = c < f.x.channels && h < f.hidden ? scale(c, h) : 0.0f;
+    to[c][h / kChunk].at[h % kChunk] = c < f.x.channels && h < f.hidden ? scale(c, h) : 0.0f;
   }
 }
 
@@ -259,21 +261,24 @@ __device__ __forceinline__ void store_leave_sums(const FieldParams& f, const Til
 // The gradient of the state after the last block, in the place of that state, and the group's sums for the last layer.
 template <class T, int C>
 __global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) leave(FLOWSEG_GRID_CONSTANT FieldParams f) {
-  __shared__ float factors[C][kTile];  // out_weight * out_gain
+  __shared__ FloatChunk factors[C][kRowLanes];  // out_weight * out_gain
   const TilePlace place = TilePlace::of(f);
   const T* weight = static_cast<const T*>(f.out_weight);
   stage_factors(factors, f, [&](int c, int h) { return widen(weight[c * f.hidden + h]) * last_gain<T>(f, h); });
   __syncthreads();
   float by_out[C][kChunk] = {}, by_bias[C] = {};
   for_each_patch<T, C>(f, place, f.grad, [&](int local, const Entries<T, C>& now) {
-    float normal[kSteps][kChunk], g[kSteps][kChunk] = {};
+    const float* inverse_rms = f.inverse_rms + (int64_t{local} * (f.depth + 1) + f.depth) * (f.tiles() * kTile);
+    float normal[kSteps][kChunk], g[kSteps][kChunk] = {}, scale[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      scale[step] = !f.residual ? 1.0f : place.pixel(step) < f.pixels() ? inverse_rms[place.pixel(step)] : 0.0f;
 #pragma unroll
       for (int k = 0; k < kChunk; ++k) normal[step][k] = widen(now.state[step].at[k]);
     }
 #pragma unroll
     for (int c = 0; c < C; ++c) {
+      const FloatChunk factor = factors[c][place.chunk];
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         const float pixel = widen(now.pixels[step][c]);
@@ -281,24 +286,22 @@ __global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) leave(
 #pragma unroll
         for (int k = 0; k < kChunk; ++k) {
           by_out[c][k] += pixel * normal[step][k];
-          g[step][k] += pixel * factors[c][place.chunk * kChunk + k];
+          g[step][k] += pixel * factor.at[k];
         }
       }
     }
     char* state = state_of(f, local, f.depth);
-    const float* inverse_rms = f.inverse_rms + (int64_t{local} * (f.depth + 1) + f.depth) * (f.tiles() * kTile);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      float along = 0, scale = 1;
+      float along = 0;
       if (f.residual) {
 #pragma unroll
         for (int k = 0; k < kChunk; ++k) along += g[step][k] * normal[step][k];
         along = row_sum(along) / static_cast<float>(f.hidden);
-        scale = place.pixel(step) < f.pixels() ? inverse_rms[place.pixel(step)] : 0.0f;
       }
       Chunk<T> found;
 #pragma unroll
-      for (int k = 0; k < kChunk; ++k) narrow(scale * (g[step][k] - normal[step][k] * along), found.at[k]);
+      for (int k = 0; k < kChunk; ++k) narrow(scale[step] * (g[step][k] - normal[step][k] * along), found.at[k]);
       *reinterpret_cast<Chunk<T>*>(state + place.offset(step)) = found;
     }
   });
@@ -332,7 +335,7 @@ __global__ void __launch_bounds__(kEndThreads) project(FLOWSEG_GRID_CONSTANT Fie
 // The gradient of x from the gradient of the state before the first block, and the group's sums for the embedding.
 template <class T, int C>
 __global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) enter(FLOWSEG_GRID_CONSTANT FieldParams f) {
-  __shared__ float factors[C][kTile];  // the embedding's weights on the channels
+  __shared__ FloatChunk factors[C][kRowLanes];  // the embedding's weights on the channels
   const TilePlace place = TilePlace::of(f);
   const T* embed = static_cast<const T*>(f.embed);
   const int64_t features = f.x.channels + f.freqs * f.freqs;
@@ -340,22 +343,25 @@ __global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) enter(
   __syncthreads();
   float by_position[kSteps][kChunk] = {}, by_channel[C][kChunk] = {};
   for_each_patch<T, C>(f, place, f.x, [&](int local, const Entries<T, C>& now) {
-    float g_x[kSteps * C] = {};
+    float g_x[kSteps * C] = {}, g[kSteps][kChunk];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      float g[kChunk];
 #pragma unroll
       for (int k = 0; k < kChunk; ++k) {
-        g[k] = widen(now.state[step].at[k]);
-        by_position[step][k] += g[k];
+        g[step][k] = widen(now.state[step].at[k]);
+        by_position[step][k] += g[step][k];
       }
+    }
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
+    for (int c = 0; c < C; ++c) {
+      const FloatChunk factor = factors[c][place.chunk];
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
         const float pixel = widen(now.pixels[step][c]);
 #pragma unroll
         for (int k = 0; k < kChunk; ++k) {
-          by_channel[c][k] += pixel * g[k];
-          g_x[step * C + c] += g[k] * factors[c][place.chunk * kChunk + k];
+          by_channel[c][k] += pixel * g[step][k];
+          g_x[step * C + c] += g[step][k] * factor.at[k];
         }
       }
     }
@@ -431,7 +437,7 @@ __device__ __forceinline__ void finish_embedding(const FieldParams& f, int unit,
     const int feature = start + own;
     double sum = 0;
     if (feature <= count) {
-#pragma unroll 4
+#pragma unroll 16
       for (int pixel = lane; pixel < f.pixels(); pixel += kLanes) {
         const double g = folded(f, pixel / kTile, GroupSums::by_position + pixel % kTile * kTile + unit);
         sum += g * static_cast<double>(feature < count ? f.waves[static_cast<int64_t>(pixel) * count + feature] : 1.0f);

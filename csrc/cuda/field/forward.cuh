@@ -424,9 +424,8 @@ __device__ __forceinline__ void normalise(Shared& s, const FieldParams& f, const
 // The lane's first row in a tile; the other one is 8 further.
 __device__ __forceinline__ int tile_row() { return threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4; }
 
-// The state before the first block: the table and the channels of x times their weights.
-template <class T>
-__device__ __forceinline__ void embed_pixels(float (&h)[32], Shared& s, int tile) {
+// The table's part of the state before the first block.
+__device__ __forceinline__ void load_table(float (&h)[32], const Shared& s, int tile) {
   const FourWords* from = s.table[tile][0] + threadIdx.x % kGroupThreads;
   const float factor = table_factor(s.largest, true);
 #pragma unroll
@@ -438,14 +437,11 @@ __device__ __forceinline__ void embed_pixels(float (&h)[32], Shared& s, int tile
       h[8 * i + 2 * j + 1] = HalfPair::high(v.at[j]) * factor;
     }
   }
+}
+// The A operand of the other part's product: the warp's 16 pixels and all channels.
+__device__ __forceinline__ void load_pixel_rows(uint32_t (&pixels)[4], const Shared& s, int tile) {
   const int lane = threadIdx.x % 32, row = tile * kTile + threadIdx.x % kGroupThreads / 32 * 16 + lane % 16;
-  uint32_t pixels[4];
   load_matrices(pixels, shared_address(s.x[row]) + lane / 16 * 16);
-  wgmma_fence();
-  wgmma<T, true>(h, pixels, descriptor(descriptor_low(shared_address(s.embed))));
-  wgmma_commit();
-  wgmma_wait<0>();
-  settle(h);
 }
 
 // 1 / rms of the lane's two rows of a state; one in the plain form.
@@ -524,29 +520,23 @@ __device__ __forceinline__ void keep_state(const uint32_t (&e)[16], const TwoRow
   }
 }
 
-// The output of a tile's pixels.
+// The A operand of the output's product.
 template <class T>
-__device__ __forceinline__ void write_output(const float (&h)[32], Shared& s, const FieldParams& f, int local, int tile) {
-  using Element = typename T::Element;
-  const int quad = threadIdx.x % 4, channels = static_cast<int>(f.x.channels);
+__device__ __forceinline__ void pack_last_rows(uint32_t (&e)[16], const float (&h)[32], const Shared& s, const FieldParams& f) {
   const TwoRows by = inverse_rms(h, s, f);
-  const float* gain = s.out_gain.at + quad * ByQuad::kStride;
-  uint32_t e[16];
+  const float* gain = s.out_gain.at + threadIdx.x % 4 * ByQuad::kStride;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const float scale = by.at[i % 2];
-    e[i] = T::pack(h[2 * i] * scale * gain[i / 2 * 2], h[2 * i + 1] * scale * gain[i / 2 * 2 + 1]);
+    e[i] = T::pack(h[2 * i] * by.at[i % 2] * gain[i / 2 * 2], h[2 * i + 1] * by.at[i % 2] * gain[i / 2 * 2 + 1]);
   }
-  float v[8] = {};
-  const uint32_t weight = descriptor_low(shared_address(s.out_weight));
-  wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < 4; ++k) wgmma<T, false>(v, e + 4 * k, descriptor(weight, k * kColumnStep));
-  wgmma_commit();
-  wgmma_wait<0>();
-  settle(v);
+}
+
+// Writes the output of a tile of the set. `v` is a product without the bias: pixels by channels, as a state's accumulators.
+template <class T>
+__device__ __forceinline__ void write_output(const float (&v)[8], const Shared& s, const FieldParams& f, int local, int tile) {
+  using Element = typename T::Element;
+  const int quad = threadIdx.x % 4, row = tile * kTile + tile_row(), channels = static_cast<int>(f.x.channels);
   const int64_t plane = f.dense.stride[1];
-  const int row = tile * kTile + tile_row();
   Element* to = static_cast<Element*>(f.out) + first_pixel_of(f, f.dense, f.first + local) + 2 * quad * plane;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -652,17 +642,48 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void leave() {
-    if constexpr (kKeep) {
-      char* last = state_of(f, local, f.depth) + int64_t{work.set} * kSetTiles * kTileBytes;
-      const KeptState kept{.tiles = last, .inverse_rms = s.states.state(f, local, f.depth).inverse_rms};
-      const TwoRows by0 = enter(e0, h0), by1 = enter(e1, h1);
-      keep_state(e0, by0, kept, f.residual, s, tile);
-      if (has_both()) keep_state(e1, by1, kept, f.residual, s, tile + 1);
-    } else {
-      write_output<T>(h0, s, f, local, tile);
-      if (has_both()) write_output<T>(h1, s, f, local, tile + 1);
-    }
+  // The states before the first block.
+  __device__ __forceinline__ void embed() {
+    uint32_t pixels0[4], pixels1[4];
+    load_table(h0, s, tile);
+    load_table(h1, s, tile + 1);
+    load_pixel_rows(pixels0, s, tile);
+    load_pixel_rows(pixels1, s, tile + 1);
+    const uint64_t weight = descriptor(descriptor_low(shared_address(s.embed)));
+    wgmma_fence();
+    wgmma<T, true>(h0, pixels0, weight);
+    wgmma<T, true>(h1, pixels1, weight);
+    wgmma_commit();
+    wgmma_wait<0>();
+    settle(h0);
+    settle(h1);
+  }
+
+  // The output of both tiles. Pixels beyond the patch have no place.
+  __device__ __forceinline__ void write() {
+    float v0[8] = {}, v1[8] = {};
+    pack_last_rows<T>(e0, h0, s, f);
+    pack_last_rows<T>(e1, h1, s, f);
+    const uint32_t weight = descriptor_low(shared_address(s.out_weight));
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma<T, false>(v0, e0 + 4 * k, descriptor(weight, k * kColumnStep), k != 0);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma<T, false>(v1, e1 + 4 * k, descriptor(weight, k * kColumnStep), k != 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    settle(v0);
+    settle(v1);
+    write_output<T>(v0, s, f, local, tile);
+    write_output<T>(v1, s, f, local, tile + 1);
+  }
+
+  __device__ __forceinline__ void keep_last() {
+    char* tiles = state_of(f, local, f.depth) + int64_t{work.set} * kSetTiles * kTileBytes;
+    const KeptState kept{.tiles = tiles, .inverse_rms = s.states.state(f, local, f.depth).inverse_rms};
+    const TwoRows by0 = enter(e0, h0), by1 = enter(e1, h1);
+    keep_state(e0, by0, kept, f.residual, s, tile);
+    if (has_both()) keep_state(e1, by1, kept, f.residual, s, tile + 1);
   }
 
   __device__ __forceinline__ void consume() {
@@ -671,8 +692,7 @@ struct Consumer {
     for (local = work.first; local < work.count; local += work.step) {
       s.x_full.wait(parity);
       parity ^= 1;
-      embed_pixels<T>(h0, s, tile);
-      embed_pixels<T>(h1, s, tile + 1);
+      embed();
       arrive_as_warp(s.x_empty);
       level = slice = 0;
       int left = f.depth * f.slices();
@@ -682,7 +702,11 @@ struct Consumer {
         take_step<true, true>();
       }
       if (left) take_step<false, true>();
-      leave();
+      if constexpr (kKeep) {
+        keep_last();
+      } else {
+        write();
+      }
     }
     if (kKeep && threadIdx.x % 32 == 0) wait_for_copies<0>();
   }

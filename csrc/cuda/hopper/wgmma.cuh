@@ -162,6 +162,15 @@ __device__ __forceinline__ float approximate_tanh(float y) {
   return t;
 }
 
+// 1 + tanh(y) = 2 / (1 + exp(-2 y)), with a relative error of about 2^-20. CUDA's own functions take 60 % more instructions, for
+// results below 2^-125.
+__device__ __forceinline__ float one_plus_tanh(float y) {
+  float e, r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(y * -2.88539008f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(1 + e));
+  return r + r;
+}
+
 // Changes the number of registers of every thread of a warp group. All its warps call it. N is a multiple of 8.
 template <int N>
 __device__ __forceinline__ void give_registers() {

@@ -1,0 +1,85 @@
+// The neural field's backward of the blocks by itself, on the host, for tests/flowseg_kernels/cuda/test_field_backward.py.
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "cuda/field/backward.cuh"
+
+namespace {
+
+using namespace flowseg;
+using namespace flowseg::cuda;
+
+// The interface of Launch in cuda/launch.h that the backward uses.
+struct FieldLaunch {
+  struct Device {
+    int64_t multiprocessors;
+  };
+  int64_t multiprocessors;
+
+  Device device() const { return {multiprocessors}; }
+  void with_threads(int64_t threads, void (*kernel)(FieldParams), int64_t blocks, int64_t shared, const FieldParams& f) const {
+    host::run(kernel, threads, blocks, static_cast<size_t>(shared), f);
+  }
+};
+
+void make_maps(const FieldParams& f, void* weights, TensorMap& w1, TensorMap& w2) {
+  const int64_t count = f.patches * f.depth, row1 = int64_t{2} * f.inner, row2 = int64_t{2} * f.hidden;
+  w1 = checked_tensor_map({weights, f.inner, f.hidden, count, row1, f.block_bytes()});
+  w2 = checked_tensor_map({static_cast<char*>(weights) + row1 * f.hidden, f.hidden, f.inner, count, row2, f.block_bytes()});
+}
+
+}  // namespace
+
+extern "C" {
+
+// The parts of FieldParams that the blocks' backward reads, and more.
+struct BackwardCall {
+  void *weights, *gains, *grad_weights, *states, *later_states;
+  float *inverse_lengths, *inverse_rms, *along2, *dn_sums, *gain_sums;
+  int64_t hidden, inner, p, depth, patches, first, count, both, residual, aliased, is_half, multiprocessors;
+};
+
+// Returns what was wrong, or null.
+const char* field_backward_blocks(const BackwardCall& call) {
+  FieldParams f{};
+  f.weights = call.weights;
+  f.gains = call.gains;
+  f.grad_weights = call.grad_weights;
+  f.states = static_cast<char*>(call.states);
+  f.later_states = static_cast<char*>(call.later_states);
+  f.inverse_lengths = call.inverse_lengths;
+  f.inverse_rms = call.inverse_rms;
+  f.along2 = call.along2;
+  f.dn_sums = call.dn_sums;
+  f.gain_sums = call.gain_sums;
+  f.hidden = static_cast<int>(call.hidden);
+  f.inner = static_cast<int>(call.inner);
+  f.p = static_cast<int>(call.p);
+  f.depth = static_cast<int>(call.depth);
+  f.patches = call.patches;
+  f.first = call.first;
+  f.count = call.count;
+  f.both = call.both;
+  f.residual = call.residual;
+  f.aliased = call.aliased;
+  make_maps(f, call.weights, f.w1, f.w2);
+  make_maps(f, call.grad_weights, f.grad_w1, f.grad_w2);
+  launch_backward_blocks(f, call.is_half ? Real::f16 : Real::bf16, FieldLaunch{call.multiprocessors});
+  static std::string message;
+  message = std::exchange(host::failure, "");
+  return message.empty() ? nullptr : message.c_str();
+}
+
+// Plants a fault in the kernels; "" for none.
+void plant_fault(const char* name) {
+  using host::Fault;
+  const std::string wanted = name;
+  host::planted = wanted == "proxy_fence"  ? Fault::proxy_fence
+                  : wanted == "early_load" ? Fault::early_load
+                  : wanted == "transposed" ? Fault::transposed
+                  : wanted == "wait_group" ? Fault::wait_group
+                                           : Fault::none;
+}
+
+}  // extern "C"
