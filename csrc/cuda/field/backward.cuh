@@ -1,54 +1,54 @@
 // The backward of the neural field's blocks on Hopper: from the gradient of the state after the last block to the gradient of the
 // state before the first, with the gradients of the generated weights and, by patch, of the gains.
 //
-// A thread block stays on its multiprocessor and takes one patch after the other through all levels, from the last to the first. A
-// step is kSlice inner units of one level's weights; a visit is one tile of pixels in a step. Names: n is the normalised state before
-// the block, g the gradient after it, and with j for inner units, h for hidden units, a bar for columns of length 1:
-//   y[j, px] = sum_h gain[h] / 2 W1[h, j] n[px, h]        du[j, px] = sum_h W2[j, h] g[px, h]      (W1 and W2 with a bar)
-//   u = SiLU(2 y)                                         dy = du (1 + t + u (1 - t)), t = tanh(y)
-//   G[j, h] = sum_px dy n                                 D[j, h] = sum_px u g
-//   dn[px, h] = gain[h] / 2 sum_j dy[j, px] W1[h, j]      new g = g + (dn - n mean_h(dn n)) / rms, or dn in the plain form
-// Then with inverse1 and inverse2 for the reciprocal column lengths of the raw weights
-//   dW1[h, j] = inverse1[j] (Q - W1[h, j] sum_h'(Q W1[h', j])), Q = gain[h] / 2 G[j, h]     dgain[h] = 1/2 sum_j G[j, h] W1[h, j]
-//   dW2[j, h] = inverse2[h] (D - W2[j, h] sum_j'(D W2[j', h])), or D if W2 is not normalised.
-// The weights get their unit columns in place, in shared memory, in 16 bits.
+// A thread block stays on its multiprocessor and takes one patch after the other through all levels, from the last to the first.
+// A step is kSlice inner units of one level's weights; a visit is one tile of pixels in a step. n is the normalised state before
+// the block, g the gradient after it. With j for inner and h for hidden units, and columns of W1 and W2 of length 1:
+//   y[j, px] = sum_h gain[h] / 2 W1[h, j] n[px, h]     du[j, px] = sum_h W2[j, h] g[px, h]
+//   u = SiLU(2 y)                                      dy = du (1 + t + u (1 - t)), t = tanh(y)
+//   G[j, h] = sum_px dy n                              D[j, h] = sum_px u g
+//   dn[px, h] = gain[h] / 2 sum_j dy[j, px] W1[h, j]   new g = g + (dn - n mean_h(dn n)) / rms, or dn in the plain form
+// Then, with inverse1 and inverse2 for the reciprocal column lengths of the generated weights and Q = gain[h] / 2 G[j, h]:
+//   dW1[h, j] = inverse1[j] (Q - W1[h, j] sum_h'(Q W1[h', j]))          dgain[h] = 1/2 sum_j G[j, h] W1[h, j]
+//   dW2[j, h] = inverse2[h] (D - W2[j, h] sum_j'(D W2[j', h])), or D if W2 is not normalised
+// The weights get their columns of length 1 in shared memory, in 16 bits.
 //
 // Four warp groups work at the same time:
-// - The loader: warp 0 loads n, warp 1 loads g and stores the new g, and warps 2 and 3 load the weights and scale them.
+// - The loader: warp 0 loads n, warp 1 loads g and stores the new g, warps 2 and 3 load the weights and scale them.
 // - The state group computes dn and the new g.
 // - Two inner groups have 64 of a step's inner units each: y, du, u, dy, G, D, and the gradients of their weights.
 //
-// Barriers. "Turns" counts the buffers that share the barrier's job; all of one job are used in turn. A phase ends when all have
-// arrived. "group" is one arrival per warp.
+// Barriers. "Turns" is the number of buffers that are used in turn, each with a barrier of its own. A number in brackets counts
+// arrivals; four are those of a group's warps.
 //
-// | barrier       | turns | who arrives                                              | who waits, before what                          |
-// |---------------|-------|----------------------------------------------------------|-------------------------------------------------|
-// | weights_full  | 2     | weights' thread 0, with the bytes it has asked for       | weights' warps, before they scale               |
-// | weights_ready | 2     | weights' 2 warps, when they have scaled                  | inner and state groups, at a step's start       |
-// | weights_empty | 2     | inner groups' thread 0 (2), when the step's gradients    | weights' thread 0, before it loads              |
-// |               |       | have left shared memory; state group (4), after its last |                                                 |
-// |               |       | visit of the step                                        |                                                 |
-// | tile_full     | 5     | n's and g's thread (2), with their bytes                 | inner and state groups, at a visit's start      |
-// | tile_empty    | 5     | inner groups (8), when the products G and D have read    | n's and g's thread, before they load            |
-// |               |       | the tile; state group (4)                                |                                                 |
-// | dy_full       | 2     | inner groups (8), when dy is written                     | state group, before the product dn              |
-// | dy_empty      | 2     | state group (4), when the product dn has read dy         | inner groups, before they write dy              |
-// | new_g_full    | 1     | state group (4), when the new g is written               | g's thread, before it stores                    |
-// | new_g_empty   | 1     | g's thread (1), when the store has read it               | state group, before it writes the new g         |
+// | barrier       | turns | who arrives                                          | who waits, before what                      |
+// |---------------|-------|------------------------------------------------------|---------------------------------------------|
+// | weights_full  | 2     | weights' thread 0 (1), and the bytes it has asked for | weights' warps, before they scale           |
+// | weights_ready | 2     | weights' warps (2), when they have scaled            | inner and state groups, as a step begins    |
+// | weights_empty | 2     | inner groups' threads 0 (2), when the step's         | weights' thread 0, before it loads          |
+// |               |       | gradients have left shared memory; state group (4),  |                                             |
+// |               |       | after its last visit of the step                     |                                             |
+// | tile_full     | 5     | n's and g's thread (2), and their bytes              | inner and state groups, as a visit begins   |
+// | tile_empty    | 5     | inner groups (8), when G and D have read the tile;   | n's and g's thread, before they load        |
+// |               |       | state group (4), after its visit                     |                                             |
+// | dy_full       | 2     | inner groups (8), when dy is written                 | state group, before the product dn          |
+// | dy_empty      | 2     | state group (4), when the product dn has read dy     | inner groups, before they write dy          |
+// | new_g_full    | 1     | state group (4), when the new g is written           | g's thread, before it stores                |
+// | new_g_empty   | 1     | g's thread (1), when the store has read it           | state group, before it writes the new g     |
 //
-// Why no wait is for ever. Number the visits of a block. A visit's wait for a filled buffer needs nothing but what comes before it,
-// if the loads of earlier visits are never held up by a later visit:
-// - g's thread stores the new g of visit v - ahead - 1 and waits until it is in global memory, then loads g of visit v. ahead is at
-//   most tiles - 1, so g of the next level (tiles visits later) is loaded after it was stored, and at least 0, so the visit whose
-//   store it waits for has been loaded. ahead is at most the ring's length less 2, so the buffer that it waits for belongs to a visit
-//   whose new g it does not have to store first.
-// - An inner group gives a tile back in its next visit or at the step's end, so the tile of visit v needs the load of visit v + 1. The
-//   ring has more than two buffers.
-// - An inner group gives a stage of weights back during the first visit of the next step, whose weights are in the other stage.
+// Why no wait lasts for ever: order all events by visits. For a visit a group needs the loads up to it, and what the other
+// groups do in visits up to this one. So it is enough that no load waits for its own visit or a later one:
+// - g's thread stores the new g of a visit, waits until it is in global memory, and then loads g of `ahead` + 1 visits later.
+//   `ahead` is less than the number of tiles, so g of the next level, that many visits later, is loaded after it was stored.
+//   `ahead` is not negative, so the visit whose new g is awaited has been loaded.
+// - A buffer of the ring is loaded again kRing visits later. The inner groups give it back in the next visit or at the step's
+//   end; the state group in the same visit, before which the earlier new g must be stored. It is: `ahead` is less than kRing.
+// - A stage of weights is loaded again two steps later. The inner groups give it back in the first visit of the next step, whose
+//   weights are in the other stage.
 //
 // If the states are aliased (state_of), the gradients of block `level` overwrite the state before block level + 1. An inner group
-// stores them in the last visit of a step of `level`. It has waited for all tiles of level + 1 before, and a load of a tile reads all
-// of it before its barrier completes. Loads for later patches do not touch this patch's gradients.
+// stores them after the last visit of a step of `level`. It has waited for all tiles of level + 1 before that, and a load has
+// read global memory when its barrier completes. Later loads are of other states.
 //
 // All sums have a fixed order: a run repeats bit for bit.
 #pragma once
@@ -77,7 +77,7 @@ struct alignas(16) FourWords {
   uint32_t at[4];
 };
 
-// What belongs to the weights of a step.
+// Factors of the weights of a step.
 struct alignas(16) Factors {
   float inverse1[kSlice], inverse2[kTile];
   float half_gain[kTile];
@@ -157,39 +157,42 @@ __device__ __forceinline__ void load_states(Shared& s, const FieldParams& f) {
     Barrier& full = s.tile_full[turn.index];
     if (!FLOWSEG_PLANTED(early_load)) s.tile_empty[turn.index].wait(turn.parity ^ 1);
     full.arrive_and_expect(kTileBytes);
-    load_bytes(shared_address(s.tiles[turn.index][0]), state_of(f, v.local, v.level) + int64_t{v.tile} * kTileBytes, full, kTileBytes);
+    const char* from = state_of(f, v.local, v.level) + int64_t{v.tile} * kTileBytes;
+    load_bytes(shared_address(s.tiles[turn.index][0]), from, full, kTileBytes);
   }
 }
 
 // One thread: loads g of each visit, and stores the new g of an earlier one.
 __device__ __forceinline__ void move_gradients(Shared& s, const FieldParams& f) {
+  const int ahead = f.tiles() - 1 < kRing - 2 ? f.tiles() - 1 : kRing - 2;
+  const auto place = [&](const Visit& v) { return state_of(f, v.local, f.depth) + int64_t{v.tile} * kTileBytes; };
   Visit loaded(f), stored(f);
   Turn<kRing> turn;
   Turn<1> written;
-  int ahead = f.tiles() - 1 < kRing - 2 ? f.tiles() - 1 : kRing - 2;
-  const auto place = [&](const Visit& v) { return state_of(f, v.local, f.depth) + int64_t{v.tile} * kTileBytes; };
+  int between = 0;  // visits that have been loaded and not stored
   while (stored.exists(f)) {
-    if (ahead-- <= -1) {
-      ahead = -1;
-      if (stored.in_last_slice(f)) {
-        s.new_g_full.wait(written.parity);
-        written.advance();
-        store_bytes(place(stored), shared_address(s.new_g), kTileBytes);
-        commit_copies();
-        wait_for_reads<0>();
-        s.new_g_empty.arrive();
-        wait_for_copies<0>();
-        fence_async_global();
-      }
-      stored.next(f);
+    if (between <= ahead && loaded.exists(f)) {
+      Barrier& full = s.tile_full[turn.index];
+      s.tile_empty[turn.index].wait(turn.parity ^ 1);
+      full.arrive_and_expect(kTileBytes);
+      load_bytes(shared_address(s.tiles[turn.index][1]), place(loaded), full, kTileBytes);
+      loaded.next(f);
+      turn.advance();
+      ++between;
+      continue;
     }
-    if (!loaded.exists(f)) continue;
-    Barrier& full = s.tile_full[turn.index];
-    s.tile_empty[turn.index].wait(turn.parity ^ 1);
-    full.arrive_and_expect(kTileBytes);
-    load_bytes(shared_address(s.tiles[turn.index][1]), place(loaded), full, kTileBytes);
-    loaded.next(f);
-    turn.advance();
+    if (stored.in_last_slice(f)) {
+      s.new_g_full.wait(written.parity);
+      written.advance();
+      store_bytes(place(stored), shared_address(s.new_g), kTileBytes);
+      commit_copies();
+      wait_for_reads<0>();
+      s.new_g_empty.arrive();
+      wait_for_copies<0>();
+      fence_async_global();
+    }
+    stored.next(f);
+    --between;
   }
 }
 
@@ -205,10 +208,11 @@ __device__ __forceinline__ void scale_rows(char* at, int rows, const float (&fac
   }
 }
 
-// Gives the columns of a step's weights length 1. A thread has 8 columns of each weight and every fourth or eighth row. Lengths beyond
-// the weights' ends may hold anything.
+// Gives the columns of a step's weights length 1. A thread has 8 columns of each weight and every fourth or eighth row. Lengths
+// beyond the weights' ends may hold anything.
 template <class T>
-__device__ __forceinline__ void scale_weights(char* weights, const Factors& factors, const FieldParams& f, int slice, uint32_t thread) {
+__device__ __forceinline__ void scale_weights(char* weights, const Factors& factors, const FieldParams& f, int slice,
+                                              uint32_t thread) {
   const uint32_t column1 = thread % 16 * 8, column2 = thread % 8 * 8;
   const auto eight = [](const float* from, bool exist, float (&factor)[8]) {
 #pragma unroll
@@ -229,6 +233,7 @@ __device__ __forceinline__ void scale_weights(char* weights, const Factors& fact
 // Two warps: the weights of each step.
 template <class T>
 __device__ __forceinline__ void load_weights(Shared& s, const FieldParams& f, int thread) {
+  const auto* gains = static_cast<const typename T::Element*>(f.gains);
   Turn<kStages> stage;
   for (Visit v(f); v.exists(f); v.next_step(f), stage.advance()) {
     Barrier& full = s.weights_full[stage.index];
@@ -248,9 +253,10 @@ __device__ __forceinline__ void load_weights(Shared& s, const FieldParams& f, in
       load_bytes(shared_address(factors.inverse2), lengths + f.padded_inner(), full, sizeof(factors.inverse2));
     }
     float gain = thread < f.hidden ? 1.0f : 0.0f;
-    if (f.residual && thread < f.hidden) gain = widen(static_cast<const typename T::Element*>(f.gains)[v.level * f.hidden + thread]);
+    if (f.residual && thread < f.hidden) gain = widen(gains[v.level * f.hidden + thread]);
     full.wait(stage.parity);
     factors.half_gain[thread] = 0.5f * gain;
+    if (!f.both) factors.inverse2[thread] = 1;
     uint32_t own[1] = {static_cast<uint32_t>(thread)};
     settle(own);  // so that the compiler does not hold addresses from step to step: that would take too many registers
     scale_weights<T>(weights, factors, f, v.slice, own[0]);
@@ -281,11 +287,11 @@ __device__ __forceinline__ bool add_slices(float (&dn)[32], const FieldParams& f
   return last;
 }
 
-// The new g of the lane's two rows, written to s.new_g. `n`, `g` and `to` are the lane's places in the tiles, `inverse` 1 / rms of the
-// rows.
+// The new g of the lane's two rows, written to `to`. `n`, `g` and `to` are the lane's places in tiles, `inverse` is 1 / rms of
+// the rows.
 template <class T>
-__device__ __forceinline__ void finish_state(float (&dn)[32], const FieldParams& f, const float* half_gain, uint32_t n, uint32_t g,
-                                             uint32_t to, const float (&inverse)[2]) {
+__device__ __forceinline__ void finish_state(float (&dn)[32], const FieldParams& f, const float* half_gain, uint32_t n,
+                                             uint32_t g, uint32_t to, const float (&inverse)[2]) {
   const int quad = threadIdx.x % 4;
   float along[2] = {0, 0};
 #pragma unroll
@@ -338,7 +344,8 @@ __device__ __forceinline__ void state_product(float (&dn)[32], uint32_t dy, uint
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const uint64_t a = descriptor(dy, half * kTileBytes + k * kRowStep), b = descriptor(w1, half * kTileBytes + k * kColumnStep);
+      const uint64_t a = descriptor(dy, half * kTileBytes + k * kRowStep);
+      const uint64_t b = descriptor(w1, half * kTileBytes + k * kColumnStep);
       if (FLOWSEG_PLANTED(transposed)) {
         wgmma_tiles<T, false, false>(dn, a, b, half + k != 0);
       } else {
@@ -359,7 +366,8 @@ __device__ __forceinline__ void propagate_state(Shared& s, const FieldParams& f)
   Turn<1> written;
 #pragma unroll 1
   for (Visit v(f); v.exists(f); v.next(f), turn.advance(), product.advance()) {
-    const uint32_t w1 = descriptor_low(shared_address(s.weights[stage.index])), dy = descriptor_low(shared_address(s.dy[product.index]));
+    const uint32_t w1 = descriptor_low(shared_address(s.weights[stage.index]));
+    const uint32_t dy = descriptor_low(shared_address(s.dy[product.index]));
     const int row = v.tile * kTile + 16 * warp + lane / 4;
     float inverse[2] = {0, 0};  // rows beyond the patch stay zero
     if (f.residual) {
@@ -418,7 +426,7 @@ struct InnerStep {
   const FieldParams& f;
   int half, thread;
   uint32_t place;        // row_place
-  uint32_t place_of_w1;  // column_place, in the group's tile of W1
+  uint32_t place_of_w1;  // column_place, in W1 and its gradient
   Turn<kStages> stage;
   Turn<kRing> turn;
   Turn<2> product;
@@ -449,8 +457,7 @@ struct InnerStep {
   }
 
   // Starts y and du of a tile, as two groups of products.
-  __device__ __forceinline__ void start(float (&y)[32], float (&du)[32], const uint32_t (&w1)[16]) const {
-    const uint32_t n = descriptor_low(shared_address(s.tiles[turn.index][0])), g = n + (kTileBytes >> 4);
+  __device__ __forceinline__ void start(float (&y)[32], float (&du)[32], const uint32_t (&w1)[16], uint32_t n, uint32_t g) const {
     const uint32_t w2 = descriptor_low(weights() + 2 * kTileBytes);
     wgmma_fence();
     wgmma_first<T, false>(y, w1, descriptor(n));
@@ -458,19 +465,17 @@ struct InnerStep {
     for (int k = 1; k < 4; ++k) wgmma<T, false>(y, w1 + 4 * k, descriptor(n, k * kColumnStep));
     wgmma_commit();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_tiles<T, false, false>(du, descriptor(w2, k * kColumnStep), descriptor(g, k * kColumnStep), k != 0);
+    for (int k = 0; k < 4; ++k) {
+      wgmma_tiles<T, false, false>(du, descriptor(w2, k * kColumnStep), descriptor(g, k * kColumnStep), k != 0);
+    }
     wgmma_commit();
   }
 
-  // Starts G += dy n and D += u g.
-  __device__ __forceinline__ void start_gradients(float (&g_sum)[32], float (&d_sum)[32], const uint32_t (&dy)[16],
-                                                  const uint32_t (&u)[16]) const {
-    const uint32_t n = descriptor_low(shared_address(s.tiles[turn.index][0])), g = n + (kTileBytes >> 4);
+  // Starts sum += v tile, where the tile's rows, and the columns of v, are pixels.
+  __device__ __forceinline__ void start_gradient(float (&sum)[32], const uint32_t (&v)[16], uint32_t tile) const {
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma<T, true>(d_sum, u + 4 * k, descriptor(g, k * kRowStep));
-#pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma<T, true>(g_sum, dy + 4 * k, descriptor(n, k * kRowStep));
+    for (int k = 0; k < 4; ++k) wgmma<T, true>(sum, v + 4 * k, descriptor(tile, k * kRowStep));
     wgmma_commit();
   }
 
@@ -478,8 +483,10 @@ struct InnerStep {
   __device__ __forceinline__ void visit(float (&g_sum)[32], float (&d_sum)[32], const uint32_t (&w1)[16], bool first) {
     float y[32], du[32];
     uint32_t u[16], dy[16];
+    const uint32_t n = descriptor_low(shared_address(s.tiles[turn.index][0]));
+    const uint32_t g = descriptor_low(shared_address(s.tiles[turn.index][1]));
     s.tile_full[turn.index].wait(turn.parity);
-    start(y, du, w1);
+    start(y, du, w1, n, g);
     wgmma_wait<1>();
     settle(y);
     if (!first) give_tile_back(turn.previous());
@@ -497,8 +504,9 @@ struct InnerStep {
     }
     settle(y);
     settle(u);
+    start_gradient(d_sum, u, g);
     s.dy_empty[product.index].wait(product.parity ^ 1);  // this loop also keeps ptxas from waiting for du before the tanh
-    if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<0>();
+    FLOWSEG_PLANTED(wait_group) ? wgmma_wait<2>() : wgmma_wait<1>();
     settle(du);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -507,7 +515,7 @@ struct InnerStep {
     store_rows(shared_address(s.dy[product.index][half]) + place, dy);
     if (!FLOWSEG_PLANTED(proxy_fence)) fence_async();
     arrive_as_warp(s.dy_full[product.index]);
-    start_gradients(g_sum, d_sum, dy, u);
+    start_gradient(g_sum, dy, n);
     product.advance();
     turn.advance();
   }
@@ -562,16 +570,17 @@ struct InnerStep {
     reinterpret_cast<Pair*>(column_sums)[thread % 32] = sum_columns(column);
   }
 
-  // Adds up the warps' sums and, in the first group, what the patch's kernels after this one need of them. The first 64 threads of a
-  // group take D W2, the others of the first group G W1.
+  // Adds up the warps' sums. The first 64 threads of each group take D W2; the others of the first group take G W1. The first
+  // group also stores what later kernels need of them.
   __device__ __forceinline__ void finish_sums(const Visit& v, const float (&column_sums)[2][kInnerWarps][kTile]) const {
     const int column = thread % kTile;
     const bool of_w2 = thread < kTile;
+    if (of_w2) s.along2[half][column] = 0;
     if (of_w2 ? !f.both : !f.residual || half != 0) return;
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kInnerWarps; ++w) sum += column_sums[of_w2][w][column];
-    if (of_w2) s.along2[half][column] = sum;
+    if (of_w2 && f.slices() == 1) s.along2[half][column] = sum;
     if (half != 0) return;
     if (v.slice > 0) sum += s.slice_sums[of_w2][column];
     s.slice_sums[of_w2][column] = sum;
@@ -586,21 +595,23 @@ struct InnerStep {
 
   // Turns D into the gradient of W2, packed. What comes from the lengths of columns that run through several slices is missing.
   __device__ __forceinline__ void finish_w2(const float (&d_sum)[32], const uint32_t (&w2)[16], uint32_t (&grad)[16]) const {
-    const int quad = thread % 4;
-    const bool one_slice = f.slices() == 1;
+    const float* inverse2 = s.factors[stage.index].inverse2 + 2 * (thread % 4);
+    const float* along2 = s.along2[half] + 2 * (thread % 4);
+    const bool clamped = !T::kIsBFloat && f.slices() > 1;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      Pair inverse{1, 1}, along{0, 0};
-      if (f.both) {
-        inverse = *reinterpret_cast<const Pair*>(s.factors[stage.index].inverse2 + 8 * j + 2 * quad);
-        if (one_slice) along = *reinterpret_cast<const Pair*>(s.along2[half] + 8 * j + 2 * quad);
-      }
+      const Pair inverse = *reinterpret_cast<const Pair*>(inverse2 + 8 * j);
+      const Pair along = *reinterpret_cast<const Pair*>(along2 + 8 * j);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const uint32_t word = w2[2 * j + r];
-        const float low = inverse.x * (d_sum[4 * j + 2 * r] - T::low(word) * along.x);
-        const float high = inverse.y * (d_sum[4 * j + 2 * r + 1] - T::high(word) * along.y);
-        grad[2 * j + r] = one_slice ? T::pack(low, high) : T::pack(in_range<T>(low), in_range<T>(high));
+        float low = inverse.x * (d_sum[4 * j + 2 * r] - T::low(word) * along.x);
+        float high = inverse.y * (d_sum[4 * j + 2 * r + 1] - T::high(word) * along.y);
+        if (clamped) {
+          low = in_range<T>(low);
+          high = in_range<T>(high);
+        }
+        grad[2 * j + r] = T::pack(low, high);
       }
     }
   }
@@ -616,7 +627,7 @@ struct InnerStep {
     if (f.both) sum_w2(d_sum, w2, column_sums[1][warp]);
     // From here on all products have read their operands, and the earlier gradients of W1 have left shared memory.
     named_barrier<1, 2 * kGroupThreads>();
-    store_columns(w1_tile + place_of_staged(), grad);
+    store_columns(w1_tile + place_of_w1, grad);
     finish_sums(v, column_sums);
     join();
     finish_w2(d_sum, w2, grad);
@@ -630,7 +641,6 @@ struct InnerStep {
       commit_copies();
     }
   }
-  __device__ __forceinline__ uint32_t place_of_staged() const { return place_of_w1; }
 };
 
 template <class T, bool kTanh>
@@ -697,8 +707,8 @@ int64_t backward_block_count(const FieldParams& f, const Launch& launch) {
   return std::min<int64_t>(f.count, launch.device().multiprocessors);
 }
 
-// Takes the round's patches back through all blocks. Needs the states of all levels, the gradient of the state in the place of level
-// L, inverse lengths and 1 / rms; with several slices also dn_sums, 16 KiB for each tile of each thread block.
+// Takes the round's patches back through all blocks. Needs the states of all levels, the gradient of the state in the place of
+// level L, inverse lengths and 1 / rms; with several slices also dn_sums, 16 KiB for each tile of each thread block.
 template <class Launch>
 void launch_backward_blocks(const FieldParams& f, Real type, const Launch& launch) {
   if (f.depth == 0 || f.count == 0) return;

@@ -1,8 +1,8 @@
-// What the neural field's kernels for Hopper share: SiLU, a warp's fragments of a tile, and positions in rings of buffers.
+// Shared by the neural field's kernels for Hopper: SiLU, a warp's fragments of a tile, and positions in rings of buffers.
 //
 // A warp group (128 threads) holds a matrix of 64 rows and 64 columns: warp w has rows 16 w to 16 w + 15. As an accumulator of a
-// product, element 4 j + 2 r + b of a lane is row lane / 4 + 8 r, column 8 j + 2 (lane % 4) + b. Packed in pairs, word 2 j + r holds
-// two neighbouring columns: that is the operand A of a product, four words for every 16 of its columns.
+// product, element 4 j + 2 r + b of a lane is row lane / 4 + 8 r, column 8 j + 2 (lane % 4) + b. Packed in pairs, word 2 j + r
+// holds two neighbouring columns: that is the operand A of a product, four words for every 16 of its columns.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,8 @@ namespace flowseg::cuda {
 constexpr int kGroupThreads = 128;  // of a warp group
 constexpr int kGroupWarps = kGroupThreads / 32;
 
-// Sets u = SiLU(2 y) and t = tanh(y). u is y t + y: one fused multiply-add with an approximate t. Without kTanh, 1 + t is computed
-// first: it keeps its relative error where it is small.
+// Sets u = SiLU(2 y) and t = tanh(y). u is y t + y: one fused multiply-add if t is approximate. Otherwise u is y (1 + t), where
+// 1 + t has a small relative error also where it is near zero.
 template <bool kTanh>
 __device__ __forceinline__ void silu_and_tanh(float y, float& u, float& t) {
   if constexpr (kTanh) {
@@ -38,8 +38,8 @@ __device__ __forceinline__ uint32_t column_place(int warp, int lane) {
   return tile_offset(8 * (lane / 16) + lane % 8, 16 * warp + 8 * (lane / 8 % 2));
 }
 
-// A tile's rows, or its columns as the rows of the transposed tile, in a group's registers. `at` is the address of the lane's place.
-// The next 16 columns of a row are at ^ 32: the swizzle makes an addition of an exclusive or.
+// A tile's rows, or its columns as the rows of the transposed tile, in a group's registers. `at` is the address of the lane's
+// place. The swizzle makes a step along the columns an exclusive or.
 __device__ __forceinline__ void load_rows(uint32_t (&v)[16], uint32_t at) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) load_matrices(v + 4 * k, at ^ (k * kColumnStep));
@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_columns(uint32_t at, const uint32_t (&v)[1
   for (int k = 0; k < 4; ++k) store_matrices_transposed(at + k * kRowStep, v + 4 * k);
 }
 
-// A buffer of a ring of kBuffers, and the parity of its barriers' phase. Who fills it waits for parity ^ 1 of its `empty` barrier.
+// A buffer of a ring of kBuffers, and the parity of its barriers' phase. Who fills it waits for parity ^ 1 of `empty`.
 template <int kBuffers>
 struct Turn {
   int index = 0, parity = 0;
