@@ -99,7 +99,7 @@ struct TilePlace {
   }
 };
 
-// What a thread needs of one patch: chunks of its state of level L, and an image at the same pixels. Zero beyond the patch.
+// A thread's part of one patch: chunks of its state of level L, and an image at the same pixels. Zero beyond the patch.
 template <class T, int C>
 struct Entries {
   Chunk<T> state[kSteps];
@@ -437,7 +437,7 @@ __device__ __forceinline__ void finish_embedding(const FieldParams& f, int unit,
     const int feature = start + own;
     double sum = 0;
     if (feature <= count) {
-#pragma unroll 4
+#pragma unroll 16
       for (int pixel = lane; pixel < f.pixels(); pixel += kLanes) {
         const double g = folded(f, pixel / kTile, GroupSums::by_position + pixel % kTile * kTile + unit);
         sum += g * static_cast<double>(feature < count ? f.waves[static_cast<int64_t>(pixel) * count + feature] : 1.0f);

@@ -1,4 +1,4 @@
-// What the kernels of the neural field read and write: inputs, scratch memory and its layout. Plain data, passed by value.
+// The parameters of the neural field's kernels: inputs, results, scratch memory and its layout. Plain data, passed by value.
 //
 // Names: Hx hidden units, inner = r Hx, p pixels along a side of a patch, L blocks, P patches, C channels, F frequencies.
 // Pixels of a patch are padded to whole tiles of 64 rows, hidden units to 64 columns. What is added is zero.
@@ -40,7 +40,7 @@ struct FieldParams {
   // The forward's result, contiguous (B, C, H, W).
   void* out;
 
-  // The backward's input and results. The last six come from finish_field.
+  // The backward's input and results. The last six come from `finish`.
   Image grad;          // of `out`, any strides
   void* grad_x;        // contiguous (B, C, H, W)
   void* grad_weights;  // as weights
