@@ -1,11 +1,13 @@
 // The forward of the neural field on Hopper, and the first pass of its backward, which stores the states of every block instead
 // of the output.
 //
-// A block stays on its multiprocessor and takes one item after the other. An item is a patch and a set of four tiles of 64 pixels.
-// All items of a block have the same set, so its part of the embedding's table stays in shared memory. An item takes one step for
-// every level and slice: a slice is kSlice inner units of the level's weights, which one stage of shared memory holds. Four warp
-// groups share the work:
-// - The producer. Its first warp loads the weights of a step by TMA, its second the gains, the other two load an item's pixels of x.
+// A thread block stays on its multiprocessor and takes one item after the other: a patch and a set of four tiles of 64 pixels.
+// All its items have the same set, so the set's part of the embedding's table stays in shared memory. An item takes one step for
+// every level and slice. A slice is kSlice inner units of the level's weights, which one stage of shared memory holds.
+//
+// Four warp groups share the work:
+// - The producer. Its first warp loads the weights of a step by TMA, its second the gains. The other two load an item's pixels of
+//   x.
 // - The normaliser scales the weights in place: W1[h, j] by gain[h] / (2 |W1[:, j]|), W2[:, h] by 1 / |W2[:, h]|. So the products
 //   give y = z / 2 and what is added to h.
 // - Two consumers of two tiles each. Rows of a tile are pixels, columns hidden units. A consumer keeps the states of its tiles in
@@ -28,9 +30,9 @@
 #include "cuda/hopper/tile.h"
 #include "cuda/hopper/wgmma.cuh"
 
-namespace flowseg::cuda {
+namespace flowseg::cuda::forward {
 
-constexpr int kForwardThreads = 512;  // four groups of four warps
+constexpr int kThreads = 4 * kGroupThreads;
 constexpr int kStages = 5;
 constexpr int kSetTiles = 4;
 constexpr int kSetPixels = kSetTiles * kTile;
@@ -77,7 +79,7 @@ struct StatePlaces {
   }
 };
 
-struct ForwardShared {
+struct Shared {
   char weights[kStages][kStageBytes];  // as kSlice says
   char embed[16 * kTileRowBytes];       // rows: channels, columns: hidden units; swizzled as a tile
   char out_weight[16 * kTileRowBytes];  // the same
@@ -88,7 +90,7 @@ struct ForwardShared {
   float lengths[kStages][kTile];       // reciprocal lengths of W2's columns; only if inner > kSlice
   StatePlaces states;                  // with kKeep
   KeptState kept[kStages];             // with kKeep: the state with which the step begins
-  int places[kSetPixels];              // of the pixels in a contiguous image, from the patch's first one; -1 beyond the patch
+  int places[kSetPixels];              // of the pixels in `out`, from the patch's first one; -1 beyond the patch
   ByQuad out_gain;
   float out_bias[kMostChannels];
   unsigned largest;      // bits of the largest magnitude in the table
@@ -99,27 +101,16 @@ struct ForwardShared {
 constexpr int kWarpRows = 16;
 constexpr int kWarpBytes = kWarpRows * kTileRowBytes;
 constexpr int kConsumerWarp = 2 * kGroupThreads / 32;  // the first one
-constexpr int kStagingAt = (int(sizeof(ForwardShared)) + 127) / 128 * 128;
+constexpr int kStagingAt = (int(sizeof(Shared)) + 127) / 128 * 128;
 template <bool kKeep>
-constexpr int kForwardSharedBytes = kStagingAt + (kKeep ? 8 * kWarpBytes : 0) + 1024;
-static_assert(kForwardSharedBytes<true> <= 227 * 1024);
-
-// The stage of a step, and the parity of its barriers' phase.
-struct Stage {
-  int index = 0, parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++index == kStages) {
-      index = 0;
-      parity ^= 1;
-    }
-  }
-};
+constexpr int kSharedBytes = kStagingAt + (kKeep ? 8 * kWarpBytes : 0) + 1024;
+static_assert(kSharedBytes<true> <= 227 * 1024);  // what a block may have
 
 // What a block works on.
-struct ForwardWork {
+struct Work {
   int set, first, step, count, tiles;  // patches first, first + step, ... below count; tiles of the set that exist
 
-  __device__ __forceinline__ explicit ForwardWork(const FieldParams& f) {
+  __device__ __forceinline__ explicit Work(const FieldParams& f) {
     const int sets = (f.tiles() + kSetTiles - 1) / kSetTiles;
     set = static_cast<int>(blockIdx.x) % sets;
     first = static_cast<int>(blockIdx.x) / sets;
@@ -147,7 +138,7 @@ struct ForwardWork {
 // ---- Filling shared memory at the start, by all groups but the producer, which loads meanwhile
 
 constexpr int kFillBarrier = 1;
-constexpr int kFillThreads = kForwardThreads - kGroupThreads;
+constexpr int kFillThreads = kThreads - kGroupThreads;
 
 template <class Element>
 __device__ __forceinline__ float element(const void* data, int64_t at) {
@@ -156,7 +147,7 @@ __device__ __forceinline__ float element(const void* data, int64_t at) {
 
 // What the ends need: weights, zero beyond the hidden units and channels.
 template <class T>
-__device__ __forceinline__ void fill_ends(ForwardShared& s, const FieldParams& f, int set) {
+__device__ __forceinline__ void fill_ends(Shared& s, const FieldParams& f, int set) {
   using Element = typename T::Element;
   const int channels = static_cast<int>(f.x.channels), features = channels + f.freqs * f.freqs;
   for (int i = threadIdx.x - kGroupThreads; i < kMostChannels * kTile / 2; i += kFillThreads) {
@@ -171,7 +162,7 @@ __device__ __forceinline__ void fill_ends(ForwardShared& s, const FieldParams& f
   }
   for (int i = threadIdx.x - kGroupThreads; i < kSetPixels; i += kFillThreads) {
     const int pixel = set * kSetPixels + i;
-    s.places[i] = pixel < f.pixels() ? pixel / f.p * f.columns * f.p + pixel % f.p : -1;
+    s.places[i] = pixel < f.pixels() ? static_cast<int>(pixel_in_patch(f, f.dense, pixel)) : -1;
   }
   for (int i = threadIdx.x - kGroupThreads; i < kTile; i += kFillThreads) {
     s.out_gain.at[ByQuad::place(i)] = i >= f.hidden ? 0.0f : f.residual ? element<Element>(f.out_gain, i) : 1.0f;
@@ -190,7 +181,7 @@ __device__ __forceinline__ float table_factor(unsigned largest, bool reciprocal)
 }
 
 // The part of the table that belongs to the set. It ends without a barrier.
-__device__ __forceinline__ void fill_table(ForwardShared& s, const FieldParams& f, int set) {
+__device__ __forceinline__ void fill_table(Shared& s, const FieldParams& f, int set) {
   const int pixels = f.pixels() - set * kSetPixels;
   const float* table = f.table + int64_t{set} * kSetPixels * kTile;
   unsigned largest = 0;
@@ -222,8 +213,8 @@ __device__ __forceinline__ void fill_table(ForwardShared& s, const FieldParams& 
 
 // One thread: the four tiles of weights of each step, and the place for the state with which it begins.
 template <bool kKeep>
-__device__ __forceinline__ void load_weights(ForwardShared& s, const FieldParams& f, const ForwardWork& work) {
-  Stage stage;
+__device__ __forceinline__ void load_weights(Shared& s, const FieldParams& f, const Work& work) {
+  Turn<kStages> stage;
   work.for_each_step(f, [&](int local, int level, int slice) {
     Barrier& full = s.full[stage.index];
     const int matrix = (static_cast<int>(f.first) + local) * f.depth + level, inner = slice * kSlice;
@@ -241,10 +232,10 @@ __device__ __forceinline__ void load_weights(ForwardShared& s, const FieldParams
 
 // One warp: the gains of each step's level, and W2's lengths where an earlier kernel has found them.
 template <class T>
-__device__ __forceinline__ void load_extras(ForwardShared& s, const FieldParams& f, const ForwardWork& work) {
+__device__ __forceinline__ void load_extras(Shared& s, const FieldParams& f, const Work& work) {
   const int lane = threadIdx.x % 32;
   const bool lengths = f.both && f.slices() > 1;
-  Stage stage;
+  Turn<kStages> stage;
   work.for_each_step(f, [&](int local, int level, int) {
     s.empty[stage.index].wait(stage.parity ^ 1);
     float low = 1, high = 1;
@@ -265,9 +256,8 @@ __device__ __forceinline__ void load_extras(ForwardShared& s, const FieldParams&
 }
 
 // Two warps: the pixels of x of each item. Channels beyond the last stay zero.
-__device__ __forceinline__ void load_pixels(ForwardShared& s, const FieldParams& f, const ForwardWork& work) {
+__device__ __forceinline__ void load_pixels(Shared& s, const FieldParams& f, const Work& work) {
   const int thread = threadIdx.x % 64, channels = static_cast<int>(f.x.channels);
-  const uint16_t* x = static_cast<const uint16_t*>(f.x.data);
   int parity = 0;
 #pragma unroll 1
   for (int local = work.first; local < work.count; local += work.step) {
@@ -277,7 +267,7 @@ __device__ __forceinline__ void load_pixels(ForwardShared& s, const FieldParams&
     for (int row = thread; row < work.tiles * kTile; row += 64) {
       const int pixel = work.set * kSetPixels + row;
       const bool exists = pixel < f.pixels();
-      const uint16_t* from = x + (exists ? pixel_of(f, f.x, f.first + local, pixel) : 0);
+      const uint16_t* from = static_cast<const uint16_t*>(f.x.data) + (exists ? pixel_of(f, f.x, f.first + local, pixel) : 0);
 #pragma unroll 4
       for (int c = 0; c < channels; ++c) s.x[row][c] = exists ? from[c * f.x.stride[1]] : uint16_t{0};
     }
@@ -287,8 +277,8 @@ __device__ __forceinline__ void load_pixels(ForwardShared& s, const FieldParams&
 
 // ---- The normaliser
 
-// A warp works on 16 columns of a weight, in blocks of 16 rows. Of a block, a lane's word r[0] holds rows 2 (lane % 4) and the next
-// of column lane / 4. r[1] is the same for column lane / 4 + 8; r[2] and r[3] are 8 rows further.
+// A warp works on 16 columns of a weight, in blocks of 16 rows. Of a block, a lane's word r[0] holds rows 2 (lane % 4) and the
+// next of column lane / 4. r[1] is the same for column lane / 4 + 8; r[2] and r[3] are 8 rows further.
 // The weights are read once for the lengths and again for the scaling: they do not fit in the group's registers.
 
 // The sums of squares of the columns lane / 4 and lane / 4 + 8, over 16 kSteps rows.
@@ -380,12 +370,10 @@ __device__ __forceinline__ float reciprocal_length(float squares) { return rsqrt
 
 // The group: scales every step's weights in place. A warp takes 32 of the 128 columns of W1 and 16 of the 64 of W2.
 template <class T, bool kKeep>
-__device__ __forceinline__ void normalise(ForwardShared& s, const FieldParams& f, const ForwardWork& work) {
+__device__ __forceinline__ void normalise(Shared& s, const FieldParams& f, const Work& work) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32;
-  const int row = lane / 16 * 8 + lane % 8, chunk = lane / 8 % 2;  // where the lane reads, in a block of 16 x 16
   const bool one_slice = f.slices() == 1, keeps = kKeep && work.set == 0;
-  constexpr int kUnroll = T::kIsBFloat ? 2 : 1;  // fp16 takes more registers
-  Stage stage;
+  Turn<kStages> stage;
   work.for_each_step(f, [&](int local, int level, int slice) {
     const uint32_t weights = shared_address(s.weights[stage.index]);
     float* found = nullptr;  // the lengths of the level, with kKeep
@@ -398,17 +386,17 @@ __device__ __forceinline__ void normalise(ForwardShared& s, const FieldParams& f
     };
     s.full[stage.index].wait(stage.parity);
     float inverse0, inverse1;
-#pragma unroll kUnroll
+#pragma unroll (T::kIsBFloat ? 2 : 1)  // fp16 takes more registers
     for (int i = 0; i < 2; ++i) {
-      const int columns = 32 * (warp % 2) + 16 * i;
-      const uint32_t at = weights + warp / 2 * kTileBytes + tile_offset(row, columns + 8 * chunk);
+      const int band = 2 * warp + i;  // 16 columns
+      const uint32_t at = weights + band / 4 * kTileBytes + column_place(band % 4, lane);
       column_squares<T, 4>(at, inverse0, inverse1);
       inverse0 = reciprocal_length(inverse0);
       inverse1 = reciprocal_length(inverse1);
-      keep(slice * kSlice + warp / 2 * kTile + columns, inverse0, inverse1);
+      keep(slice * kSlice + 16 * band, inverse0, inverse1);
       scale_columns<T, 4, true>(at, 0.5f * inverse0, 0.5f * inverse1, s.gains[stage.index]);
     }
-    const uint32_t at = weights + 2 * kTileBytes + tile_offset(row, 16 * warp + 8 * chunk);
+    const uint32_t at = weights + 2 * kTileBytes + column_place(warp, lane);
     inverse0 = inverse1 = 1;
     if (f.both) {
       if (one_slice) {
@@ -422,7 +410,7 @@ __device__ __forceinline__ void normalise(ForwardShared& s, const FieldParams& f
       scale_columns<T, 8, false>(at, inverse0, inverse1, nullptr);
     }
     if (one_slice || !f.both) keep(f.padded_inner() + 16 * warp, inverse0, inverse1);
-    if (!FLOWSEG_PLANTED(unfenced)) fence_async();
+    if (!FLOWSEG_PLANTED(proxy_fence)) fence_async();
     s.ready[stage.index].arrive();
     stage.advance();
   });
@@ -438,7 +426,7 @@ __device__ __forceinline__ int tile_row() { return threadIdx.x % kGroupThreads /
 
 // The state before the first block: the table and the channels of x times their weights.
 template <class T>
-__device__ __forceinline__ void embed_pixels(float (&h)[32], ForwardShared& s, int tile) {
+__device__ __forceinline__ void embed_pixels(float (&h)[32], Shared& s, int tile) {
   const FourWords* from = s.table[tile][0] + threadIdx.x % kGroupThreads;
   const float factor = table_factor(s.largest, true);
 #pragma unroll
@@ -464,7 +452,7 @@ __device__ __forceinline__ void embed_pixels(float (&h)[32], ForwardShared& s, i
 struct TwoRows {
   float at[2];
 };
-__device__ __forceinline__ TwoRows inverse_rms(const float (&h)[32], const ForwardShared& s, const FieldParams& f) {
+__device__ __forceinline__ TwoRows inverse_rms(const float (&h)[32], const Shared& s, const FieldParams& f) {
   float sum[2][2] = {};
 #pragma unroll
   for (int i = 0; i < 32; ++i) sum[i / 2 % 2][i % 2] += h[i] * h[i];
@@ -505,27 +493,25 @@ __device__ __forceinline__ void second_product(float (&h)[32], const uint32_t (&
   wgmma_commit();
 }
 
-// SiLU(2 y) = y tanh(y) + y.
-template <bool kTanh>
-__device__ __forceinline__ float silu_of_half(float y) {
-  if constexpr (kTanh) return y * approximate_tanh(y) + y;
-  return y * __fdividef(2.0f, 1.0f + __expf(-2.0f * y));
-}
 template <class T, bool kTanh>
 __device__ __forceinline__ void activate(uint32_t (&u)[16], const float (&z)[32]) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) u[i] = T::pack(silu_of_half<kTanh>(z[2 * i]), silu_of_half<kTanh>(z[2 * i + 1]));
+  for (int i = 0; i < 16; ++i) {
+    float low, high, t;
+    silu_and_tanh<kTanh>(z[2 * i], low, t);
+    silu_and_tanh<kTanh>(z[2 * i + 1], high, t);
+    u[i] = T::pack(low, high);
+  }
 }
 
 // Stores a normalised state of a tile of the set and its 1 / rms. The copy from the warp's staging runs while the warp goes on.
 __device__ __forceinline__ void keep_state(const uint32_t (&e)[16], const TwoRows& by, const KeptState& kept, bool residual,
-                                           const ForwardShared& s, int tile) {
+                                           const Shared& s, int tile) {
   const int lane = threadIdx.x % 32, row = tile * kTile + tile_row();
   const uint32_t staging = shared_address(&s) + kStagingAt + (threadIdx.x / 32 - kConsumerWarp) * kWarpBytes;
   if (lane == 0) wait_for_reads<0>();
   __syncwarp();
-#pragma unroll
-  for (int k = 0; k < 4; ++k) store_matrices(staging + tile_offset(lane % 16, 16 * k + lane / 16 * 8), e + 4 * k);
+  store_rows(staging + row_place(0, lane), e);
   fence_async();
   __syncwarp();
   if (lane == 0) {
@@ -540,7 +526,7 @@ __device__ __forceinline__ void keep_state(const uint32_t (&e)[16], const TwoRow
 
 // The output of a tile's pixels.
 template <class T>
-__device__ __forceinline__ void write_output(const float (&h)[32], ForwardShared& s, const FieldParams& f, int local, int tile) {
+__device__ __forceinline__ void write_output(const float (&h)[32], Shared& s, const FieldParams& f, int local, int tile) {
   using Element = typename T::Element;
   const int quad = threadIdx.x % 4, channels = static_cast<int>(f.x.channels);
   const TwoRows by = inverse_rms(h, s, f);
@@ -559,12 +545,9 @@ __device__ __forceinline__ void write_output(const float (&h)[32], ForwardShared
   wgmma_commit();
   wgmma_wait<0>();
   settle(v);
-  // The pixels of the two rows, in a contiguous (B, C, H, W).
-  const int64_t plane = int64_t{f.per_image} * f.pixels();
-  const int patch = static_cast<int>(f.first) + local, image = patch / f.per_image, cell = patch - image * f.per_image;
-  const int down = cell / f.columns, right = cell - down * f.columns, row = tile * kTile + tile_row();
-  Element* to = static_cast<Element*>(f.out) + (int64_t{image} * channels + 2 * quad) * plane +
-                int64_t{down} * f.columns * f.pixels() + right * f.p;
+  const int64_t plane = f.dense.stride[1];
+  const int row = tile * kTile + tile_row();
+  Element* to = static_cast<Element*>(f.out) + first_pixel_of(f, f.dense, f.first + local) + 2 * quad * plane;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (8 * half >= channels) break;
@@ -584,32 +567,31 @@ __device__ __forceinline__ void write_output(const float (&h)[32], ForwardShared
 // A consumer's registers and its place in the work.
 template <class T, bool kTanh, bool kKeep>
 struct Consumer {
-  ForwardShared& s;
+  Shared& s;
   const FieldParams& f;
-  int tile;          // the first of two tiles, in the set
-  bool two;          // the second tile exists
-  Stage stage;
+  const Work& work;
+  int tile;  // the first of two tiles, in the set
+  Turn<kStages> stage;
   int local, level, slice;
   float h0[32], h1[32];
   uint32_t e0[16], e1[16];
 
+  __device__ __forceinline__ Consumer(Shared& s, const FieldParams& f, const Work& work, int tile)
+      : s(s), f(f), work(work), tile(tile) {}
+  __device__ __forceinline__ bool has_both() const { return tile + 1 < work.tiles; }
   // The A operand of the level's first products.
   __device__ __forceinline__ TwoRows enter(uint32_t (&e)[16], const float (&h)[32]) {
     const TwoRows by = inverse_rms(h, s, f);
     pack_rows<T>(e, h, by);
     return by;
   }
-  __device__ __forceinline__ void give_back(int index) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) s.empty[index].arrive();
-  }
-
-  // One step. While the SiLU of one tile is computed, products of the other run. Order of the products, for tiles 0 and 1 and halves
-  // a and b of the slice: first 0a, first 1a; second 0a, first 0b; second 1a, first 1b; second 0b; second 1b.
-  // A product is finished after the wait that leaves only later groups pending, and only then are its accumulators touched.
+  // One step. While the SiLU of one tile is computed, products of the other run. Order of the products, for tiles 0 and 1 and
+  // halves a and b of the slice: first 0a, first 1a; second 0a, first 0b; second 1a, first 1b; second 0b; second 1b.
+  // Accumulators are touched only after a wait that leaves only later groups of products pending.
   //
-  // Unless kLast, second 1b still runs when the step ends. The next step must be kCrossing: it waits for it after it has begun its
-  // own first product. That works within an unrolled pair of steps only: ptxas waits for all products at the end of a loop.
+  // Unless kLast, second 1b still runs when the step ends. The next step must be kCrossing: it begins its own first product
+  // before it waits for that one. This works within an unrolled pair of steps only: ptxas waits for all products at the end of a
+  // loop.
   template <bool kCrossing, bool kLast>
   __device__ __forceinline__ void take_step() {
     const bool begins = slice == 0;
@@ -627,13 +609,13 @@ struct Consumer {
     if constexpr (kCrossing) {
       wgmma_wait<1>();
       settle(h1);
-      give_back(stage.index == 0 ? kStages - 1 : stage.index - 1);
+      arrive_as_warp(s.empty[stage.previous()]);
     }
     if (begins) by1 = enter(e1, h1);
     wgmma_fence();
     first_product<T>(z1, e1, weights, 0);
-    if (kKeep && begins && two) keep_state(e1, by1, s.kept[stage.index], f.residual, s, tile + 1);
-    if (!FLOWSEG_PLANTED(short_wait)) wgmma_wait<1>();
+    if (kKeep && begins && has_both()) keep_state(e1, by1, s.kept[stage.index], f.residual, s, tile + 1);
+    if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<1>();
     settle(z0);
     activate<T, kTanh>(u0, z0);
     wgmma_fence();
@@ -658,10 +640,10 @@ struct Consumer {
     wgmma_wait<1>();
     settle(h0);
     if constexpr (kLast) {
-      if (FLOWSEG_PLANTED(early_stage)) give_back(stage.index);
+      if (FLOWSEG_PLANTED(early_load)) arrive_as_warp(s.empty[stage.index]);
       wgmma_wait<0>();
       settle(h1);
-      if (!FLOWSEG_PLANTED(early_stage)) give_back(stage.index);
+      if (!FLOWSEG_PLANTED(early_load)) arrive_as_warp(s.empty[stage.index]);
     }
     stage.advance();
     if (++slice == f.slices()) {
@@ -670,20 +652,20 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void leave(const ForwardWork& work) {
+  __device__ __forceinline__ void leave() {
     if constexpr (kKeep) {
       char* last = state_of(f, local, f.depth) + int64_t{work.set} * kSetTiles * kTileBytes;
       const KeptState kept{.tiles = last, .inverse_rms = s.states.state(f, local, f.depth).inverse_rms};
       const TwoRows by0 = enter(e0, h0), by1 = enter(e1, h1);
       keep_state(e0, by0, kept, f.residual, s, tile);
-      if (two) keep_state(e1, by1, kept, f.residual, s, tile + 1);
+      if (has_both()) keep_state(e1, by1, kept, f.residual, s, tile + 1);
     } else {
       write_output<T>(h0, s, f, local, tile);
-      if (two) write_output<T>(h1, s, f, local, tile + 1);
+      if (has_both()) write_output<T>(h1, s, f, local, tile + 1);
     }
   }
 
-  __device__ __forceinline__ void consume(const ForwardWork& work) {
+  __device__ __forceinline__ void consume() {
     int parity = 0;
 #pragma unroll 1
     for (local = work.first; local < work.count; local += work.step) {
@@ -691,8 +673,7 @@ struct Consumer {
       parity ^= 1;
       embed_pixels<T>(h0, s, tile);
       embed_pixels<T>(h1, s, tile + 1);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) s.x_empty.arrive();
+      arrive_as_warp(s.x_empty);
       level = slice = 0;
       int left = f.depth * f.slices();
 #pragma unroll 1
@@ -701,7 +682,7 @@ struct Consumer {
         take_step<true, true>();
       }
       if (left) take_step<false, true>();
-      leave(work);
+      leave();
     }
     if (kKeep && threadIdx.x % 32 == 0) wait_for_copies<0>();
   }
@@ -710,11 +691,11 @@ struct Consumer {
 // ---- The kernel
 
 template <class T, bool kTanh, bool kKeep>
-__global__ void __launch_bounds__(kForwardThreads, 1) field_forward(FLOWSEG_GRID_CONSTANT FieldParams f) {
+__global__ void __launch_bounds__(kThreads, 1) forward_blocks(FLOWSEG_GRID_CONSTANT FieldParams f) {
   FLOWSEG_DYNAMIC_SHARED(char, raw);
   char* base = raw + (-shared_address(raw) & 1023);
-  ForwardShared& s = *reinterpret_cast<ForwardShared*>(base);
-  const ForwardWork work(f);
+  Shared& s = *reinterpret_cast<Shared*>(base);
+  const Work work(f);
   const int group = __shfl_sync(kAllLanes, threadIdx.x / kGroupThreads, 0), warp = threadIdx.x % kGroupThreads / 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
@@ -729,7 +710,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1) field_forward(FLOWSEG_GRID
     s.inverse_hidden = 1.0f / f.hidden;
     if (kKeep) s.states.fill(f, work.set);
   }
-  for (int i = threadIdx.x; i < kSetPixels * kMostChannels; i += kForwardThreads) s.x[i / kMostChannels][i % kMostChannels] = 0;
+  for (int i = threadIdx.x; i < kSetPixels * kMostChannels; i += kThreads) s.x[i / kMostChannels][i % kMostChannels] = 0;
   __syncthreads();
   // Registers of the groups' threads: 24 + 40 + 2 * 224 = 512, as many as four groups of 128 have at the start.
   if (group == 0) {
@@ -753,26 +734,30 @@ __global__ void __launch_bounds__(kForwardThreads, 1) field_forward(FLOWSEG_GRID
   } else {
     take_registers<224>();
     if (group - 2 >= work.groups()) return;
-    Consumer<T, kTanh, kKeep> consumer{.s = s, .f = f, .tile = (group - 2) * 2, .two = work.tiles > (group - 2) * 2 + 1};
-    consumer.consume(work);
+    Consumer<T, kTanh, kKeep>(s, f, work, (group - 2) * 2).consume();
   }
 }
 
-// Launches the kernel for a type: with kKeep the backward's first pass.
+}  // namespace flowseg::cuda::forward
+
+namespace flowseg::cuda {
+
+// Takes the round's patches from x to `out`. With kKeep it is the backward's first pass: it stores the normalised states of all
+// levels, their 1 / rms, and the inverse lengths of the weights' columns. With several slices and both weights normalised, W2's
+// inverse lengths must be there before.
 template <bool kKeep, class Launch>
 void launch_forward(const FieldParams& f, Real type, const Launch& launch) {
-  const int64_t sets = (f.tiles() + kSetTiles - 1) / kSetTiles;
   if (f.count == 0) return;
-  // Blocks of a set take every so many-th patch. The sets of a patch run at the same time, so its weights come from memory once.
-  const int64_t per_set = std::max<int64_t>(1, launch.device().multiprocessors / sets);
-  const int64_t blocks = sets * std::min(f.count, per_set);
-  const auto run = [&](auto kernel) { launch.with_threads(kForwardThreads, kernel, blocks, kForwardSharedBytes<kKeep>, f); };
+  const int64_t sets = (f.tiles() + forward::kSetTiles - 1) / forward::kSetTiles;
+  // The sets of a patch are worked on at the same time, so its weights come from memory once.
+  const int64_t blocks = sets * std::clamp<int64_t>(launch.device().multiprocessors / sets, 1, f.count);
+  const auto run = [&](auto kernel) { launch.with_threads(forward::kThreads, kernel, blocks, forward::kSharedBytes<kKeep>, f); };
   if (type == Real::f16) {
-    run(field_forward<HalfPair, false, kKeep>);
+    run(forward::forward_blocks<HalfPair, false, kKeep>);
   } else if (f.residual) {
-    run(field_forward<BFloatPair, true, kKeep>);
+    run(forward::forward_blocks<BFloatPair, true, kKeep>);
   } else {
-    run(field_forward<BFloatPair, false, kKeep>);
+    run(forward::forward_blocks<BFloatPair, false, kKeep>);
   }
 }
 
