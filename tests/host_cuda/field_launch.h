@@ -24,7 +24,7 @@ struct FieldLaunch {
   }
 };
 
-// What was wrong since the last call, or null.
+// Returns what was wrong since the last call, or null.
 inline const char* take_failure() {
   static std::string message;
   message = std::exchange(failure, "");
