@@ -99,12 +99,16 @@ auto exchange_in_block(T own, Use use) {
 template <class T, class Use>
 auto exchange_in_warp(T own, Use use) {
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
-  return exchange(*block->warps[warp], block->in_warp, block->exchanges_in_warp[threadIdx.x], true, warp * kLanes, own, use);
+  // No operation on a warp's values orders accesses to memory: that is __syncwarp.
+  return exchange(*block->warps[warp], block->in_warp, block->exchanges_in_warp[threadIdx.x], false, warp * kLanes, own, use);
 }
+
+constexpr size_t kMostShared = 227 * 1024;  // dynamic, of a block on Hopper
 
 // Runs kernel(arguments...) on `blocks` blocks of `threads` threads.
 template <class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), int64_t threads, int64_t blocks, size_t shared, const Arguments&... arguments) {
+  if (shared > kMostShared) failure = "a launch with more shared memory than a block may have";
   if (!failure.empty()) return;
 #ifdef FLOWSEG_PLANTS
   const Fault fault = planted;

@@ -46,8 +46,7 @@ def test_the_planted_fault_is_found(driver, place):
     assert done.returncode == 66 and MESSAGES[sanitizer] in done.stderr, done.stdout + done.stderr[-3000:]
 
 
-def test_thread_sanitizer_finds_weights_that_are_loaded_too_early(driver):
-    sanitizer, run = driver
-    if sanitizer == "thread":
-        done = run("early_load", "forward")
-        assert done.returncode == 66 and MESSAGES[sanitizer] in done.stderr, done.stdout + done.stderr[-3000:]
+@pytest.mark.parametrize("driver", ["thread"], indirect=True)
+def test_weights_that_are_loaded_too_early_are_found(driver):
+    done = driver[1]("early_load", "forward")
+    assert done.returncode == 66 and MESSAGES["thread"] in done.stderr, done.stdout + done.stderr[-3000:]
