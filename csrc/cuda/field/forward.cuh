@@ -50,12 +50,12 @@ struct alignas(16) FourWords {
   uint32_t at[4];
 };
 
-// Where the set's part of a state is stored: tiles, and 1 / rms of their rows.
+// The place of the set's part of a state: tiles, and 1 / rms of their rows.
 struct KeptState {
   char* tiles;
   float* inverse_rms;
 };
-// What state_of gives, as a linear function of the patch and the level: it takes few registers.
+// The same places as state_of gives, as a linear function of the patch and the level: it takes few registers.
 struct StatePlaces {
   char *first, *later;                              // of patch 0: level 0, and level 0 if `level` bytes before level 1
   int64_t first_patch, later_patch, level;          // bytes from patch to patch, and from level to level
@@ -97,7 +97,7 @@ struct Shared {
   float inverse_hidden;  // 1 / Hx
   Barrier full[kStages], ready[kStages], empty[kStages], x_full, x_empty;
 };
-// With kKeep follows room for 16 rows of a tile for every warp of the consumers.
+// Shared memory after Shared, with kKeep: 16 rows of a tile for every warp of the consumers.
 constexpr int kWarpRows = 16;
 constexpr int kWarpBytes = kWarpRows * kTileRowBytes;
 constexpr int kConsumerWarp = 2 * kGroupThreads / 32;  // the first one
@@ -106,7 +106,7 @@ template <bool kKeep>
 constexpr int kSharedBytes = kStagingAt + (kKeep ? 8 * kWarpBytes : 0) + 1024;
 static_assert(kSharedBytes<true> <= 227 * 1024);  // what a block may have
 
-// What a block works on.
+// The items of a thread block.
 struct Work {
   int set, first, step, count, tiles;  // patches first, first + step, ... below count; tiles of the set that exist
 
@@ -145,7 +145,7 @@ __device__ __forceinline__ float element(const void* data, int64_t at) {
   return widen(static_cast<const Element*>(data)[at]);
 }
 
-// What the ends need: weights, zero beyond the hidden units and channels.
+// Fills in what the ends need. Weights are zero beyond the hidden units and channels.
 template <class T>
 __device__ __forceinline__ void fill_ends(Shared& s, const FieldParams& f, int set) {
   using Element = typename T::Element;
