@@ -46,10 +46,6 @@ struct ByQuad {
   static __device__ __forceinline__ int place(int column) { return column % 8 / 2 * kStride + column / 8 * 2 + column % 2; }
 };
 
-struct alignas(16) FourWords {
-  uint32_t at[4];
-};
-
 // The place of the set's part of a state: tiles, and 1 / rms of their rows.
 struct KeptState {
   char* tiles;

@@ -17,6 +17,10 @@ namespace flowseg::cuda {
 constexpr int kGroupThreads = 128;  // of a warp group
 constexpr int kGroupWarps = kGroupThreads / 32;
 
+struct alignas(16) FourWords {
+  uint32_t at[4];
+};
+
 // Sets u = SiLU(2 y) and t = tanh(y). u is y t + y: one fused multiply-add if t is approximate. Otherwise u is y (1 + t), where
 // 1 + t has a small relative error also where it is near zero.
 template <bool kTanh>
