@@ -46,10 +46,6 @@ struct ByQuad {
   static __device__ __forceinline__ int place(int column) { return column % 8 / 2 * kStride + column / 8 * 2 + column % 2; }
 };
 
-struct alignas(16) FourWords {
-  uint32_t at[4];
-};
-
 // The place of the set's part of a state: tiles, and 1 / rms of their rows.
 struct KeptState {
   char* tiles;
@@ -486,7 +482,14 @@ template <class T>
 __device__ __forceinline__ void first_product(float (&z)[32], const uint32_t (&e)[16], uint32_t weights, int half) {
   wgmma_first<T, true>(z, e, descriptor(weights, half * kTileBytes));
 #pragma unroll
-  for (int k = 1; k < 4; ++k) wgmma<T, true>(z, e + 4 * k, descriptor(weights, half * kTileBytes + k * kRowStep));
+  for (int k = 1; k < 4; ++k) {
+    const uint64_t b = descriptor(weights, half * kTileBytes + k * kRowStep);
+    if (FLOWSEG_PLANTED(transposed)) {
+      wgmma<T, false>(z, e + 4 * k, b);
+    } else {
+      wgmma<T, true>(z, e + 4 * k, b);
+    }
+  }
   wgmma_commit();
 }
 
