@@ -23,7 +23,7 @@ from .cuda_budget import ROOT, compiler
 
 PATH = pathlib.Path(__file__).with_name("hopper_budget.json")
 SOURCE = pathlib.Path(__file__).with_name("field_kernels.cu")
-#: What an H100 measured (docs/notes/h100.md), per nanosecond: FLOP of bf16 products, bytes of a copy. And at 1.755 GHz on 132
+#: Per nanosecond, as an H100 measured (docs/notes/h100.md): FLOP of bf16 products, bytes of a copy. And at 1.755 GHz on 132
 #: multiprocessors: 4 warp instructions and 16 special functions per clock each.
 PRODUCTS, BYTES = 795e3, 3020.0
 ISSUED, SPECIAL = 132 * 4 * 1.755, 132 * 16 * 1.755
