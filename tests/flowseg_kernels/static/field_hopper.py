@@ -80,12 +80,14 @@ def code() -> dict[str, list[sass.Instruction]]:
 class Role(NamedTuple):
     """Warps that run the same loops.
 
+    granted: registers per thread that the kernel gives the role's warp group by setmaxnreg.
     is_of: whether an outermost loop belongs to the role, from the counts of its opcodes.
     trips: from depth to the trips per patch of the role's loops, outermost first, as nested in the source.
     """
 
     name: str
     warps: int
+    granted: int
     is_of: Callable[[collections.Counter], bool]
     trips: Callable[[int], tuple[int, ...]]
 
@@ -98,23 +100,23 @@ def _has(opcode: str, count: int = 1, without: str = "HGMMA") -> Callable[[colle
 
 
 _LOADS = (
-    Role("weights", 1, _has("UTMALDG"), lambda depth: (1, depth, 1)),
-    Role("gains", 1, _has("F2FP"), lambda depth: (1, depth, 1)),
-    Role("pixels", 2, _has("LDG"), lambda depth: (1, _TILES, 0)),  # the last loop takes four channels at once
+    Role("weights", 1, 24, _has("UTMALDG"), lambda depth: (1, depth, 1)),
+    Role("gains", 1, 24, _has("F2FP"), lambda depth: (1, depth, 1)),
+    Role("pixels", 2, 24, _has("LDG"), lambda depth: (1, _TILES, 0)),  # the last loop takes four channels at once
 )
 #: The roles of each big kernel, in the order in which a loop is looked for. The forward takes two steps per iteration.
 ROLES = {
     "forward_blocks": (
-        Role("consumers", 8, _has("HGMMA", 64), lambda depth: (1, depth / 2)),
-        Role("normaliser", 4, _has("LDSM", 16), lambda depth: (1, depth, 1)),
+        Role("consumers", 8, 224, _has("HGMMA", 64), lambda depth: (1, depth / 2)),
+        Role("normaliser", 4, 40, _has("LDSM", 16), lambda depth: (1, depth, 1)),
         *_LOADS,
     ),
     "backward_blocks": (
-        Role("inner groups", 8, _has("HGMMA", 16), lambda depth: (depth, _TILES)),
-        Role("state group", 4, _has("HGMMA", 8), lambda depth: (depth * _TILES,)),
-        Role("weights", 2, _has("UTMALDG"), lambda depth: (depth, 2, 4, 8)),
-        Role("g", 1, _has("UBLKCP", 2), lambda depth: (depth * _TILES,)),
-        Role("n", 1, _has("UBLKCP"), lambda depth: (depth * _TILES,)),
+        Role("inner groups", 8, 208, _has("HGMMA", 16), lambda depth: (depth, _TILES)),
+        Role("state group", 4, 64, _has("HGMMA", 8), lambda depth: (depth * _TILES,)),
+        Role("weights", 2, 32, _has("UTMALDG"), lambda depth: (depth, 2, 4, 8)),
+        Role("g", 1, 32, _has("UBLKCP", 2), lambda depth: (depth * _TILES,)),
+        Role("n", 1, 32, _has("UBLKCP"), lambda depth: (depth * _TILES,)),
     ),
 }
 
@@ -136,6 +138,14 @@ def role_loops(kernel: str) -> dict[str, list[sass.Loop]]:
         outermost.remove(candidates[-1])
         found[role.name] = [loop for loop in real if candidates[-1].first <= loop.first and loop.last <= candidates[-1].last]
     return found
+
+
+def registers_of_roles(kernel: str) -> dict[str, int]:
+    """Registers per thread that each role's code uses: the highest number, and one."""
+    return {
+        role: 1 + max(int(n) for i in loops[0].body for n in re.findall(r"\bR(\d+)\b", i.text))
+        for role, loops in role_loops(kernel).items()
+    }
 
 
 def issued(kernel: str, depth: int) -> float:

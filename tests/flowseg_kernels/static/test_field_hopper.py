@@ -75,6 +75,16 @@ def test_loops_of_each_role(kernel):
         assert all(a <= b * slack for a, b in zip(lengths, expected[role], strict=True)), (role, lengths, expected[role])
 
 
+@pytest.mark.parametrize("kernel", BUDGET["loops"])
+def test_no_role_uses_more_registers_than_it_is_granted(kernel):
+    """A thread that touches a register beyond setmaxnreg's number reads or writes another thread's."""
+    granted = {role.name: role.granted for role in field_hopper.ROLES[kernel.split()[0]]}
+    asked = {int(n, 16) for i in field_hopper.code()[kernel] for n in re.findall(r"USETMAXREG.* 0x([0-9a-f]+)$", i.text)}
+    assert asked == set(granted.values())
+    for role, used in field_hopper.registers_of_roles(kernel).items():
+        assert used <= granted[role], (role, used)
+
+
 def test_the_forward_is_predicted_at_least_half_as_fast_again_as_tritons():
     """The backward is not: both are bound by memory there. docs/notes/static_counts.md says why."""
     for network, (forward, _) in BUDGET["predicted"].items():
