@@ -17,6 +17,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct Index {
@@ -27,6 +28,12 @@ namespace flowseg::host {
 
 // The message of the first failure; empty if all is well. Later launches do nothing.
 inline std::string failure;
+// What was wrong since the last call, or null. Launches run again.
+inline const char* take_failure() {
+  static std::string message;
+  message = std::exchange(failure, "");
+  return message.empty() ? nullptr : message.c_str();
+}
 
 // Ends the launch with a message.
 [[noreturn]] void fail(const std::string& message);

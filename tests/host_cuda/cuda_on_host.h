@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "block_threads.h"
@@ -35,6 +37,17 @@ namespace flowseg::host {
 // `race` to `list` are in the kernels of the loss and the decode, the others in kernels with asynchronous copies and products.
 enum class Fault { none, race, overrun, histogram, list, swizzle, proxy_fence, early_load, transposed, wait_group };
 inline Fault planted = Fault::none;
+// The fault of a name; none for any other name.
+inline Fault fault_named(const std::string& name) {
+  const std::pair<const char*, Fault> faults[] = {
+      {"race", Fault::race},       {"overrun", Fault::overrun},         {"histogram", Fault::histogram},
+      {"list", Fault::list},       {"swizzle", Fault::swizzle},         {"proxy_fence", Fault::proxy_fence},
+      {"early_load", Fault::early_load}, {"transposed", Fault::transposed}, {"wait_group", Fault::wait_group}};
+  for (const auto& [own, fault] : faults) {
+    if (name == own) return fault;
+  }
+  return Fault::none;
+}
 // The only launch that runs the fault, 0 the first since `launches` was 0; -1: all.
 inline int planted_launch = -1, launches = 0;
 }  // namespace flowseg::host

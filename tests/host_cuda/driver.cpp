@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstdio>
 #include <initializer_list>
-#include <iterator>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -246,13 +245,8 @@ bool run_field_with(Fault fault, Part part) {
 // the one named.
 int main(int arguments, char** words) {
   const std::string name = arguments > 1 ? words[1] : "";
-  const std::pair<const char*, Fault> faults[] = {
-      {"", Fault::none},           {"race", Fault::race},       {"overrun", Fault::overrun},     {"histogram", Fault::histogram},
-      {"list", Fault::list},       {"swizzle", Fault::swizzle}, {"proxy_fence", Fault::proxy_fence},
-      {"early_load", Fault::early_load}, {"transposed", Fault::transposed}, {"wait_group", Fault::wait_group}};
-  const auto* found = std::find_if(std::begin(faults), std::end(faults), [&](const auto& f) { return name == f.first; });
-  if (found == std::end(faults)) return std::puts("no such fault"), 2;
-  const Fault fault = found->second;
+  const Fault fault = fault_named(name);
+  if (fault == Fault::none && !name.empty()) return std::puts("no such fault"), 2;
   const bool none = fault == Fault::none, in_field = fault >= Fault::swizzle;
   const bool in_grid = fault == Fault::histogram || fault == Fault::list;
   bool fine = true;

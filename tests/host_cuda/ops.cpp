@@ -127,11 +127,7 @@ class Scratch {
 
 void run_last_blocks(int64_t count) { last_blocks = count; }
 void set_multiprocessors(int64_t count) { multiprocessors = count; }
-const char* last_failure() {
-  static std::string message;
-  message = std::exchange(failure, "");
-  return message.empty() ? nullptr : message.c_str();
-}
+const char* last_failure() { return take_failure(); }
 
 void flow_interpolate(const Array& source, const Array& labels, const Array& t, const Array& centroids, int64_t ignore,
                       const Array& out) {
