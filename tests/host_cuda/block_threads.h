@@ -28,7 +28,7 @@ namespace flowseg::host {
 
 // The message of the first failure; empty if all is well. Later launches do nothing.
 inline std::string failure;
-// What was wrong since the last call, or null. Launches run again.
+// The failure since the last call, or null. Launches run again.
 inline const char* take_failure() {
   static std::string message;
   message = std::exchange(failure, "");
@@ -41,7 +41,7 @@ inline const char* take_failure() {
 // Completes an asynchronous copy. Returns false if there is none. Called when every thread waits.
 bool deliver_one_copy();
 
-// What a thread waits for: `describe(about)` names it in the message of a deadlock.
+// The reason of a wait: `describe(about)` gives its part of the message of a deadlock.
 struct Wanted {
   std::string (*describe)(const void* about) = nullptr;
   const void* about = nullptr;

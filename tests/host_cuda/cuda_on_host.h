@@ -81,7 +81,7 @@ struct Block {
 inline Block* block = nullptr;
 // The block's dynamic shared memory.
 char* dynamic_shared();
-// What remains to do, or to check, after a thread's last instruction, and after all threads'.
+// The end of a thread and of a block: remaining copies, and checks.
 void end_thread();
 void end_block();
 // A launch runs only its last `last_blocks` blocks. Tests of huge images compute only the end of the image.
@@ -90,7 +90,8 @@ inline int64_t last_blocks = int64_t{1} << 62;
 // Every thread that waits at `barrier` publishes `own`. Each thread then returns use(value), where value(i) is the value that
 // thread first + i published.
 template <class T, class Use>
-auto exchange(ThreadBarrier& barrier, std::vector<Value> (&values)[2], unsigned& exchanges, bool orders, int first, T own, Use use) {
+auto exchange(ThreadBarrier& barrier, std::vector<Value> (&values)[2], unsigned& exchanges, bool orders, int first, T own,
+              Use use) {
   static_assert(sizeof(T) <= sizeof(Value));
   std::vector<Value>& now = values[exchanges++ % 2];
   {

@@ -85,7 +85,7 @@ struct Copy {
   }
 };
 
-// What a thread has issued and not yet waited for.
+// The stores that a thread has issued and not yet waited for.
 struct ThreadCopies {
   std::vector<Copy> open;                 // stores of the current group
   std::deque<std::vector<Copy>> groups;   // committed, oldest first
@@ -110,8 +110,8 @@ struct Asynchronous {
   std::unique_ptr<Products> products;
   uint32_t serial;  // of the block, over all launches
 
-  // What the hardware leaves open, and each block decides in another way: loads land in the order of their issue or in reverse;
-  // the threads that wait at a barrier go on before or after the thread that completes its phase.
+  // The hardware leaves some orders open; blocks take each in turn: loads land in the order of their issue or in reverse; the
+  // threads that wait at a barrier go on before or after the thread that completes its phase.
   bool newest_first() const { return serial & 2; }
   bool waiters_first() const { return serial & 4; }
 

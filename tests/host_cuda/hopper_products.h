@@ -79,7 +79,7 @@ struct ThreadProducts {
   bool has_fenced = false, fenced = false;  // ever; since the last wait
 };
 
-// What all warps of a group must agree on.
+// The parts of a product that all warps of a group must agree on.
 struct Signature {
   uint64_t a, b;
   bool bfloat, a_in_tile, rows_a, rows_b;
