@@ -268,7 +268,7 @@ def test_a_planted_fault_is_found(library, fault, keep):
     library.plant_fault(fault.encode())
     try:
         found = False
-        for _ in range(8):  # the orders of events in turn
+        for _ in range(2):  # in one of two launches in turn, loads land in the reverse order
             try:
                 bad = field.run(library, keep)
                 found |= any(
@@ -276,8 +276,6 @@ def test_a_planted_fault_is_found(library, fault, keep):
                 )
             except AssertionError:
                 found = True
-            if found:
-                break
         assert found
     finally:
         library.plant_fault(b"")
