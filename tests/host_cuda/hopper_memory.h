@@ -243,7 +243,8 @@ inline void read_store(Copy& copy) {
   {
     const Guard guard;
     if (std::memcmp(from, copy.seen.data(), copy.bytes) != 0) {
-      fail(text("byte ", place(copy.address), " of shared memory was overwritten before the thread had waited for the reads of a store"));
+      fail(text("byte ", place(copy.address),
+                " of shared memory was overwritten before the thread had waited for the reads of a store"));
     }
   }
   reads(from, copy.bytes);
@@ -400,7 +401,9 @@ inline void load_copy(host::Copy copy, Barrier& barrier) {
 }
 inline void check_tile(const TensorMap& map, uint32_t address) {
   if (map.matrices.data == nullptr) host::fail("a copy of a tile has no tensor map");
-  if (address % 1024) host::fail(host::text("a tile at byte ", host::place(address), " of shared memory, not a multiple of 1024"));
+  if (address % 1024) {
+    host::fail(host::text("a tile at byte ", host::place(address), " of shared memory, not a multiple of 1024"));
+  }
 }
 inline void check_bytes(const void* global, uint32_t address, int bytes) {
   if (bytes <= 0 || (address | bytes | reinterpret_cast<uintptr_t>(global)) % 16) {

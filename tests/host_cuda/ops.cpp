@@ -35,7 +35,10 @@ struct HostLaunch {
 
   // Room for one block at a time: each block then processes as many tiles as possible.
   Device device() const {
-    return {.multiprocessors = multiprocessors, .threads = cuda::kThreads, .shared_block = 48 * 1024, .shared_multiprocessor = 64 * 1024};
+    return {.multiprocessors = multiprocessors,
+            .threads = cuda::kThreads,
+            .shared_block = 48 * 1024,
+            .shared_multiprocessor = 64 * 1024};
   }
 
   TensorMap tensor_map(const Matrices& matrices) const { return checked_tensor_map(matrices); }
