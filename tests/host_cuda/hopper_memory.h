@@ -112,8 +112,8 @@ struct Asynchronous {
 
   // The hardware leaves some orders open; blocks take each in turn: loads land in the order of their issue or in reverse; the
   // threads that wait at a barrier go on before or after the thread that completes its phase.
-  bool newest_first() const { return serial & 2; }
-  bool waiters_first() const { return serial & 4; }
+  bool newest_first() const { return (serial >> 1 ^ serial >> 3) & 1; }
+  bool waiters_first() const { return (serial >> 2 ^ serial >> 4) & 1; }
 
   inline static uint32_t blocks = 0;
 
@@ -141,7 +141,7 @@ inline void Asynchronous::reset() {
 #endif
   barriers.clear();
   serial = ++blocks;
-  reverse_turns();
+  change_turns();
 }
 
 inline char* Asynchronous::at(uint32_t address, int64_t size) const {
