@@ -90,7 +90,7 @@ struct TilePlace {
   // The offset in bytes of the thread's chunk in a patch's state.
   __device__ __forceinline__ uint32_t offset(int step) const { return tile * kTileBytes + tile_offset(row(step), chunk * kChunk); }
   __device__ __forceinline__ float* sums(const FieldParams& f) const {
-    return f.group_sums + ((f.groups_before + group) * f.tiles() + tile) * GroupSums::kSize;
+    return f.group_sums + ((f.groups_before + group) * f.tiles() + tile) * GroupSums<1>::kSize;
   }
   __device__ __forceinline__ int begin(const FieldParams& f) const { return group * static_cast<int>(f.per_group); }
   __device__ __forceinline__ int end(const FieldParams& f) const {
@@ -247,15 +247,15 @@ __device__ __forceinline__ void store_leave_sums(const FieldParams& f, const Til
   for (int c = 0; c < C; ++c) {
     const float found = unit_sum(by_out[c]);
     if (h < kTile && c < f.x.channels) {
-      sums[GroupSums::out_weight + c * kTile + h] = h < f.hidden ? found * last_gain<T>(f, h) : 0.0f;
+      sums[GroupSums<1>::out_weight + c * kTile + h] = h < f.hidden ? found * last_gain<T>(f, h) : 0.0f;
       if (h < f.hidden) by_gain += found * widen(weight[c * f.hidden + h]);
     }
     // All lanes of a row hold the same sums, so that of every lane 0 counts.
     float bias[kChunk] = {by_bias[c]};
     const float total = unit_sum(bias);
-    if (h == 0) sums[GroupSums::out_bias + c] = total;
+    if (h == 0) sums[GroupSums<1>::out_bias + c] = total;
   }
-  if (h < kTile) sums[GroupSums::out_gain + h] = by_gain;
+  if (h < kTile) sums[GroupSums<1>::out_gain + h] = by_gain;
 }
 
 // The gradient of the state after the last block, in the place of that state, and the group's sums for the last layer.
@@ -381,13 +381,13 @@ __global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) enter(
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
     for (int k = 0; k < kChunk; ++k) {
-      sums[GroupSums::by_position + place.row(step) * kTile + place.chunk * kChunk + k] = by_position[step][k];
+      sums[GroupSums<1>::by_position + place.row(step) * kTile + place.chunk * kChunk + k] = by_position[step][k];
     }
   }
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     const float found = unit_sum(by_channel[c]);
-    if (threadIdx.x < kTile) sums[GroupSums::by_channel + threadIdx.x * kMostChannels + c] = found;
+    if (threadIdx.x < kTile) sums[GroupSums<1>::by_channel + threadIdx.x * kMostChannels + c] = found;
   }
 }
 
@@ -417,7 +417,7 @@ __global__ void __launch_bounds__(kEndThreads) fold(float* data, int64_t rows, i
 
 // The sum over all patches of one entry of GroupSums, after `fold`.
 __device__ __forceinline__ float folded(const FieldParams& f, int tile, int offset) {
-  return f.groups ? f.group_sums[int64_t{tile} * GroupSums::kSize + offset] : 0.0f;
+  return f.groups ? f.group_sums[int64_t{tile} * GroupSums<1>::kSize + offset] : 0.0f;
 }
 __device__ __forceinline__ float folded_over_tiles(const FieldParams& f, int offset) {
   float sum = 0;
@@ -439,7 +439,7 @@ __device__ __forceinline__ void finish_embedding(const FieldParams& f, int unit,
     if (feature <= count) {
 #pragma unroll 16
       for (int pixel = lane; pixel < f.pixels(); pixel += kLanes) {
-        const double g = folded(f, pixel / kTile, GroupSums::by_position + pixel % kTile * kTile + unit);
+        const double g = folded(f, pixel / kTile, GroupSums<1>::by_position + pixel % kTile * kTile + unit);
         sum += g * static_cast<double>(feature < count ? f.waves[static_cast<int64_t>(pixel) * count + feature] : 1.0f);
       }
     }
@@ -460,14 +460,14 @@ __global__ void __launch_bounds__(kEndThreads) finish(FLOWSEG_GRID_CONSTANT Fiel
   T* embed = static_cast<T*>(f.grad_embed) + unit * (f.x.channels + f.freqs * f.freqs);
   finish_embedding(f, unit, embed + channels);
   if (thread < channels) {
-    narrow(folded_over_tiles(f, GroupSums::by_channel + unit * kMostChannels + thread), embed[thread]);
-    narrow(folded_over_tiles(f, GroupSums::out_weight + thread * kTile + unit),
+    narrow(folded_over_tiles(f, GroupSums<1>::by_channel + unit * kMostChannels + thread), embed[thread]);
+    narrow(folded_over_tiles(f, GroupSums<1>::out_weight + thread * kTile + unit),
            static_cast<T*>(f.grad_out_weight)[thread * f.hidden + unit]);
-    if (unit == 0) narrow(folded_over_tiles(f, GroupSums::out_bias + thread), static_cast<T*>(f.grad_out_bias)[thread]);
+    if (unit == 0) narrow(folded_over_tiles(f, GroupSums<1>::out_bias + thread), static_cast<T*>(f.grad_out_bias)[thread]);
   }
   // The plain form has no gains.
   if (!f.residual) return;
-  if (thread == 0) narrow(folded_over_tiles(f, GroupSums::out_gain + unit), static_cast<T*>(f.grad_out_gain)[unit]);
+  if (thread == 0) narrow(folded_over_tiles(f, GroupSums<1>::out_gain + unit), static_cast<T*>(f.grad_out_gain)[unit]);
   for (int level = thread; level < f.depth; level += kEndThreads) {
     narrow(f.patches ? f.gain_sums[int64_t{level} * kTile + unit] : 0.0f,
            static_cast<T*>(f.grad_gains)[int64_t{level} * f.hidden + unit]);

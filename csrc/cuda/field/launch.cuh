@@ -119,7 +119,7 @@ int64_t plan_field(FieldParams& f, bool backward, void* memory, const Launch& la
   if (backward) {
     places.take(f.waves, int64_t{f.pixels()} * f.freqs * f.freqs);
     places.take(f.gain_sums, f.patches * f.depth * kTile);
-    places.take(f.group_sums, f.groups * f.tiles() * GroupSums::kSize);
+    places.take(f.group_sums, f.groups * f.tiles() * GroupSums<1>::kSize);
     if (f.slices() > 1) places.take(f.dn_sums, backward_block_count(f, launch) * f.tiles() * kTile * kTile);
   }
   return places.bytes();
@@ -209,7 +209,7 @@ void launch_field_backward(FieldParams f, Real type, void* scratch, const Launch
     f.groups_before = f.first / f.per_group;
     launch_round(f, type, launch);
   }
-  launch_fold(f.group_sums, f.groups, int64_t{f.tiles()} * GroupSums::kSize, launch);
+  launch_fold(f.group_sums, f.groups, int64_t{f.tiles()} * GroupSums<1>::kSize, launch);
   if (f.residual && f.depth > 0) launch_fold(f.gain_sums, f.patches, int64_t{f.depth} * kTile, launch);
   for_field_type(type, [&]<class T>() { launch.with_threads(kEndThreads, finish<T>, f.hidden, 0, f); });
 }
