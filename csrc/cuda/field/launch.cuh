@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/field/backward.cuh"
+#include "cuda/field/backward_wide.cuh"
 #include "cuda/field/ends.cuh"
 #include "cuda/field/forward.cuh"
 #include "cuda/field/params.h"
@@ -98,6 +98,12 @@ inline void place_round(FieldParams& f, bool backward, int64_t count, Places& pl
   if (has_long_columns(f)) places.take(f.along2, blocks * kTile);
 }
 
+// Thread blocks of the backward of a round.
+template <class Launch>
+int64_t backward_block_count(const FieldParams& f, const Launch& launch) {
+  return std::min<int64_t>(f.count, launch.device().multiprocessors);
+}
+
 // Fills in the groups, the patches of the first round, and the pointers to scratch memory. Returns the bytes it takes.
 template <class Launch>
 int64_t plan_field(FieldParams& f, bool backward, void* memory, const Launch& launch) {
@@ -120,7 +126,7 @@ int64_t plan_field(FieldParams& f, bool backward, void* memory, const Launch& la
     places.take(f.waves, int64_t{f.pixels()} * f.freqs * f.freqs);
     places.take(f.gain_sums, f.patches * f.depth * kTile);
     places.take(f.group_sums, f.groups * f.tiles() * GroupSums<1>::kSize);
-    if (f.slices() > 1) places.take(f.dn_sums, backward_block_count(f, launch) * f.tiles() * kTile * kTile);
+    if (f.slices() > 1) places.take(f.dn_sums, backward_block_count(f, launch) * f.tiles() * kTile * f.padded_hidden());
   }
   return places.bytes();
 }
@@ -180,6 +186,24 @@ void launch_fold(float* data, int64_t rows, int64_t columns, const Launch& launc
   }
 }
 
+// Takes the round's patches back through all blocks. Needs the states of all levels, the gradient of the state in the place of
+// level L, inverse lengths and 1 / rms; with several slices also dn_sums.
+template <class Launch>
+void launch_backward_blocks(const FieldParams& f, Real type, const Launch& launch) {
+  if (f.depth == 0 || f.count == 0) return;
+  const auto run = [&](auto narrow, auto wide) {
+    const size_t shared = f.halves() == 1 ? sizeof(backward::Shared) : sizeof(backward::WideShared);
+    launch.with_threads(backward::kThreads, f.halves() == 1 ? narrow : wide, backward_block_count(f, launch), shared + 1024, f);
+  };
+  if (type == Real::f16) {
+    run(backward::backward_blocks<HalfPair, false>, backward::wide_backward_blocks<HalfPair, false>);
+  } else if (f.residual) {
+    run(backward::backward_blocks<BFloatPair, true>, backward::wide_backward_blocks<BFloatPair, true>);
+  } else {
+    run(backward::backward_blocks<BFloatPair, false>, backward::wide_backward_blocks<BFloatPair, false>);
+  }
+}
+
 // The backward of the patches [f.first, f.first + f.count).
 template <class Launch>
 void launch_round(const FieldParams& f, Real type, const Launch& launch) {
@@ -190,7 +214,7 @@ void launch_round(const FieldParams& f, Real type, const Launch& launch) {
   launch_lengths(f, type, launch);
   launch_forward<true>(f, type, launch);
   for_field_type(type, [&]<class T>() { launch_end(leave<T, kFewChannels>, leave<T, kMostChannels>); });
-  if (f.depth > 0) launch_backward_blocks(f, type, launch);
+  launch_backward_blocks(f, type, launch);
   for_field_type(type, [&]<class T>() {
     if (has_long_columns(f)) launch.with_threads(kEndThreads, project<T>, f.count * f.depth, 0, f);
     launch_end(enter<T, kFewChannels>, enter<T, kMostChannels>);
