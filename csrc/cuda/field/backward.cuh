@@ -63,8 +63,8 @@
 namespace flowseg::cuda::backward {
 
 constexpr int kThreads = 4 * kGroupThreads;
-// Registers per thread of the loader, the state group and the inner groups. 512 in all: 65,536 registers.
-constexpr int kLoaderRegisters = 32, kStateRegisters = 64, kInnerRegisters = 208;
+// Registers per thread of the loader, the state group and the inner groups (see Shared): 512 in all, 65,536 registers.
+constexpr int kLoaderRegisters = 32;
 constexpr int kStages = 2;
 constexpr int kScalingThreads = 64;  // two warps
 constexpr int kInnerWarps = 2 * kGroupWarps;
@@ -88,6 +88,7 @@ struct Shared {
   static constexpr int kHalves = 1;
   static constexpr int kRing = 5;
   static constexpr int kMostAhead = 3;   // bounds `ahead`
+  static constexpr int kStateRegisters = 64, kInnerRegisters = 208;
 
   char weights[kStages][kStageBytes];    // as kSlice says; the place of W2 takes its gradient at the end of a step
   char tiles[kRing][2][kTileBytes];      // n, g
@@ -760,30 +761,6 @@ __device__ __forceinline__ void differentiate_weights(Shared& s, const FieldPara
     stores = true;
   }
   if (thread == 0) wait_for_copies<0>();
-}
-
-// ---- The kernel
-
-template <class T, bool kTanh>
-__global__ void __launch_bounds__(kThreads, 1) backward_blocks(FLOWSEG_GRID_CONSTANT FieldParams f) {
-  FLOWSEG_DYNAMIC_SHARED(char, raw);
-  Shared& s = *reinterpret_cast<Shared*>(raw + (-shared_address(raw) & 1023));
-  const int group = __shfl_sync(kAllLanes, threadIdx.x / kGroupThreads, 0);
-  if (threadIdx.x == 0) {
-    init_barriers(s);
-    fence_barrier_init();
-  }
-  __syncthreads();
-  if (group == 0) {
-    give_registers<kLoaderRegisters>();
-    load_all<T>(s, f);
-  } else if (group == 1) {
-    give_registers<kStateRegisters>();
-    propagate_state<T>(s, f);
-  } else {
-    take_registers<kInnerRegisters>();
-    differentiate_weights<T, kTanh>(s, f, group - 2);
-  }
 }
 
 }  // namespace flowseg::cuda::backward

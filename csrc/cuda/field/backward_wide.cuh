@@ -20,17 +20,19 @@
 // for them but to load over their tile.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/field/backward.cuh"
 
 namespace flowseg::cuda::backward {
 
-constexpr int kWideStateRegisters = 96, kWideInnerRegisters = 192;
 constexpr int kGroupPixels = kTile / 2;  // of a tile, for which an inner group computes y and du
 
 struct WideShared {
   static constexpr int kHalves = 2;
   static constexpr int kRing = 3;
   static constexpr int kMostAhead = 2;
+  static constexpr int kStateRegisters = 96, kInnerRegisters = 192;
 
   char weights[kStages][kStageBytes];        // as kSlice says; the place of W2 takes its gradient at the end of a step
   char tiles[kRing][2][kHalves * kTileBytes];  // n, g
@@ -216,7 +218,7 @@ struct WideStep {
 };
 
 template <class T, bool kTanh>
-__device__ __forceinline__ void differentiate_wide_weights(WideShared& s, const FieldParams& f, int half) {
+__device__ __forceinline__ void differentiate_weights(WideShared& s, const FieldParams& f, int half) {
   const int thread = threadIdx.x % kGroupThreads, lane = thread % 32, warp = thread / 32;
   WideStep<T, kTanh> step{.s = s, .f = f, .half = half, .thread = thread, .place = row_place(warp, lane),
                           .place_of_w1 = column_place(warp, lane), .stage = {}, .turn = {}, .product = {}, .stored = {},
@@ -250,14 +252,17 @@ __device__ __forceinline__ void differentiate_wide_weights(WideShared& s, const 
   if (thread == 0) wait_for_copies<0>();
 }
 
-template <class T, bool kTanh>
-__global__ void __launch_bounds__(kThreads, 1) wide_backward_blocks(FLOWSEG_GRID_CONSTANT FieldParams f) {
+// ---- The kernel, for either number of halves
+
+template <class T, bool kTanh, int kHalves>
+__global__ void __launch_bounds__(kThreads, 1) backward_blocks(FLOWSEG_GRID_CONSTANT FieldParams f) {
+  using Memory = std::conditional_t<kHalves == 1, Shared, WideShared>;
   FLOWSEG_DYNAMIC_SHARED(char, raw);
-  WideShared& s = *reinterpret_cast<WideShared*>(raw + (-shared_address(raw) & 1023));
+  Memory& s = *reinterpret_cast<Memory*>(raw + (-shared_address(raw) & 1023));
   const int group = __shfl_sync(kAllLanes, threadIdx.x / kGroupThreads, 0);
   if (threadIdx.x == 0) {
     init_barriers(s);
-    s.grads_stored.init(2);
+    if constexpr (kHalves == 2) s.grads_stored.init(2);
     fence_barrier_init();
   }
   __syncthreads();
@@ -265,11 +270,11 @@ __global__ void __launch_bounds__(kThreads, 1) wide_backward_blocks(FLOWSEG_GRID
     give_registers<kLoaderRegisters>();
     load_all<T>(s, f);
   } else if (group == 1) {
-    give_registers<kWideStateRegisters>();
+    give_registers<Memory::kStateRegisters>();
     propagate_state<T>(s, f);
   } else {
-    take_registers<kWideInnerRegisters>();
-    differentiate_wide_weights<T, kTanh>(s, f, group - 2);
+    take_registers<Memory::kInnerRegisters>();
+    differentiate_weights<T, kTanh>(s, f, group - 2);
   }
 }
 

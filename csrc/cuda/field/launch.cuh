@@ -191,16 +191,19 @@ void launch_fold(float* data, int64_t rows, int64_t columns, const Launch& launc
 template <class Launch>
 void launch_backward_blocks(const FieldParams& f, Real type, const Launch& launch) {
   if (f.depth == 0 || f.count == 0) return;
-  const auto run = [&](auto narrow, auto wide) {
-    const size_t shared = f.halves() == 1 ? sizeof(backward::Shared) : sizeof(backward::WideShared);
-    launch.with_threads(backward::kThreads, f.halves() == 1 ? narrow : wide, backward_block_count(f, launch), shared + 1024, f);
+  const auto run = [&]<class T, bool kTanh>() {
+    const auto with = [&](auto kernel, size_t shared) {
+      launch.with_threads(backward::kThreads, kernel, backward_block_count(f, launch), shared + 1024, f);
+    };
+    if (f.halves() == 1) return with(backward::backward_blocks<T, kTanh, 1>, sizeof(backward::Shared));
+    with(backward::backward_blocks<T, kTanh, 2>, sizeof(backward::WideShared));
   };
   if (type == Real::f16) {
-    run(backward::backward_blocks<HalfPair, false>, backward::wide_backward_blocks<HalfPair, false>);
+    run.template operator()<HalfPair, false>();
   } else if (f.residual) {
-    run(backward::backward_blocks<BFloatPair, true>, backward::wide_backward_blocks<BFloatPair, true>);
+    run.template operator()<BFloatPair, true>();
   } else {
-    run(backward::backward_blocks<BFloatPair, false>, backward::wide_backward_blocks<BFloatPair, false>);
+    run.template operator()<BFloatPair, false>();
   }
 }
 
