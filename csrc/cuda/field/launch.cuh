@@ -72,7 +72,8 @@ inline bool has_long_columns(const FieldParams& f) { return f.both && f.slices()
 
 // The floats of a group's sums.
 inline int64_t sums_of_group(const FieldParams& f) {
-  return int64_t{f.tiles()} * f.halves() * (f.halves() == 1 ? GroupSums<1>::kSize : GroupSums<2>::kSize);
+  const int64_t part = f.halves() == 1 ? int{GroupSums<1>::kSize} : int{GroupSums<2>::kSize};
+  return f.tiles() * f.halves() * part;
 }
 
 // Gives out parts of one allocation. Without memory it only counts the bytes.
