@@ -32,7 +32,7 @@ struct WideShared {
   static constexpr int kHalves = 2;
   static constexpr int kRing = 3;
   static constexpr int kMostAhead = 2;
-  static constexpr int kStateRegisters = 96, kInnerRegisters = 192;
+  static constexpr int kStateRegisters = 112, kInnerRegisters = 184;
 
   char weights[kStages][kStageBytes];        // as kSlice says; the place of W2 takes its gradient at the end of a step
   char tiles[kRing][2][kHalves * kTileBytes];  // n, g
