@@ -559,7 +559,7 @@ __device__ __forceinline__ void keep_state(const uint32_t (&e)[16], const TwoRow
     store_bytes(kept.tiles + stored / kWarpRows * kWarpBytes, staging, kWarpBytes);
     commit_copies();
   }
-  if (residual && half == 0 && lane % 4 == 0) {
+  if (half == 0 && residual && lane % 4 == 0) {
     kept.inverse_rms[row] = by.at[0];
     kept.inverse_rms[row + 8] = by.at[1];
   }
@@ -614,7 +614,8 @@ struct Consumer {
 
   __device__ __forceinline__ Consumer(Shared<kHalves>& s, const FieldParams& f, const Work<kHalves>& work, int tile)
       : s(s), f(f), work(work), tile(tile) {}
-  __device__ __forceinline__ bool has_both() const { return tile + kNext < work.tiles; }
+  // With one half: whether its second tile exists.
+  __device__ __forceinline__ bool has_both() const { return tile + 1 < work.tiles; }
   // The A operand of the level's first products, with one half.
   __device__ __forceinline__ TwoRows enter(uint32_t (&e)[16], const float (&h)[32]) {
     const TwoRows by = inverse_rms(s, f, h);
@@ -632,7 +633,7 @@ struct Consumer {
     keep_state(e0, by, kept, f.residual, s, tile, 0);
   }
   __device__ __forceinline__ void keep1(const TwoRows& by, const KeptState& kept) {
-    if (has_both()) keep_state(e1, by, kept, f.residual, s, tile + kNext, kLastHalf);
+    keep_state(e1, by, kept, f.residual, s, tile + kNext, kLastHalf);
   }
 
   // ---- One half
@@ -666,7 +667,7 @@ struct Consumer {
     if (begins) by1 = enter(e1, h1);
     wgmma_fence();
     first_product<T>(z1, e1, weights, 0);
-    if (kKeep && begins) keep1(by1, s.kept[stage.index]);
+    if (kKeep && begins && has_both()) keep1(by1, s.kept[stage.index]);
     if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<1>();
     settle(z0);
     activate<T, kTanh>(u0, z0);
@@ -841,7 +842,7 @@ struct Consumer {
     if constexpr (kHalves == 1) {
       const TwoRows by0 = enter(e0, h0), by1 = enter(e1, h1);
       keep0(by0, kept);
-      keep1(by1, kept);
+      if (has_both()) keep1(by1, kept);
     } else {
       const TwoRows by = enter_both();
       keep0(by, kept);

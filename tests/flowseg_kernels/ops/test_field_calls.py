@@ -23,7 +23,7 @@ CALLS = {
     "fp32": ({"dtype": torch.float32}, False),
     "fp64": ({"dtype": torch.float64}, False),
     "Hx = 12": ({"hidden": 12}, False),
-    "Hx = 72": ({"hidden": 72, "ratio": 1}, False),
+    "Hx = 136": ({"hidden": 136, "ratio": 1}, False),
     "no patches": ({"batch": 0}, False),
 }
 
