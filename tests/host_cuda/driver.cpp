@@ -244,6 +244,8 @@ int main(int arguments, char** words) {
   if (none || in_field) {
     fine &= run_field<BFloat>({.patches = 3, .channels = 3, .hidden = 64, .depth = 2, .ratio = 2, .p = 16, .freqs = 3, .both = true,
                                .residual = true}, fault);
+    fine &= run_field<BFloat>({.patches = 2, .channels = 3, .hidden = 72, .depth = 2, .ratio = 2, .p = 9, .freqs = 2, .both = true,
+                               .residual = true}, fault);
     fine &= run_field<Half>({.patches = 3, .channels = 5, .hidden = 40, .depth = 2, .ratio = 5, .p = 9, .freqs = 2, .both = true,
                              .residual = false}, fault);
   }

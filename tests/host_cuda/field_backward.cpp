@@ -3,7 +3,7 @@
 #include <string>
 #include <utility>
 
-#include "cuda/field/backward.cuh"
+#include "cuda/field/launch.cuh"
 
 namespace {
 
@@ -21,13 +21,8 @@ struct FieldLaunch {
   void with_threads(int64_t threads, void (*kernel)(FieldParams), int64_t blocks, int64_t shared, const FieldParams& f) const {
     host::run(kernel, threads, blocks, static_cast<size_t>(shared), f);
   }
+  TensorMap tensor_map(const Matrices& m) const { return checked_tensor_map(m); }
 };
-
-void make_maps(const FieldParams& f, void* weights, TensorMap& w1, TensorMap& w2) {
-  const int64_t count = f.patches * f.depth, row1 = int64_t{2} * f.inner, row2 = int64_t{2} * f.hidden;
-  w1 = checked_tensor_map({weights, f.inner, f.hidden, count, row1, f.block_bytes()});
-  w2 = checked_tensor_map({static_cast<char*>(weights) + row1 * f.hidden, f.hidden, f.inner, count, row2, f.block_bytes()});
-}
 
 }  // namespace
 
@@ -63,9 +58,10 @@ const char* field_backward_blocks(const BackwardCall& call) {
   f.both = call.both;
   f.residual = call.residual;
   f.aliased = call.aliased;
-  make_maps(f, call.weights, f.w1, f.w2);
-  make_maps(f, call.grad_weights, f.grad_w1, f.grad_w2);
-  launch_backward_blocks(f, call.is_half ? Real::f16 : Real::bf16, FieldLaunch{call.multiprocessors});
+  const FieldLaunch launch{call.multiprocessors};
+  make_maps(f, call.weights, f.w1, f.w2, launch);
+  make_maps(f, call.grad_weights, f.grad_w1, f.grad_w2, launch);
+  launch_backward_blocks(f, call.is_half ? Real::f16 : Real::bf16, launch);
   static std::string message;
   message = std::exchange(host::failure, "");
   return message.empty() ? nullptr : message.c_str();

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/field/backward.cuh"
+#include "cuda/field/backward_wide.cuh"
 #include "cuda/field/ends.cuh"
 #include "cuda/field/forward.cuh"
 #include "cuda/field/params.h"
@@ -104,6 +104,12 @@ inline void place_round(FieldParams& f, bool backward, int64_t count, Places& pl
   if (has_long_columns(f)) places.take(f.along2, blocks * f.padded_hidden());
 }
 
+// Thread blocks of the backward of a round.
+template <class Launch>
+int64_t backward_block_count(const FieldParams& f, const Launch& launch) {
+  return std::min<int64_t>(f.count, launch.device().multiprocessors);
+}
+
 // Fills in the groups, the patches of the first round, and the pointers to scratch memory. Returns the bytes it takes.
 template <class Launch>
 int64_t plan_field(FieldParams& f, bool backward, void* memory, const Launch& launch) {
@@ -191,6 +197,27 @@ void launch_fold(float* data, int64_t rows, int64_t columns, const Launch& launc
   }
 }
 
+// Takes the round's patches back through all blocks. Needs the states of all levels, the gradient of the state in the place of
+// level L, inverse lengths and 1 / rms; with several slices also dn_sums.
+template <class Launch>
+void launch_backward_blocks(const FieldParams& f, Real type, const Launch& launch) {
+  if (f.depth == 0 || f.count == 0) return;
+  const auto run = [&]<class T, bool kTanh>() {
+    const auto with = [&](auto kernel, size_t shared) {
+      launch.with_threads(backward::kThreads, kernel, backward_block_count(f, launch), shared + 1024, f);
+    };
+    if (f.halves() == 1) return with(backward::backward_blocks<T, kTanh, 1>, sizeof(backward::Shared));
+    with(backward::backward_blocks<T, kTanh, 2>, sizeof(backward::WideShared));
+  };
+  if (type == Real::f16) {
+    run.template operator()<HalfPair, false>();
+  } else if (f.residual) {
+    run.template operator()<BFloatPair, true>();
+  } else {
+    run.template operator()<BFloatPair, false>();
+  }
+}
+
 // The backward of the patches [f.first, f.first + f.count).
 template <class Launch>
 void launch_round(const FieldParams& f, Real type, const Launch& launch) {
@@ -203,7 +230,7 @@ void launch_round(const FieldParams& f, Real type, const Launch& launch) {
   for_field(f, type, [&]<class T, int kHalves>() {
     launch_end(leave<T, kFewChannels, kHalves>, leave<T, kMostChannels, kHalves>);
   });
-  if (f.depth > 0) launch_backward_blocks(f, type, launch);
+  launch_backward_blocks(f, type, launch);
   for_field(f, type, [&]<class T, int kHalves>() {
     if (has_long_columns(f)) launch.with_threads(kEndThreads, project<T, kHalves>, f.count * f.depth, 0, f);
     launch_end(enter<T, kFewChannels, kHalves>, enter<T, kMostChannels, kHalves>);

@@ -17,7 +17,7 @@ __all__ = ["TAKES", "neural_field", "neural_field_bwd", "takes", "why_not"]
 #: The calls that pass `takes`, in words.
 TAKES = "bf16 or fp16 tensors, Hx a multiple of 8 up to 128"
 
-_MOST_HIDDEN, _MOST_HIDDEN_BACKWARD = 128, 64
+_MOST_HIDDEN = 128
 
 #: The kernels count the bytes of a patch's state in 32 bits.
 _LARGEST_PATCH = 2048
@@ -40,7 +40,7 @@ def _is_hopper(device: int) -> bool:
     return torch.cuda.get_device_capability(device) == HOPPER
 
 
-def takes(patch_size: int, *tensors: Tensor, most_hidden: int = _MOST_HIDDEN) -> bool:
+def takes(patch_size: int, *tensors: Tensor) -> bool:
     """Whether the kernels take a call with these tensors: x, weights, embed_weight, embed_bias, and the rest in any order.
 
     All have one 16-bit dtype, and x has pixels. The device is asked too: a process may have GPUs of several kinds.
@@ -51,7 +51,7 @@ def takes(patch_size: int, *tensors: Tensor, most_hidden: int = _MOST_HIDDEN) ->
         x.dtype in (torch.bfloat16, torch.float16)
         and all(v.dtype == x.dtype for v in tensors)
         and hidden % 8 == 0
-        and 8 <= hidden <= most_hidden
+        and 8 <= hidden <= _MOST_HIDDEN
         and x.numel() > 0
         and patch_size <= _LARGEST_PATCH
         and (not x.is_cuda or _is_hopper(x.device.index))
@@ -73,7 +73,7 @@ def neural_field(x: Tensor, *rest) -> Tensor:
 
 def neural_field_bwd(grad: Tensor, x: Tensor, *rest) -> tuple[Tensor, ...]:
     """Return the same as reference.neural_field_bwd: gradients of the eight tensors, empty where not needed."""
-    if not takes(rest[7], x, *rest[:7], grad, most_hidden=_MOST_HIDDEN_BACKWARD):
+    if not takes(rest[7], x, *rest[:7], grad):
         return backend.instead_of("cuda", "neural_field_bwd", x.device.type, x.shape[1]).run(grad, x, *rest)
     *inputs, needs = rest
     found = _backward(grad, *_kernel_arguments(x, *inputs))

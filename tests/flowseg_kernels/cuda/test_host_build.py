@@ -37,7 +37,9 @@ REPORTS = {
     "many registers": "the warps take 92160 registers",
     "late load": "right",
     "edges": "right",
-    "sixteen columns": "right",
+    "16 columns": "right",
+    "32 columns": "right",
+    "32 columns, both in tiles": "right",
     "squares": "right",
     "pairs": "right",
 }
@@ -57,6 +59,7 @@ CUTE = {
     "A": (((4, 8, 4), (2, 2, 2)), ((128, 1, 16), (64, 8, 512)), False),
     "D": (((4, 8, 4), (2, 2, 8)), ((128, 1, 16), (64, 8, 512)), False),
     "D16": (((4, 8, 4), (2, 2, 2)), ((128, 1, 16), (64, 8, 512)), False),
+    "D32": (((4, 8, 4), (2, 2, 4)), ((128, 1, 16), (64, 8, 512)), False),
     "K": (((8, 8), (64, 1)), ((64, 512), (1, 0)), True),
     "MN": (((64, 1), (8, 8)), ((1, 0), (64, 512)), True),
 }
