@@ -17,6 +17,7 @@ CALLS = {
     "bf16": ({}, True),
     "fp16": ({"dtype": torch.float16}, True),
     "Hx = 64": ({"hidden": 64, "ratio": 1}, True),
+    "Hx = 128": ({"hidden": 128, "ratio": 1}, True),
     "C = 16": ({"channels": 16}, True),
     "no blocks": ({"depth": 0}, True),
     "plain form": ({"form": "plain"}, True),
