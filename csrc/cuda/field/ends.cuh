@@ -1,9 +1,9 @@
 // The neural field's kernels around its blocks: the embedding's table, both ends of the backward, column norms of a W2 of several
 // slices, and the sums over patches.
 //
-// A block of `leave` or `enter` takes the same part (64 / kHalves pixels) of all patches of a group in turn. So the sums over patches
-// have a fixed order, and no two blocks add to the same memory. A thread reads a state in chunks of 8 hidden units: kRowLanes
-// neighbouring lanes hold one row.
+// A block of `leave` or `enter` takes the same part (64 / kHalves pixels) of all patches of a group in turn. So the sums over
+// patches have a fixed order, and no two blocks add to the same memory. A thread reads a state in chunks of 8 hidden units:
+// kRowLanes neighbouring lanes hold one row.
 #pragma once
 
 #include <cstdint>
@@ -70,8 +70,8 @@ __device__ __forceinline__ void scatter_row_sums(float (&v)[N]) {
   scatter_sums(v);
 }
 
-// The sum of each hidden unit over a block's rows. Each thread gives its sums for the 8 hidden units of its chunk; thread h gets the
-// sum of unit h.
+// The sum of each hidden unit over a block's rows. Each thread gives its sums for the 8 hidden units of its chunk. Thread h gets
+// the sum of unit h.
 template <int kHalves>
 __device__ __forceinline__ float unit_sum(const float (&own)[kChunk]) {
   __shared__ float warps[kEndWarps][kTile * kHalves];

@@ -1,10 +1,10 @@
 // The forward of the neural field on Hopper, and the first pass of its backward, which stores the states of every block instead
 // of the output.
 //
-// A thread block stays on its multiprocessor and takes one item after the other: a patch and a set of four tiles of 64 pixels. Up to
-// 64 hidden units are one half, up to 128 are two halves: a set then has two tiles of pixels, and each has a tile for each half.
-// All items of a block have the same set, so the set's part of the embedding's table stays in shared memory. An item takes one step
-// for every level and slice. A slice is kSlice / kHalves inner units of the level's weights, which one stage of shared memory holds.
+// A thread block stays on its multiprocessor and takes one item after the other: a patch and a set of four tiles of 64 pixels. With
+// two halves of hidden units a set has the pixels of two tiles, and a tile for each half of them. All items of a block have the same
+// set, so the set's part of the embedding's table stays in shared memory. An item takes one step for every level and slice. A slice
+// is kSlice / kHalves inner units of the level's weights, which one stage of shared memory holds.
 //
 // Four warp groups share the work:
 // - The producer. Its first warp loads the weights of a step by TMA, its second the gains. The other two load an item's pixels of
@@ -269,7 +269,8 @@ __device__ __forceinline__ void load_extras(Shared<kHalves>& s, const FieldParam
       s.gains[stage.index][column / 2] = T::pack(low, high);
     }
     if (lengths) {
-      const float* from = f.inverse_lengths + (int64_t{local} * f.depth + level) * f.lengths<kHalves>() + f.padded_inner<kHalves>();
+      const int64_t block = int64_t{local} * f.depth + level;
+      const float* from = f.inverse_lengths + block * f.lengths<kHalves>() + f.padded_inner<kHalves>();
 #pragma unroll
       for (int i = lane; i < kTile * kHalves; i += 32) s.lengths[stage.index][i] = from[i];
     }
@@ -392,8 +393,8 @@ __device__ __forceinline__ void scale_columns(uint32_t at, float factor0, float 
 
 __device__ __forceinline__ float reciprocal_length(float squares) { return rsqrtf(squares > 1e-24f ? squares : 1e-24f); }
 
-// The group: scales every step's weights in place. With one half, a warp takes 32 of the 128 columns of W1 and 16 of the 64 of W2;
-// with two halves the other way round.
+// The group: scales every step's weights in place. A warp takes 32 of the 128 columns of W1 and 16 of the 64 of W2. With two halves
+// W1 has 64 columns and W2 128.
 template <class T, bool kKeep, int kHalves>
 __device__ __forceinline__ void normalise(Shared<kHalves>& s, const FieldParams& f, const Work<kHalves>& work) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32;
@@ -542,8 +543,8 @@ __device__ __forceinline__ void activate(uint32_t (&u)[16], const float (&z)[32]
   }
 }
 
-// Stores one half of a normalised state of a tile of the set, and its 1 / rms with the first half. The copy from the warp's staging
-// runs while the warp goes on.
+// Stores one half of a normalised state of a tile of the set, and with the first half its 1 / rms. The copy from the warp's
+// staging runs while the warp goes on.
 template <int kHalves>
 __device__ __forceinline__ void keep_state(const uint32_t (&e)[16], const TwoRows& by, const KeptState& kept, bool residual,
                                            const Shared<kHalves>& s, int tile, int half) {
@@ -559,7 +560,7 @@ __device__ __forceinline__ void keep_state(const uint32_t (&e)[16], const TwoRow
     store_bytes(kept.tiles + stored / kWarpRows * kWarpBytes, staging, kWarpBytes);
     commit_copies();
   }
-  if (residual && half == 0 && lane % 4 == 0) {
+  if (half == 0 && residual && lane % 4 == 0) {
     kept.inverse_rms[row] = by.at[0];
     kept.inverse_rms[row + 8] = by.at[1];
   }
@@ -578,7 +579,8 @@ __device__ __forceinline__ void pack_last_rows(uint32_t (&e)[16], const float (&
 
 // Writes the output of a tile of the set. `v` is a product without the bias: pixels by channels, as a state's accumulators.
 template <class T, int kHalves>
-__device__ __forceinline__ void write_output(const float (&v)[8], const Shared<kHalves>& s, const FieldParams& f, int local, int tile) {
+__device__ __forceinline__ void write_output(const float (&v)[8], const Shared<kHalves>& s, const FieldParams& f, int local,
+                                             int tile) {
   using Element = typename T::Element;
   const int quad = threadIdx.x % 4, row = tile * kTile + tile_row(), channels = static_cast<int>(f.x.channels);
   const int64_t plane = f.dense.stride[1];
@@ -614,7 +616,8 @@ struct Consumer {
 
   __device__ __forceinline__ Consumer(Shared<kHalves>& s, const FieldParams& f, const Work<kHalves>& work, int tile)
       : s(s), f(f), work(work), tile(tile) {}
-  __device__ __forceinline__ bool has_both() const { return tile + kNext < work.tiles; }
+  // With one half: whether its second tile exists.
+  __device__ __forceinline__ bool has_both() const { return tile + 1 < work.tiles; }
   // The A operand of the level's first products, with one half.
   __device__ __forceinline__ TwoRows enter(uint32_t (&e)[16], const float (&h)[32]) {
     const TwoRows by = inverse_rms(s, f, h);
@@ -632,7 +635,7 @@ struct Consumer {
     keep_state(e0, by, kept, f.residual, s, tile, 0);
   }
   __device__ __forceinline__ void keep1(const TwoRows& by, const KeptState& kept) {
-    if (has_both()) keep_state(e1, by, kept, f.residual, s, tile + kNext, kLastHalf);
+    keep_state(e1, by, kept, f.residual, s, tile + kNext, kLastHalf);
   }
 
   // ---- One half
@@ -666,7 +669,7 @@ struct Consumer {
     if (begins) by1 = enter(e1, h1);
     wgmma_fence();
     first_product<T>(z1, e1, weights, 0);
-    if (kKeep && begins) keep1(by1, s.kept[stage.index]);
+    if (kKeep && begins && has_both()) keep1(by1, s.kept[stage.index]);
     if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<1>();
     settle(z0);
     activate<T, kTanh>(u0, z0);
@@ -729,8 +732,8 @@ struct Consumer {
     s.ready[stage.index].wait(stage.parity);
     return descriptor_low(shared_address(s.weights[stage.index]));
   }
-  // One or two steps of a level. While the SiLU of one slice is computed, products of the other run. Every product is a sum of two
-  // groups of products: those with both halves.
+  // One or two steps of a level. While the SiLU of one slice is computed, products of the other run. Each of n W1 and u W2 takes
+  // two groups of products, one for each half.
   template <int kCount>
   __device__ __forceinline__ void take_slices() {
     const bool begins = slice == 0;
@@ -748,7 +751,7 @@ struct Consumer {
       weights1 = weights();
       wide_product(z1, weights1);
     }
-    wgmma_wait<2 * kCount - 2>();
+    if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<2 * kCount - 2>();
     settle(z0);
     activate<T, kTanh>(u0, z0);
     wgmma_fence();
@@ -762,8 +765,9 @@ struct Consumer {
       wgmma_fence();
       second_product<T>(h0, u1, weights1, 0, 1);
       second_product<T>(h1, u1, weights1, 1, 1);
+      if (FLOWSEG_PLANTED(early_load)) arrive_as_warp(s.empty[first]);
       wgmma_wait<2>();
-      arrive_as_warp(s.empty[first]);
+      if (!FLOWSEG_PLANTED(early_load)) arrive_as_warp(s.empty[first]);
     }
     wgmma_wait<0>();
     settle(h0);
@@ -841,7 +845,7 @@ struct Consumer {
     if constexpr (kHalves == 1) {
       const TwoRows by0 = enter(e0, h0), by1 = enter(e1, h1);
       keep0(by0, kept);
-      keep1(by1, kept);
+      if (has_both()) keep1(by1, kept);
     } else {
       const TwoRows by = enter_both();
       keep0(by, kept);
@@ -896,8 +900,8 @@ __global__ void __launch_bounds__(kThreads, 1) forward_blocks(FLOWSEG_GRID_CONST
   }
   for (int i = threadIdx.x; i < kSetPixels<kHalves> * kMostChannels; i += kThreads) s.x[i / kMostChannels][i % kMostChannels] = 0;
   __syncthreads();
-  // Registers of the groups' threads: 512 in all, as many as four groups of 128 have at the start. What all groups share takes more
-  // registers with two halves, and the consumers need fewer.
+  // Registers of the groups' threads: 512 in all, as many as four groups of 128 have at the start. With two halves the consumers
+  // need fewer, the other groups more.
   constexpr int kProducer = kHalves == 1 ? 24 : 32, kNormaliser = kHalves == 1 ? 40 : 48, kConsumer = kHalves == 1 ? 224 : 216;
   if (group == 0) {
     give_registers<kProducer>();

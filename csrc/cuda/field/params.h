@@ -2,8 +2,8 @@
 //
 // Names: Hx hidden units, inner = r Hx, p pixels along a side of a patch, L blocks, P patches, C channels, F frequencies.
 // Pixels of a patch are padded to whole tiles of 64 rows, hidden units to one or two halves of 64 columns. What is added is zero.
-// "64 halves" are the padded hidden units. A matrix over pixels and hidden units has one tile for each half of a tile's pixels, one
-// after the other.
+// "64 halves" are the padded hidden units. A matrix over pixels and hidden units has one tile for each half, one after the other,
+// for every 64 pixels.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +17,9 @@ namespace flowseg::cuda {
 constexpr int kMostHalves = 2;
 constexpr int kMostHidden = kMostHalves * kTile;
 constexpr int kMostChannels = 16;
-// A stage of shared memory holds the weights of a slice of kSlice / halves inner units: two tiles of W1 (rows: hidden, columns:
-// inner units), then two tiles of W2 (rows: inner units, columns: hidden). With one half the two tiles hold different inner units,
-// with two halves different hidden units.
+// A stage of shared memory holds the weights of a slice, which is kSlice / halves inner units: two tiles of W1 (rows: hidden,
+// columns: inner units), then two tiles of W2 (rows: inner units, columns: hidden). With one half the tiles of a weight hold
+// different inner units, with two halves different hidden units.
 constexpr int kSlice = 2 * kTile;
 constexpr int kStageBytes = 4 * kTileBytes;
 
