@@ -72,11 +72,8 @@ constexpr int kInnerWarps = 2 * kGroupWarps;
 struct alignas(8) Pair {
   float x, y;
 };
-struct alignas(16) FourWords {
-  uint32_t at[4];
-};
 
-// Factors of the weights of a step.
+// Factors of the weights of a step: reciprocal column lengths, half of the gains.
 template <int kHalves>
 struct alignas(16) Factors {
   float inverse1[kSlice / kHalves], inverse2[kHalves * kTile];
@@ -677,7 +674,7 @@ struct InnerStep {
     settle(u);
     start_gradient(d_sum, u, g);
     s.dy_empty[product.index].wait(product.parity ^ 1);  // this loop also keeps ptxas from waiting for du before the tanh
-    FLOWSEG_PLANTED(wait_group) ? wgmma_wait<2>() : wgmma_wait<1>();
+    if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<1>();  // D goes on
     settle(du);
     gradient_of_y<T>(du, y, dy);
     store_rows(shared_address(s.dy[product.index][half]) + place, dy);
@@ -719,12 +716,12 @@ struct InnerStep {
     if (!of_w2) {
       f.gain_sums[((f.first + v.local) * f.depth + v.level) * kTile + column] = 0.5f * sum;
     } else if (f.slices<1>() > 1) {
-      // These are the sums with the raw W2.
+      // `project` takes the sums with W2 as it was generated.
       f.along2[(int64_t{v.local} * f.depth + v.level) * kTile + column] = sum / s.factors[stage.index].inverse2[column];
     }
   }
 
-  // Turns D into the gradient of W2, packed. What comes from the lengths of columns that run through several slices is missing.
+  // Turns D into the gradient of W2, packed. If W2 has several slices, what comes from its columns' lengths is left to `project`.
   __device__ __forceinline__ void finish_w2(const float (&d_sum)[32], const uint32_t (&w2)[16], uint32_t (&grad)[16]) const {
     const float* inverse2 = s.factors[stage.index].inverse2 + 2 * (thread % 4);
     const float* along2 = s.along2[half] + 2 * (thread % 4);
