@@ -15,7 +15,7 @@ from torch.nn import functional
 from ...host_cuda import kernels as host_kernels
 
 BF16, FP16 = torch.bfloat16, torch.float16
-TILE = 64
+TILE, SLICE = 64, 128
 FAULTS = ("proxy_fence", "early_load", "transposed", "wait_group")
 NAN = float("nan")
 
@@ -68,7 +68,7 @@ class Blocks:
         torch.manual_seed(0)
         self.inner, self.pixels = self.ratio * self.hidden, self.p**2
         self.tiles, self.halves = -(-self.pixels // TILE), -(-self.hidden // TILE)
-        slice_units = 128 // self.halves
+        slice_units = SLICE // self.halves
         self.slices = -(-self.inner // slice_units)
         self.padded_inner, self.padded_hidden = self.slices * slice_units, self.halves * TILE
         size = 2 * self.inner * self.hidden
