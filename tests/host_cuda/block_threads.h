@@ -338,11 +338,7 @@ class ThreadBarrier {
   // The last thread to arrive calls last() before the others go on. Only if `orders`, the barrier orders the threads' accesses.
   template <class Last>
   void arrive_and_wait(bool orders, Last last) {
-    unsigned seen;
-    {
-      const Guard guard;
-      seen = phase_.count();
-    }
+    const unsigned seen = current_phase();
     if (orders) release(keys_[seen % 2]);
     {
       const Guard guard;
@@ -362,6 +358,10 @@ class ThreadBarrier {
   unsigned expected() const { return expected_; }
 
  private:
+  unsigned current_phase() const {
+    const Unwatched unwatched;
+    return phase_.count();
+  }
   static std::string describe(const void* about) {
     const auto& own = *static_cast<const ThreadBarrier*>(about);
     return own.name_ + ": " + std::to_string(own.arrived_) + " of " + std::to_string(own.expected_) + " threads have come";

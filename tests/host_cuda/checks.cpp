@@ -111,6 +111,22 @@ void staging_reused(const Data d) {
   }
   wait_for_copies<0>();
 }
+// Stores 16 bytes and loads them again, with or without what must come between.
+template <bool kWait, bool kFence>
+void stored_and_loaded(const Data d) {
+  Shared& s = prepare();
+  if (threadIdx.x != 0) return;
+  s.tiles[0][0] = 1;
+  fence_async();
+  store_bytes(d.bytes, shared_address(s.tiles[0]), 16);
+  commit_copies();
+  kWait ? wait_for_copies<0>() : wait_for_reads<0>();
+  if (kFence) fence_async_global();
+  s.barrier.arrive_and_expect(16);
+  load_bytes(shared_address(s.tiles[1]), d.bytes, s.barrier, 16);
+  s.barrier.wait(0);
+  d.results[0] = s.tiles[1][0];
+}
 void misplaced_tile(const Data d) {
   Shared& s = prepare();
   if (threadIdx.x == 0) load_tile(shared_address(s.tiles[0]) + 512, d.map, s.barrier, 0, 0, 0);
@@ -297,6 +313,8 @@ void report_wrong() {
       {"load without init fence", load_without_init_fence},
       {"two loads to one place", two_loads_to_one_place}, {"write under a load", write_under_a_load},
       {"store without fence", store_without_fence}, {"store without wait", store_without_wait},
+      {"load of a store under way", stored_and_loaded<false, true>},
+      {"load of a store without fence", stored_and_loaded<true, false>},
       {"staging reused", staging_reused}, {"misplaced tile", misplaced_tile}, {"past the end", past_the_end},
       {"product without fence", product_without_fence}, {"off the grid", off_the_grid}, {"other stride", other_stride},
       {"sums written", sums_written}, {"sums written before adding", sums_written_before_adding},
@@ -374,6 +392,8 @@ int main() {
   World world;
   const std::string failed = world.run(late_load);
   report("late load", !failed.empty() ? failed : std::isnan(world.results[0]) && world.results[1] == 3 ? "right" : "wrong");
+  const std::string again = world.run(stored_and_loaded<true, true>);
+  report("load of a store", !again.empty() ? again : world.results[0] == 1 ? "right" : "wrong");
   report("edges", edges_are_right() ? "right" : "wrong");
   report("16 columns", few_columns_are_right<16, true>() && few_columns_are_right<16, false>() ? "right" : "wrong");
   report("32 columns", few_columns_are_right<32, true>() && few_columns_are_right<32, false>() ? "right" : "wrong");

@@ -35,6 +35,8 @@ namespace flowseg::host {
 // `race` to `list` are in the kernels of the loss and the decode, the others in kernels with asynchronous copies and products.
 enum class Fault { none, race, overrun, histogram, list, swizzle, proxy_fence, early_load, transposed, wait_group };
 inline Fault planted = Fault::none;
+// The only launch that runs the fault, 0 the first since `launches` was 0; -1: all.
+inline int planted_launch = -1, launches = 0;
 }  // namespace flowseg::host
 #define FLOWSEG_PLANTED(fault) (flowseg::host::planted == flowseg::host::Fault::fault)
 #endif
@@ -97,13 +99,21 @@ auto exchange_in_block(T own, Use use) {
 template <class T, class Use>
 auto exchange_in_warp(T own, Use use) {
   const int warp = static_cast<int>(threadIdx.x) / kLanes;
-  return exchange(*block->warps[warp], block->in_warp, block->exchanges_in_warp[threadIdx.x], true, warp * kLanes, own, use);
+  // No operation on a warp's values orders accesses to memory: that is __syncwarp.
+  return exchange(*block->warps[warp], block->in_warp, block->exchanges_in_warp[threadIdx.x], false, warp * kLanes, own, use);
 }
+
+constexpr size_t kMostShared = 227 * 1024;  // dynamic, of a block on Hopper
 
 // Runs kernel(arguments...) on `blocks` blocks of `threads` threads.
 template <class... Parameters, class... Arguments>
 void run(void (*kernel)(Parameters...), int64_t threads, int64_t blocks, size_t shared, const Arguments&... arguments) {
+  if (shared > kMostShared) failure = "a launch with more shared memory than a block may have";
   if (!failure.empty()) return;
+#ifdef FLOWSEG_PLANTS
+  const Fault fault = planted;
+  if (launches++ != planted_launch && planted_launch >= 0) planted = Fault::none;
+#endif
   Block state(static_cast<unsigned>(threads), shared);
   block = &state;
   run_threads(state.threads, [&] {
@@ -116,6 +126,9 @@ void run(void (*kernel)(Parameters...), int64_t threads, int64_t blocks, size_t 
     }
   });
   block = nullptr;
+#ifdef FLOWSEG_PLANTS
+  planted = fault;
+#endif
 }
 
 }  // namespace flowseg::host

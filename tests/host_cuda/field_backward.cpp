@@ -1,30 +1,8 @@
 // The neural field's backward of the blocks by itself, on the host, for tests/flowseg_kernels/cuda/test_field_backward.py.
-#include <cstdint>
-#include <string>
-#include <utility>
-
-#include "cuda/field/launch.cuh"
-
-namespace {
+#include "field_launch.h"
 
 using namespace flowseg;
 using namespace flowseg::cuda;
-
-// The interface of Launch in cuda/launch.h that the backward uses.
-struct FieldLaunch {
-  struct Device {
-    int64_t multiprocessors;
-  };
-  int64_t multiprocessors;
-
-  Device device() const { return {multiprocessors}; }
-  void with_threads(int64_t threads, void (*kernel)(FieldParams), int64_t blocks, int64_t shared, const FieldParams& f) const {
-    host::run(kernel, threads, blocks, static_cast<size_t>(shared), f);
-  }
-  TensorMap tensor_map(const Matrices& m) const { return checked_tensor_map(m); }
-};
-
-}  // namespace
 
 extern "C" {
 
@@ -58,24 +36,11 @@ const char* field_backward_blocks(const BackwardCall& call) {
   f.both = call.both;
   f.residual = call.residual;
   f.aliased = call.aliased;
-  const FieldLaunch launch{call.multiprocessors};
+  const host::FieldLaunch launch{call.multiprocessors};
   make_maps(f, call.weights, f.w1, f.w2, launch);
   make_maps(f, call.grad_weights, f.grad_w1, f.grad_w2, launch);
   launch_backward_blocks(f, call.is_half ? Real::f16 : Real::bf16, launch);
-  static std::string message;
-  message = std::exchange(host::failure, "");
-  return message.empty() ? nullptr : message.c_str();
-}
-
-// Plants a fault in the kernels; "" for none.
-void plant_fault(const char* name) {
-  using host::Fault;
-  const std::string wanted = name;
-  host::planted = wanted == "proxy_fence"  ? Fault::proxy_fence
-                  : wanted == "early_load" ? Fault::early_load
-                  : wanted == "transposed" ? Fault::transposed
-                  : wanted == "wait_group" ? Fault::wait_group
-                                           : Fault::none;
+  return host::take_failure();
 }
 
 }  // extern "C"

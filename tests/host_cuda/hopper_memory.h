@@ -9,6 +9,7 @@
 #pragma once
 
 #include <deque>
+#include <unordered_map>
 
 #include "cuda/hopper/tile.h"
 
@@ -89,6 +90,7 @@ struct ThreadCopies {
   std::vector<Copy> open;                 // stores of the current group
   std::deque<std::vector<Copy>> groups;   // committed, oldest first
   std::vector<uint32_t> unfenced;         // words that the thread has stored as matrices since its last fence
+  std::vector<const char*> complete;      // chunks of global memory that it has stored since its last fence_async_global()
 };
 
 struct Products;  // hopper_products.h
@@ -100,6 +102,8 @@ struct Asynchronous {
   std::vector<uint16_t> writers;  // of each word: 1 + the thread that stored matrices there and has not fenced
   std::vector<std::unique_ptr<BarrierState>> barriers;
   std::deque<Copy> loads;  // not yet landed
+  // Chunks of global memory that a load must not read yet: the thread that has stored them has not waited, or not fenced.
+  std::unordered_map<const char*, unsigned> stored;
   std::vector<ThreadCopies> threads;
   std::unique_ptr<ThreadBarrier> named[16];
   std::vector<int> registers;  // of the threads of each warp, if it has changed them
@@ -187,6 +191,12 @@ inline void start_load(Copy copy) {
       fail(text("a load to byte ", place(copy.address), " of shared memory, where another load has not yet landed"));
     }
   }
+  copy.for_each_chunk([&](const char* from, int, int) {
+    const auto found = all.stored.find(from);
+    if (found == all.stored.end()) return;
+    fail(text("a load reads global memory that thread ", found->second,
+              " has stored, before that thread's wait_for_copies() and fence_async_global()"));
+  });
   const std::vector<char> poison(copy.bytes, static_cast<char>(kPoison));
   all.write(all.at(copy.address, copy.bytes), poison.data(), copy.bytes);
   all.loads.push_back(std::move(copy));
@@ -222,6 +232,7 @@ inline void start_store(Copy copy) {
   const char* from = all.at(copy.address, copy.bytes);
   all.check_visible(from, copy.bytes, "a store");
   copy.seen.assign(from, from + copy.bytes);
+  copy.for_each_chunk([&](const char* to, int, int) { all.stored[to] = threadIdx.x; });
   all.threads[threadIdx.x].open.push_back(std::move(copy));
 }
 
@@ -242,6 +253,8 @@ inline void read_store(Copy& copy) {
 inline void finish_store(Copy& copy) {
   read_store(copy);
   copy.for_each_chunk([&](char* to, int offset, int size) { std::memcpy(to, copy.seen.data() + offset, size); });
+  std::vector<const char*>& complete = asynchronous().threads[threadIdx.x].complete;
+  copy.for_each_chunk([&](const char* to, int, int) { complete.push_back(to); });
 }
 
 inline void wait_for_stores(size_t pending, bool complete) {
@@ -358,7 +371,16 @@ inline void fence_async() {
   words.clear();
 #endif
 }
-inline void fence_async_global() {}
+inline void fence_async_global() {
+  const host::Guard guard;
+  host::Asynchronous& all = host::asynchronous();
+  std::vector<const char*>& complete = all.threads[threadIdx.x].complete;
+  for (const char* chunk : complete) {
+    const auto found = all.stored.find(chunk);
+    if (found != all.stored.end() && found->second == threadIdx.x) all.stored.erase(found);
+  }
+  complete.clear();
+}
 
 inline void load_copy(host::Copy copy, Barrier& barrier) {
   char* to = host::asynchronous().at(copy.address, copy.bytes);

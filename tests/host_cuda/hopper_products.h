@@ -364,6 +364,7 @@ inline void end_block() {
   for (ThreadProducts& thread : all.products->threads) thread = {};
   for (auto& group : all.products->groups) group.clear();
   for (ThreadCopies& thread : all.threads) thread = {};
+  all.stored.clear();
   for (auto& barrier : all.named) barrier.reset();
   all.reset();
 }

@@ -72,11 +72,8 @@ constexpr int kInnerWarps = 2 * kGroupWarps;
 struct alignas(8) Pair {
   float x, y;
 };
-struct alignas(16) FourWords {
-  uint32_t at[4];
-};
 
-// Factors of the weights of a step.
+// Factors of the weights of a step: reciprocal column lengths, half of the gains.
 template <int kHalves>
 struct alignas(16) Factors {
   float inverse1[kSlice / kHalves], inverse2[kHalves * kTile];
@@ -317,26 +314,60 @@ __device__ __forceinline__ void load_all(Shared& s, const FieldParams& f) {
 
 // ---- The state group
 
-// Adds the sums of the earlier slices to dn. In the last slice it returns true; otherwise it stores the sums for the next one. A
-// thread reads what it has written itself.
+// A thread's sums of dn over slices, for a visit's tile: every 4 kGroupThreads-th group of four is its own. It reads only what it
+// has written itself.
 template <int kHalves>
-__device__ __forceinline__ bool add_slices(float (&dn)[kHalves][32], const FieldParams& f, const Visit<kHalves>& v, int thread) {
-  float* sums = f.dn_sums + (int64_t{blockIdx.x} * f.tiles() + v.tile) * (kHalves * kTile * kTile) + 4 * thread;
+__device__ __forceinline__ float* dn_sums_of(const FieldParams& f, const Visit<kHalves>& v, int thread) {
+  return f.dn_sums + (int64_t{blockIdx.x} * f.tiles() + v.tile) * (kHalves * kTile * kTile) + 4 * thread;
+}
+
+// Adds the sums of the earlier slices to dn. In the last slice it returns true; otherwise it stores the sums for the next one.
+__device__ __forceinline__ bool add_slices(float (&dn)[32], const FieldParams& f, const Visit<1>& v, int thread) {
+  float* sums = dn_sums_of(f, v, thread);
   const bool last = v.in_last_slice(f);
 #pragma unroll
-  for (int i = 0; i < 8 * kHalves; ++i) {
+  for (int i = 0; i < 8; ++i) {
     FourWords* at = reinterpret_cast<FourWords*>(sums + i * 4 * kGroupThreads);
     FourWords words{};
     if (v.slice > 0) words = *at;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      float& sum = dn[i / 8][4 * (i % 8) + j];
-      sum += same_bits<float>(words.at[j]);
-      words.at[j] = same_bits<uint32_t>(sum);
+      dn[4 * i + j] += same_bits<float>(words.at[j]);
+      words.at[j] = same_bits<uint32_t>(dn[4 * i + j]);
     }
     if (!last) *at = words;
   }
   return last;
+}
+
+// Copies between dn and the sums of the earlier slices. With two halves there are always several slices, and the product dn adds
+// to them: so all loads are under way at once, and the state group waits for them and for dy at the same time.
+template <bool kLoads>
+__device__ __forceinline__ void copy_slices(float (&dn)[2][32], const FieldParams& f, const Visit<2>& v, int thread) {
+  float* sums = dn_sums_of(f, v, thread);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    FourWords* at = reinterpret_cast<FourWords*>(sums + i * 4 * kGroupThreads);
+    FourWords words;
+    if constexpr (kLoads) words = *at;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float& sum = dn[i / 8][4 * (i % 8) + j];
+      if constexpr (kLoads) {
+        sum = same_bits<float>(words.at[j]);
+      } else {
+        words.at[j] = same_bits<uint32_t>(sum);
+      }
+    }
+    if constexpr (!kLoads) *at = words;
+  }
+}
+
+// The sums of the earlier slices, or zero.
+__device__ __forceinline__ void start_sums(float (&dn)[2][32], const FieldParams& f, const Visit<2>& v, int thread) {
+  if (v.slice > 0) return copy_slices<true>(dn, f, v, thread);
+#pragma unroll
+  for (int i = 0; i < 64; ++i) dn[i / 32][i % 32] = 0;
 }
 
 // The new g of the lane's two rows, written to `to`. `n`, `g` and `to` are the lane's places in tiles, `inverse` is 1 / rms of
@@ -390,9 +421,9 @@ __device__ __forceinline__ void finish_state(float (&dn)[kHalves][32], const Fie
   }
 }
 
-// dn = dy^T W1^T of a tile: the rows of dy are summed, and the columns of W1. The two tiles of W1 hold different inner units with
+// dn = dy^T W1^T of a tile, or dn += if kAdds: the rows of dy are summed, and the columns of W1. The two tiles of W1 hold different inner units with
 // one half, as those of dy; with two halves, each holds the hidden units of a half.
-template <class T, int kHalves>
+template <class T, bool kAdds, int kHalves>
 __device__ __forceinline__ void state_product(float (&dn)[kHalves][32], uint32_t dy, uint32_t w1) {
   wgmma_fence();
 #pragma unroll
@@ -402,7 +433,7 @@ __device__ __forceinline__ void state_product(float (&dn)[kHalves][32], uint32_t
     for (int k = 0; k < 4; ++k) {
       const uint64_t a = descriptor(dy, (kHalves == 1 ? tile * kTileBytes : 0) + k * kRowStep);
       const uint64_t b = descriptor(w1, tile * kTileBytes + k * kColumnStep);
-      const bool adds = kHalves == 1 ? tile + k != 0 : k != 0;
+      const bool adds = kAdds || (kHalves == 1 ? tile + k != 0 : k != 0);
       if (FLOWSEG_PLANTED(transposed)) {
         wgmma_tiles<T, false, false>(sums, a, b, adds);
       } else {
@@ -433,16 +464,24 @@ __device__ __forceinline__ void propagate_state(Shared& s, const FieldParams& f)
       if (row < f.pixels()) inverse[0] = from[0];
       if (row + 8 < f.pixels()) inverse[1] = from[8];
     }
+    float dn[kHalves][32];
+    if constexpr (kHalves == 2) start_sums(dn, f, v, thread);
     if (v.tile == 0) s.weights_ready[stage.index].wait(stage.parity);
     s.tile_full[turn.index].wait(turn.parity);
     s.dy_full[product.index].wait(product.parity);
-    float dn[kHalves][32];
-    state_product<T>(dn, dy, w1);
+    state_product<T, kHalves == 2>(dn, dy, w1);
     wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < kHalves; ++i) settle(dn[i]);
     arrive_as_warp(s.dy_empty[product.index]);
-    if (f.slices<kHalves>() == 1 || add_slices(dn, f, v, thread)) {
+    bool complete;
+    if constexpr (kHalves == 1) {
+      complete = f.slices<1>() == 1 || add_slices(dn[0], f, v, thread);
+    } else {
+      complete = v.in_last_slice(f);
+      if (!complete) copy_slices<false>(dn, f, v, thread);
+    }
+    if (complete) {
       s.new_g_empty.wait(written.parity ^ 1);
       written.advance();
       finish_state<T>(dn, f, s.factors[stage.index].half_gain, shared_address(s.tiles[turn.index][0]) + place,
@@ -635,7 +674,7 @@ struct InnerStep {
     settle(u);
     start_gradient(d_sum, u, g);
     s.dy_empty[product.index].wait(product.parity ^ 1);  // this loop also keeps ptxas from waiting for du before the tanh
-    FLOWSEG_PLANTED(wait_group) ? wgmma_wait<2>() : wgmma_wait<1>();
+    if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<1>();  // D goes on
     settle(du);
     gradient_of_y<T>(du, y, dy);
     store_rows(shared_address(s.dy[product.index][half]) + place, dy);
@@ -677,12 +716,12 @@ struct InnerStep {
     if (!of_w2) {
       f.gain_sums[((f.first + v.local) * f.depth + v.level) * kTile + column] = 0.5f * sum;
     } else if (f.slices<1>() > 1) {
-      // These are the sums with the raw W2.
+      // `project` takes the sums with W2 as it was generated.
       f.along2[(int64_t{v.local} * f.depth + v.level) * kTile + column] = sum / s.factors[stage.index].inverse2[column];
     }
   }
 
-  // Turns D into the gradient of W2, packed. What comes from the lengths of columns that run through several slices is missing.
+  // Turns D into the gradient of W2, packed. If W2 has several slices, what comes from its columns' lengths is left to `project`.
   __device__ __forceinline__ void finish_w2(const float (&d_sum)[32], const uint32_t (&w2)[16], uint32_t (&grad)[16]) const {
     const float* inverse2 = s.factors[stage.index].inverse2 + 2 * (thread % 4);
     const float* along2 = s.along2[half] + 2 * (thread % 4);

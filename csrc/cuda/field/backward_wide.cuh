@@ -32,7 +32,7 @@ struct WideShared {
   static constexpr int kHalves = 2;
   static constexpr int kRing = 3;
   static constexpr int kMostAhead = 2;
-  static constexpr int kStateRegisters = 96, kInnerRegisters = 192;
+  static constexpr int kStateRegisters = 112, kInnerRegisters = 184;
 
   char weights[kStages][kStageBytes];        // as kSlice says; the place of W2 takes its gradient at the end of a step
   char tiles[kRing][2][kHalves * kTileBytes];  // n, g
@@ -117,7 +117,7 @@ struct WideStep {
     activate<T, kTanh>(y, u);
     settle(y);
     settle(u);
-    FLOWSEG_PLANTED(wait_group) ? wgmma_wait<1>() : wgmma_wait<0>();
+    if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<0>();
     settle(du);
     if (!first) give_tile_back(turn.previous());
     gradient_of_y<T>(du, y, dy);
@@ -161,7 +161,7 @@ struct WideStep {
     if (!of_w2) {
       f.gain_sums[((f.first + v.local) * f.depth + v.level) * f.padded_hidden<2>() + unit] = 0.5f * sum;
     } else {
-      // These are the sums with the raw W2.
+      // `project` takes the sums with W2 as it was generated.
       f.along2[(int64_t{v.local} * f.depth + v.level) * f.padded_hidden<2>() + unit] = sum / s.factors[stage.index].inverse2[unit];
     }
   }

@@ -49,16 +49,12 @@ struct ByQuad {
   static __device__ __forceinline__ int place(int column) { return column % 8 / 2 * kStride + column / 8 * 2 + column % 2; }
 };
 
-struct alignas(16) FourWords {
-  uint32_t at[4];
-};
-
-// Where the set's part of a state is stored: tiles, and 1 / rms of their rows.
+// The place of the set's part of a state: tiles, and 1 / rms of their rows.
 struct KeptState {
   char* tiles;
   float* inverse_rms;
 };
-// What state_of gives, as a linear function of the patch and the level: it takes few registers.
+// The same places as state_of gives, as a linear function of the patch and the level: it takes few registers.
 struct StatePlaces {
   char *first, *later;                              // of patch 0: level 0, and level 0 if `level` bytes before level 1
   int64_t first_patch, later_patch, level;          // bytes from patch to patch, and from level to level
@@ -103,7 +99,7 @@ struct Shared {
   float inverse_hidden;  // 1 / Hx
   Barrier full[kStages], ready[kStages], empty[kStages], x_full, x_empty;
 };
-// With kKeep follows room for 16 rows of a tile for every warp of the consumers.
+// Shared memory after Shared, with kKeep: 16 rows of a tile for every warp of the consumers.
 constexpr int kWarpRows = 16;
 constexpr int kWarpBytes = kWarpRows * kTileRowBytes;
 constexpr int kConsumerWarp = 2 * kGroupThreads / 32;  // the first one
@@ -113,7 +109,7 @@ template <bool kKeep, int kHalves>
 constexpr int kSharedBytes = kStagingAt<kHalves> + (kKeep ? 8 * kWarpBytes : 0) + 1024;
 static_assert(kSharedBytes<true, 1> <= 227 * 1024 && kSharedBytes<true, 2> <= 227 * 1024);  // what a block may have
 
-// What a block works on.
+// The items of a thread block.
 template <int kHalves>
 struct Work {
   static constexpr int kGroupTiles = 2 / kHalves;  // tiles of pixels of a consumer
@@ -155,7 +151,7 @@ __device__ __forceinline__ float element(const void* data, int64_t at) {
   return widen(static_cast<const Element*>(data)[at]);
 }
 
-// What the ends need: weights, zero beyond the hidden units and channels.
+// Fills in what the ends need. Weights are zero beyond the hidden units and channels.
 template <class T, int kHalves>
 __device__ __forceinline__ void fill_ends(Shared<kHalves>& s, const FieldParams& f, int set) {
   using Element = typename T::Element;
@@ -514,7 +510,14 @@ template <class T>
 __device__ __forceinline__ void first_product(float (&z)[32], const uint32_t (&e)[16], uint32_t weights, int tile) {
   wgmma_first<T, true>(z, e, descriptor(weights, tile * kTileBytes));
 #pragma unroll
-  for (int k = 1; k < 4; ++k) wgmma<T, true>(z, e + 4 * k, descriptor(weights, tile * kTileBytes + k * kRowStep));
+  for (int k = 1; k < 4; ++k) {
+    const uint64_t b = descriptor(weights, tile * kTileBytes + k * kRowStep);
+    if (FLOWSEG_PLANTED(transposed)) {
+      wgmma<T, false>(z, e + 4 * k, b);
+    } else {
+      wgmma<T, true>(z, e + 4 * k, b);
+    }
+  }
   wgmma_commit();
 }
 // d += a B for one tile B of the weights, or d = a B.

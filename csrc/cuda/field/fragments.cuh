@@ -17,6 +17,10 @@ namespace flowseg::cuda {
 constexpr int kGroupThreads = 128;  // of a warp group
 constexpr int kGroupWarps = kGroupThreads / 32;
 
+struct alignas(16) FourWords {
+  uint32_t at[4];
+};
+
 // Sets u = SiLU(2 y) and t = tanh(y). u is y t + y: one fused multiply-add if t is approximate. Otherwise u is y (1 + t), where
 // 1 + t has a small relative error also where it is near zero.
 template <bool kTanh>
@@ -35,7 +39,8 @@ __device__ __forceinline__ void silu_and_tanh(float y, float& u, float& t) {
 __device__ __forceinline__ uint32_t row_place(int warp, int lane) { return tile_offset(16 * warp + lane % 16, 8 * (lane / 16)); }
 // The place for load_columns and store_columns: row 8 (lane / 16) + lane % 8, column 16 warp + 8 (lane / 8 % 2).
 __device__ __forceinline__ uint32_t column_place(int warp, int lane) {
-  return tile_offset(8 * (lane / 16) + lane % 8, 16 * warp + 8 * (lane / 8 % 2));
+  const int row = 8 * (lane / 16) + lane % 8, column = 16 * warp + 8 * (lane / 8 % 2);
+  return FLOWSEG_PLANTED(swizzle) ? row * kTileRowBytes + column * 2 : tile_offset(row, column);
 }
 
 // A tile's rows, or its columns as the rows of the transposed tile, in a group's registers. `at` is the address of the lane's

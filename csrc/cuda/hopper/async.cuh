@@ -61,8 +61,8 @@ __device__ __forceinline__ void load_tile(uint32_t to, const TensorMap& map, Bar
 }
 // The other way. Belongs to the thread's current group of copies.
 __device__ __forceinline__ void store_tile(const TensorMap& map, uint32_t from, int column, int row, int matrix) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map), "r"(from), "r"(column),
-               "r"(row), "r"(matrix) : "memory");
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map), "r"(from),
+               "r"(column), "r"(row), "r"(matrix) : "memory");
 }
 // Contiguous bytes, a multiple of 16, both addresses multiples of 16.
 __device__ __forceinline__ void load_bytes(uint32_t to, const void* from, Barrier& barrier, int bytes) {

@@ -3,8 +3,8 @@
 // Terms:
 // - "tile": 64 rows of 64 16-bit elements in shared memory, 128 bytes per row, 1024-byte aligned, swizzled: tile_offset.
 // - A product D (64, N) += A (64, 16) B (16, N) takes B from tiles and A from registers or from a tile.
-// - "rows are K": a tile whose rows run along the summed axis (PTX: the operand is MN-major). Otherwise the rows run along M or N and
-//   the columns are summed (PTX: K-major).
+// - "rows are K": a tile whose rows run along the summed axis (PTX: the operand is MN-major). Otherwise the rows run along M or N
+//   and the columns are summed (PTX: K-major).
 // - The next 16 of the summed axis are 2048 bytes further if rows are K (kRowStep), else 32 bytes (kColumnStep).
 //
 // A build for the host includes its own definitions before this file.
@@ -138,7 +138,8 @@ __device__ __forceinline__ void wgmma_tiles(float (&d)[16], uint64_t a, uint64_t
 }
 
 // Sums of squares: d += A A_b^T for the 8 columns `b` of A (16, 8), on one warp (mma.sync m16n8k8). With a0, a1 and b from an
-// 8 x 8 matrix each, d[0] and d[1] hold row lane / 4, columns 2 (lane % 4) and the next, of the first 8 rows; d[2], d[3] of the last.
+// 8 x 8 matrix each, d[0] and d[1] hold row lane / 4, columns 2 (lane % 4) and the next, of the first 8 rows; d[2] and d[3] of the
+// last 8.
 template <class T>
 __device__ __forceinline__ void mma_16x8x8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   if constexpr (T::kIsBFloat) {

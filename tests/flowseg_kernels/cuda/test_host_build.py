@@ -24,6 +24,8 @@ REPORTS = {
     "write under a load": "a thread wrote to byte 100 of shared memory before a load to it had landed",
     "store without fence": "a store reads byte 0 of shared memory, which was written without fence_async()",
     "store without wait": "thread 0 ended before its stores had read shared memory",
+    "load of a store under way": "a load reads global memory that thread 0 has stored, before that thread's wait_for_copies()",
+    "load of a store without fence": "a load reads global memory that thread 0 has stored",
     "staging reused": "overwritten before the thread had waited for the reads of a store",
     "misplaced tile": "a tile at byte 512 of shared memory, not a multiple of 1024",
     "past the end": "is outside of the shared memory",
@@ -36,6 +38,7 @@ REPORTS = {
     "lanes disagree": "threads of warp group 0 issue different products",
     "many registers": "the warps take 92160 registers",
     "late load": "right",
+    "load of a store": "right",
     "edges": "right",
     "16 columns": "right",
     "32 columns": "right",
@@ -68,10 +71,10 @@ CUTE = {
 SETS_OF_FLAGS = {"fibers": (), "thread": ("-g1", "-fsanitize=thread"), "address": ("-g1", "-fsanitize=address")}
 
 
-def _output(name, *words, flags=()):
-    """Run a program of tests/host_cuda, compiled with `flags`."""
+def _output(name, *words, flags=(), more=()):
+    """Run a program of tests/host_cuda, compiled with `flags` and `more` sources."""
     program = host_kernels.compiled(
-        "".join([name, *flags]), "-O1", "-DFLOWSEG_PLANTS", *flags, sources=(f"{name}.cpp",)
+        "".join([name, *flags]), "-O1", "-DFLOWSEG_PLANTS", *flags, sources=(f"{name}.cpp", *more)
     )
     command = ["setarch", "-R", program, *words]  # see test_sanitizers.py
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **OPTIONS}, timeout=120)
@@ -97,6 +100,15 @@ def test_a_kernel_with_stages_is_right(kernels, threads):
 def test_a_fault_planted_in_it_is_found(kernels, fault):
     done = _output("pipeline", fault)
     assert done.returncode == 1 and any(text in done.stdout for text in FAULTS[fault]), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_planted_in_the_neural_field_is_found(kernels, fault, op):
+    done = _output("driver", fault, op, flags=("-DFLOWSEG_ONLY_FP32_C3",), more=("ops.cpp",))
+    assert done.returncode == 1 and "a kernel gave a wrong result" in done.stdout, done.stdout + done.stderr
+    if fault == "proxy_fence":
+        assert "without fence_async()" in done.stdout
 
 
 def test_thread_sanitizer_finds_a_stage_that_is_loaded_too_early(kernels):

@@ -118,6 +118,13 @@ def test_odd_layouts_and_wanted_gradients(kernels, variant):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.01 * float(b.abs().max()))
 
 
+def test_contiguous_tensors_are_not_copied():
+    """Small calls are bound by the host: each copy would be one more launch."""
+    tensors = [v.detach() for v in field_inputs(dtype=torch.bfloat16)]
+    found = cuda._kernel_arguments(*tensors, 4, 2, 1e-6, "first", "plain")
+    assert all(a is b for a, b in zip(found, tensors)) and found[8:] == (4, 2, 1e-6, False, False)
+
+
 def test_gradients_that_are_not_needed_are_empty(kernels):
     tensors = [v.detach() for v in field_inputs(dtype=torch.float16)]
     needs = [place % 3 == 0 for place in range(8)]

@@ -1,0 +1,45 @@
+// Launches of single kernels of the neural field on the host, for tests of each by itself.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "cuda/field/launch.cuh"
+
+namespace flowseg::host {
+
+// The interface of Launch in cuda/launch.h that the field's kernels use.
+struct FieldLaunch {
+  struct Device {
+    int64_t multiprocessors;
+  };
+  int64_t multiprocessors;
+
+  Device device() const { return {multiprocessors}; }
+  cuda::TensorMap tensor_map(const cuda::Matrices& matrices) const { return cuda::checked_tensor_map(matrices); }
+  void with_threads(int64_t threads, void (*kernel)(cuda::FieldParams), int64_t blocks, int64_t shared,
+                    const cuda::FieldParams& f) const {
+    run(kernel, threads, blocks, static_cast<size_t>(shared), f);
+  }
+};
+
+// Returns what was wrong since the last call, or null.
+inline const char* take_failure() {
+  static std::string message;
+  message = std::exchange(failure, "");
+  return message.empty() ? nullptr : message.c_str();
+}
+
+}  // namespace flowseg::host
+
+// Plants a fault in the kernels; "" for none.
+extern "C" void plant_fault(const char* name) {
+  using flowseg::host::Fault;
+  const std::string wanted = name;
+  flowseg::host::planted = wanted == "proxy_fence"  ? Fault::proxy_fence
+                           : wanted == "early_load" ? Fault::early_load
+                           : wanted == "transposed" ? Fault::transposed
+                           : wanted == "wait_group" ? Fault::wait_group
+                                                    : Fault::none;
+}
