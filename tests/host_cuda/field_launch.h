@@ -37,9 +37,10 @@ inline const char* take_failure() {
 extern "C" void plant_fault(const char* name) {
   using flowseg::host::Fault;
   const std::string wanted = name;
-  flowseg::host::planted = wanted == "proxy_fence"  ? Fault::proxy_fence
-                           : wanted == "early_load" ? Fault::early_load
-                           : wanted == "transposed" ? Fault::transposed
-                           : wanted == "wait_group" ? Fault::wait_group
-                                                    : Fault::none;
+  flowseg::host::planted = wanted == "swizzle"       ? Fault::swizzle
+                           : wanted == "proxy_fence" ? Fault::proxy_fence
+                           : wanted == "early_load"  ? Fault::early_load
+                           : wanted == "transposed"  ? Fault::transposed
+                           : wanted == "wait_group"  ? Fault::wait_group
+                                                     : Fault::none;
 }
