@@ -4,7 +4,8 @@
 // They are operating-system threads if a sanitizer watches them. Otherwise they are fibers that take turns in
 // one thread: a barrier then takes microseconds. A fiber runs until it waits at a barrier; the last fiber to arrive goes on first.
 // The fibers of every other block take turns in reverse order. If a barrier is missing, either order lets some fiber read before
-// the fiber that should have written, so a launch of two blocks shows the fault in every run.
+// the fiber that should have written, so a launch of two blocks shows the fault in every run. In each block half of the warps are
+// slow: they run only when no other one can. Over eight blocks, each warp is once slow while any other one is not.
 //
 // If every thread waits, an asynchronous copy is delivered; without one, the launch fails with a message that says who waits for
 // what.
@@ -17,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 struct Index {
@@ -27,6 +29,12 @@ namespace flowseg::host {
 
 // The message of the first failure; empty if all is well. Later launches do nothing.
 inline std::string failure;
+// The failure since the last call, or null. Launches run again.
+inline const char* take_failure() {
+  static std::string message;
+  message = std::exchange(failure, "");
+  return message.empty() ? nullptr : message.c_str();
+}
 
 // Ends the launch with a message.
 [[noreturn]] void fail(const std::string& message);
@@ -34,7 +42,7 @@ inline std::string failure;
 // Completes an asynchronous copy. Returns false if there is none. Called when every thread waits.
 bool deliver_one_copy();
 
-// What a thread waits for: `describe(about)` names it in the message of a deadlock.
+// The reason of a wait: `describe(about)` gives its part of the message of a deadlock.
 struct Wanted {
   std::string (*describe)(const void* about) = nullptr;
   const void* about = nullptr;
@@ -103,7 +111,7 @@ struct Scheduler {
   unsigned waiting = 0, live = 0;
 };
 inline Scheduler scheduler;
-inline void reverse_turns() {}
+inline void change_turns() {}
 
 // A section whose accesses ThreadSanitizer does not see.
 struct Unwatched {
@@ -247,18 +255,25 @@ struct Fibers {
   std::function<void()> body;
   unsigned count = 0, left = 0;
   bool in_reverse = false;
+  unsigned blocks = 0;
+
+  // Slow warps have the same bit in their number: one of four bits, set or not.
+  bool is_slow(unsigned t) const { return (t / 32 >> blocks / 2 % 4 & 1) == blocks % 2; }
 
   // Lets the next fiber run that can. May return at once.
   void yield() {
-    unsigned other = threadIdx.x;
+    unsigned other = threadIdx.x, slow = count;
     for (unsigned tried = 1;; ++tried) {
       other = in_reverse ? (other ? other : count) - 1 : other + 1 == count ? 0 : other + 1;
-      if (!finished[other] && waits[other].over()) break;
+      if (!finished[other] && waits[other].over()) {
+        if (!is_slow(other)) return go_to(other);
+        if (slow == count) slow = other;
+      }
       if (tried < count) continue;
+      if (slow < count) return go_to(slow);
       if (!deliver_one_copy()) fail(deadlock(wanted));
       tried = 0;
     }
-    go_to(other);
   }
 
   void go_to(unsigned other) {
@@ -278,7 +293,10 @@ struct Fibers {
   }
 };
 inline Fibers fibers;
-inline void reverse_turns() { fibers.in_reverse = !fibers.in_reverse; }
+inline void change_turns() {
+  fibers.in_reverse = !fibers.in_reverse;
+  ++fibers.blocks;
+}
 
 // Abandons all fibers: the launch returns.
 [[noreturn]] inline void fail(const std::string& message) {

@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "block_threads.h"
@@ -35,6 +37,17 @@ namespace flowseg::host {
 // `race` to `list` are in the kernels of the loss and the decode, the others in kernels with asynchronous copies and products.
 enum class Fault { none, race, overrun, histogram, list, swizzle, proxy_fence, early_load, transposed, wait_group };
 inline Fault planted = Fault::none;
+// The fault of a name; none for any other name.
+inline Fault fault_named(const std::string& name) {
+  const std::pair<const char*, Fault> faults[] = {
+      {"race", Fault::race},       {"overrun", Fault::overrun},         {"histogram", Fault::histogram},
+      {"list", Fault::list},       {"swizzle", Fault::swizzle},         {"proxy_fence", Fault::proxy_fence},
+      {"early_load", Fault::early_load}, {"transposed", Fault::transposed}, {"wait_group", Fault::wait_group}};
+  for (const auto& [own, fault] : faults) {
+    if (name == own) return fault;
+  }
+  return Fault::none;
+}
 // The only launch that runs the fault, 0 the first since `launches` was 0; -1: all.
 inline int planted_launch = -1, launches = 0;
 }  // namespace flowseg::host
@@ -68,7 +81,7 @@ struct Block {
 inline Block* block = nullptr;
 // The block's dynamic shared memory.
 char* dynamic_shared();
-// What remains to do, or to check, after a thread's last instruction, and after all threads'.
+// The end of a thread and of a block: remaining copies, and checks.
 void end_thread();
 void end_block();
 // A launch runs only its last `last_blocks` blocks. Tests of huge images compute only the end of the image.
@@ -77,7 +90,8 @@ inline int64_t last_blocks = int64_t{1} << 62;
 // Every thread that waits at `barrier` publishes `own`. Each thread then returns use(value), where value(i) is the value that
 // thread first + i published.
 template <class T, class Use>
-auto exchange(ThreadBarrier& barrier, std::vector<Value> (&values)[2], unsigned& exchanges, bool orders, int first, T own, Use use) {
+auto exchange(ThreadBarrier& barrier, std::vector<Value> (&values)[2], unsigned& exchanges, bool orders, int first, T own,
+              Use use) {
   static_assert(sizeof(T) <= sizeof(Value));
   std::vector<Value>& now = values[exchanges++ % 2];
   {

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstdio>
 #include <initializer_list>
-#include <iterator>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -187,7 +186,8 @@ std::vector<uint16_t> field_results(const FieldSizes& n, Fault fault = Fault::no
       {n.depth, n.hidden}, {n.hidden}, {n.channels, n.hidden}, {n.channels}};
   std::vector<std::vector<S>> inputs, gradients;
   std::vector<Array> in, back;
-  const auto add = [](std::vector<std::vector<S>>& to, std::vector<Array>& arrays, const std::vector<int64_t>& shape, unsigned seed) {
+  const auto add = [](std::vector<std::vector<S>>& to, std::vector<Array>& arrays, const std::vector<int64_t>& shape,
+                      unsigned seed) {
     int64_t count = 1;
     for (const int64_t size : shape) count *= size;
     Array a = array(to.emplace_back(values<S>(count, seed)), {});
@@ -222,8 +222,8 @@ std::vector<uint16_t> field_results(const FieldSizes& n, Fault fault = Fault::no
   return bits;
 }
 
-constexpr FieldSizes kDeepField{.patches = 3, .channels = 3, .hidden = 64, .depth = 4, .ratio = 2, .p = 8, .freqs = 3, .both = true,
-                                .residual = true};  // more steps than a block of the forward has stages
+constexpr FieldSizes kDeepField{.patches = 3, .channels = 3, .hidden = 64, .depth = 4, .ratio = 2, .p = 8, .freqs = 3,
+                                .both = true, .residual = true};  // more steps than a block of the forward has stages
 constexpr FieldSizes kSlicedField{.patches = 3, .channels = 5, .hidden = 40, .depth = 1, .ratio = 5, .p = 9, .freqs = 2,
                                   .both = true, .residual = false};  // two tiles of pixels, two slices of inner units
 constexpr FieldSizes kWideField{.patches = 1, .channels = 3, .hidden = 72, .depth = 2, .ratio = 1, .p = 9, .freqs = 2,
@@ -245,22 +245,18 @@ bool run_field_with(Fault fault, Part part) {
 
 }  // namespace
 
-// driver [name of a fault [forward | backward]]: with a planted fault, runs only the ops that contain it, of the neural field only
-// the one named.
+// driver [name of a fault [forward | backward]]: with a planted fault, runs only the ops that contain it. In the neural field, the
+// fault is in the kernel named.
 int main(int arguments, char** words) {
   const std::string name = arguments > 1 ? words[1] : "";
-  const std::pair<const char*, Fault> faults[] = {
-      {"", Fault::none},           {"race", Fault::race},       {"overrun", Fault::overrun},     {"histogram", Fault::histogram},
-      {"list", Fault::list},       {"swizzle", Fault::swizzle}, {"proxy_fence", Fault::proxy_fence},
-      {"early_load", Fault::early_load}, {"transposed", Fault::transposed}, {"wait_group", Fault::wait_group}};
-  const auto* found = std::find_if(std::begin(faults), std::end(faults), [&](const auto& f) { return name == f.first; });
-  if (found == std::end(faults)) return std::puts("no such fault"), 2;
-  const Fault fault = found->second;
+  const Fault fault = fault_named(name);
+  if (fault == Fault::none && !name.empty()) return std::puts("no such fault"), 2;
   const bool none = fault == Fault::none, in_field = fault >= Fault::swizzle;
   const bool in_grid = fault == Fault::histogram || fault == Fault::list;
   bool fine = true;
   if (none) fine &= run_field();
-  if (in_field) fine &= run_field_with(fault, arguments > 2 && words[2] == std::string("backward") ? Part::backward : Part::forward);
+  const bool in_backward = arguments > 2 && words[2] == std::string("backward");
+  if (in_field) fine &= run_field_with(fault, in_backward ? Part::backward : Part::forward);
   planted = fault;
   if (!in_grid && !in_field) fine &= run_all<float, int64_t>(2, 5, 61, 2, 1100, -1, {1.0, 2.0});
   if (none) fine &= run_all<BFloat, uint8_t>(1, 4, 136, 0, 40, 255, {1.0});

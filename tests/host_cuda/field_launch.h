@@ -2,8 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
-#include <utility>
 
 #include "cuda/field/launch.cuh"
 
@@ -24,22 +22,7 @@ struct FieldLaunch {
   }
 };
 
-// Returns what was wrong since the last call, or null.
-inline const char* take_failure() {
-  static std::string message;
-  message = std::exchange(failure, "");
-  return message.empty() ? nullptr : message.c_str();
-}
-
 }  // namespace flowseg::host
 
 // Plants a fault in the kernels; "" for none.
-extern "C" void plant_fault(const char* name) {
-  using flowseg::host::Fault;
-  const std::string wanted = name;
-  flowseg::host::planted = wanted == "proxy_fence"  ? Fault::proxy_fence
-                           : wanted == "early_load" ? Fault::early_load
-                           : wanted == "transposed" ? Fault::transposed
-                           : wanted == "wait_group" ? Fault::wait_group
-                                                    : Fault::none;
-}
+extern "C" void plant_fault(const char* name) { flowseg::host::planted = flowseg::host::fault_named(name); }

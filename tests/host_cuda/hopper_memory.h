@@ -85,7 +85,7 @@ struct Copy {
   }
 };
 
-// What a thread has issued and not yet waited for.
+// The stores that a thread has issued and not yet waited for.
 struct ThreadCopies {
   std::vector<Copy> open;                 // stores of the current group
   std::deque<std::vector<Copy>> groups;   // committed, oldest first
@@ -110,10 +110,10 @@ struct Asynchronous {
   std::unique_ptr<Products> products;
   uint32_t serial;  // of the block, over all launches
 
-  // What the hardware leaves open, and each block decides in another way: loads land in the order of their issue or in reverse;
-  // the threads that wait at a barrier go on before or after the thread that completes its phase.
-  bool newest_first() const { return serial & 2; }
-  bool waiters_first() const { return serial & 4; }
+  // The hardware leaves some orders open; blocks take each in turn: loads land in the order of their issue or in reverse; the
+  // threads that wait at a barrier go on before or after the thread that completes its phase.
+  bool newest_first() const { return (serial >> 1 ^ serial >> 3) & 1; }
+  bool waiters_first() const { return (serial >> 2 ^ serial >> 4) & 1; }
 
   inline static uint32_t blocks = 0;
 
@@ -141,7 +141,7 @@ inline void Asynchronous::reset() {
 #endif
   barriers.clear();
   serial = ++blocks;
-  reverse_turns();
+  change_turns();
 }
 
 inline char* Asynchronous::at(uint32_t address, int64_t size) const {
@@ -243,7 +243,8 @@ inline void read_store(Copy& copy) {
   {
     const Guard guard;
     if (std::memcmp(from, copy.seen.data(), copy.bytes) != 0) {
-      fail(text("byte ", place(copy.address), " of shared memory was overwritten before the thread had waited for the reads of a store"));
+      fail(text("byte ", place(copy.address),
+                " of shared memory was overwritten before the thread had waited for the reads of a store"));
     }
   }
   reads(from, copy.bytes);
@@ -400,7 +401,9 @@ inline void load_copy(host::Copy copy, Barrier& barrier) {
 }
 inline void check_tile(const TensorMap& map, uint32_t address) {
   if (map.matrices.data == nullptr) host::fail("a copy of a tile has no tensor map");
-  if (address % 1024) host::fail(host::text("a tile at byte ", host::place(address), " of shared memory, not a multiple of 1024"));
+  if (address % 1024) {
+    host::fail(host::text("a tile at byte ", host::place(address), " of shared memory, not a multiple of 1024"));
+  }
 }
 inline void check_bytes(const void* global, uint32_t address, int bytes) {
   if (bytes <= 0 || (address | bytes | reinterpret_cast<uintptr_t>(global)) % 16) {

@@ -79,7 +79,7 @@ struct ThreadProducts {
   bool has_fenced = false, fenced = false;  // ever; since the last wait
 };
 
-// What all warps of a group must agree on.
+// The parts of a product that all warps of a group must agree on.
 struct Signature {
   uint64_t a, b;
   bool bfloat, a_in_tile, rows_a, rows_b;
@@ -239,7 +239,9 @@ inline void retire(unsigned warp, size_t pending) {
   const ThreadProducts& first = all.threads[warp * 32];
   for (unsigned lane = 0; lane < 32; ++lane) {
     ThreadProducts& own = all.threads[warp * 32 + lane];
-    if (own.issued != first.issued || own.groups != first.groups) fail(text("threads of warp ", warp, " issue different products"));
+    if (own.issued != first.issued || own.groups != first.groups) {
+      fail(text("threads of warp ", warp, " issue different products"));
+    }
   }
   const size_t target = first.groups[first.groups.size() - pending - 1];
   for (; in_warp.retired < target; ++in_warp.retired) {
@@ -413,7 +415,9 @@ void mma_16x8x8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   const int warp = static_cast<int>(threadIdx.x) / host::kLanes, lane = static_cast<int>(threadIdx.x) % host::kLanes;
   host::exchange(*host::block->warps[warp], host::block->in_warp, host::block->exchanges_in_warp[threadIdx.x], false,
                  warp * host::kLanes, Operands{a0, a1, b}, [&](auto value) {
-    const auto element = [](uint32_t word, int i) { return host::element_value(static_cast<uint16_t>(word >> 16 * i), T::kIsBFloat); };
+    const auto element = [](uint32_t word, int i) {
+      return host::element_value(static_cast<uint16_t>(word >> 16 * i), T::kIsBFloat);
+    };
     for (int i = 0; i < 4; ++i) {
       float sum = 0;
       for (int k = 0; k < 8; ++k) {
@@ -451,8 +455,10 @@ void take_registers() {
 inline float odd_sum(double a, double b) {
   double sum = a + b;
   const double part = sum - a, error = (a - (sum - part)) + (b - part);
-  uint64_t bits = std::bit_cast<uint64_t>(sum);
-  if (error != 0 && std::isfinite(sum) && bits % 2 == 0) sum = std::bit_cast<double>((error > 0) == (sum > 0) ? bits + 1 : bits - 1);
+  const uint64_t bits = std::bit_cast<uint64_t>(sum);
+  if (error != 0 && std::isfinite(sum) && bits % 2 == 0) {
+    sum = std::bit_cast<double>((error > 0) == (sum > 0) ? bits + 1 : bits - 1);
+  }
   const float near = static_cast<float>(sum);
   const uint32_t word = std::bit_cast<uint32_t>(near);
   if (static_cast<double>(near) == sum || !std::isfinite(near) || word % 2) return near;

@@ -35,7 +35,10 @@ struct HostLaunch {
 
   // Room for one block at a time: each block then processes as many tiles as possible.
   Device device() const {
-    return {.multiprocessors = multiprocessors, .threads = cuda::kThreads, .shared_block = 48 * 1024, .shared_multiprocessor = 64 * 1024};
+    return {.multiprocessors = multiprocessors,
+            .threads = cuda::kThreads,
+            .shared_block = 48 * 1024,
+            .shared_multiprocessor = 64 * 1024};
   }
 
   TensorMap tensor_map(const Matrices& matrices) const { return checked_tensor_map(matrices); }
@@ -127,11 +130,7 @@ class Scratch {
 
 void run_last_blocks(int64_t count) { last_blocks = count; }
 void set_multiprocessors(int64_t count) { multiprocessors = count; }
-const char* last_failure() {
-  static std::string message;
-  message = std::exchange(failure, "");
-  return message.empty() ? nullptr : message.c_str();
-}
+const char* last_failure() { return take_failure(); }
 
 void flow_interpolate(const Array& source, const Array& labels, const Array& t, const Array& centroids, int64_t ignore,
                       const Array& out) {

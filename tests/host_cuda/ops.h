@@ -53,7 +53,7 @@ void neural_field_bwd(const Array& grad, const Array& x, const Array& weights, c
 void run_last_blocks(int64_t count);
 // From now on the device has `count` multiprocessors.
 void set_multiprocessors(int64_t count);
-// What was wrong with a launch since the last call, or null.
+// The failure of a launch since the last call, or null.
 const char* last_failure();
 
 }  // extern "C"

@@ -68,14 +68,9 @@ bool run_pipeline() {
 
 // pipeline [name of a fault]
 int main(int arguments, char** words) {
-  using host::Fault;
   const std::string name = arguments > 1 ? words[1] : "";
-  for (const auto& [fault, is] : {std::pair{Fault::swizzle, "swizzle"}, {Fault::proxy_fence, "proxy_fence"},
-                                  {Fault::early_load, "early_load"}, {Fault::transposed, "transposed"},
-                                  {Fault::wait_group, "wait_group"}}) {
-    if (name == is) host::planted = fault;
-  }
-  if (!name.empty() && host::planted == Fault::none) return std::puts("no such fault"), 2;
+  host::planted = host::fault_named(name);
+  if (host::planted == host::Fault::none && !name.empty()) return std::puts("no such fault"), 2;
   // As many blocks as there are orders of events, see Asynchronous.
   for (int block = 0; block < 8; block += kBlocks) {
     if (run_pipeline<BFloatPair>() && run_pipeline<HalfPair>()) continue;

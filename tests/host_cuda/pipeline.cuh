@@ -55,7 +55,8 @@ __device__ __forceinline__ void pipeline_scale(const PipelineParams& a, Pipeline
       load_matrices(r, at);
       for (int m = 0; m < 4; ++m) {
         const int column = right * 16 + m / 2 * 8 + 2 * (lane % 4);
-        r[m] = T::pack(T::low(r[m]) * static_cast<float>(1 + column % 3), T::high(r[m]) * static_cast<float>(1 + (column + 1) % 3));
+        const float first = static_cast<float>(1 + column % 3), second = static_cast<float>(1 + (column + 1) % 3);
+        r[m] = T::pack(T::low(r[m]) * first, T::high(r[m]) * second);
       }
       store_matrices(at, r);
     }

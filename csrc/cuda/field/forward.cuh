@@ -189,37 +189,48 @@ __device__ __forceinline__ float table_factor(unsigned largest, bool reciprocal)
   return same_bits<float>(static_cast<uint32_t>(reciprocal ? 254 - power : power) << 23);
 }
 
-// The part of the table that belongs to the set. It ends without a barrier.
+// A thread's share of the set's part of the table. All loads are under way before the first is waited for.
 template <int kHalves>
-__device__ __forceinline__ void fill_table(Shared<kHalves>& s, const FieldParams& f, int set) {
-  constexpr int kWidth = kTile * kHalves, kPixels = kSetPixels<kHalves>;
-  const int pixels = f.pixels() - set * kPixels;
-  const float* table = f.table + int64_t{set} * kPixels * kWidth;
-  unsigned largest = 0;
-#pragma unroll 8
-  for (int i = threadIdx.x - kGroupThreads; i < kPixels * kWidth; i += kFillThreads) {
-    const unsigned bits = i / kWidth < pixels ? same_bits<unsigned>(table[i]) & 0x7fffffffu : 0;
-    largest = bits > largest ? bits : largest;
+struct TableShare {
+  static constexpr int kPixels = kSetPixels<kHalves>, kWidth = kTile * kHalves;
+  static constexpr int kPieces = (kPixels * kWidth / 4 + kFillThreads - 1) / kFillThreads;
+  FourWords pieces[kPieces];  // four floats each
+
+  static __device__ __forceinline__ int number(int i) { return threadIdx.x - kGroupThreads + i * kFillThreads; }
+  // Rows beyond the patch are zero here.
+  __device__ __forceinline__ void load(const FieldParams& f, int set) {
+    const FourWords* from = reinterpret_cast<const FourWords*>(f.table + int64_t{set} * kPixels * kWidth);
+    const int rows = f.pixels() - set * kPixels, exist = (rows < kPixels ? rows : kPixels) * (kWidth / 4);
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) pieces[i] = number(i) < exist ? from[number(i)] : FourWords{};
   }
-  largest = __reduce_max_sync(kAllLanes, largest);
-  if (threadIdx.x % 32 == 0) atomicMax(&s.largest, largest);
-  named_barrier<kFillBarrier, kFillThreads>();
-  const float factor = table_factor(s.largest, false);
-#pragma unroll 4
-  for (int i = threadIdx.x - kGroupThreads; i < kPixels * kWidth / 2; i += kFillThreads) {
-    const int row = i / (kWidth / 2), column = i % (kWidth / 2) * 2;
-    // A row beyond the patch is not zero: its norm would be 0 * inf if eps is 0, and the backward multiplies it by zero.
-    float low = 16384, high = 16384;
-    if (row < pixels) {
-      low = table[2 * i] * factor;
-      high = table[2 * i + 1] * factor;
+  // Ends without a barrier.
+  __device__ __forceinline__ void store(Shared<kHalves>& s, const FieldParams& f, int set) const {
+    unsigned largest = 0;
+#pragma unroll
+    for (int i = 0; i < 4 * kPieces; ++i) {
+      const unsigned bits = pieces[i / 4].at[i % 4] & 0x7fffffffu;
+      largest = bits > largest ? bits : largest;
     }
-    if (column >= f.hidden) low = high = 0;
-    const int thread = row % kTile / 16 * 32 + row % 8 * 4 + column % 8 / 2;
-    const int half = kHalves == 1 ? 0 : column / kTile, at = 4 * ((column - half * kTile) / 8) + row % 16 / 8 * 2;
-    s.table[row / kTile * kHalves + half][at / 8][thread].at[at % 8 / 2] = HalfPair::pack(low, high);
+    largest = __reduce_max_sync(kAllLanes, largest);
+    if (threadIdx.x % 32 == 0) atomicMax(&s.largest, largest);
+    named_barrier<kFillBarrier, kFillThreads>();
+    const float factor = table_factor(s.largest, false);
+#pragma unroll
+    for (int i = 0; i < 2 * kPieces; ++i) {
+      const int row = number(i / 2) / (kWidth / 4), column = number(i / 2) % (kWidth / 4) * 4 + i % 2 * 2;
+      if (row >= kPixels) continue;
+      const uint32_t* pair = pieces[i / 2].at + i % 2 * 2;
+      float low = same_bits<float>(pair[0]) * factor, high = same_bits<float>(pair[1]) * factor;
+      // A row beyond the patch is not zero: its norm would be 0 * inf if eps is 0, and the backward multiplies it by zero.
+      if (set * kPixels + row >= f.pixels()) low = high = 16384;
+      if (column >= f.hidden) low = high = 0;
+      const int thread = row % kTile / 16 * 32 + row % 8 * 4 + column % 8 / 2;
+      const int half = kHalves == 1 ? 0 : column / kTile, at = 4 * ((column - half * kTile) / 8) + row % 16 / 8 * 2;
+      s.table[row / kTile * kHalves + half][at / 8][thread].at[at % 8 / 2] = HalfPair::pack(low, high);
+    }
   }
-}
+};
 
 // ---- The producer
 
@@ -917,8 +928,10 @@ __global__ void __launch_bounds__(kThreads, 1) forward_blocks(FLOWSEG_GRID_CONST
     }
     return;
   }
+  TableShare<kHalves> table;
+  table.load(f, work.set);
   fill_ends<T>(s, f, work.set);
-  fill_table(s, f, work.set);
+  table.store(s, f, work.set);
   fence_async();
   named_barrier<kFillBarrier, kFillThreads>();
   if (group == 1) {

@@ -260,7 +260,7 @@ def test_a_round_repeats_bit_for_bit_on_any_number_of_blocks(library, p):
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["output", "states"])
-@pytest.mark.parametrize("fault", ["proxy_fence", "early_load", "wait_group"])
+@pytest.mark.parametrize("fault", ["swizzle", "proxy_fence", "early_load", "transposed", "wait_group"])
 def test_a_planted_fault_is_found(library, fault, keep):
     # More steps than stages on each block, and an odd number per item: an item then ends with a step by itself.
     field = Field(depth=3, across=8, multiprocessors=1)
@@ -268,7 +268,9 @@ def test_a_planted_fault_is_found(library, fault, keep):
     library.plant_fault(fault.encode())
     try:
         found = False
-        for _ in range(2):  # in one of two launches in turn, loads land in the reverse order
+        for _ in range(8):  # blocks take eight orders of events in turn
+            if found:
+                break
             try:
                 bad = field.run(library, keep)
                 found |= any(

@@ -12,7 +12,7 @@ from ...host_cuda import kernels as host_kernels
 from ..static import sass
 from .test_sanitizers import OPTIONS
 
-#: What tests/host_cuda/checks.cpp must report, by check.
+#: The reports of tests/host_cuda/checks.cpp, by check: each contains this text.
 REPORTS = {
     "lost arrival": "barrier at byte 32768 of shared memory, phase 0: 1 of 2 arrivals and 0 bytes are missing",
     "extra arrival": "one arrival too many",
@@ -47,7 +47,7 @@ REPORTS = {
     "pairs": "right",
 }
 
-#: What tests/host_cuda/pipeline.cpp says, by planted fault: one of these texts.
+#: The output of tests/host_cuda/pipeline.cpp by planted fault: it contains one of these texts.
 FAULTS = {
     "swizzle": ("wanted",),
     "proxy_fence": ("without fence_async()",),
