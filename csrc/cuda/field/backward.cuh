@@ -1,6 +1,9 @@
 // The backward of the neural field's blocks on Hopper: from the gradient of the state after the last block to the gradient of the
 // state before the first, with the gradients of the generated weights and, by patch, of the gains.
 //
+// This file has what is common, and the inner groups for one half of 64 hidden units. backward_wide.cuh has the inner groups for
+// two halves and what else differs, and the kernel.
+//
 // A thread block stays on its multiprocessor and takes one patch after the other through all levels, from the last to the first.
 // A step is kSlice inner units of one level's weights; a visit is one tile of pixels in a step. n is the normalised state before
 // the block, g the gradient after it. With j for inner and h for hidden units, and columns of W1 and W2 of length 1:
@@ -84,7 +87,7 @@ struct alignas(16) Factors {
 struct Shared {
   static constexpr int kHalves = 1;
   static constexpr int kRing = 5;
-  static constexpr int kMostAhead = 3;   // bounds `ahead`
+  static constexpr int kMostAhead = 3;  // bounds `ahead`
   static constexpr int kStateRegisters = 64, kInnerRegisters = 208;
 
   char weights[kStages][kStageBytes];    // as kSlice says; the place of W2 takes its gradient at the end of a step
@@ -421,8 +424,8 @@ __device__ __forceinline__ void finish_state(float (&dn)[kHalves][32], const Fie
   }
 }
 
-// dn = dy^T W1^T of a tile, or dn += if kAdds: the rows of dy are summed, and the columns of W1. The two tiles of W1 hold different inner units with
-// one half, as those of dy; with two halves, each holds the hidden units of a half.
+// dn = dy^T W1^T of a tile, or dn += if kAdds: the rows of dy are summed, and the columns of W1. With one half the two tiles of W1
+// hold different inner units, as those of dy; with two halves each holds a half of the hidden units.
 template <class T, bool kAdds, int kHalves>
 __device__ __forceinline__ void state_product(float (&dn)[kHalves][32], uint32_t dy, uint32_t w1) {
   wgmma_fence();
@@ -571,8 +574,8 @@ __device__ __forceinline__ void load_operand_of_y(uint32_t* to, uint32_t w1, con
 
 // Turns G into Q. `column` becomes the lane's sums of G W1 for sum_columns, `along` those of Q W1 over a tile's hidden units.
 template <class T>
-__device__ __forceinline__ void weigh_w1(float (&g_sum)[32], const uint32_t (&w1)[16], const float* half_gain, float (&column)[16],
-                                         float (&along)[2]) {
+__device__ __forceinline__ void weigh_w1(float (&g_sum)[32], const uint32_t (&w1)[16], const float* half_gain,
+                                         float (&column)[16], float (&along)[2]) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const Pair factor = *reinterpret_cast<const Pair*>(half_gain + 8 * j);

@@ -1,11 +1,13 @@
-// The backward of the neural field's blocks for two halves of 64 hidden units. backward.cuh has the formulas and explains the rest;
-// here is what differs.
+// The backward of the neural field's blocks for two halves of 64 hidden units, and the kernel for either number of halves.
+// backward.cuh has the formulas and the parts that are common. What differs for two halves:
 //
 // A step is 64 inner units, which both inner groups share. In a visit:
 // - Each group computes y, u, du and dy for 32 of the tile's pixels, and writes u and dy to shared memory.
 // - When both have done so, each group adds to G and D for its half of the hidden units, from all pixels.
-// In between, a group starts y and du of the step's next visit. They run while it waits for the other group, and the products for G
-// and D run during the next visit's tanh.
+// In between, a group starts y and du of the step's next visit. They run while it waits for the other group, and the products for
+// G and D run during the next visit's tanh.
+//
+// Here the sums of dn over slices go through global memory, since there are always several slices.
 //
 // Barriers as in backward.cuh, but:
 // - The ring has 3 buffers. The inner groups wait for a tile one visit ahead, except at a step's end.
@@ -13,11 +15,16 @@
 // - grads_stored (1 turn): the inner groups' threads 0 (2) arrive in the first visit of a step, when the earlier step's gradients
 //   have left shared memory; the inner groups wait before they write u. The gradients of W1 are in the place of u.
 //
-// Two buffers of u and dy suffice. A group arrives at dy_full of a visit after its products of the visit before have read u and dy.
-// It writes them again one visit after that, and has waited for this dy_full then. dy_empty covers the state group.
+// Why two buffers of u and dy suffice: u and dy of visit i + 2 take the place of those of visit i.
+// - A group writes them after it has waited for dy_full of visit i + 1.
+// - Both groups arrive there after their products for G and D of visit i are complete.
+// - The state group's product dn of visit i is complete too: dy_empty says so.
 //
-// Why no wait lasts for ever: as in backward.cuh, if the products for G and D of a visit are counted to the next one. Nobody waits
-// for them but to load over their tile.
+// Why a group may overwrite what it has given the other in along1: the other reads it before its first arrival at dy_full in the
+// next step.
+//
+// Why no wait lasts for ever: as in backward.cuh, if the products for G and D of a visit count as part of the next one. They wait
+// for the tile of the next visit. Its load does not wait for them, but for what was done with the tile three visits before.
 #pragma once
 
 #include <type_traits>
@@ -34,15 +41,15 @@ struct WideShared {
   static constexpr int kMostAhead = 2;
   static constexpr int kStateRegisters = 112, kInnerRegisters = 184;
 
-  char weights[kStages][kStageBytes];        // as kSlice says; the place of W2 takes its gradient at the end of a step
+  char weights[kStages][kStageBytes];          // as kSlice says; the place of W2 takes its gradient at the end of a step
   char tiles[kRing][2][kHalves * kTileBytes];  // n, g
-  char u[2][kTileBytes];                     // rows: inner units, columns: pixels; at the end of a step the gradient of W1
-  char dy[2][kTileBytes];                    // as u
+  char u[2][kTileBytes];                       // rows: inner units, columns: pixels; at the end of a step the gradient of W1
+  char dy[2][kTileBytes];                      // as u
   char new_g[kHalves * kTileBytes];
   Factors<kHalves> factors[kStages];
-  float column_sums[2][kInnerWarps][kTile];  // sums of G W1 and D W2 over a warp's inner units
-  float slice_sums[2][kHalves][kTile];       // the same over all warps of a group and over slices
-  float along1[kHalves][kTile];              // the sums of Q W1 over a half of the hidden units
+  float column_sums[2][kInnerWarps][kTile];    // sums of G W1 and D W2 over a warp's inner units
+  float slice_sums[2][kHalves][kTile];         // the same over all warps of a group and over slices
+  float along1[kHalves][kTile];                // the sums of Q W1 over a half of the hidden units
   Barrier weights_full[kStages], weights_ready[kStages], weights_empty[kStages];
   Barrier tile_full[kRing], tile_empty[kRing], dy_full[2], dy_empty[2], new_g_full, new_g_empty, grads_stored;
 };
@@ -146,8 +153,8 @@ struct WideStep {
     product.advance();
   }
 
-  // Adds up the warps' sums of the group's half of the hidden units: its first 64 threads those of D W2, the others those of G W1.
-  // Stores what later kernels need of them.
+  // Adds up the warps' sums of the group's half of the hidden units. The first 64 threads take D W2, the others G W1. Stores what
+  // later kernels need of them.
   __device__ __forceinline__ void finish_sums(const Visit<2>& v) const {
     const int column = thread % kTile, unit = half * kTile + column;
     const bool of_w2 = thread < kTile;
@@ -158,11 +165,12 @@ struct WideStep {
     if (v.slice > 0) sum += s.slice_sums[of_w2][half][column];
     s.slice_sums[of_w2][half][column] = sum;
     if (!v.in_last_slice(f)) return;
+    const int64_t block = int64_t{v.local} * f.depth + v.level;  // of the round
     if (!of_w2) {
-      f.gain_sums[((f.first + v.local) * f.depth + v.level) * f.padded_hidden<2>() + unit] = 0.5f * sum;
+      f.gain_sums[(f.first * f.depth + block) * f.padded_hidden<2>() + unit] = 0.5f * sum;
     } else {
       // `project` takes the sums with W2 as it was generated.
-      f.along2[(int64_t{v.local} * f.depth + v.level) * f.padded_hidden<2>() + unit] = sum / s.factors[stage.index].inverse2[unit];
+      f.along2[block * f.padded_hidden<2>() + unit] = sum / s.factors[stage.index].inverse2[unit];
     }
   }
 

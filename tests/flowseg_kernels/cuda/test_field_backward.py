@@ -226,10 +226,9 @@ def test_zero_columns(library, dtype, both, hidden, ratio):
 @pytest.mark.parametrize(("hidden", "ratio"), [(64, 2), (64, 4), (128, 2)])
 @pytest.mark.parametrize("p", [8, 16])
 def test_a_round_repeats_bit_for_bit_on_any_number_of_blocks(library, p, hidden, ratio):
+    sizes = {"p": p, "hidden": hidden, "ratio": ratio, "patches": 7, "first": 1, "count": 5}
     runs = [
-        Blocks(p=p, hidden=hidden, ratio=ratio, patches=7, first=1, count=5, aliased=aliased, multiprocessors=multiprocessors).run(
-            library
-        )
+        Blocks(**sizes, aliased=aliased, multiprocessors=multiprocessors).run(library)
         for aliased, multiprocessors in ((False, 1), (False, 1), (True, 2), (False, 5))
     ]
     for found, written in runs[1:]:
