@@ -1,10 +1,10 @@
 // The forward of the neural field on Hopper, and the first pass of its backward, which stores the states of every block instead
 // of the output.
 //
-// A thread block stays on its multiprocessor and takes one item after the other: a patch and a set of four tiles of 64 pixels. With
-// two halves of hidden units a set has the pixels of two tiles, and a tile for each half of them. All items of a block have the same
-// set, so the set's part of the embedding's table stays in shared memory. An item takes one step for every level and slice. A slice
-// is kSlice / kHalves inner units of the level's weights, which one stage of shared memory holds.
+// A thread block stays on its multiprocessor and takes one item after the other: a patch and a set of four tiles of 64 pixels.
+// With two halves of hidden units a set has the pixels of two tiles, and a tile for each half of them. All items of a block have
+// the same set, so the set's part of the embedding's table stays in shared memory. An item takes one step for every level and
+// slice. A slice is kSlice / kHalves inner units of the level's weights, which one stage of shared memory holds.
 //
 // Four warp groups share the work:
 // - The producer. Its first warp loads the weights of a step by TMA, its second the gains. The other two load an item's pixels of
