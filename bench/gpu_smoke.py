@@ -175,9 +175,9 @@ def field_results(inputs, grad, options):
     return [out.detach(), *(v if v is None else next(found) for v in leaves)]
 
 
-def check_field(checks, backend, device, dtype, patches, depth, options):
+def check_field(checks, backend, device, dtype, patches, depth, options, hidden=64):
     """Compare with fp64 and with plain PyTorch in the same dtype: PixNerd's own form, or our reference if `options` are set."""
-    inputs = field_plain.inputs(patches=patches, depth=depth, dtype=DTYPES[dtype], device=device)
+    inputs = field_plain.inputs(patches=patches, depth=depth, hidden=hidden, dtype=DTYPES[dtype], device=device)
     grad = torch.randn(inputs[0].shape, device=device)
     with fk.use_backend("reference"):
         want = field_results([v.double() for v in inputs], grad.double(), options)
@@ -185,7 +185,7 @@ def check_field(checks, backend, device, dtype, patches, depth, options):
     with fk.use_backend(backend):
         got = field_results(inputs, grad, options)
         again = field_results(inputs, grad, options)
-    shown = " ".join(options.values())
+    shown = " ".join((f"Hx={hidden}", *options.values()))
     if backend == "cuda":
         checks.say(
             cuda.takes(16, *inputs),
@@ -221,14 +221,20 @@ def op_cases(backend, device):
 
 
 def field_cases(backend, device):
-    """The cases of `field`: PixNerd's sizes, and each option once. CUDA C++ begins with two patches per SM of an H100."""
+    """The cases of `field`: PixNerd's sizes, and each option once.
+
+    CUDA C++ begins with two patches per SM of an H100, and Hx = 128 has kernels of its own.
+    """
     sizes = ((256, 2), (1024, 4)) if device == "cuda" else ((4, 2),)
     dtypes = DTYPES
     if backend == "cuda":
         sizes, dtypes = ((264, 4), (1024, 2)), ("bf16", "fp16")
     cases = [("field", (backend, device, dtype, *size, {})) for dtype in dtypes for size in sizes]
     options = ({"form": "plain"}, {"normalise": "first"})
-    return cases + [("field", (backend, device, "bf16", 16, 2, chosen)) for chosen in options]
+    cases += [("field", (backend, device, "bf16", 16, 2, chosen)) for chosen in options]
+    if backend == "cuda":
+        cases += [("field", (backend, device, dtype, 264, 2, {}, 128)) for dtype in dtypes]
+    return cases
 
 
 def call_all(backend, device, dtype, shape, patches):

@@ -118,8 +118,8 @@ def _first(dry):
     load = (sys.executable, "-m", "bench", "gpu-smoke", "load", *(("--device", "cpu") if dry else ()))
     yield Step("load", "first", load, 150, 6, "measured; 60 s more if the library must be built", vital=True)
     yield _smoke("smoke cuda", "first", "ops", "cuda", 40, 10, "measured: 7 s alone, 17 s with other work running", dry)
-    basis = "estimate: importing torch takes 6 s, each of 6 cases 1.5 s, mostly in fp64"
-    yield _smoke("field cuda", "first", "field", "cuda", 40, 15, basis, dry)
+    basis = "estimate: importing torch takes 6 s, each of 8 cases 1.5 s, mostly in fp64"
+    yield _smoke("field cuda", "first", "field", "cuda", 40, 18, basis, dry)
     basis = "estimate: each case compiles for 20 s; 8 run in parallel"
     yield _smoke("smoke triton", "first", "ops", "triton", 70, 40, basis, dry)
     own = "ours and bfloat16 and (4096 or 1024)"

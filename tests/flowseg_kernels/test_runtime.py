@@ -182,7 +182,7 @@ def test_the_reason_against_kernels_for_hopper_alone(gpu, left_out, words, monke
                 select("neural_field", "cuda", 3, "cuda")
             assert words in str(error.value)
         _, field, *against = _choices(["flow_loss", "neural_field"], "cuda")
-        taken = "cuda for bf16 or fp16 tensors, Hx a multiple of 8 up to 64; triton for other calls"
+        taken = "cuda for bf16 or fp16 tensors, Hx a multiple of 8 up to 128; triton for other calls"
         assert field == f"  neural_field         {'triton' if words else taken}"
         assert words is None or any(line.startswith("  not cuda: ") and words in line for line in against)
     finally:

@@ -210,9 +210,10 @@ void edges(const Data d) {
   commit_copies();
   wait_for_copies<0>();
 }
-// Products with 16 columns, in both layouts of B, of A = matrix 0 and B = the first 16 columns of matrix 1 or their transpose.
-template <bool kRowsAreK>
-void sixteen_columns(const Data d) {
+// Products with 16 or 32 columns of A = matrix 0 and B = the first columns of matrix 1, or its last rows of 64 transposed. With
+// kTiles, A comes from a tile.
+template <int kColumns, bool kRowsAreK, bool kTiles>
+void few_columns(const Data d) {
   Shared& s = prepare();
   if (threadIdx.x == 0) {
     s.barrier.arrive_and_expect(2 * kTileBytes);
@@ -220,21 +221,27 @@ void sixteen_columns(const Data d) {
   }
   s.barrier.wait(0);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float sums[8];
+  float sums[kColumns / 2];
   uint32_t a[16];
   for (int k = 0; k < 4; ++k) {
     load_matrices(a + 4 * k, shared_address(s.tiles[0]) + tile_offset(warp * 16 + lane % 16, 16 * k + lane / 16 * 8));
   }
   wgmma_fence();
-  const uint32_t b = descriptor_low(shared_address(s.tiles[1]));
+  const uint32_t tile = descriptor_low(shared_address(s.tiles[0]));
+  const uint32_t b = descriptor_low(shared_address(s.tiles[1]) + (kRowsAreK ? 0 : (kTile - kColumns) * kTileRowBytes));
   for (int k = 0; k < 4; ++k) {
-    wgmma<BFloatPair, kRowsAreK>(sums, a + 4 * k, descriptor(b, k * (kRowsAreK ? kRowStep : kColumnStep)), k != 0);
+    const uint64_t from = descriptor(b, k * (kRowsAreK ? kRowStep : kColumnStep));
+    if constexpr (kTiles) {
+      wgmma_tiles<BFloatPair, false, kRowsAreK>(sums, descriptor(tile, k * kColumnStep), from, k != 0);
+    } else {
+      wgmma<BFloatPair, kRowsAreK>(sums, a + 4 * k, from, k != 0);
+    }
   }
   wgmma_commit();
   wgmma_wait<0>();
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kColumns / 2; ++i) {
     const int row = warp * 16 + lane / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-    d.results[row * 16 + column] = sums[i];
+    d.results[row * kColumns + column] = sums[i];
   }
 }
 // Sums of squares of the rows of matrix 0, from fragments that are read and written transposed.
@@ -332,14 +339,17 @@ bool edges_are_right() {
   return right;
 }
 
-template <bool kRowsAreK>
-bool sixteen_columns_are_right() {
+template <int kColumns, bool kRowsAreK, bool kTiles = false>
+bool few_columns_are_right() {
   World world;
-  if (!world.run(sixteen_columns<kRowsAreK>).empty()) return false;
+  if (!world.run(few_columns<kColumns, kRowsAreK, kTiles>).empty()) return false;
   bool right = true;
-  for (int i = 0; i < kTile * 16; ++i) {
+  for (int i = 0; i < kTile * kColumns; ++i) {
+    const int row = i / kColumns, column = i % kColumns;
     float sum = 0;
-    for (int k = 0; k < kTile; ++k) sum += world.at(0, i / 16, k) * (kRowsAreK ? world.at(1, k, i % 16) : world.at(1, i % 16, k));
+    for (int k = 0; k < kTile; ++k) {
+      sum += world.at(0, row, k) * (kRowsAreK ? world.at(1, k, column) : world.at(1, kTile - kColumns + column, k));
+    }
     right &= world.results[i] == sum;
   }
   return right;
@@ -385,7 +395,10 @@ int main() {
   const std::string again = world.run(stored_and_loaded<true, true>);
   report("load of a store", !again.empty() ? again : world.results[0] == 1 ? "right" : "wrong");
   report("edges", edges_are_right() ? "right" : "wrong");
-  report("sixteen columns", sixteen_columns_are_right<true>() && sixteen_columns_are_right<false>() ? "right" : "wrong");
+  report("16 columns", few_columns_are_right<16, true>() && few_columns_are_right<16, false>() ? "right" : "wrong");
+  report("32 columns", few_columns_are_right<32, true>() && few_columns_are_right<32, false>() ? "right" : "wrong");
+  const bool right = few_columns_are_right<32, true, true>() && few_columns_are_right<32, false, true>();
+  report("32 columns, both in tiles", right ? "right" : "wrong");
   report("squares", squares_are_right() ? "right" : "wrong");
   report("pairs", pairs_are_right() ? "right" : "wrong");
 }

@@ -24,10 +24,12 @@ void print_tile(const char* name, Atom atom) {
 int main() {
   constexpr auto kMajor = GMMA::Major::K;
   using Wide = MMA_Traits<SM90_64x64x16_F32BF16BF16_RS<kMajor, kMajor>>;
+  using Half = MMA_Traits<SM90_64x32x16_F32BF16BF16_RS<kMajor, kMajor>>;
   using Narrow = MMA_Traits<SM90_64x16x16_F32BF16BF16_RS<kMajor, kMajor>>;
   print_indices("A", Wide::ALayout{});
   print_indices("D", Wide::CLayout{});
   print_indices("D16", Narrow::CLayout{});
+  print_indices("D32", Half::CLayout{});
   print_tile("K", GMMA::Layout_K_SW128_Atom<bfloat16_t>{});
   print_tile("MN", GMMA::Layout_MN_SW128_Atom<bfloat16_t>{});
 }

@@ -226,9 +226,12 @@ constexpr FieldSizes kDeepField{.patches = 3, .channels = 3, .hidden = 64, .dept
                                 .both = true, .residual = true};  // more steps than a block of the forward has stages
 constexpr FieldSizes kSlicedField{.patches = 3, .channels = 5, .hidden = 40, .depth = 1, .ratio = 5, .p = 9, .freqs = 2,
                                   .both = true, .residual = false};  // two tiles of pixels, two slices of inner units
+constexpr FieldSizes kWideField{.patches = 1, .channels = 3, .hidden = 72, .depth = 2, .ratio = 1, .p = 9, .freqs = 2,
+                                .both = true, .residual = true};  // two halves of hidden units, two tiles, two slices
 
 bool run_field() {
-  const bool fine = !field_results<BFloat>(kDeepField).empty() && !field_results<Half>(kSlicedField).empty();
+  const bool fine = !field_results<BFloat>(kDeepField).empty() && !field_results<Half>(kSlicedField).empty() &&
+                    !field_results<BFloat>(kWideField).empty();
   if (const char* what = last_failure()) return std::puts(what), false;
   return fine;
 }

@@ -394,16 +394,17 @@ void settle(uint32_t (&)[N]) {}
 
 template <class T, bool kRowsAreK, int N>
 void wgmma(float (&d)[N], const uint32_t* a, uint64_t b, int accumulate = 1) {
-  static_assert(N == 32 || N == 8);
+  static_assert(N == 32 || N == 16 || N == 8);
   host::issue({0, b, T::kIsBFloat, false, false, kRowsAreK, 2 * N}, d, a, accumulate != 0);
 }
 template <class T, bool kRowsAreK>
 void wgmma_first(float (&d)[32], const uint32_t* a, uint64_t b) {
   host::issue({0, b, T::kIsBFloat, false, false, kRowsAreK, 64}, d, a, false);
 }
-template <class T, bool kRowsAreKOfA, bool kRowsAreKOfB>
-void wgmma_tiles(float (&d)[32], uint64_t a, uint64_t b, int accumulate = 1) {
-  host::issue({a, b, T::kIsBFloat, true, kRowsAreKOfA, kRowsAreKOfB, 64}, d, nullptr, accumulate != 0);
+template <class T, bool kRowsAreKOfA, bool kRowsAreKOfB, int N>
+void wgmma_tiles(float (&d)[N], uint64_t a, uint64_t b, int accumulate = 1) {
+  static_assert(N == 32 || N == 16);
+  host::issue({a, b, T::kIsBFloat, true, kRowsAreKOfA, kRowsAreKOfB, 2 * N}, d, nullptr, accumulate != 0);
 }
 
 template <class T>

@@ -53,6 +53,7 @@ int main() {
   fragment("A", 8);
   fragment("D", 32);
   fragment("D16", 8);
+  fragment("D32", 16);
   operand("K", false, 1);
   operand("K", false, 4);
   operand("MN", true, 1);

@@ -1,6 +1,9 @@
 // The backward of the neural field's blocks on Hopper: from the gradient of the state after the last block to the gradient of the
 // state before the first, with the gradients of the generated weights and, by patch, of the gains.
 //
+// This file has what is common, and the inner groups for one half of 64 hidden units. backward_wide.cuh has the inner groups for
+// two halves and what else differs, and the kernel.
+//
 // A thread block stays on its multiprocessor and takes one patch after the other through all levels, from the last to the first.
 // A step is kSlice inner units of one level's weights; a visit is one tile of pixels in a step. n is the normalised state before
 // the block, g the gradient after it. With j for inner and h for hidden units, and columns of W1 and W2 of length 1:
@@ -63,10 +66,9 @@
 namespace flowseg::cuda::backward {
 
 constexpr int kThreads = 4 * kGroupThreads;
-// Registers per thread of the loader, the state group and the inner groups. 512 in all: 65,536 registers.
-constexpr int kLoaderRegisters = 32, kStateRegisters = 64, kInnerRegisters = 208;
+// Registers per thread of the loader, the state group and the inner groups (see Shared): 512 in all, 65,536 registers.
+constexpr int kLoaderRegisters = 32;
 constexpr int kStages = 2;
-constexpr int kRing = 5;
 constexpr int kScalingThreads = 64;  // two warps
 constexpr int kInnerWarps = 2 * kGroupWarps;
 
@@ -75,56 +77,64 @@ struct alignas(8) Pair {
 };
 
 // Factors of the weights of a step: reciprocal column lengths, half of the gains.
+template <int kHalves>
 struct alignas(16) Factors {
-  float inverse1[kSlice], inverse2[kTile];
-  float half_gain[kTile];
+  float inverse1[kSlice / kHalves], inverse2[kHalves * kTile];
+  float half_gain[kHalves * kTile];
 };
 
+// Shared memory with one half of hidden units. Templates take its type, to serve two halves too.
 struct Shared {
+  static constexpr int kHalves = 1;
+  static constexpr int kRing = 5;
+  static constexpr int kMostAhead = 3;  // bounds `ahead`
+  static constexpr int kStateRegisters = 64, kInnerRegisters = 208;
+
   char weights[kStages][kStageBytes];    // as kSlice says; the place of W2 takes its gradient at the end of a step
   char tiles[kRing][2][kTileBytes];      // n, g
   char dy[2][2][kTileBytes];             // rows: an inner group's units, columns: pixels
   char grad_w1[2][kTileBytes];           // rows: hidden, columns: an inner group's units
   char new_g[kTileBytes];
-  Factors factors[kStages];
+  Factors<kHalves> factors[kStages];
   float column_sums[2][2][kInnerWarps][kTile];  // [step % 2]: sums of G W1 and D W2 over a warp's inner units
   float slice_sums[2][kTile];                   // the same over slices
   float along2[2][kTile];                       // the sums of D W2, one copy for each inner group
   Barrier weights_full[kStages], weights_ready[kStages], weights_empty[kStages];
   Barrier tile_full[kRing], tile_empty[kRing], dy_full[2], dy_empty[2], new_g_full, new_g_empty;
-
-  __device__ __forceinline__ void init_barriers() {
-    for (int i = 0; i < kStages; ++i) {
-      weights_full[i].init(1);
-      weights_ready[i].init(kScalingThreads / 32);
-      weights_empty[i].init(2 + kGroupWarps);
-    }
-    for (int i = 0; i < kRing; ++i) {
-      tile_full[i].init(2);
-      tile_empty[i].init(kInnerWarps + kGroupWarps);
-    }
-    for (int i = 0; i < 2; ++i) {
-      dy_full[i].init(kInnerWarps);
-      dy_empty[i].init(kGroupWarps);
-    }
-    new_g_full.init(kGroupWarps);
-    new_g_empty.init(1);
-    fence_barrier_init();
-  }
 };
-constexpr int kSharedBytes = sizeof(Shared) + 1024;
+
+// One thread.
+template <class Shared>
+__device__ __forceinline__ void init_barriers(Shared& s) {
+  for (int i = 0; i < kStages; ++i) {
+    s.weights_full[i].init(1);
+    s.weights_ready[i].init(kScalingThreads / 32);
+    s.weights_empty[i].init(2 + kGroupWarps);
+  }
+  for (int i = 0; i < Shared::kRing; ++i) {
+    s.tile_full[i].init(2);
+    s.tile_empty[i].init(kInnerWarps + kGroupWarps);
+  }
+  for (int i = 0; i < 2; ++i) {
+    s.dy_full[i].init(kInnerWarps);
+    s.dy_empty[i].init(kGroupWarps);
+  }
+  s.new_g_full.init(kGroupWarps);
+  s.new_g_empty.init(1);
+}
 
 // A visit of this thread block, in the order in which all groups take them.
+template <int kHalves>
 struct Visit {
   int local, level, slice = 0, tile = 0;
 
   __device__ __forceinline__ explicit Visit(const FieldParams& f) : local(static_cast<int>(blockIdx.x)), level(f.depth - 1) {}
   __device__ __forceinline__ bool exists(const FieldParams& f) const { return local < f.count; }
   __device__ __forceinline__ bool ends_step(const FieldParams& f) const { return tile + 1 == f.tiles(); }
-  __device__ __forceinline__ bool in_last_slice(const FieldParams& f) const { return slice + 1 == f.slices(); }
+  __device__ __forceinline__ bool in_last_slice(const FieldParams& f) const { return slice + 1 == f.slices<kHalves>(); }
   __device__ __forceinline__ void next_step(const FieldParams& f) {
     tile = 0;
-    if (++slice < f.slices()) return;
+    if (++slice < f.slices<kHalves>()) return;
     slice = 0;
     if (--level >= 0) return;
     level = f.depth - 1;
@@ -148,31 +158,37 @@ __device__ __forceinline__ float in_range(float v) {
 // ---- The loader
 
 // One thread: n of each visit.
+template <class Shared>
 __device__ __forceinline__ void load_states(Shared& s, const FieldParams& f) {
-  Turn<kRing> turn;
-  for (Visit v(f); v.exists(f); v.next(f), turn.advance()) {
+  constexpr int kHalves = Shared::kHalves, kBytes = kHalves * kTileBytes;
+  Turn<Shared::kRing> turn;
+  for (Visit<kHalves> v(f); v.exists(f); v.next(f), turn.advance()) {
     Barrier& full = s.tile_full[turn.index];
     if (!FLOWSEG_PLANTED(early_load)) s.tile_empty[turn.index].wait(turn.parity ^ 1);
-    full.arrive_and_expect(kTileBytes);
-    const char* from = state_of(f, v.local, v.level) + int64_t{v.tile} * kTileBytes;
-    load_bytes(shared_address(s.tiles[turn.index][0]), from, full, kTileBytes);
+    full.arrive_and_expect(kBytes);
+    const char* from = state_of<kHalves>(f, v.local, v.level) + int64_t{v.tile} * kBytes;
+    load_bytes(shared_address(s.tiles[turn.index][0]), from, full, kBytes);
   }
 }
 
 // One thread: loads g of each visit, and stores the new g of an earlier one.
+template <class Shared>
 __device__ __forceinline__ void move_gradients(Shared& s, const FieldParams& f) {
-  const int ahead = f.tiles() - 1 < kRing - 2 ? f.tiles() - 1 : kRing - 2;
-  const auto place = [&](const Visit& v) { return state_of(f, v.local, f.depth) + int64_t{v.tile} * kTileBytes; };
-  Visit loaded(f), stored(f);
-  Turn<kRing> turn;
+  constexpr int kHalves = Shared::kHalves, kBytes = kHalves * kTileBytes;
+  const int ahead = f.tiles() - 1 < Shared::kMostAhead ? f.tiles() - 1 : Shared::kMostAhead;
+  const auto place = [&](const Visit<kHalves>& v) {
+    return state_of<kHalves>(f, v.local, f.depth) + int64_t{v.tile} * kBytes;
+  };
+  Visit<kHalves> loaded(f), stored(f);
+  Turn<Shared::kRing> turn;
   Turn<1> written;
   int between = 0;  // visits that have been loaded and not stored
   while (stored.exists(f)) {
     if (between <= ahead && loaded.exists(f)) {
       Barrier& full = s.tile_full[turn.index];
       s.tile_empty[turn.index].wait(turn.parity ^ 1);
-      full.arrive_and_expect(kTileBytes);
-      load_bytes(shared_address(s.tiles[turn.index][1]), place(loaded), full, kTileBytes);
+      full.arrive_and_expect(kBytes);
+      load_bytes(shared_address(s.tiles[turn.index][1]), place(loaded), full, kBytes);
       loaded.next(f);
       turn.advance();
       ++between;
@@ -181,7 +197,7 @@ __device__ __forceinline__ void move_gradients(Shared& s, const FieldParams& f) 
     if (stored.in_last_slice(f)) {
       s.new_g_full.wait(written.parity);
       written.advance();
-      store_bytes(place(stored), shared_address(s.new_g), kTileBytes);
+      store_bytes(place(stored), shared_address(s.new_g), kBytes);
       commit_copies();
       wait_for_reads<0>();
       s.new_g_empty.arrive();
@@ -205,69 +221,112 @@ __device__ __forceinline__ void scale_rows(char* at, int rows, const float (&fac
   }
 }
 
-// Gives the columns of a step's weights length 1. A thread has 8 columns of each weight and every fourth or eighth row. Lengths
-// beyond the weights' ends may hold anything.
-template <class T>
-__device__ __forceinline__ void scale_weights(char* weights, const Factors& factors, const FieldParams& f, int slice,
-                                              uint32_t thread) {
-  const uint32_t column1 = thread % 16 * 8, column2 = thread % 8 * 8;
-  const auto eight = [](const float* from, bool exist, float (&factor)[8]) {
+// Eight factors from column `column` on. Those of columns that do not exist may hold anything; zero stands for them.
+__device__ __forceinline__ void eight_factors(const float* factors, uint32_t column, bool exist, float (&factor)[8]) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) factor[i] = exist ? from[i] : 0.0f;
-  };
+  for (int i = 0; i < 8; ++i) factor[i] = exist ? factors[column + i] : 0.0f;
+}
+
+// Multiplies the columns of two tiles side by side by their factors. Column i of the tiles exists if first + i < end.
+template <class T>
+__device__ __forceinline__ void scale_side_by_side(char* tiles, const float* factors, int first, int end, uint32_t thread) {
+  const uint32_t column = thread % 16 * 8;
   float factor[8];
-  eight(factors.inverse1 + column1, slice * kSlice + static_cast<int>(column1) < f.inner, factor);
-  char* w1 = weights + column1 / kTile * kTileBytes;
+  eight_factors(factors, column, first + static_cast<int>(column) < end, factor);
+  char* tile = tiles + column / kTile * kTileBytes;
 #pragma unroll 1
   for (uint32_t row = thread / 16; row < 8; row += kScalingThreads / 16) {
-    scale_rows<T>(w1 + tile_offset(row, column1 % kTile), kTile, factor);
+    scale_rows<T>(tile + tile_offset(row, column % kTile), kTile, factor);
   }
-  if (!f.both) return;
-  eight(factors.inverse2 + column2, static_cast<int>(column2) < f.hidden, factor);
-  scale_rows<T>(weights + 2 * kTileBytes + tile_offset(thread / 8, column2), kSlice, factor);
+}
+
+// The same for two tiles one above the other.
+template <class T>
+__device__ __forceinline__ void scale_stacked(char* tiles, const float* factors, int first, int end, uint32_t thread) {
+  const uint32_t column = thread % 8 * 8;
+  float factor[8];
+  eight_factors(factors, column, first + static_cast<int>(column) < end, factor);
+  scale_rows<T>(tiles + tile_offset(thread / 8, column), 2 * kTile, factor);
+}
+
+// Gives the columns of a step's weights length 1. A thread has 8 columns of each weight and every fourth or eighth row.
+template <class T, int kHalves>
+__device__ __forceinline__ void scale_weights(char* weights, const Factors<kHalves>& factors, const FieldParams& f, int slice,
+                                              uint32_t thread) {
+  const int first = slice * f.slice_units<kHalves>();
+  char* w2 = weights + 2 * kTileBytes;
+  if constexpr (kHalves == 1) {
+    scale_side_by_side<T>(weights, factors.inverse1, first, f.inner, thread);
+    if (f.both) scale_stacked<T>(w2, factors.inverse2, 0, f.hidden, thread);
+  } else {
+    scale_stacked<T>(weights, factors.inverse1, first, f.inner, thread);
+    if (f.both) scale_side_by_side<T>(w2, factors.inverse2, 0, f.hidden, thread);
+  }
 }
 
 // Two warps: the weights of each step.
-template <class T>
+template <class T, class Shared>
 __device__ __forceinline__ void load_weights(Shared& s, const FieldParams& f, int thread) {
+  constexpr int kHalves = Shared::kHalves;
+  constexpr int kAcross = kHalves == 1 ? kTile : 0, kDown = kTile - kAcross;  // from the first tile of W1 to the second
   const auto* gains = static_cast<const typename T::Element*>(f.gains);
   Turn<kStages> stage;
-  for (Visit v(f); v.exists(f); v.next_step(f), stage.advance()) {
+  for (Visit<kHalves> v(f); v.exists(f); v.next_step(f), stage.advance()) {
     Barrier& full = s.weights_full[stage.index];
-    Factors& factors = s.factors[stage.index];
+    Factors<kHalves>& factors = s.factors[stage.index];
     char* weights = s.weights[stage.index];
     if (thread == 0) {
-      const int matrix = (static_cast<int>(f.first) + v.local) * f.depth + v.level, inner = v.slice * kSlice;
-      const float* lengths = f.inverse_lengths + (int64_t{v.local} * f.depth + v.level) * (f.padded_inner() + kTile);
+      const int matrix = (static_cast<int>(f.first) + v.local) * f.depth + v.level, inner = v.slice * f.slice_units<kHalves>();
+      const float* lengths = f.inverse_lengths + (int64_t{v.local} * f.depth + v.level) * f.lengths<kHalves>();
       const uint32_t to = shared_address(weights);
       s.weights_empty[stage.index].wait(stage.parity ^ 1);
       full.arrive_and_expect(kStageBytes + int(sizeof(factors.inverse1) + sizeof(factors.inverse2)));
       load_tile(to, f.w1, full, inner, 0, matrix);
-      load_tile(to + kTileBytes, f.w1, full, inner + kTile, 0, matrix);
+      load_tile(to + kTileBytes, f.w1, full, inner + kAcross, kDown, matrix);
       load_tile(to + 2 * kTileBytes, f.w2, full, 0, inner, matrix);
-      load_tile(to + 3 * kTileBytes, f.w2, full, 0, inner + kTile, matrix);
+      load_tile(to + 3 * kTileBytes, f.w2, full, kDown, inner + kAcross, matrix);
       load_bytes(shared_address(factors.inverse1), lengths + inner, full, sizeof(factors.inverse1));
-      load_bytes(shared_address(factors.inverse2), lengths + f.padded_inner(), full, sizeof(factors.inverse2));
+      load_bytes(shared_address(factors.inverse2), lengths + f.padded_inner<kHalves>(), full, sizeof(factors.inverse2));
     }
-    float gain = thread < f.hidden ? 1.0f : 0.0f;
-    if (f.residual && thread < f.hidden) gain = widen(gains[v.level * f.hidden + thread]);
+    float gain[kHalves];
+#pragma unroll
+    for (int i = 0; i < kHalves; ++i) {
+      const int unit = i * kTile + thread;
+      gain[i] = unit < f.hidden ? 1.0f : 0.0f;
+      if (f.residual && unit < f.hidden) gain[i] = widen(gains[v.level * f.hidden + unit]);
+    }
     full.wait(stage.parity);
-    factors.half_gain[thread] = 0.5f * gain;
-    if (!f.both) factors.inverse2[thread] = 1;
+#pragma unroll
+    for (int i = 0; i < kHalves; ++i) factors.half_gain[i * kTile + thread] = 0.5f * gain[i];
+    for (int i = 0; !f.both && i < kHalves; ++i) factors.inverse2[i * kTile + thread] = 1;
     uint32_t own[1] = {static_cast<uint32_t>(thread)};
     settle(own);  // so that the compiler does not hold addresses from step to step: that would take too many registers
-    scale_weights<T>(weights, factors, f, v.slice, own[0]);
+    scale_weights<T, kHalves>(weights, factors, f, v.slice, own[0]);
     fence_async();
     arrive_as_warp(s.weights_ready[stage.index]);
   }
 }
 
+// The loader's group.
+template <class T, class Shared>
+__device__ __forceinline__ void load_all(Shared& s, const FieldParams& f) {
+  if (threadIdx.x == 0) load_states(s, f);
+  if (threadIdx.x == 32) move_gradients(s, f);
+  if (threadIdx.x >= 64) load_weights<T>(s, f, threadIdx.x - 64);
+}
+
 // ---- The state group
 
-// Adds the sums of the earlier slices to dn. In the last slice it returns true; otherwise it stores the sums for the next one. A
-// thread reads what it has written itself.
-__device__ __forceinline__ bool add_slices(float (&dn)[32], const FieldParams& f, const Visit& v, int thread) {
-  float* sums = f.dn_sums + (int64_t{blockIdx.x} * f.tiles() + v.tile) * (kTile * kTile) + 4 * thread;
+// A thread's sums of dn over slices, for a visit's tile: every 4 kGroupThreads-th group of four is its own. It reads only what it
+// has written itself.
+template <int kHalves>
+__device__ __forceinline__ float* dn_sums_of(const FieldParams& f, const Visit<kHalves>& v, int thread) {
+  return f.dn_sums + (int64_t{blockIdx.x} * f.tiles() + v.tile) * (kHalves * kTile * kTile) + 4 * thread;
+}
+
+// Adds the sums of the earlier slices to dn. In the last slice it returns true; otherwise it stores the sums for the next one.
+__device__ __forceinline__ bool add_slices(float (&dn)[32], const FieldParams& f, const Visit<1>& v, int thread) {
+  float* sums = dn_sums_of(f, v, thread);
   const bool last = v.in_last_slice(f);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -284,22 +343,53 @@ __device__ __forceinline__ bool add_slices(float (&dn)[32], const FieldParams& f
   return last;
 }
 
+// Copies between dn and the sums of the earlier slices. With two halves there are always several slices, and the product dn adds
+// to them: so all loads are under way at once, and the state group waits for them and for dy at the same time.
+template <bool kLoads>
+__device__ __forceinline__ void copy_slices(float (&dn)[2][32], const FieldParams& f, const Visit<2>& v, int thread) {
+  float* sums = dn_sums_of(f, v, thread);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    FourWords* at = reinterpret_cast<FourWords*>(sums + i * 4 * kGroupThreads);
+    FourWords words;
+    if constexpr (kLoads) words = *at;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float& sum = dn[i / 8][4 * (i % 8) + j];
+      if constexpr (kLoads) {
+        sum = same_bits<float>(words.at[j]);
+      } else {
+        words.at[j] = same_bits<uint32_t>(sum);
+      }
+    }
+    if constexpr (!kLoads) *at = words;
+  }
+}
+
+// The sums of the earlier slices, or zero.
+__device__ __forceinline__ void start_sums(float (&dn)[2][32], const FieldParams& f, const Visit<2>& v, int thread) {
+  if (v.slice > 0) return copy_slices<true>(dn, f, v, thread);
+#pragma unroll
+  for (int i = 0; i < 64; ++i) dn[i / 32][i % 32] = 0;
+}
+
 // The new g of the lane's two rows, written to `to`. `n`, `g` and `to` are the lane's places in tiles, `inverse` is 1 / rms of
 // the rows.
-template <class T>
-__device__ __forceinline__ void finish_state(float (&dn)[32], const FieldParams& f, const float* half_gain, uint32_t n,
+template <class T, int kHalves>
+__device__ __forceinline__ void finish_state(float (&dn)[kHalves][32], const FieldParams& f, const float* half_gain, uint32_t n,
                                              uint32_t g, uint32_t to, const float (&inverse)[2]) {
   const int quad = threadIdx.x % 4;
   float along[2] = {0, 0};
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
+  for (int k = 0; k < 4 * kHalves; ++k) {
+    float* sums = dn[k / 4] + 8 * (k % 4);
     uint32_t state[4];
-    load_matrices(state, n ^ (k * kColumnStep));
+    load_matrices(state, (n ^ (k % 4 * kColumnStep)) + k / 4 * kTileBytes);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const Pair factor = *reinterpret_cast<const Pair*>(half_gain + 16 * k + 8 * (i / 2) + 2 * quad);
-      float& low = dn[8 * k + 2 * i];
-      float& high = dn[8 * k + 2 * i + 1];
+      float& low = sums[2 * i];
+      float& high = sums[2 * i + 1];
       low *= factor.x;
       high *= factor.y;
       along[i % 2] += low * T::low(state[i]);
@@ -313,56 +403,61 @@ __device__ __forceinline__ void finish_state(float (&dn)[32], const FieldParams&
     along[r] *= -1.0f / static_cast<float>(f.hidden);
   }
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
+  for (int k = 0; k < 4 * kHalves; ++k) {
+    const float* sums = dn[k / 4] + 8 * (k % 4);
     uint32_t words[4];
     if (f.residual) {
       uint32_t state[4];
-      load_matrices(state, n ^ (k * kColumnStep));
-      load_matrices(words, g ^ (k * kColumnStep));
+      load_matrices(state, (n ^ (k % 4 * kColumnStep)) + k / 4 * kTileBytes);
+      load_matrices(words, (g ^ (k % 4 * kColumnStep)) + k / 4 * kTileBytes);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float low = T::low(state[i]) * along[i % 2] + dn[8 * k + 2 * i];
-        const float high = T::high(state[i]) * along[i % 2] + dn[8 * k + 2 * i + 1];
+        const float low = T::low(state[i]) * along[i % 2] + sums[2 * i];
+        const float high = T::high(state[i]) * along[i % 2] + sums[2 * i + 1];
         words[i] = T::pack(T::low(words[i]) + inverse[i % 2] * low, T::high(words[i]) + inverse[i % 2] * high);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = T::pack(dn[8 * k + 2 * i], dn[8 * k + 2 * i + 1]);
+      for (int i = 0; i < 4; ++i) words[i] = T::pack(sums[2 * i], sums[2 * i + 1]);
     }
-    store_matrices(to ^ (k * kColumnStep), words);
+    store_matrices((to ^ (k % 4 * kColumnStep)) + k / 4 * kTileBytes, words);
   }
 }
 
-// dn = dy^T W1^T of a tile: the rows of dy are summed, and the columns of W1.
-template <class T>
-__device__ __forceinline__ void state_product(float (&dn)[32], uint32_t dy, uint32_t w1) {
+// dn = dy^T W1^T of a tile, or dn += if kAdds: the rows of dy are summed, and the columns of W1. With one half the two tiles of W1
+// hold different inner units, as those of dy; with two halves each holds a half of the hidden units.
+template <class T, bool kAdds, int kHalves>
+__device__ __forceinline__ void state_product(float (&dn)[kHalves][32], uint32_t dy, uint32_t w1) {
   wgmma_fence();
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+  for (int tile = 0; tile < 2; ++tile) {
+    float (&sums)[32] = dn[kHalves == 1 ? 0 : tile];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const uint64_t a = descriptor(dy, half * kTileBytes + k * kRowStep);
-      const uint64_t b = descriptor(w1, half * kTileBytes + k * kColumnStep);
+      const uint64_t a = descriptor(dy, (kHalves == 1 ? tile * kTileBytes : 0) + k * kRowStep);
+      const uint64_t b = descriptor(w1, tile * kTileBytes + k * kColumnStep);
+      const bool adds = kAdds || (kHalves == 1 ? tile + k != 0 : k != 0);
       if (FLOWSEG_PLANTED(transposed)) {
-        wgmma_tiles<T, false, false>(dn, a, b, half + k != 0);
+        wgmma_tiles<T, false, false>(sums, a, b, adds);
       } else {
-        wgmma_tiles<T, true, false>(dn, a, b, half + k != 0);
+        wgmma_tiles<T, true, false>(sums, a, b, adds);
       }
     }
   }
   wgmma_commit();
 }
 
-template <class T>
+template <class T, class Shared>
 __device__ __forceinline__ void propagate_state(Shared& s, const FieldParams& f) {
+  constexpr int kHalves = Shared::kHalves;
   const int thread = threadIdx.x % kGroupThreads, lane = thread % 32, warp = thread / 32;
   const uint32_t place = row_place(warp, lane);
   Turn<kStages> stage;
-  Turn<kRing> turn;
+  Turn<Shared::kRing> turn;
   Turn<2> product;
   Turn<1> written;
 #pragma unroll 1
-  for (Visit v(f); v.exists(f); v.next(f), turn.advance(), product.advance()) {
+  for (Visit<kHalves> v(f); v.exists(f); v.next(f), turn.advance(), product.advance()) {
     const uint32_t w1 = descriptor_low(shared_address(s.weights[stage.index]));
     const uint32_t dy = descriptor_low(shared_address(s.dy[product.index]));
     const int row = v.tile * kTile + 16 * warp + lane / 4;
@@ -372,15 +467,24 @@ __device__ __forceinline__ void propagate_state(Shared& s, const FieldParams& f)
       if (row < f.pixels()) inverse[0] = from[0];
       if (row + 8 < f.pixels()) inverse[1] = from[8];
     }
+    float dn[kHalves][32];
+    if constexpr (kHalves == 2) start_sums(dn, f, v, thread);
     if (v.tile == 0) s.weights_ready[stage.index].wait(stage.parity);
     s.tile_full[turn.index].wait(turn.parity);
     s.dy_full[product.index].wait(product.parity);
-    float dn[32];
-    state_product<T>(dn, dy, w1);
+    state_product<T, kHalves == 2>(dn, dy, w1);
     wgmma_wait<0>();
-    settle(dn);
+#pragma unroll
+    for (int i = 0; i < kHalves; ++i) settle(dn[i]);
     arrive_as_warp(s.dy_empty[product.index]);
-    if (f.slices() == 1 || add_slices(dn, f, v, thread)) {
+    bool complete;
+    if constexpr (kHalves == 1) {
+      complete = f.slices<1>() == 1 || add_slices(dn[0], f, v, thread);
+    } else {
+      complete = v.in_last_slice(f);
+      if (!complete) copy_slices<false>(dn, f, v, thread);
+    }
+    if (complete) {
       s.new_g_empty.wait(written.parity ^ 1);
       written.advance();
       finish_state<T>(dn, f, s.factors[stage.index].half_gain, shared_address(s.tiles[turn.index][0]) + place,
@@ -416,6 +520,109 @@ __device__ __forceinline__ Pair sum_columns(float (&column)[16]) {
   return {column[0], column[1]};
 }
 
+// A barrier of an inner group's threads.
+__device__ __forceinline__ void join_group(int group) {
+  if (group == 0) {
+    named_barrier<2, kGroupThreads>();
+  } else {
+    named_barrier<3, kGroupThreads>();
+  }
+}
+
+// u = SiLU(2 y), packed, and the derivative dy / du in the place of y.
+template <class T, bool kTanh, int N>
+__device__ __forceinline__ void activate(float (&y)[N], uint32_t (&u)[N / 2]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    float out[2];
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      float t;
+      float& slope = y[2 * i + b];
+      silu_and_tanh<kTanh>(y[2 * i + b], out[b], t);
+      slope = out[b] * (1 - t) + t;
+    }
+    u[i] = T::pack(out[0], out[1]);
+  }
+}
+
+// dy, packed, from du and what `activate` has left.
+template <class T, int N>
+__device__ __forceinline__ void gradient_of_y(const float (&du)[N], const float (&slope)[N], uint32_t (&dy)[N / 2]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    dy[i] = T::pack(in_range<T>(du[2 * i] * slope[2 * i] + du[2 * i]),
+                    in_range<T>(du[2 * i + 1] * slope[2 * i + 1] + du[2 * i + 1]));
+  }
+}
+
+// The operand of y: W1 by columns, times half of the gains. The arguments are the lane's places.
+template <class T>
+__device__ __forceinline__ void load_operand_of_y(uint32_t* to, uint32_t w1, const float* half_gain) {
+  uint32_t (&words)[16] = *reinterpret_cast<uint32_t (*)[16]>(to);
+  load_columns(words, w1);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const Pair factor = *reinterpret_cast<const Pair*>(half_gain + 8 * j);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t& word = words[2 * j + r];
+      word = T::pack(T::low(word) * factor.x, T::high(word) * factor.y);
+    }
+  }
+}
+
+// Turns G into Q. `column` becomes the lane's sums of G W1 for sum_columns, `along` those of Q W1 over a tile's hidden units.
+template <class T>
+__device__ __forceinline__ void weigh_w1(float (&g_sum)[32], const uint32_t (&w1)[16], const float* half_gain,
+                                         float (&column)[16], float (&along)[2]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const Pair factor = *reinterpret_cast<const Pair*>(half_gain + 8 * j);
+    column[2 * j] = column[2 * j + 1] = 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float low = T::low(w1[2 * j + r]), high = T::high(w1[2 * j + r]);
+      float& g_low = g_sum[4 * j + 2 * r];
+      float& g_high = g_sum[4 * j + 2 * r + 1];
+      column[2 * j] += g_low * low;
+      column[2 * j + 1] += g_high * high;
+      g_low *= factor.x;
+      g_high *= factor.y;
+      along[r] += g_low * low;
+      along[r] += g_high * high;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) along[r] += __shfl_xor_sync(kAllLanes, along[r], step);
+  }
+}
+
+// The gradient of W1 from Q, packed.
+template <class T>
+__device__ __forceinline__ void gradient_of_w1(const float (&q)[32], const uint32_t (&w1)[16], const float (&along)[2],
+                                               const float (&inverse)[2], uint32_t (&grad)[16]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const float low = q[2 * i] - T::low(w1[i]) * along[i % 2], high = q[2 * i + 1] - T::high(w1[i]) * along[i % 2];
+    grad[i] = T::pack(inverse[i % 2] * low, inverse[i % 2] * high);
+  }
+}
+
+// The warp's sums of D W2.
+template <class T>
+__device__ __forceinline__ void sum_w2(const float (&d_sum)[32], const uint32_t (&w2)[16], float* column_sums) {
+  float column[16];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    column[2 * j] = d_sum[4 * j] * T::low(w2[2 * j]) + d_sum[4 * j + 2] * T::low(w2[2 * j + 1]);
+    column[2 * j + 1] = d_sum[4 * j + 1] * T::high(w2[2 * j]) + d_sum[4 * j + 3] * T::high(w2[2 * j + 1]);
+  }
+  reinterpret_cast<Pair*>(column_sums)[threadIdx.x % 32] = sum_columns(column);
+}
+
 // A step's work of an inner group.
 template <class T, bool kTanh>
 struct InnerStep {
@@ -425,33 +632,11 @@ struct InnerStep {
   uint32_t place;        // row_place
   uint32_t place_of_w1;  // column_place, in W1 and its gradient
   Turn<kStages> stage;
-  Turn<kRing> turn;
+  Turn<Shared::kRing> turn;
   Turn<2> product;
 
   __device__ __forceinline__ uint32_t weights() const { return shared_address(s.weights[stage.index]) + half * kTileBytes; }
-  __device__ __forceinline__ void join() const {  // of the group's threads
-    if (half == 0) {
-      named_barrier<2, kGroupThreads>();
-    } else {
-      named_barrier<3, kGroupThreads>();
-    }
-  }
   __device__ __forceinline__ void give_tile_back(int index) const { arrive_as_warp(s.tile_empty[index]); }
-
-  // The operand of y: W1 by columns, times half of the gains.
-  __device__ __forceinline__ void load_operand(uint32_t (&w1)[16]) const {
-    load_columns(w1, weights() + place_of_w1);
-    const float* half_gain = s.factors[stage.index].half_gain + 2 * (thread % 4);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const Pair factor = *reinterpret_cast<const Pair*>(half_gain + 8 * j);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        uint32_t& word = w1[2 * j + r];
-        word = T::pack(T::low(word) * factor.x, T::high(word) * factor.y);
-      }
-    }
-  }
 
   // Starts y and du of a tile, as two groups of products.
   __device__ __forceinline__ void start(float (&y)[32], float (&du)[32], const uint32_t (&w1)[16], uint32_t n, uint32_t g) const {
@@ -487,28 +672,14 @@ struct InnerStep {
     wgmma_wait<1>();
     settle(y);
     if (!first) give_tile_back(turn.previous());
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      float out[2];
-#pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        float t;
-        float& slope = y[2 * i + b];
-        silu_and_tanh<kTanh>(y[2 * i + b], out[b], t);
-        slope = out[b] * (1 - t) + t;
-      }
-      u[i] = T::pack(out[0], out[1]);
-    }
+    activate<T, kTanh>(y, u);
     settle(y);
     settle(u);
     start_gradient(d_sum, u, g);
     s.dy_empty[product.index].wait(product.parity ^ 1);  // this loop also keeps ptxas from waiting for du before the tanh
     if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<1>();  // D goes on
     settle(du);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      dy[i] = T::pack(in_range<T>(du[2 * i] * y[2 * i] + du[2 * i]), in_range<T>(du[2 * i + 1] * y[2 * i + 1] + du[2 * i + 1]));
-    }
+    gradient_of_y<T>(du, y, dy);
     store_rows(shared_address(s.dy[product.index][half]) + place, dy);
     if (!FLOWSEG_PLANTED(proxy_fence)) fence_async();
     arrive_as_warp(s.dy_full[product.index]);
@@ -519,57 +690,20 @@ struct InnerStep {
 
   // Turns G into the gradient of W1, packed, and writes the warp's sums of G W1.
   __device__ __forceinline__ void finish_w1(float (&g_sum)[32], uint32_t (&grad)[16], float* column_sums) const {
-    const Factors& factors = s.factors[stage.index];
+    const Factors<1>& factors = s.factors[stage.index];
     const int lane = thread % 32, unit = half * kTile + thread / 32 * 16 + lane / 4;
-    const float* half_gain = factors.half_gain + 2 * (lane % 4);
     uint32_t w1[16];
     float column[16], along[2] = {0, 0};
     load_columns(w1, weights() + place_of_w1);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const Pair factor = *reinterpret_cast<const Pair*>(half_gain + 8 * j);
-      column[2 * j] = column[2 * j + 1] = 0;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float low = T::low(w1[2 * j + r]), high = T::high(w1[2 * j + r]);
-        float& g_low = g_sum[4 * j + 2 * r];
-        float& g_high = g_sum[4 * j + 2 * r + 1];
-        column[2 * j] += g_low * low;
-        column[2 * j + 1] += g_high * high;
-        g_low *= factor.x;
-        g_high *= factor.y;
-        along[r] += g_low * low;
-        along[r] += g_high * high;
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int step = 1; step < 4; step *= 2) along[r] += __shfl_xor_sync(kAllLanes, along[r], step);
-    }
+    weigh_w1<T>(g_sum, w1, factors.half_gain + 2 * (lane % 4), column, along);
     const float inverse[2] = {factors.inverse1[unit], factors.inverse1[unit + 8]};
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float low = g_sum[2 * i] - T::low(w1[i]) * along[i % 2], high = g_sum[2 * i + 1] - T::high(w1[i]) * along[i % 2];
-      grad[i] = T::pack(inverse[i % 2] * low, inverse[i % 2] * high);
-    }
+    gradient_of_w1<T>(g_sum, w1, along, inverse, grad);
     if (f.residual) reinterpret_cast<Pair*>(column_sums)[lane] = sum_columns(column);
-  }
-
-  // The warp's sums of D W2.
-  __device__ __forceinline__ void sum_w2(const float (&d_sum)[32], const uint32_t (&w2)[16], float* column_sums) const {
-    float column[16];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      column[2 * j] = d_sum[4 * j] * T::low(w2[2 * j]) + d_sum[4 * j + 2] * T::low(w2[2 * j + 1]);
-      column[2 * j + 1] = d_sum[4 * j + 1] * T::high(w2[2 * j]) + d_sum[4 * j + 3] * T::high(w2[2 * j + 1]);
-    }
-    reinterpret_cast<Pair*>(column_sums)[thread % 32] = sum_columns(column);
   }
 
   // Adds up the warps' sums. The first 64 threads of each group take D W2; the others of the first group take G W1. The first
   // group also stores what later kernels need of them.
-  __device__ __forceinline__ void finish_sums(const Visit& v, const float (&column_sums)[2][kInnerWarps][kTile]) const {
+  __device__ __forceinline__ void finish_sums(const Visit<1>& v, const float (&column_sums)[2][kInnerWarps][kTile]) const {
     const int column = thread % kTile;
     const bool of_w2 = thread < kTile;
     if (of_w2) s.along2[half][column] = 0;
@@ -577,14 +711,14 @@ struct InnerStep {
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kInnerWarps; ++w) sum += column_sums[of_w2][w][column];
-    if (of_w2 && f.slices() == 1) s.along2[half][column] = sum;
+    if (of_w2 && f.slices<1>() == 1) s.along2[half][column] = sum;
     if (half != 0) return;
     if (v.slice > 0) sum += s.slice_sums[of_w2][column];
     s.slice_sums[of_w2][column] = sum;
     if (!v.in_last_slice(f)) return;
     if (!of_w2) {
       f.gain_sums[((f.first + v.local) * f.depth + v.level) * kTile + column] = 0.5f * sum;
-    } else if (f.slices() > 1) {
+    } else if (f.slices<1>() > 1) {
       // `project` takes the sums with W2 as it was generated.
       f.along2[(int64_t{v.local} * f.depth + v.level) * kTile + column] = sum / s.factors[stage.index].inverse2[column];
     }
@@ -594,7 +728,7 @@ struct InnerStep {
   __device__ __forceinline__ void finish_w2(const float (&d_sum)[32], const uint32_t (&w2)[16], uint32_t (&grad)[16]) const {
     const float* inverse2 = s.factors[stage.index].inverse2 + 2 * (thread % 4);
     const float* along2 = s.along2[half] + 2 * (thread % 4);
-    const bool clamped = !T::kIsBFloat && f.slices() > 1;
+    const bool clamped = !T::kIsBFloat && f.slices<1>() > 1;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const Pair inverse = *reinterpret_cast<const Pair*>(inverse2 + 8 * j);
@@ -614,23 +748,23 @@ struct InnerStep {
   }
 
   // The gradients of the step's weights, from the complete sums over pixels.
-  __device__ __forceinline__ void finish(float (&g_sum)[32], float (&d_sum)[32], const Visit& v) const {
+  __device__ __forceinline__ void finish(float (&g_sum)[32], float (&d_sum)[32], const Visit<1>& v) const {
     float (&column_sums)[2][kInnerWarps][kTile] = s.column_sums[stage.index];
     const int warp = half * kGroupWarps + thread / 32;
     const uint32_t w2_tile = weights() + 2 * kTileBytes, w1_tile = shared_address(s.grad_w1[half]);
     uint32_t grad[16], w2[16];
     finish_w1(g_sum, grad, column_sums[0][warp]);
     load_rows(w2, w2_tile + place);
-    if (f.both) sum_w2(d_sum, w2, column_sums[1][warp]);
+    if (f.both) sum_w2<T>(d_sum, w2, column_sums[1][warp]);
     // From here on all products have read their operands, and the earlier gradients of W1 have left shared memory.
     named_barrier<1, 2 * kGroupThreads>();
     store_columns(w1_tile + place_of_w1, grad);
     finish_sums(v, column_sums);
-    join();
+    join_group(half);
     finish_w2(d_sum, w2, grad);
     store_rows(w2_tile + place, grad);
     fence_async();
-    join();
+    join_group(half);
     if (thread == 0) {
       const int matrix = (static_cast<int>(f.first) + v.local) * f.depth + v.level, inner = v.slice * kSlice + half * kTile;
       store_tile(f.grad_w1, w1_tile, inner, 0, matrix);
@@ -647,11 +781,11 @@ __device__ __forceinline__ void differentiate_weights(Shared& s, const FieldPara
                            .place_of_w1 = column_place(warp, lane), .stage = {}, .turn = {}, .product = {}};
   bool stores = false;  // whether gradients of the step before have been stored
 #pragma unroll 1
-  for (Visit v(f); v.exists(f); v.next_step(f)) {
+  for (Visit<1> v(f); v.exists(f); v.next_step(f)) {
     uint32_t w1[16];
     float g_sum[32] = {}, d_sum[32] = {};
     s.weights_ready[step.stage.index].wait(step.stage.parity);
-    step.load_operand(w1);
+    load_operand_of_y<T>(w1, step.weights() + step.place_of_w1, s.factors[step.stage.index].half_gain + 2 * (lane % 4));
 #pragma unroll 1
     for (v.tile = 0; v.tile < f.tiles(); ++v.tile) {
       step.visit(g_sum, d_sum, w1, v.tile == 0);
@@ -671,54 +805,4 @@ __device__ __forceinline__ void differentiate_weights(Shared& s, const FieldPara
   if (thread == 0) wait_for_copies<0>();
 }
 
-// ---- The kernel
-
-template <class T, bool kTanh>
-__global__ void __launch_bounds__(kThreads, 1) backward_blocks(FLOWSEG_GRID_CONSTANT FieldParams f) {
-  FLOWSEG_DYNAMIC_SHARED(char, raw);
-  Shared& s = *reinterpret_cast<Shared*>(raw + (-shared_address(raw) & 1023));
-  const int group = __shfl_sync(kAllLanes, threadIdx.x / kGroupThreads, 0), warp = threadIdx.x % kGroupThreads / 32;
-  if (threadIdx.x == 0) s.init_barriers();
-  __syncthreads();
-  if (group == 0) {
-    give_registers<kLoaderRegisters>();
-    if (threadIdx.x == 0) load_states(s, f);
-    if (threadIdx.x == 32) move_gradients(s, f);
-    if (warp >= 2) load_weights<T>(s, f, threadIdx.x - 64);
-  } else if (group == 1) {
-    give_registers<kStateRegisters>();
-    propagate_state<T>(s, f);
-  } else {
-    take_registers<kInnerRegisters>();
-    differentiate_weights<T, kTanh>(s, f, group - 2);
-  }
-}
-
 }  // namespace flowseg::cuda::backward
-
-namespace flowseg::cuda {
-
-// Thread blocks of the backward of a round.
-template <class Launch>
-int64_t backward_block_count(const FieldParams& f, const Launch& launch) {
-  return std::min<int64_t>(f.count, launch.device().multiprocessors);
-}
-
-// Takes the round's patches back through all blocks. Needs the states of all levels, the gradient of the state in the place of
-// level L, inverse lengths and 1 / rms; with several slices also dn_sums, 16 KiB for each tile of each thread block.
-template <class Launch>
-void launch_backward_blocks(const FieldParams& f, Real type, const Launch& launch) {
-  if (f.depth == 0 || f.count == 0) return;
-  const auto run = [&](auto kernel) {
-    launch.with_threads(backward::kThreads, kernel, backward_block_count(f, launch), backward::kSharedBytes, f);
-  };
-  if (type == Real::f16) {
-    run(backward::backward_blocks<HalfPair, false>);
-  } else if (f.residual) {
-    run(backward::backward_blocks<BFloatPair, true>);
-  } else {
-    run(backward::backward_blocks<BFloatPair, false>);
-  }
-}
-
-}  // namespace flowseg::cuda

@@ -1,8 +1,9 @@
 // The neural field's kernels around its blocks: the embedding's table, both ends of the backward, column norms of a W2 of several
 // slices, and the sums over patches.
 //
-// `leave` and `enter` take one tile of all patches of a group in turn, so their sums over patches have a fixed order and no two
-// blocks add to the same memory. A thread reads a tile in chunks of 8 hidden units: 8 neighbouring lanes hold one row.
+// A block of `leave` or `enter` takes the same part (64 / kHalves pixels) of all patches of a group in turn. So the sums over
+// patches have a fixed order, and no two blocks add to the same memory. A thread reads a state in chunks of 8 hidden units:
+// kRowLanes neighbouring lanes hold one row.
 #pragma once
 
 #include <cstdint>
@@ -15,11 +16,15 @@ namespace flowseg::cuda {
 constexpr int kEndThreads = 256;
 constexpr int kEndWarps = kEndThreads / 32;
 constexpr int kChunk = 8;                            // elements of 16 bytes
-constexpr int kRowLanes = kTile / kChunk;            // lanes that share a row
-constexpr int kRowsAtOnce = kEndThreads / kRowLanes;
-constexpr int kSteps = kTile / kRowsAtOnce;          // rows of a tile per thread
+constexpr int kHalfLanes = kTile / kChunk;           // lanes that share 64 hidden units of a row
+template <int kHalves>
+constexpr int kRowLanes = kHalves * kHalfLanes;      // lanes that share a row
+template <int kHalves>
+constexpr int kRowsAtOnce = kEndThreads / kRowLanes<kHalves>;
+constexpr int kSteps = kTile / kRowsAtOnce<1>;       // rows of a part per thread
 constexpr int kFewChannels = 4;                      // the compiled numbers of channels: this one and kMostChannels
-constexpr int kTablePixels = kEndThreads / kTile;    // pixels per block of `table`
+template <int kHalves>
+constexpr int kTablePixels = kEndThreads / (kTile * kHalves);  // pixels per block of `table`
 constexpr int kFoldRows = 256;                       // rows that one launch of `fold` adds up
 constexpr int kFoldColumns = 64;
 
@@ -28,20 +33,21 @@ struct alignas(16) Chunk {
   T at[kChunk];
 };
 
-// The sum over the 8 lanes that share a row, in each of them.
+// The sum over the lanes that share a row, in each of them.
+template <int kHalves>
 __device__ __forceinline__ float row_sum(float v) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int step = 1; step < kRowLanes; step *= 2) v += __shfl_sync(kAllLanes, v, lane ^ step);
+  for (int step = 1; step < kRowLanes<kHalves>; step *= 2) v += __shfl_sync(kAllLanes, v, lane ^ step);
   return v;
 }
 
-// Sums N values over the 8 lanes that share a row. Of the values, lane i gets the sums N / 8 i to N / 8 (i + 1) - 1, in v[0] to
-// v[N / 8 - 1]. Callers leave out kLanes.
-template <int kLanes = kRowLanes, int N>
-__device__ __forceinline__ void scatter_row_sums(float (&v)[N]) {
+// Sums N values over 8 lanes. Of the values, lane i gets the sums N / 8 i to N / 8 (i + 1) - 1, in v[0] to v[N / 8 - 1]. Callers
+// leave out kLanes.
+template <int kLanes = kHalfLanes, int N>
+__device__ __forceinline__ void scatter_sums(float (&v)[N]) {
   if constexpr (kLanes > 1) {
-    constexpr int kStep = kLanes / 2, kKept = N * kLanes / (2 * kRowLanes);
+    constexpr int kStep = kLanes / 2, kKept = N * kLanes / (2 * kHalfLanes);
     const int lane = threadIdx.x % 32;
     const bool upper = lane & kStep;
 #pragma unroll
@@ -49,48 +55,65 @@ __device__ __forceinline__ void scatter_row_sums(float (&v)[N]) {
       const float sent = upper ? v[i] : v[i + kKept], own = upper ? v[i + kKept] : v[i];
       v[i] = own + __shfl_sync(kAllLanes, sent, lane ^ kStep);
     }
-    scatter_row_sums<kStep>(v);
+    scatter_sums<kStep>(v);
   }
 }
 
-// The sum of each hidden unit over a block's rows. Each thread gives its sums for the 8 hidden units of its chunk; thread h < 64
-// gets the sum of unit h.
+// The same over the lanes that share a row: 8 of them for each half, which all get their sums.
+template <int kHalves, int N>
+__device__ __forceinline__ void scatter_row_sums(float (&v)[N]) {
+  if constexpr (kHalves == 2) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] += __shfl_sync(kAllLanes, v[i], lane ^ kHalfLanes);
+  }
+  scatter_sums(v);
+}
+
+// The sum of each hidden unit over a block's rows. Each thread gives its sums for the 8 hidden units of its chunk. Thread h gets
+// the sum of unit h.
+template <int kHalves>
 __device__ __forceinline__ float unit_sum(const float (&own)[kChunk]) {
-  __shared__ float warps[kEndWarps][kTile];
+  __shared__ float warps[kEndWarps][kTile * kHalves];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   __syncthreads();  // threads may still read earlier sums
 #pragma unroll
   for (int k = 0; k < kChunk; ++k) {
     float v = own[k];
 #pragma unroll
-    for (int step = kRowLanes; step < 32; step *= 2) v += __shfl_sync(kAllLanes, v, lane ^ step);
-    if (lane < kRowLanes) warps[warp][lane * kChunk + k] = v;
+    for (int step = kRowLanes<kHalves>; step < 32; step *= 2) v += __shfl_sync(kAllLanes, v, lane ^ step);
+    if (lane < kRowLanes<kHalves>) warps[warp][lane * kChunk + k] = v;
   }
   __syncthreads();
   float sum = 0;
-  if (threadIdx.x < kTile) {
+  if (threadIdx.x < kTile * kHalves) {
 #pragma unroll
     for (int w = 0; w < kEndWarps; ++w) sum += warps[w][threadIdx.x];
   }
   return sum;
 }
 
-// The pixels of one tile that a thread holds, at every patch of a group: rows `first_row` + kRowsAtOnce i of the tile.
-struct TilePlace {
-  int tile, group, chunk, first_row;
+// The pixels of one part that a thread holds, at every patch of a group: rows `first_row` + kRowsAtOnce i of the part.
+template <int kHalves>
+struct PartPlace {
+  using Sums = GroupSums<kHalves>;
+  int part, group, chunk, first_row;
 
-  static __device__ __forceinline__ TilePlace of(const FieldParams& f) {
-    return {.tile = static_cast<int>(blockIdx.x) % f.tiles(),
-            .group = static_cast<int>(blockIdx.x) / f.tiles(),
-            .chunk = static_cast<int>(threadIdx.x) % kRowLanes,
-            .first_row = static_cast<int>(threadIdx.x) / kRowLanes};
+  static __device__ __forceinline__ PartPlace of(const FieldParams& f) {
+    return {.part = static_cast<int>(blockIdx.x) % (f.tiles() * kHalves),
+            .group = static_cast<int>(blockIdx.x) / (f.tiles() * kHalves),
+            .chunk = static_cast<int>(threadIdx.x) % kRowLanes<kHalves>,
+            .first_row = static_cast<int>(threadIdx.x) / kRowLanes<kHalves>};
   }
-  __device__ __forceinline__ int row(int step) const { return first_row + step * kRowsAtOnce; }
-  __device__ __forceinline__ int pixel(int step) const { return tile * kTile + row(step); }
+  __device__ __forceinline__ int row(int step) const { return first_row + step * kRowsAtOnce<kHalves>; }
+  __device__ __forceinline__ int pixel(int step) const { return part * Sums::kRows + row(step); }
   // The offset in bytes of the thread's chunk in a patch's state.
-  __device__ __forceinline__ uint32_t offset(int step) const { return tile * kTileBytes + tile_offset(row(step), chunk * kChunk); }
+  __device__ __forceinline__ uint32_t offset(int step) const {
+    const int tile = part / kHalves * kHalves + chunk / kHalfLanes;
+    return tile * kTileBytes + tile_offset(part % kHalves * Sums::kRows + row(step), chunk % kHalfLanes * kChunk);
+  }
   __device__ __forceinline__ float* sums(const FieldParams& f) const {
-    return f.group_sums + ((f.groups_before + group) * f.tiles() + tile) * GroupSums::kSize;
+    return f.group_sums + ((f.groups_before + group) * (f.tiles() * kHalves) + part) * Sums::kSize;
   }
   __device__ __forceinline__ int begin(const FieldParams& f) const { return group * static_cast<int>(f.per_group); }
   __device__ __forceinline__ int end(const FieldParams& f) const {
@@ -106,11 +129,11 @@ struct Entries {
   T pixels[kSteps][C];
 };
 
-template <class T, int C>
-__device__ __forceinline__ Entries<T, C> load_entries(const FieldParams& f, const TilePlace& place, const Image& image,
+template <class T, int C, int kHalves>
+__device__ __forceinline__ Entries<T, C> load_entries(const FieldParams& f, const PartPlace<kHalves>& place, const Image& image,
                                                       const int64_t (&within)[kSteps], int local) {
   Entries<T, C> found;
-  const char* state = state_of(f, local, f.depth);
+  const char* state = state_of<kHalves>(f, local, f.depth);
   const T* pixels = static_cast<const T*>(image.data) + first_pixel_of(f, image, f.first + local);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
@@ -126,8 +149,9 @@ __device__ __forceinline__ Entries<T, C> load_entries(const FieldParams& f, cons
 
 // Calls body(local, entries) for the patches of a group. The next patch's entries are loaded before the body runs, unless there are
 // too many channels for the registers.
-template <class T, int C, class Body>
-__device__ __forceinline__ void for_each_patch(const FieldParams& f, const TilePlace& place, const Image& image, Body body) {
+template <class T, int C, int kHalves, class Body>
+__device__ __forceinline__ void for_each_patch(const FieldParams& f, const PartPlace<kHalves>& place, const Image& image,
+                                               Body body) {
   int64_t within[kSteps];
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) within[step] = pixel_in_patch(f, image, place.pixel(step));
@@ -165,16 +189,17 @@ __device__ __forceinline__ float cosine_feature(int p, int freqs, int pixel, int
 }
 
 // Fills f.table, and f.waves if it is not null. A block takes kTablePixels pixels.
-template <class T>
+template <class T, int kHalves>
 __global__ void __launch_bounds__(kEndThreads) table(FLOWSEG_GRID_CONSTANT FieldParams f) {
-  __shared__ float waves[kTablePixels][kTile];
-  const int own = threadIdx.x / kTile, column = threadIdx.x % kTile;
-  const int pixel = static_cast<int>(blockIdx.x) * kTablePixels + own, count = f.freqs * f.freqs;
+  constexpr int kWidth = kTile * kHalves;
+  __shared__ float waves[kTablePixels<kHalves>][kWidth];
+  const int own = threadIdx.x / kWidth, column = threadIdx.x % kWidth;
+  const int pixel = static_cast<int>(blockIdx.x) * kTablePixels<kHalves> + own, count = f.freqs * f.freqs;
   const bool in_patch = pixel < f.pixels(), exists = column < f.hidden;
   const int64_t features = f.x.channels + count;
   const T* embed = static_cast<const T*>(f.embed) + column * features + f.x.channels;
   float sum = exists ? widen(static_cast<const T*>(f.embed_bias)[column]) : 0.0f;
-  for (int start = 0; start < count; start += kTile) {
+  for (int start = 0; start < count; start += kWidth) {
     const int feature = start + column;
     __syncthreads();  // threads may still read earlier waves
     if (feature < count) {
@@ -183,48 +208,51 @@ __global__ void __launch_bounds__(kEndThreads) table(FLOWSEG_GRID_CONSTANT Field
       if (f.waves && in_patch) f.waves[static_cast<int64_t>(pixel) * count + feature] = wave;
     }
     __syncthreads();
-    const int here = count - start < kTile ? count - start : kTile;
+    const int here = count - start < kWidth ? count - start : kWidth;
     if (exists) {
 #pragma unroll 8
       for (int i = 0; i < here; ++i) sum += waves[own][i] * widen(embed[start + i]);
     }
   }
-  f.table[static_cast<int64_t>(pixel) * kTile + column] = in_patch ? sum : 0.0f;
+  f.table[static_cast<int64_t>(pixel) * kWidth + column] = in_patch ? sum : 0.0f;
 }
 
+template <int kHalves>
 FLOWSEG_INLINE float* inverse_lengths_of(const FieldParams& f, int64_t local, int level) {
-  return f.inverse_lengths + (local * f.depth + level) * (f.padded_inner() + kTile);
+  return f.inverse_lengths + (local * f.depth + level) * f.lengths<kHalves>();
 }
 
 // Stores the reciprocal column norms of W2. A block takes one of the count L weights. Only for a W2 of several slices.
-template <class T>
+template <class T, int kHalves>
 __global__ void __launch_bounds__(kEndThreads) lengths(FLOWSEG_GRID_CONSTANT FieldParams f) {
   const int64_t local = blockIdx.x / static_cast<unsigned>(f.depth);
-  const int level = static_cast<int>(blockIdx.x % static_cast<unsigned>(f.depth)), chunk = threadIdx.x % kRowLanes;
+  const int level = static_cast<int>(blockIdx.x % static_cast<unsigned>(f.depth)), chunk = threadIdx.x % kRowLanes<kHalves>;
   const T* w2 = static_cast<const T*>(f.weights) + ((f.first + local) * f.depth + level) * (int64_t{2} * f.inner * f.hidden) +
                 int64_t{f.inner} * f.hidden;
   float squares[kChunk] = {};
   if (chunk * kChunk < f.hidden) {
-    for (int row = threadIdx.x / kRowLanes; row < f.inner; row += kRowsAtOnce) {
+    for (int row = threadIdx.x / kRowLanes<kHalves>; row < f.inner; row += kRowsAtOnce<kHalves>) {
       const auto values = *reinterpret_cast<const Chunk<T>*>(w2 + int64_t{row} * f.hidden + chunk * kChunk);
 #pragma unroll
       for (int k = 0; k < kChunk; ++k) squares[k] += widen(values.at[k]) * widen(values.at[k]);
     }
   }
-  const float sum = unit_sum(squares);
+  const float sum = unit_sum<kHalves>(squares);
   const int unit = threadIdx.x;
-  if (unit < kTile) {
-    inverse_lengths_of(f, local, level)[f.padded_inner() + unit] = unit < f.hidden ? 1 / sqrtf(sum > 1e-24f ? sum : 1e-24f) : 0.0f;
+  if (unit < kTile * kHalves) {
+    const float inverse = 1 / sqrtf(sum > 1e-24f ? sum : 1e-24f);
+    inverse_lengths_of<kHalves>(f, local, level)[f.padded_inner<kHalves>() + unit] = unit < f.hidden ? inverse : 0.0f;
   }
 }
 
 using FloatChunk = Chunk<float>;
 
-// Fills `to` (C, 64) with the (C, Hx) factors scale(c, h), zero beyond C and Hx. The caller synchronises.
-template <int C, class Scale>
-__device__ __forceinline__ void stage_factors(FloatChunk (&to)[C][kRowLanes], const FieldParams& f, Scale scale) {
-  for (int i = threadIdx.x; i < C * kTile; i += kEndThreads) {
-    const int c = i / kTile, h = i % kTile;
+// Fills `to` (C, 64 halves) with the (C, Hx) factors scale(c, h), zero beyond C and Hx. The caller synchronises.
+template <int C, int kLanes, class Scale>
+__device__ __forceinline__ void stage_factors(FloatChunk (&to)[C][kLanes], const FieldParams& f, Scale scale) {
+  constexpr int kWidth = kLanes * kChunk;
+  for (int i = threadIdx.x; i < C * kWidth; i += kEndThreads) {
+    const int c = i / kWidth, h = i % kWidth;
     to[c][h / kChunk].at[h % kChunk] = c < f.x.channels && h < f.hidden ? scale(c, h) : 0.0f;
   }
 }
@@ -234,35 +262,36 @@ __device__ __forceinline__ float last_gain(const FieldParams& f, int h) {
   return f.residual ? widen(static_cast<const T*>(f.out_gain)[h]) : 1.0f;
 }
 
-// From a tile's sum over pixels of grad^T n: the group's sums for out_weight, out_gain and out_bias. The gradient of out_gain needs
+// From a part's sum over pixels of grad^T n: the group's sums for out_weight, out_gain and out_bias. The gradient of out_gain needs
 // no sum over pixels of its own: it is the column sum of (grad^T n) * out_weight.
-template <class T, int C>
-__device__ __forceinline__ void store_leave_sums(const FieldParams& f, const TilePlace& place, const float (&by_out)[C][kChunk],
-                                                 const float (&by_bias)[C]) {
+template <class T, int C, int kHalves>
+__device__ __forceinline__ void store_leave_sums(const FieldParams& f, const PartPlace<kHalves>& place,
+                                                 const float (&by_out)[C][kChunk], const float (&by_bias)[C]) {
+  using Sums = GroupSums<kHalves>;
   const T* weight = static_cast<const T*>(f.out_weight);
   float* sums = place.sums(f);
   const int h = threadIdx.x;
   float by_gain = 0;
 #pragma unroll
   for (int c = 0; c < C; ++c) {
-    const float found = unit_sum(by_out[c]);
-    if (h < kTile && c < f.x.channels) {
-      sums[GroupSums::out_weight + c * kTile + h] = h < f.hidden ? found * last_gain<T>(f, h) : 0.0f;
+    const float found = unit_sum<kHalves>(by_out[c]);
+    if (h < Sums::kHidden && c < f.x.channels) {
+      sums[Sums::out_weight + c * Sums::kHidden + h] = h < f.hidden ? found * last_gain<T>(f, h) : 0.0f;
       if (h < f.hidden) by_gain += found * widen(weight[c * f.hidden + h]);
     }
     // All lanes of a row hold the same sums, so that of every lane 0 counts.
     float bias[kChunk] = {by_bias[c]};
-    const float total = unit_sum(bias);
-    if (h == 0) sums[GroupSums::out_bias + c] = total;
+    const float total = unit_sum<kHalves>(bias);
+    if (h == 0) sums[Sums::out_bias + c] = total;
   }
-  if (h < kTile) sums[GroupSums::out_gain + h] = by_gain;
+  if (h < Sums::kHidden) sums[Sums::out_gain + h] = by_gain;
 }
 
 // The gradient of the state after the last block, in the place of that state, and the group's sums for the last layer.
-template <class T, int C>
+template <class T, int C, int kHalves>
 __global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) leave(FLOWSEG_GRID_CONSTANT FieldParams f) {
-  __shared__ FloatChunk factors[C][kRowLanes];  // out_weight * out_gain
-  const TilePlace place = TilePlace::of(f);
+  __shared__ FloatChunk factors[C][kRowLanes<kHalves>];  // out_weight * out_gain
+  const auto place = PartPlace<kHalves>::of(f);
   const T* weight = static_cast<const T*>(f.out_weight);
   stage_factors(factors, f, [&](int c, int h) { return widen(weight[c * f.hidden + h]) * last_gain<T>(f, h); });
   __syncthreads();
@@ -290,14 +319,14 @@ __global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) leave(
         }
       }
     }
-    char* state = state_of(f, local, f.depth);
+    char* state = state_of<kHalves>(f, local, f.depth);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       float along = 0;
       if (f.residual) {
 #pragma unroll
         for (int k = 0; k < kChunk; ++k) along += g[step][k] * normal[step][k];
-        along = row_sum(along) / static_cast<float>(f.hidden);
+        along = row_sum<kHalves>(along) / static_cast<float>(f.hidden);
       }
       Chunk<T> found;
 #pragma unroll
@@ -310,19 +339,19 @@ __global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) leave(
 
 // Finishes the gradient of a W2 of several slices. grad_weights holds the gradient times the reciprocal column norms; what comes
 // from the norms is missing. A block takes one of the count L weights.
-template <class T>
+template <class T, int kHalves>
 __global__ void __launch_bounds__(kEndThreads) project(FLOWSEG_GRID_CONSTANT FieldParams f) {
   const int64_t local = blockIdx.x / static_cast<unsigned>(f.depth);
-  const int level = static_cast<int>(blockIdx.x % static_cast<unsigned>(f.depth)), chunk = threadIdx.x % kRowLanes;
+  const int level = static_cast<int>(blockIdx.x % static_cast<unsigned>(f.depth)), chunk = threadIdx.x % kRowLanes<kHalves>;
   if (chunk * kChunk >= f.hidden) return;
   const int64_t at = ((f.first + local) * f.depth + level) * (int64_t{2} * f.inner * f.hidden) + int64_t{f.inner} * f.hidden +
                      chunk * kChunk;
-  const float* inverse = inverse_lengths_of(f, local, level) + f.padded_inner() + chunk * kChunk;
-  const float* along2 = f.along2 + (local * f.depth + level) * kTile + chunk * kChunk;
+  const float* inverse = inverse_lengths_of<kHalves>(f, local, level) + f.padded_inner<kHalves>() + chunk * kChunk;
+  const float* along2 = f.along2 + (local * f.depth + level) * (kTile * kHalves) + chunk * kChunk;
   float along[kChunk];
 #pragma unroll
   for (int k = 0; k < kChunk; ++k) along[k] = inverse[k] * (along2[k] * inverse[k]);
-  for (int row = threadIdx.x / kRowLanes; row < f.inner; row += kRowsAtOnce) {
+  for (int row = threadIdx.x / kRowLanes<kHalves>; row < f.inner; row += kRowsAtOnce<kHalves>) {
     const auto w = *reinterpret_cast<const Chunk<T>*>(static_cast<const T*>(f.weights) + at + int64_t{row} * f.hidden);
     auto* grad = reinterpret_cast<Chunk<T>*>(static_cast<T*>(f.grad_weights) + at + int64_t{row} * f.hidden);
     Chunk<T> found = *grad;
@@ -333,10 +362,11 @@ __global__ void __launch_bounds__(kEndThreads) project(FLOWSEG_GRID_CONSTANT Fie
 }
 
 // The gradient of x from the gradient of the state before the first block, and the group's sums for the embedding.
-template <class T, int C>
+template <class T, int C, int kHalves>
 __global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) enter(FLOWSEG_GRID_CONSTANT FieldParams f) {
-  __shared__ FloatChunk factors[C][kRowLanes];  // the embedding's weights on the channels
-  const TilePlace place = TilePlace::of(f);
+  __shared__ FloatChunk factors[C][kRowLanes<kHalves>];  // the embedding's weights on the channels
+  const auto place = PartPlace<kHalves>::of(f);
+  using Sums = GroupSums<kHalves>;
   const T* embed = static_cast<const T*>(f.embed);
   const int64_t features = f.x.channels + f.freqs * f.freqs;
   stage_factors(factors, f, [&](int c, int h) { return widen(embed[h * features + c]); });
@@ -365,13 +395,14 @@ __global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) enter(
         }
       }
     }
-    scatter_row_sums(g_x);
+    scatter_row_sums<kHalves>(g_x);
     T* to = static_cast<T*>(f.grad_x) + first_pixel_of(f, f.dense, f.first + local);
-    constexpr int kOwn = kSteps * C / kRowLanes;
+    constexpr int kOwn = kSteps * C / kHalfLanes;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const int index = place.chunk * kOwn + i, pixel = place.pixel(index / C), c = index % C;
-      if (pixel < f.pixels() && c < f.x.channels) {
+      const int index = place.chunk % kHalfLanes * kOwn + i, pixel = place.pixel(index / C), c = index % C;
+      const bool owned = kHalves == 1 || place.chunk < kHalfLanes;
+      if (owned && pixel < f.pixels() && c < f.x.channels) {
         narrow(g_x[i], to[pixel_in_patch(f, f.dense, pixel) + c * f.dense.stride[1]]);
       }
     }
@@ -381,13 +412,13 @@ __global__ void __launch_bounds__(kEndThreads, C == kFewChannels ? 2 : 1) enter(
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
     for (int k = 0; k < kChunk; ++k) {
-      sums[GroupSums::by_position + place.row(step) * kTile + place.chunk * kChunk + k] = by_position[step][k];
+      sums[Sums::by_position + place.row(step) * Sums::kHidden + place.chunk * kChunk + k] = by_position[step][k];
     }
   }
 #pragma unroll
   for (int c = 0; c < C; ++c) {
-    const float found = unit_sum(by_channel[c]);
-    if (threadIdx.x < kTile) sums[GroupSums::by_channel + threadIdx.x * kMostChannels + c] = found;
+    const float found = unit_sum<kHalves>(by_channel[c]);
+    if (threadIdx.x < Sums::kHidden) sums[Sums::by_channel + threadIdx.x * kMostChannels + c] = found;
   }
 }
 
@@ -416,19 +447,22 @@ __global__ void __launch_bounds__(kEndThreads) fold(float* data, int64_t rows, i
 }
 
 // The sum over all patches of one entry of GroupSums, after `fold`.
-__device__ __forceinline__ float folded(const FieldParams& f, int tile, int offset) {
-  return f.groups ? f.group_sums[int64_t{tile} * GroupSums::kSize + offset] : 0.0f;
+template <int kHalves>
+__device__ __forceinline__ float folded(const FieldParams& f, int part, int offset) {
+  return f.groups ? f.group_sums[int64_t{part} * GroupSums<kHalves>::kSize + offset] : 0.0f;
 }
-__device__ __forceinline__ float folded_over_tiles(const FieldParams& f, int offset) {
+template <int kHalves>
+__device__ __forceinline__ float folded_over_parts(const FieldParams& f, int offset) {
   float sum = 0;
-  for (int tile = 0; tile < f.tiles(); ++tile) sum += folded(f, tile, offset);
+  for (int part = 0; part < f.tiles() * kHalves; ++part) sum += folded<kHalves>(f, part, offset);
   return sum;
 }
 
 // The gradients of the embedding's weights on the cosine features, and of its bias, for one hidden unit. Sums over pixels use fp64:
 // the feature of frequency 0 is 1 everywhere, and its fp32 sum over pixels had up to 2.2 times PyTorch's error.
-template <class T>
+template <class T, int kHalves>
 __device__ __forceinline__ void finish_embedding(const FieldParams& f, int unit, T* grad_features) {
+  using Sums = GroupSums<kHalves>;
   constexpr int kLanes = kEndThreads / kTile;
   __shared__ double parts[kLanes][kTile];
   const int own = threadIdx.x % kTile, lane = threadIdx.x / kTile, count = f.freqs * f.freqs;
@@ -439,7 +473,7 @@ __device__ __forceinline__ void finish_embedding(const FieldParams& f, int unit,
     if (feature <= count) {
 #pragma unroll 16
       for (int pixel = lane; pixel < f.pixels(); pixel += kLanes) {
-        const double g = folded(f, pixel / kTile, GroupSums::by_position + pixel % kTile * kTile + unit);
+        const double g = folded<kHalves>(f, pixel / Sums::kRows, Sums::by_position + pixel % Sums::kRows * Sums::kHidden + unit);
         sum += g * static_cast<double>(feature < count ? f.waves[static_cast<int64_t>(pixel) * count + feature] : 1.0f);
       }
     }
@@ -454,22 +488,23 @@ __device__ __forceinline__ void finish_embedding(const FieldParams& f, int unit,
 }
 
 // Computes the gradients of the shared tensors from the folded sums. A block takes one of the Hx hidden units.
-template <class T>
+template <class T, int kHalves>
 __global__ void __launch_bounds__(kEndThreads) finish(FLOWSEG_GRID_CONSTANT FieldParams f) {
+  using Sums = GroupSums<kHalves>;
   const int unit = static_cast<int>(blockIdx.x), channels = static_cast<int>(f.x.channels), thread = threadIdx.x;
   T* embed = static_cast<T*>(f.grad_embed) + unit * (f.x.channels + f.freqs * f.freqs);
-  finish_embedding(f, unit, embed + channels);
+  finish_embedding<T, kHalves>(f, unit, embed + channels);
   if (thread < channels) {
-    narrow(folded_over_tiles(f, GroupSums::by_channel + unit * kMostChannels + thread), embed[thread]);
-    narrow(folded_over_tiles(f, GroupSums::out_weight + thread * kTile + unit),
+    narrow(folded_over_parts<kHalves>(f, Sums::by_channel + unit * kMostChannels + thread), embed[thread]);
+    narrow(folded_over_parts<kHalves>(f, Sums::out_weight + thread * Sums::kHidden + unit),
            static_cast<T*>(f.grad_out_weight)[thread * f.hidden + unit]);
-    if (unit == 0) narrow(folded_over_tiles(f, GroupSums::out_bias + thread), static_cast<T*>(f.grad_out_bias)[thread]);
+    if (unit == 0) narrow(folded_over_parts<kHalves>(f, Sums::out_bias + thread), static_cast<T*>(f.grad_out_bias)[thread]);
   }
   // The plain form has no gains.
   if (!f.residual) return;
-  if (thread == 0) narrow(folded_over_tiles(f, GroupSums::out_gain + unit), static_cast<T*>(f.grad_out_gain)[unit]);
+  if (thread == 0) narrow(folded_over_parts<kHalves>(f, Sums::out_gain + unit), static_cast<T*>(f.grad_out_gain)[unit]);
   for (int level = thread; level < f.depth; level += kEndThreads) {
-    narrow(f.patches ? f.gain_sums[int64_t{level} * kTile + unit] : 0.0f,
+    narrow(f.patches ? f.gain_sums[int64_t{level} * Sums::kHidden + unit] : 0.0f,
            static_cast<T*>(f.grad_gains)[int64_t{level} * f.hidden + unit]);
   }
 }

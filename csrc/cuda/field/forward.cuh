@@ -2,16 +2,17 @@
 // of the output.
 //
 // A thread block stays on its multiprocessor and takes one item after the other: a patch and a set of four tiles of 64 pixels.
-// All its items have the same set, so the set's part of the embedding's table stays in shared memory. An item takes one step for
-// every level and slice. A slice is kSlice inner units of the level's weights, which one stage of shared memory holds.
+// With two halves of hidden units a set has the pixels of two tiles, and a tile for each half of them. All items of a block have
+// the same set, so the set's part of the embedding's table stays in shared memory. An item takes one step for every level and
+// slice. A slice is kSlice / kHalves inner units of the level's weights, which one stage of shared memory holds.
 //
 // Four warp groups share the work:
 // - The producer. Its first warp loads the weights of a step by TMA, its second the gains. The other two load an item's pixels of
 //   x.
 // - The normaliser scales the weights in place: W1[h, j] by gain[h] / (2 |W1[:, j]|), W2[:, h] by 1 / |W2[:, h]|. So the products
 //   give y = z / 2 and what is added to h.
-// - Two consumers of two tiles each. Rows of a tile are pixels, columns hidden units. A consumer keeps the states of its tiles in
-//   registers, in fp32, from the embedding to the output.
+// - Two consumers of two tiles each, with two halves of one tile of pixels. Rows of a tile are pixels, columns hidden units. A
+//   consumer keeps the states of its tiles in registers, in fp32, from the embedding to the output.
 //
 // Barriers of a stage. All have one phase for every step that uses the stage:
 // - `full`: the weights and the gains are there. The normaliser and the consumers wait for it.
@@ -34,8 +35,10 @@ namespace flowseg::cuda::forward {
 
 constexpr int kThreads = 4 * kGroupThreads;
 constexpr int kStages = 5;
-constexpr int kSetTiles = 4;
-constexpr int kSetPixels = kSetTiles * kTile;
+template <int kHalves>
+constexpr int kSetTiles = 4 / kHalves;  // tiles of pixels
+template <int kHalves>
+constexpr int kSetPixels = kSetTiles<kHalves> * kTile;
 
 // The columns of a thread: 8 j + 2 (lane % 4) and the next, for j < 8. A vector over hidden units in this order, so that a thread
 // reads its 16 elements as four times 16 bytes. Padded against conflicts of banks.
@@ -58,14 +61,16 @@ struct StatePlaces {
   float* inverse_rms;
   int rows;
 
+  template <int kHalves>
   __device__ __forceinline__ void fill(const FieldParams& f, int set) {
-    const int64_t in_patch = int64_t{set} * kSetTiles * kTileBytes;
-    level = state_of(f, 0, 2) - state_of(f, 0, 1);
-    first = state_of(f, 0, 0) + in_patch;
-    later = state_of(f, 0, 1) - level + in_patch;
-    first_patch = state_of(f, 1, 0) - state_of(f, 0, 0);
-    later_patch = state_of(f, 1, 1) - state_of(f, 0, 1);
-    inverse_rms = f.inverse_rms + set * kSetPixels;
+    const auto state = [&](int local, int level) { return state_of<kHalves>(f, local, level); };
+    const int64_t in_patch = int64_t{set} * kSetTiles<kHalves> * kHalves * kTileBytes;
+    level = state(0, 2) - state(0, 1);
+    first = state(0, 0) + in_patch;
+    later = state(0, 1) - level + in_patch;
+    first_patch = state(1, 0) - state(0, 0);
+    later_patch = state(1, 1) - state(0, 1);
+    inverse_rms = f.inverse_rms + set * kSetPixels<kHalves>;
     rows = f.tiles() * kTile;
   }
   // The state before block `at`.
@@ -75,19 +80,20 @@ struct StatePlaces {
   }
 };
 
+template <int kHalves>
 struct Shared {
   char weights[kStages][kStageBytes];  // as kSlice says
-  char embed[16 * kTileRowBytes];       // rows: channels, columns: hidden units; swizzled as a tile
-  char out_weight[16 * kTileRowBytes];  // the same
+  char embed[kHalves][16 * kTileRowBytes];       // rows: channels, columns: hidden units; swizzled as a tile
+  char out_weight[kHalves][16 * kTileRowBytes];  // the same
   // The table of the set times a power of two, in fp16: accumulators 8 i to 8 i + 7 of thread t of a group in [tile][i][t].
-  FourWords table[kSetTiles][4][kGroupThreads];
-  alignas(16) uint16_t x[kSetPixels][kMostChannels];
-  uint32_t gains[kStages][kTile / 2];  // pairs
-  float lengths[kStages][kTile];       // reciprocal lengths of W2's columns; only if inner > kSlice
+  FourWords table[4][4][kGroupThreads];
+  alignas(16) uint16_t x[kSetPixels<kHalves>][kMostChannels];
+  uint32_t gains[kStages][kHalves * kTile / 2];  // pairs
+  float lengths[kStages][kHalves * kTile];       // reciprocal lengths of W2's columns; only if there are several slices
   StatePlaces states;                  // with kKeep
   KeptState kept[kStages];             // with kKeep: the state with which the step begins
-  int places[kSetPixels];              // of the pixels in `out`, from the patch's first one; -1 beyond the patch
-  ByQuad out_gain;
+  int places[kSetPixels<kHalves>];     // of the pixels in `out`, from the patch's first one; -1 beyond the patch
+  ByQuad out_gain[kHalves];
   float out_bias[kMostChannels];
   unsigned largest;      // bits of the largest magnitude in the table
   float inverse_hidden;  // 1 / Hx
@@ -97,29 +103,33 @@ struct Shared {
 constexpr int kWarpRows = 16;
 constexpr int kWarpBytes = kWarpRows * kTileRowBytes;
 constexpr int kConsumerWarp = 2 * kGroupThreads / 32;  // the first one
-constexpr int kStagingAt = (int(sizeof(Shared)) + 127) / 128 * 128;
-template <bool kKeep>
-constexpr int kSharedBytes = kStagingAt + (kKeep ? 8 * kWarpBytes : 0) + 1024;
-static_assert(kSharedBytes<true> <= 227 * 1024);  // what a block may have
+template <int kHalves>
+constexpr int kStagingAt = (int(sizeof(Shared<kHalves>)) + 127) / 128 * 128;
+template <bool kKeep, int kHalves>
+constexpr int kSharedBytes = kStagingAt<kHalves> + (kKeep ? 8 * kWarpBytes : 0) + 1024;
+static_assert(kSharedBytes<true, 1> <= 227 * 1024 && kSharedBytes<true, 2> <= 227 * 1024);  // what a block may have
 
 // The items of a thread block.
+template <int kHalves>
 struct Work {
+  static constexpr int kGroupTiles = 2 / kHalves;  // tiles of pixels of a consumer
   int set, first, step, count, tiles;  // patches first, first + step, ... below count; tiles of the set that exist
 
   __device__ __forceinline__ explicit Work(const FieldParams& f) {
-    const int sets = (f.tiles() + kSetTiles - 1) / kSetTiles;
+    constexpr int kTiles = kSetTiles<kHalves>;
+    const int sets = (f.tiles() + kTiles - 1) / kTiles;
     set = static_cast<int>(blockIdx.x) % sets;
     first = static_cast<int>(blockIdx.x) / sets;
     step = static_cast<int>(gridDim.x) / sets;
     count = static_cast<int>(f.count);
-    tiles = f.tiles() - set * kSetTiles < kSetTiles ? f.tiles() - set * kSetTiles : kSetTiles;
+    tiles = f.tiles() - set * kTiles < kTiles ? f.tiles() - set * kTiles : kTiles;
   }
   // Consumers with at least one tile. The others end at once.
-  __device__ __forceinline__ int groups() const { return (tiles + 1) / 2; }
+  __device__ __forceinline__ int groups() const { return (tiles + kGroupTiles - 1) / kGroupTiles; }
   // Calls use(local, level, slice) for each step.
   template <class Use>
   __device__ __forceinline__ void for_each_step(const FieldParams& f, Use use) const {
-    const int depth = f.depth, slices = f.slices();
+    const int depth = f.depth, slices = f.slices<kHalves>();
 #pragma unroll 1
     for (int local = first; local < count; local += step) {
 #pragma unroll 1
@@ -142,26 +152,29 @@ __device__ __forceinline__ float element(const void* data, int64_t at) {
 }
 
 // Fills in what the ends need. Weights are zero beyond the hidden units and channels.
-template <class T>
-__device__ __forceinline__ void fill_ends(Shared& s, const FieldParams& f, int set) {
+template <class T, int kHalves>
+__device__ __forceinline__ void fill_ends(Shared<kHalves>& s, const FieldParams& f, int set) {
   using Element = typename T::Element;
+  constexpr int kWidth = kTile * kHalves;
   const int channels = static_cast<int>(f.x.channels), features = channels + f.freqs * f.freqs;
-  for (int i = threadIdx.x - kGroupThreads; i < kMostChannels * kTile / 2; i += kFillThreads) {
-    const int channel = i / (kTile / 2), column = i % (kTile / 2) * 2;
+  for (int i = threadIdx.x - kGroupThreads; i < kMostChannels * kWidth / 2; i += kFillThreads) {
+    const int channel = i / (kWidth / 2), column = i % (kWidth / 2) * 2, half = kHalves == 1 ? 0 : column / kTile;
     const bool exists = channel < channels && column < f.hidden;
     const auto pair = [&](const void* data, int64_t at, int64_t stride) {
       return exists ? T::pack(element<Element>(data, at), element<Element>(data, at + stride)) : 0u;
     };
-    const uint32_t at = tile_offset(channel, column);
-    *reinterpret_cast<uint32_t*>(s.embed + at) = pair(f.embed, int64_t{column} * features + channel, features);
-    *reinterpret_cast<uint32_t*>(s.out_weight + at) = pair(f.out_weight, channel * f.hidden + column, 1);
+    const uint32_t at = tile_offset(channel, column - half * kTile);
+    *reinterpret_cast<uint32_t*>(s.embed[half] + at) = pair(f.embed, int64_t{column} * features + channel, features);
+    *reinterpret_cast<uint32_t*>(s.out_weight[half] + at) = pair(f.out_weight, channel * f.hidden + column, 1);
   }
-  for (int i = threadIdx.x - kGroupThreads; i < kSetPixels; i += kFillThreads) {
-    const int pixel = set * kSetPixels + i;
+  for (int i = threadIdx.x - kGroupThreads; i < kSetPixels<kHalves>; i += kFillThreads) {
+    const int pixel = set * kSetPixels<kHalves> + i;
     s.places[i] = pixel < f.pixels() ? static_cast<int>(pixel_in_patch(f, f.dense, pixel)) : -1;
   }
-  for (int i = threadIdx.x - kGroupThreads; i < kTile; i += kFillThreads) {
-    s.out_gain.at[ByQuad::place(i)] = i >= f.hidden ? 0.0f : f.residual ? element<Element>(f.out_gain, i) : 1.0f;
+  for (int i = threadIdx.x - kGroupThreads; i < kWidth; i += kFillThreads) {
+    const int half = kHalves == 1 ? 0 : i / kTile;
+    const float gain = i >= f.hidden ? 0.0f : f.residual ? element<Element>(f.out_gain, i) : 1.0f;
+    s.out_gain[half].at[ByQuad::place(i - half * kTile)] = gain;
   }
   for (int i = threadIdx.x - kGroupThreads; i < kMostChannels; i += kFillThreads) {
     s.out_bias[i] = i < channels ? element<Element>(f.out_bias, i) : 0.0f;
@@ -177,20 +190,22 @@ __device__ __forceinline__ float table_factor(unsigned largest, bool reciprocal)
 }
 
 // A thread's share of the set's part of the table. All loads are under way before the first is waited for.
+template <int kHalves>
 struct TableShare {
-  static constexpr int kPieces = (kSetPixels * kTile / 4 + kFillThreads - 1) / kFillThreads;
+  static constexpr int kPixels = kSetPixels<kHalves>, kWidth = kTile * kHalves;
+  static constexpr int kPieces = (kPixels * kWidth / 4 + kFillThreads - 1) / kFillThreads;
   FourWords pieces[kPieces];  // four floats each
 
   static __device__ __forceinline__ int number(int i) { return threadIdx.x - kGroupThreads + i * kFillThreads; }
   // Rows beyond the patch are zero here.
   __device__ __forceinline__ void load(const FieldParams& f, int set) {
-    const FourWords* from = reinterpret_cast<const FourWords*>(f.table + int64_t{set} * kSetPixels * kTile);
-    const int rows = f.pixels() - set * kSetPixels, exist = (rows < kSetPixels ? rows : kSetPixels) * (kTile / 4);
+    const FourWords* from = reinterpret_cast<const FourWords*>(f.table + int64_t{set} * kPixels * kWidth);
+    const int rows = f.pixels() - set * kPixels, exist = (rows < kPixels ? rows : kPixels) * (kWidth / 4);
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) pieces[i] = number(i) < exist ? from[number(i)] : FourWords{};
   }
   // Ends without a barrier.
-  __device__ __forceinline__ void store(Shared& s, const FieldParams& f, int set) const {
+  __device__ __forceinline__ void store(Shared<kHalves>& s, const FieldParams& f, int set) const {
     unsigned largest = 0;
 #pragma unroll
     for (int i = 0; i < 4 * kPieces; ++i) {
@@ -203,15 +218,16 @@ struct TableShare {
     const float factor = table_factor(s.largest, false);
 #pragma unroll
     for (int i = 0; i < 2 * kPieces; ++i) {
-      const int row = number(i / 2) / (kTile / 4), column = number(i / 2) % (kTile / 4) * 4 + i % 2 * 2;
-      if (row >= kSetPixels) continue;
+      const int row = number(i / 2) / (kWidth / 4), column = number(i / 2) % (kWidth / 4) * 4 + i % 2 * 2;
+      if (row >= kPixels) continue;
       const uint32_t* pair = pieces[i / 2].at + i % 2 * 2;
       float low = same_bits<float>(pair[0]) * factor, high = same_bits<float>(pair[1]) * factor;
       // A row beyond the patch is not zero: its norm would be 0 * inf if eps is 0, and the backward multiplies it by zero.
-      if (set * kSetPixels + row >= f.pixels()) low = high = 16384;
+      if (set * kPixels + row >= f.pixels()) low = high = 16384;
       if (column >= f.hidden) low = high = 0;
-      const int thread = row % kTile / 16 * 32 + row % 8 * 4 + column % 8 / 2, at = 4 * (column / 8) + row % 16 / 8 * 2;
-      s.table[row / kTile][at / 8][thread].at[at % 8 / 2] = HalfPair::pack(low, high);
+      const int thread = row % kTile / 16 * 32 + row % 8 * 4 + column % 8 / 2;
+      const int half = kHalves == 1 ? 0 : column / kTile, at = 4 * ((column - half * kTile) / 8) + row % 16 / 8 * 2;
+      s.table[row / kTile * kHalves + half][at / 8][thread].at[at % 8 / 2] = HalfPair::pack(low, high);
     }
   }
 };
@@ -219,43 +235,51 @@ struct TableShare {
 // ---- The producer
 
 // One thread: the four tiles of weights of each step, and the place for the state with which it begins.
-template <bool kKeep>
-__device__ __forceinline__ void load_weights(Shared& s, const FieldParams& f, const Work& work) {
+template <bool kKeep, int kHalves>
+__device__ __forceinline__ void load_weights(Shared<kHalves>& s, const FieldParams& f, const Work<kHalves>& work) {
+  constexpr int kUnits = kSlice / kHalves;
+  constexpr int kInner = kHalves == 1 ? kTile : 0, kHidden = kTile - kInner;  // steps from a weight's first tile to its second
+
   Turn<kStages> stage;
   work.for_each_step(f, [&](int local, int level, int slice) {
     Barrier& full = s.full[stage.index];
-    const int matrix = (static_cast<int>(f.first) + local) * f.depth + level, inner = slice * kSlice;
+    const int matrix = (static_cast<int>(f.first) + local) * f.depth + level, inner = slice * kUnits;
     const uint32_t to = shared_address(s.weights[stage.index]);
     s.empty[stage.index].wait(stage.parity ^ 1);
     if (kKeep && slice == 0) s.kept[stage.index] = s.states.state(f, local, level);
     full.arrive_and_expect(kStageBytes);
     load_tile(to, f.w1, full, inner, 0, matrix);
-    load_tile(to + kTileBytes, f.w1, full, inner + kTile, 0, matrix);
+    load_tile(to + kTileBytes, f.w1, full, inner + kInner, kHidden, matrix);
     load_tile(to + 2 * kTileBytes, f.w2, full, 0, inner, matrix);
-    load_tile(to + 3 * kTileBytes, f.w2, full, 0, inner + kTile, matrix);
+    load_tile(to + 3 * kTileBytes, f.w2, full, kHidden, inner + kInner, matrix);
     stage.advance();
   });
 }
 
 // One warp: the gains of each step's level, and W2's lengths where an earlier kernel has found them.
-template <class T>
-__device__ __forceinline__ void load_extras(Shared& s, const FieldParams& f, const Work& work) {
+template <class T, int kHalves>
+__device__ __forceinline__ void load_extras(Shared<kHalves>& s, const FieldParams& f, const Work<kHalves>& work) {
   const int lane = threadIdx.x % 32;
-  const bool lengths = f.both && f.slices() > 1;
+  const bool lengths = f.both && f.slices<kHalves>() > 1;
   Turn<kStages> stage;
   work.for_each_step(f, [&](int local, int level, int) {
     s.empty[stage.index].wait(stage.parity ^ 1);
-    float low = 1, high = 1;
-    if (f.residual && 2 * lane < f.hidden) {
-      const int at = level * f.hidden + 2 * lane;
-      low = element<typename T::Element>(f.gains, at);
-      high = element<typename T::Element>(f.gains, at + 1);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const int column = half * kTile + 2 * lane;
+      float low = 1, high = 1;
+      if (f.residual && column < f.hidden) {
+        const int at = level * f.hidden + column;
+        low = element<typename T::Element>(f.gains, at);
+        high = element<typename T::Element>(f.gains, at + 1);
+      }
+      s.gains[stage.index][column / 2] = T::pack(low, high);
     }
-    s.gains[stage.index][lane] = T::pack(low, high);
     if (lengths) {
-      const float* from = f.inverse_lengths + (int64_t{local} * f.depth + level) * (f.padded_inner() + kTile) + f.padded_inner();
-      s.lengths[stage.index][lane] = from[lane];
-      s.lengths[stage.index][lane + 32] = from[lane + 32];
+      const int64_t block = int64_t{local} * f.depth + level;
+      const float* from = f.inverse_lengths + block * f.lengths<kHalves>() + f.padded_inner<kHalves>();
+#pragma unroll
+      for (int i = lane; i < kTile * kHalves; i += 32) s.lengths[stage.index][i] = from[i];
     }
     s.full[stage.index].arrive();
     stage.advance();
@@ -263,7 +287,8 @@ __device__ __forceinline__ void load_extras(Shared& s, const FieldParams& f, con
 }
 
 // Two warps: the pixels of x of each item. Channels beyond the last stay zero.
-__device__ __forceinline__ void load_pixels(Shared& s, const FieldParams& f, const Work& work) {
+template <int kHalves>
+__device__ __forceinline__ void load_pixels(Shared<kHalves>& s, const FieldParams& f, const Work<kHalves>& work) {
   const int thread = threadIdx.x % 64, channels = static_cast<int>(f.x.channels);
   int parity = 0;
 #pragma unroll 1
@@ -272,7 +297,7 @@ __device__ __forceinline__ void load_pixels(Shared& s, const FieldParams& f, con
     parity ^= 1;
 #pragma unroll 1
     for (int row = thread; row < work.tiles * kTile; row += 64) {
-      const int pixel = work.set * kSetPixels + row;
+      const int pixel = work.set * kSetPixels<kHalves> + row;
       const bool exists = pixel < f.pixels();
       const uint16_t* from = static_cast<const uint16_t*>(f.x.data) + (exists ? pixel_of(f, f.x, f.first + local, pixel) : 0);
 #pragma unroll 4
@@ -375,16 +400,19 @@ __device__ __forceinline__ void scale_columns(uint32_t at, float factor0, float 
 
 __device__ __forceinline__ float reciprocal_length(float squares) { return rsqrtf(squares > 1e-24f ? squares : 1e-24f); }
 
-// The group: scales every step's weights in place. A warp takes 32 of the 128 columns of W1 and 16 of the 64 of W2.
-template <class T, bool kKeep>
-__device__ __forceinline__ void normalise(Shared& s, const FieldParams& f, const Work& work) {
+// The group: scales every step's weights in place. A warp takes 32 of the 128 columns of W1 and 16 of the 64 of W2. With two halves
+// W1 has 64 columns and W2 128.
+template <class T, bool kKeep, int kHalves>
+__device__ __forceinline__ void normalise(Shared<kHalves>& s, const FieldParams& f, const Work<kHalves>& work) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32;
-  const bool one_slice = f.slices() == 1, keeps = kKeep && work.set == 0;
+  const bool one_slice = kHalves == 1 && f.slices<kHalves>() == 1, keeps = kKeep && work.set == 0;
+  // Bands of 16 columns of a warp, and steps of 16 rows.
+  constexpr int kBands1 = 2 / kHalves, kBands2 = kHalves, kSteps1 = 4 * kHalves, kSteps2 = 8 / kHalves;
   Turn<kStages> stage;
   work.for_each_step(f, [&](int local, int level, int slice) {
     const uint32_t weights = shared_address(s.weights[stage.index]);
     float* found = nullptr;  // the lengths of the level, with kKeep
-    if constexpr (kKeep) found = f.inverse_lengths + (int64_t{local} * f.depth + level) * (f.padded_inner() + kTile);
+    if constexpr (kKeep) found = f.inverse_lengths + (int64_t{local} * f.depth + level) * f.lengths<kHalves>();
     const auto keep = [&](int at, float inverse0, float inverse1) {
       if (kKeep && keeps && lane % 4 == 0) {
         found[at + lane / 4] = inverse0;
@@ -393,30 +421,34 @@ __device__ __forceinline__ void normalise(Shared& s, const FieldParams& f, const
     };
     s.full[stage.index].wait(stage.parity);
     float inverse0, inverse1;
-#pragma unroll (T::kIsBFloat ? 2 : 1)  // fp16 takes more registers
-    for (int i = 0; i < 2; ++i) {
-      const int band = 2 * warp + i;  // 16 columns
+#pragma unroll (T::kIsBFloat ? kBands1 : 1)  // fp16 takes more registers
+    for (int i = 0; i < kBands1; ++i) {
+      const int band = kBands1 * warp + i;
       const uint32_t at = weights + band / 4 * kTileBytes + column_place(band % 4, lane);
-      column_squares<T, 4>(at, inverse0, inverse1);
+      column_squares<T, kSteps1>(at, inverse0, inverse1);
       inverse0 = reciprocal_length(inverse0);
       inverse1 = reciprocal_length(inverse1);
-      keep(slice * kSlice + 16 * band, inverse0, inverse1);
-      scale_columns<T, 4, true>(at, 0.5f * inverse0, 0.5f * inverse1, s.gains[stage.index]);
+      keep(slice * (kSlice / kHalves) + 16 * band, inverse0, inverse1);
+      scale_columns<T, kSteps1, true>(at, 0.5f * inverse0, 0.5f * inverse1, s.gains[stage.index]);
     }
-    const uint32_t at = weights + 2 * kTileBytes + column_place(warp, lane);
-    inverse0 = inverse1 = 1;
-    if (f.both) {
-      if (one_slice) {
-        column_squares<T, 8>(at, inverse0, inverse1);
-        inverse0 = reciprocal_length(inverse0);
-        inverse1 = reciprocal_length(inverse1);
-      } else {
-        inverse0 = s.lengths[stage.index][16 * warp + lane / 4];
-        inverse1 = s.lengths[stage.index][16 * warp + lane / 4 + 8];
+#pragma unroll (T::kIsBFloat ? kBands2 : 1)
+    for (int i = 0; i < kBands2; ++i) {
+      const int band = kBands2 * warp + i;
+      const uint32_t at = weights + (2 + band / 4) * kTileBytes + column_place(band % 4, lane);
+      inverse0 = inverse1 = 1;
+      if (f.both) {
+        if (one_slice) {
+          column_squares<T, kSteps2>(at, inverse0, inverse1);
+          inverse0 = reciprocal_length(inverse0);
+          inverse1 = reciprocal_length(inverse1);
+        } else {
+          inverse0 = s.lengths[stage.index][16 * band + lane / 4];
+          inverse1 = s.lengths[stage.index][16 * band + lane / 4 + 8];
+        }
+        scale_columns<T, kSteps2, false>(at, inverse0, inverse1, nullptr);
       }
-      scale_columns<T, 8, false>(at, inverse0, inverse1, nullptr);
+      if (one_slice || !f.both) keep(f.padded_inner<kHalves>() + 16 * band, inverse0, inverse1);
     }
-    if (one_slice || !f.both) keep(f.padded_inner() + 16 * warp, inverse0, inverse1);
     if (!FLOWSEG_PLANTED(proxy_fence)) fence_async();
     s.ready[stage.index].arrive();
     stage.advance();
@@ -432,7 +464,8 @@ __device__ __forceinline__ void normalise(Shared& s, const FieldParams& f, const
 __device__ __forceinline__ int tile_row() { return threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4; }
 
 // The table's part of the state before the first block.
-__device__ __forceinline__ void load_table(float (&h)[32], const Shared& s, int tile) {
+template <int kHalves>
+__device__ __forceinline__ void load_table(float (&h)[32], const Shared<kHalves>& s, int tile) {
   const FourWords* from = s.table[tile][0] + threadIdx.x % kGroupThreads;
   const float factor = table_factor(s.largest, true);
 #pragma unroll
@@ -446,19 +479,25 @@ __device__ __forceinline__ void load_table(float (&h)[32], const Shared& s, int 
   }
 }
 // The A operand of the other part's product: the warp's 16 pixels and all channels.
-__device__ __forceinline__ void load_pixel_rows(uint32_t (&pixels)[4], const Shared& s, int tile) {
+template <int kHalves>
+__device__ __forceinline__ void load_pixel_rows(uint32_t (&pixels)[4], const Shared<kHalves>& s, int tile) {
   const int lane = threadIdx.x % 32, row = tile * kTile + threadIdx.x % kGroupThreads / 32 * 16 + lane % 16;
   load_matrices(pixels, shared_address(s.x[row]) + lane / 16 * 16);
 }
 
-// 1 / rms of the lane's two rows of a state; one in the plain form.
+// 1 / rms of the lane's two rows of a state, given its tiles; one in the plain form.
 struct TwoRows {
   float at[2];
 };
-__device__ __forceinline__ TwoRows inverse_rms(const float (&h)[32], const Shared& s, const FieldParams& f) {
+template <int kHalves, class... Tiles>
+__device__ __forceinline__ TwoRows inverse_rms(const Shared<kHalves>& s, const FieldParams& f, const Tiles&... tiles) {
+  static_assert(sizeof...(Tiles) == kHalves);
   float sum[2][2] = {};
+  const auto add = [&](const float (&h)[32]) {
 #pragma unroll
-  for (int i = 0; i < 32; ++i) sum[i / 2 % 2][i % 2] += h[i] * h[i];
+    for (int i = 0; i < 32; ++i) sum[i / 2 % 2][i % 2] += h[i] * h[i];
+  };
+  (add(tiles), ...);
   TwoRows found;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -477,13 +516,13 @@ __device__ __forceinline__ void pack_rows(uint32_t (&e)[16], const float (&h)[32
   for (int i = 0; i < 16; ++i) e[i] = T::pack(h[2 * i] * by.at[i % 2], h[2 * i + 1] * by.at[i % 2]);
 }
 
-// y = n W1 for 64 of the slice's inner units.
+// z = n W1 for one tile of W1 and the 64 hidden units of its rows.
 template <class T>
-__device__ __forceinline__ void first_product(float (&z)[32], const uint32_t (&e)[16], uint32_t weights, int half) {
-  wgmma_first<T, true>(z, e, descriptor(weights, half * kTileBytes));
+__device__ __forceinline__ void first_product(float (&z)[32], const uint32_t (&e)[16], uint32_t weights, int tile) {
+  wgmma_first<T, true>(z, e, descriptor(weights, tile * kTileBytes));
 #pragma unroll
   for (int k = 1; k < 4; ++k) {
-    const uint64_t b = descriptor(weights, half * kTileBytes + k * kRowStep);
+    const uint64_t b = descriptor(weights, tile * kTileBytes + k * kRowStep);
     if (FLOWSEG_PLANTED(transposed)) {
       wgmma<T, false>(z, e + 4 * k, b);
     } else {
@@ -492,15 +531,19 @@ __device__ __forceinline__ void first_product(float (&z)[32], const uint32_t (&e
   }
   wgmma_commit();
 }
-
-// h += u W2 for the same inner units, or h = u W2.
+// d += a B for one tile B of the weights, or d = a B.
 template <class T>
-__device__ __forceinline__ void second_product(float (&h)[32], const uint32_t (&u)[16], uint32_t weights, int half,
-                                               int accumulate) {
-  wgmma<T, true>(h, u, descriptor(weights, (2 + half) * kTileBytes), accumulate);
+__device__ __forceinline__ void add_product(float (&d)[32], const uint32_t (&a)[16], uint32_t weights, int tile, int accumulate) {
+  wgmma<T, true>(d, a, descriptor(weights, tile * kTileBytes), accumulate);
 #pragma unroll
-  for (int k = 1; k < 4; ++k) wgmma<T, true>(h, u + 4 * k, descriptor(weights, (2 + half) * kTileBytes + k * kRowStep));
+  for (int k = 1; k < 4; ++k) wgmma<T, true>(d, a + 4 * k, descriptor(weights, tile * kTileBytes + k * kRowStep));
   wgmma_commit();
+}
+// h += u W2 for one tile of W2, or h = u W2.
+template <class T>
+__device__ __forceinline__ void second_product(float (&h)[32], const uint32_t (&u)[16], uint32_t weights, int tile,
+                                               int accumulate) {
+  add_product<T>(h, u, weights, 2 + tile, accumulate);
 }
 
 template <class T, bool kTanh>
@@ -514,31 +557,34 @@ __device__ __forceinline__ void activate(uint32_t (&u)[16], const float (&z)[32]
   }
 }
 
-// Stores a normalised state of a tile of the set and its 1 / rms. The copy from the warp's staging runs while the warp goes on.
+// Stores one half of a normalised state of a tile of the set, and with the first half its 1 / rms. The copy from the warp's
+// staging runs while the warp goes on.
+template <int kHalves>
 __device__ __forceinline__ void keep_state(const uint32_t (&e)[16], const TwoRows& by, const KeptState& kept, bool residual,
-                                           const Shared& s, int tile) {
+                                           const Shared<kHalves>& s, int tile, int half) {
   const int lane = threadIdx.x % 32, row = tile * kTile + tile_row();
-  const uint32_t staging = shared_address(&s) + kStagingAt + (threadIdx.x / 32 - kConsumerWarp) * kWarpBytes;
+  const uint32_t staging = shared_address(&s) + kStagingAt<kHalves> + (threadIdx.x / 32 - kConsumerWarp) * kWarpBytes;
   if (lane == 0) wait_for_reads<0>();
   __syncwarp();
   store_rows(staging + row_place(0, lane), e);
   fence_async();
   __syncwarp();
   if (lane == 0) {
-    store_bytes(kept.tiles + row / kWarpRows * kWarpBytes, staging, kWarpBytes);
+    const int stored = (tile * kHalves + half) * kTile + tile_row();
+    store_bytes(kept.tiles + stored / kWarpRows * kWarpBytes, staging, kWarpBytes);
     commit_copies();
   }
-  if (residual && lane % 4 == 0) {
+  if (half == 0 && residual && lane % 4 == 0) {
     kept.inverse_rms[row] = by.at[0];
     kept.inverse_rms[row + 8] = by.at[1];
   }
 }
 
-// The A operand of the output's product.
-template <class T>
-__device__ __forceinline__ void pack_last_rows(uint32_t (&e)[16], const float (&h)[32], const Shared& s, const FieldParams& f) {
-  const TwoRows by = inverse_rms(h, s, f);
-  const float* gain = s.out_gain.at + threadIdx.x % 4 * ByQuad::kStride;
+// The A operand of the output's product, for one half of the hidden units.
+template <class T, int kHalves>
+__device__ __forceinline__ void pack_last_rows(uint32_t (&e)[16], const float (&h)[32], const TwoRows& by,
+                                               const Shared<kHalves>& s, int half) {
+  const float* gain = s.out_gain[half].at + threadIdx.x % 4 * ByQuad::kStride;
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     e[i] = T::pack(h[2 * i] * by.at[i % 2] * gain[i / 2 * 2], h[2 * i + 1] * by.at[i % 2] * gain[i / 2 * 2 + 1]);
@@ -546,8 +592,9 @@ __device__ __forceinline__ void pack_last_rows(uint32_t (&e)[16], const float (&
 }
 
 // Writes the output of a tile of the set. `v` is a product without the bias: pixels by channels, as a state's accumulators.
-template <class T>
-__device__ __forceinline__ void write_output(const float (&v)[8], const Shared& s, const FieldParams& f, int local, int tile) {
+template <class T, int kHalves>
+__device__ __forceinline__ void write_output(const float (&v)[8], const Shared<kHalves>& s, const FieldParams& f, int local,
+                                             int tile) {
   using Element = typename T::Element;
   const int quad = threadIdx.x % 4, row = tile * kTile + tile_row(), channels = static_cast<int>(f.x.channels);
   const int64_t plane = f.dense.stride[1];
@@ -568,27 +615,45 @@ __device__ __forceinline__ void write_output(const float (&v)[8], const Shared& 
   }
 }
 
-// A consumer's registers and its place in the work.
-template <class T, bool kTanh, bool kKeep>
+// A consumer's registers and its place in the work. Its two tiles are two of the set, or the two halves of one.
+template <class T, bool kTanh, bool kKeep, int kHalves>
 struct Consumer {
-  Shared& s;
+  static constexpr int kNext = kHalves == 1 ? 1 : 0, kLastHalf = kHalves - 1;  // from the first tile to the second; its half
+  Shared<kHalves>& s;
   const FieldParams& f;
-  const Work& work;
-  int tile;  // the first of two tiles, in the set
+  const Work<kHalves>& work;
+  int tile;  // the first of its tiles, in the set
   Turn<kStages> stage;
   int local, level, slice;
   float h0[32], h1[32];
   uint32_t e0[16], e1[16];
 
-  __device__ __forceinline__ Consumer(Shared& s, const FieldParams& f, const Work& work, int tile)
+  __device__ __forceinline__ Consumer(Shared<kHalves>& s, const FieldParams& f, const Work<kHalves>& work, int tile)
       : s(s), f(f), work(work), tile(tile) {}
+  // With one half: whether its second tile exists.
   __device__ __forceinline__ bool has_both() const { return tile + 1 < work.tiles; }
-  // The A operand of the level's first products.
+  // The A operand of the level's first products, with one half.
   __device__ __forceinline__ TwoRows enter(uint32_t (&e)[16], const float (&h)[32]) {
-    const TwoRows by = inverse_rms(h, s, f);
+    const TwoRows by = inverse_rms(s, f, h);
     pack_rows<T>(e, h, by);
     return by;
   }
+  // The same with two halves.
+  __device__ __forceinline__ TwoRows enter_both() {
+    const TwoRows by = inverse_rms(s, f, h0, h1);
+    pack_rows<T>(e0, h0, by);
+    pack_rows<T>(e1, h1, by);
+    return by;
+  }
+  __device__ __forceinline__ void keep0(const TwoRows& by, const KeptState& kept) {
+    keep_state(e0, by, kept, f.residual, s, tile, 0);
+  }
+  __device__ __forceinline__ void keep1(const TwoRows& by, const KeptState& kept) {
+    keep_state(e1, by, kept, f.residual, s, tile + kNext, kLastHalf);
+  }
+
+  // ---- One half
+
   // One step. While the SiLU of one tile is computed, products of the other run. Order of the products, for tiles 0 and 1 and
   // halves a and b of the slice: first 0a, first 1a; second 0a, first 0b; second 1a, first 1b; second 0b; second 1b.
   // Accumulators are touched only after a wait that leaves only later groups of products pending.
@@ -609,7 +674,7 @@ struct Consumer {
     const uint32_t weights = descriptor_low(shared_address(s.weights[stage.index]));
     wgmma_fence();
     first_product<T>(z0, e0, weights, 0);
-    if (kKeep && begins) keep_state(e0, by0, s.kept[stage.index], f.residual, s, tile);
+    if (kKeep && begins) keep0(by0, s.kept[stage.index]);
     if constexpr (kCrossing) {
       wgmma_wait<1>();
       settle(h1);
@@ -618,7 +683,7 @@ struct Consumer {
     if (begins) by1 = enter(e1, h1);
     wgmma_fence();
     first_product<T>(z1, e1, weights, 0);
-    if (kKeep && begins && has_both()) keep_state(e1, by1, s.kept[stage.index], f.residual, s, tile + 1);
+    if (kKeep && begins && has_both()) keep1(by1, s.kept[stage.index]);
     if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<1>();
     settle(z0);
     activate<T, kTanh>(u0, z0);
@@ -650,54 +715,156 @@ struct Consumer {
       if (!FLOWSEG_PLANTED(early_load)) arrive_as_warp(s.empty[stage.index]);
     }
     stage.advance();
-    if (++slice == f.slices()) {
+    if (++slice == f.slices<kHalves>()) {
       slice = 0;
       ++level;
     }
   }
 
+  __device__ __forceinline__ void take_steps() {
+    level = slice = 0;
+    int left = f.depth * f.slices<kHalves>();
+#pragma unroll 1
+    for (; left >= 2; left -= 2) {
+      take_step<false, false>();
+      take_step<true, true>();
+    }
+    if (left) take_step<false, true>();
+  }
+
+  // ---- Two halves
+
+  // y = n W1 for a slice: the sum over both halves.
+  __device__ __forceinline__ void wide_product(float (&z)[32], uint32_t weights) {
+    wgmma_fence();
+    first_product<T>(z, e0, weights, 0);
+    add_product<T>(z, e1, weights, 1, 1);
+  }
+  // Waits for the weights of the current stage.
+  __device__ __forceinline__ uint32_t weights() {
+    s.full[stage.index].wait(stage.parity);
+    s.ready[stage.index].wait(stage.parity);
+    return descriptor_low(shared_address(s.weights[stage.index]));
+  }
+  // One or two steps of a level. While the SiLU of one slice is computed, products of the other run. Each of n W1 and u W2 takes
+  // two groups of products, one for each half.
+  template <int kCount>
+  __device__ __forceinline__ void take_slices() {
+    const bool begins = slice == 0;
+    const int first = stage.index, accumulate = f.residual || !begins;
+    float z0[32], z1[32];
+    uint32_t u0[16], u1[16];
+    TwoRows by;
+    if (begins) by = enter_both();
+    const uint32_t weights0 = weights();
+    uint32_t weights1 = 0;
+    wide_product(z0, weights0);
+    if (kKeep && begins) keep0(by, s.kept[first]);
+    stage.advance();
+    if constexpr (kCount == 2) {
+      weights1 = weights();
+      wide_product(z1, weights1);
+    }
+    if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<2 * kCount - 2>();
+    settle(z0);
+    activate<T, kTanh>(u0, z0);
+    wgmma_fence();
+    second_product<T>(h0, u0, weights0, 0, accumulate);
+    second_product<T>(h1, u0, weights0, 1, accumulate);
+    if (kKeep && begins) keep1(by, s.kept[first]);
+    if constexpr (kCount == 2) {
+      wgmma_wait<2>();
+      settle(z1);
+      activate<T, kTanh>(u1, z1);
+      wgmma_fence();
+      second_product<T>(h0, u1, weights1, 0, 1);
+      second_product<T>(h1, u1, weights1, 1, 1);
+      if (FLOWSEG_PLANTED(early_load)) arrive_as_warp(s.empty[first]);
+      wgmma_wait<2>();
+      if (!FLOWSEG_PLANTED(early_load)) arrive_as_warp(s.empty[first]);
+    }
+    wgmma_wait<0>();
+    settle(h0);
+    settle(h1);
+    arrive_as_warp(s.empty[kCount == 2 ? stage.index : first]);
+    if constexpr (kCount == 2) stage.advance();
+    slice += kCount;
+  }
+
+  __device__ __forceinline__ void take_levels() {
+    const int slices = f.slices<kHalves>();
+#pragma unroll 1
+    for (level = 0; level < f.depth; ++level) {
+      slice = 0;
+#pragma unroll 1
+      while (slice + 1 < slices) take_slices<2>();
+      if (slice < slices) take_slices<1>();
+    }
+  }
+
+  // ---- Both ends
+
   // The states before the first block.
   __device__ __forceinline__ void embed() {
     uint32_t pixels0[4], pixels1[4];
-    load_table(h0, s, tile);
-    load_table(h1, s, tile + 1);
+    load_table(h0, s, tile * kHalves);
+    load_table(h1, s, tile * kHalves + 1);
     load_pixel_rows(pixels0, s, tile);
-    load_pixel_rows(pixels1, s, tile + 1);
-    const uint64_t weight = descriptor(descriptor_low(shared_address(s.embed)));
+    load_pixel_rows(pixels1, s, tile + kNext);
+    const uint64_t weight0 = descriptor(descriptor_low(shared_address(s.embed[0])));
+    const uint64_t weight1 = descriptor(descriptor_low(shared_address(s.embed[kLastHalf])));
     wgmma_fence();
-    wgmma<T, true>(h0, pixels0, weight);
-    wgmma<T, true>(h1, pixels1, weight);
+    wgmma<T, true>(h0, pixels0, weight0);
+    wgmma<T, true>(h1, pixels1, weight1);
     wgmma_commit();
     wgmma_wait<0>();
     settle(h0);
     settle(h1);
   }
 
+  // The A operands of the output's products.
+  __device__ __forceinline__ void pack_last() {
+    if constexpr (kHalves == 1) {
+      pack_last_rows<T>(e0, h0, inverse_rms(s, f, h0), s, 0);
+      pack_last_rows<T>(e1, h1, inverse_rms(s, f, h1), s, 0);
+    } else {
+      const TwoRows by = inverse_rms(s, f, h0, h1);
+      pack_last_rows<T>(e0, h0, by, s, 0);
+      pack_last_rows<T>(e1, h1, by, s, 1);
+    }
+  }
   // The output of both tiles. Pixels beyond the patch have no place.
   __device__ __forceinline__ void write() {
     float v0[8] = {}, v1[8] = {};
-    pack_last_rows<T>(e0, h0, s, f);
-    pack_last_rows<T>(e1, h1, s, f);
-    const uint32_t weight = descriptor_low(shared_address(s.out_weight));
+    float(&second)[8] = kHalves == 1 ? v1 : v0;  // two halves have the same pixels
+    pack_last();
+    const uint32_t weight0 = descriptor_low(shared_address(s.out_weight[0]));
+    const uint32_t weight1 = descriptor_low(shared_address(s.out_weight[kLastHalf]));
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma<T, false>(v0, e0 + 4 * k, descriptor(weight, k * kColumnStep), k != 0);
+    for (int k = 0; k < 4; ++k) wgmma<T, false>(v0, e0 + 4 * k, descriptor(weight0, k * kColumnStep), k != 0);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma<T, false>(v1, e1 + 4 * k, descriptor(weight, k * kColumnStep), k != 0);
+    for (int k = 0; k < 4; ++k) wgmma<T, false>(second, e1 + 4 * k, descriptor(weight1, k * kColumnStep), kHalves == 2 || k != 0);
     wgmma_commit();
     wgmma_wait<0>();
     settle(v0);
-    settle(v1);
+    if constexpr (kHalves == 1) settle(v1);
     write_output<T>(v0, s, f, local, tile);
-    write_output<T>(v1, s, f, local, tile + 1);
+    if constexpr (kHalves == 1) write_output<T>(v1, s, f, local, tile + 1);
   }
 
   __device__ __forceinline__ void keep_last() {
-    char* tiles = state_of(f, local, f.depth) + int64_t{work.set} * kSetTiles * kTileBytes;
+    char* tiles = state_of<kHalves>(f, local, f.depth) + int64_t{work.set} * kSetTiles<kHalves> * kHalves * kTileBytes;
     const KeptState kept{.tiles = tiles, .inverse_rms = s.states.state(f, local, f.depth).inverse_rms};
-    const TwoRows by0 = enter(e0, h0), by1 = enter(e1, h1);
-    keep_state(e0, by0, kept, f.residual, s, tile);
-    if (has_both()) keep_state(e1, by1, kept, f.residual, s, tile + 1);
+    if constexpr (kHalves == 1) {
+      const TwoRows by0 = enter(e0, h0), by1 = enter(e1, h1);
+      keep0(by0, kept);
+      if (has_both()) keep1(by1, kept);
+    } else {
+      const TwoRows by = enter_both();
+      keep0(by, kept);
+      keep1(by, kept);
+    }
   }
 
   __device__ __forceinline__ void consume() {
@@ -708,14 +875,11 @@ struct Consumer {
       parity ^= 1;
       embed();
       arrive_as_warp(s.x_empty);
-      level = slice = 0;
-      int left = f.depth * f.slices();
-#pragma unroll 1
-      for (; left >= 2; left -= 2) {
-        take_step<false, false>();
-        take_step<true, true>();
+      if constexpr (kHalves == 1) {
+        take_steps();
+      } else {
+        take_levels();
       }
-      if (left) take_step<false, true>();
       if constexpr (kKeep) {
         keep_last();
       } else {
@@ -728,12 +892,12 @@ struct Consumer {
 
 // ---- The kernel
 
-template <class T, bool kTanh, bool kKeep>
+template <class T, bool kTanh, bool kKeep, int kHalves>
 __global__ void __launch_bounds__(kThreads, 1) forward_blocks(FLOWSEG_GRID_CONSTANT FieldParams f) {
   FLOWSEG_DYNAMIC_SHARED(char, raw);
   char* base = raw + (-shared_address(raw) & 1023);
-  Shared& s = *reinterpret_cast<Shared*>(base);
-  const Work work(f);
+  auto& s = *reinterpret_cast<Shared<kHalves>*>(base);
+  const Work<kHalves> work(f);
   const int group = __shfl_sync(kAllLanes, threadIdx.x / kGroupThreads, 0), warp = threadIdx.x % kGroupThreads / 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
@@ -746,13 +910,15 @@ __global__ void __launch_bounds__(kThreads, 1) forward_blocks(FLOWSEG_GRID_CONST
     fence_barrier_init();
     s.largest = 0;
     s.inverse_hidden = 1.0f / f.hidden;
-    if (kKeep) s.states.fill(f, work.set);
+    if (kKeep) s.states.template fill<kHalves>(f, work.set);
   }
-  for (int i = threadIdx.x; i < kSetPixels * kMostChannels; i += kThreads) s.x[i / kMostChannels][i % kMostChannels] = 0;
+  for (int i = threadIdx.x; i < kSetPixels<kHalves> * kMostChannels; i += kThreads) s.x[i / kMostChannels][i % kMostChannels] = 0;
   __syncthreads();
-  // Registers of the groups' threads: 24 + 40 + 2 * 224 = 512, as many as four groups of 128 have at the start.
+  // Registers of the groups' threads: 512 in all, as many as four groups of 128 have at the start. With two halves the consumers
+  // need fewer, the other groups more.
+  constexpr int kProducer = kHalves == 1 ? 24 : 32, kNormaliser = kHalves == 1 ? 40 : 48, kConsumer = kHalves == 1 ? 224 : 216;
   if (group == 0) {
-    give_registers<24>();
+    give_registers<kProducer>();
     if (warp == 0) {
       if (threadIdx.x == 0) load_weights<kKeep>(s, f, work);
     } else if (warp == 1) {
@@ -762,19 +928,19 @@ __global__ void __launch_bounds__(kThreads, 1) forward_blocks(FLOWSEG_GRID_CONST
     }
     return;
   }
-  TableShare table;
+  TableShare<kHalves> table;
   table.load(f, work.set);
   fill_ends<T>(s, f, work.set);
   table.store(s, f, work.set);
   fence_async();
   named_barrier<kFillBarrier, kFillThreads>();
   if (group == 1) {
-    give_registers<40>();
+    give_registers<kNormaliser>();
     normalise<T, kKeep>(s, f, work);
   } else {
-    take_registers<224>();
+    take_registers<kConsumer>();
     if (group - 2 >= work.groups()) return;
-    Consumer<T, kTanh, kKeep>(s, f, work, (group - 2) * 2).consume();
+    Consumer<T, kTanh, kKeep, kHalves>(s, f, work, (group - 2) * work.kGroupTiles).consume();
   }
 }
 
@@ -788,16 +954,20 @@ namespace flowseg::cuda {
 template <bool kKeep, class Launch>
 void launch_forward(const FieldParams& f, Real type, const Launch& launch) {
   if (f.count == 0) return;
-  const int64_t sets = (f.tiles() + forward::kSetTiles - 1) / forward::kSetTiles;
+  const int64_t tiles = f.halves() == 1 ? forward::kSetTiles<1> : forward::kSetTiles<2>, sets = (f.tiles() + tiles - 1) / tiles;
   // The sets of a patch are worked on at the same time, so its weights come from memory once.
   const int64_t blocks = sets * std::clamp<int64_t>(launch.device().multiprocessors / sets, 1, f.count);
-  const auto run = [&](auto kernel) { launch.with_threads(forward::kThreads, kernel, blocks, forward::kSharedBytes<kKeep>, f); };
+  const auto run = [&](auto one, auto two) {
+    const bool wide = f.halves() == 2;
+    const int64_t bytes = wide ? forward::kSharedBytes<kKeep, 2> : forward::kSharedBytes<kKeep, 1>;
+    launch.with_threads(forward::kThreads, wide ? two : one, blocks, bytes, f);
+  };
   if (type == Real::f16) {
-    run(forward::forward_blocks<HalfPair, false, kKeep>);
+    run(forward::forward_blocks<HalfPair, false, kKeep, 1>, forward::forward_blocks<HalfPair, false, kKeep, 2>);
   } else if (f.residual) {
-    run(forward::forward_blocks<BFloatPair, true, kKeep>);
+    run(forward::forward_blocks<BFloatPair, true, kKeep, 1>, forward::forward_blocks<BFloatPair, true, kKeep, 2>);
   } else {
-    run(forward::forward_blocks<BFloatPair, false, kKeep>);
+    run(forward::forward_blocks<BFloatPair, false, kKeep, 1>, forward::forward_blocks<BFloatPair, false, kKeep, 2>);
   }
 }
 

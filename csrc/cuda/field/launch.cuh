@@ -8,7 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/field/backward.cuh"
+#include "cuda/field/backward_wide.cuh"
 #include "cuda/field/ends.cuh"
 #include "cuda/field/forward.cuh"
 #include "cuda/field/params.h"
@@ -70,6 +70,12 @@ inline FieldParams field_params(const Image& x, const void* weights, int64_t dep
 // Whether W2's column norms span several slices, so that kernels of their own compute them and project its gradient.
 inline bool has_long_columns(const FieldParams& f) { return f.both && f.slices() > 1 && f.depth > 0; }
 
+// The floats of a group's sums.
+inline int64_t sums_of_group(const FieldParams& f) {
+  const int64_t part = f.halves() == 1 ? int{GroupSums<1>::kSize} : int{GroupSums<2>::kSize};
+  return f.tiles() * f.halves() * part;
+}
+
 // Gives out parts of one allocation. Without memory it only counts the bytes.
 class Places {
  public:
@@ -90,12 +96,18 @@ class Places {
 // The scratch memory whose size depends on the patches of a round.
 inline void place_round(FieldParams& f, bool backward, int64_t count, Places& places) {
   const int64_t blocks = count * f.depth;
-  if (backward || has_long_columns(f)) places.take(f.inverse_lengths, blocks * (f.padded_inner() + kTile));
+  if (backward || has_long_columns(f)) places.take(f.inverse_lengths, blocks * f.lengths());
   if (!backward) return;
   places.take(f.states, count * 2 * f.state_bytes());
   if (!f.aliased && f.depth > 1) places.take(f.later_states, count * (f.depth - 1) * f.state_bytes());
   places.take(f.inverse_rms, count * (f.depth + 1) * f.tiles() * kTile);
-  if (has_long_columns(f)) places.take(f.along2, blocks * kTile);
+  if (has_long_columns(f)) places.take(f.along2, blocks * f.padded_hidden());
+}
+
+// Thread blocks of the backward of a round.
+template <class Launch>
+int64_t backward_block_count(const FieldParams& f, const Launch& launch) {
+  return std::min<int64_t>(f.count, launch.device().multiprocessors);
 }
 
 // Fills in the groups, the patches of the first round, and the pointers to scratch memory. Returns the bytes it takes.
@@ -114,13 +126,13 @@ int64_t plan_field(FieldParams& f, bool backward, void* memory, const Launch& la
     f.count = std::min(f.patches, fit / f.per_group * f.per_group);
   }
   Places places(memory);
-  places.take(f.table, int64_t{f.tiles()} * kTile * kTile);
+  places.take(f.table, int64_t{f.tiles()} * kTile * f.padded_hidden());
   place_round(f, backward, f.count, places);
   if (backward) {
     places.take(f.waves, int64_t{f.pixels()} * f.freqs * f.freqs);
-    places.take(f.gain_sums, f.patches * f.depth * kTile);
-    places.take(f.group_sums, f.groups * f.tiles() * GroupSums::kSize);
-    if (f.slices() > 1) places.take(f.dn_sums, backward_block_count(f, launch) * f.tiles() * kTile * kTile);
+    places.take(f.gain_sums, f.patches * f.depth * f.padded_hidden());
+    places.take(f.group_sums, f.groups * sums_of_group(f));
+    if (f.slices() > 1) places.take(f.dn_sums, backward_block_count(f, launch) * f.tiles() * kTile * f.padded_hidden());
   }
   return places.bytes();
 }
@@ -131,11 +143,12 @@ int64_t field_scratch(FieldParams f, bool backward, const Launch& launch) {
   return plan_field(f, backward, nullptr, launch);
 }
 
-// Calls body.template operator()<T>() with the type of the tensors.
+// Calls body.template operator()<T, kHalves>() with the type of the tensors and the halves of the hidden units.
 template <class Body>
-void for_field_type(Real type, Body body) {
-  if (type == Real::bf16) return body.template operator()<BFloat>();
-  body.template operator()<Half>();
+void for_field(const FieldParams& f, Real type, Body body) {
+  const bool wide = f.halves() == 2;
+  if (type == Real::bf16) return wide ? body.template operator()<BFloat, 2>() : body.template operator()<BFloat, 1>();
+  wide ? body.template operator()<Half, 2>() : body.template operator()<Half, 1>();
 }
 
 // Makes the tensor maps of W1 and W2, or of their gradients.
@@ -151,13 +164,17 @@ void make_maps(const FieldParams& f, const void* weights, TensorMap& w1, TensorM
 
 template <class Launch>
 void launch_table(const FieldParams& f, Real type, const Launch& launch) {
-  for_field_type(type, [&]<class T>() { launch.with_threads(kEndThreads, table<T>, f.tiles() * kTile / kTablePixels, 0, f); });
+  for_field(f, type, [&]<class T, int kHalves>() {
+    launch.with_threads(kEndThreads, table<T, kHalves>, f.tiles() * kTile / kTablePixels<kHalves>, 0, f);
+  });
 }
 
 template <class Launch>
 void launch_lengths(const FieldParams& f, Real type, const Launch& launch) {
   if (!has_long_columns(f)) return;
-  for_field_type(type, [&]<class T>() { launch.with_threads(kEndThreads, lengths<T>, f.count * f.depth, 0, f); });
+  for_field(f, type, [&]<class T, int kHalves>() {
+    launch.with_threads(kEndThreads, lengths<T, kHalves>, f.count * f.depth, 0, f);
+  });
 }
 
 template <class Launch>
@@ -180,20 +197,43 @@ void launch_fold(float* data, int64_t rows, int64_t columns, const Launch& launc
   }
 }
 
+// Takes the round's patches back through all blocks. Needs the states of all levels, the gradient of the state in the place of
+// level L, inverse lengths and 1 / rms; with several slices also dn_sums.
+template <class Launch>
+void launch_backward_blocks(const FieldParams& f, Real type, const Launch& launch) {
+  if (f.depth == 0 || f.count == 0) return;
+  const auto run = [&]<class T, bool kTanh>() {
+    const auto with = [&](auto kernel, size_t shared) {
+      launch.with_threads(backward::kThreads, kernel, backward_block_count(f, launch), shared + 1024, f);
+    };
+    if (f.halves() == 1) return with(backward::backward_blocks<T, kTanh, 1>, sizeof(backward::Shared));
+    with(backward::backward_blocks<T, kTanh, 2>, sizeof(backward::WideShared));
+  };
+  if (type == Real::f16) {
+    run.template operator()<HalfPair, false>();
+  } else if (f.residual) {
+    run.template operator()<BFloatPair, true>();
+  } else {
+    run.template operator()<BFloatPair, false>();
+  }
+}
+
 // The backward of the patches [f.first, f.first + f.count).
 template <class Launch>
 void launch_round(const FieldParams& f, Real type, const Launch& launch) {
   const auto launch_end = [&](auto few, auto many) {
-    const int64_t blocks = (f.count + f.per_group - 1) / f.per_group * f.tiles();
+    const int64_t blocks = (f.count + f.per_group - 1) / f.per_group * f.tiles() * f.halves();
     launch.with_threads(kEndThreads, f.x.channels <= kFewChannels ? few : many, blocks, 0, f);
   };
   launch_lengths(f, type, launch);
   launch_forward<true>(f, type, launch);
-  for_field_type(type, [&]<class T>() { launch_end(leave<T, kFewChannels>, leave<T, kMostChannels>); });
-  if (f.depth > 0) launch_backward_blocks(f, type, launch);
-  for_field_type(type, [&]<class T>() {
-    if (has_long_columns(f)) launch.with_threads(kEndThreads, project<T>, f.count * f.depth, 0, f);
-    launch_end(enter<T, kFewChannels>, enter<T, kMostChannels>);
+  for_field(f, type, [&]<class T, int kHalves>() {
+    launch_end(leave<T, kFewChannels, kHalves>, leave<T, kMostChannels, kHalves>);
+  });
+  launch_backward_blocks(f, type, launch);
+  for_field(f, type, [&]<class T, int kHalves>() {
+    if (has_long_columns(f)) launch.with_threads(kEndThreads, project<T, kHalves>, f.count * f.depth, 0, f);
+    launch_end(enter<T, kFewChannels, kHalves>, enter<T, kMostChannels, kHalves>);
   });
 }
 
@@ -209,9 +249,11 @@ void launch_field_backward(FieldParams f, Real type, void* scratch, const Launch
     f.groups_before = f.first / f.per_group;
     launch_round(f, type, launch);
   }
-  launch_fold(f.group_sums, f.groups, int64_t{f.tiles()} * GroupSums::kSize, launch);
-  if (f.residual && f.depth > 0) launch_fold(f.gain_sums, f.patches, int64_t{f.depth} * kTile, launch);
-  for_field_type(type, [&]<class T>() { launch.with_threads(kEndThreads, finish<T>, f.hidden, 0, f); });
+  launch_fold(f.group_sums, f.groups, sums_of_group(f), launch);
+  if (f.residual && f.depth > 0) launch_fold(f.gain_sums, f.patches, int64_t{f.depth} * f.padded_hidden(), launch);
+  for_field(f, type, [&]<class T, int kHalves>() {
+    launch.with_threads(kEndThreads, finish<T, kHalves>, f.hidden, 0, f);
+  });
 }
 
 }  // namespace flowseg::cuda

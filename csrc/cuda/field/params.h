@@ -1,7 +1,9 @@
 // The parameters of the neural field's kernels: inputs, results, scratch memory and its layout. Plain data, passed by value.
 //
 // Names: Hx hidden units, inner = r Hx, p pixels along a side of a patch, L blocks, P patches, C channels, F frequencies.
-// Pixels of a patch are padded to whole tiles of 64 rows, hidden units to 64 columns. What is added is zero.
+// Pixels of a patch are padded to whole tiles of 64 rows, hidden units to one or two halves of 64 columns. What is added is zero.
+// "64 halves" are the padded hidden units. A matrix over pixels and hidden units has one tile for each half, one after the other,
+// for every 64 pixels.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +14,13 @@
 
 namespace flowseg::cuda {
 
-constexpr int kMostHidden = 64;
+constexpr int kMostHalves = 2;
+constexpr int kMostHidden = kMostHalves * kTile;
 constexpr int kMostChannels = 16;
-// The inner units whose weights one stage of shared memory holds: two tiles of W1 (rows: hidden, columns: inner units), then two
-// tiles of W2 (rows: inner units, columns: hidden).
-constexpr int kSlice = 128;
+// A stage of shared memory holds the weights of a slice, which is kSlice / halves inner units: two tiles of W1 (rows: hidden,
+// columns: inner units), then two tiles of W2 (rows: inner units, columns: hidden). With one half the tiles of a weight hold
+// different inner units, with two halves different hidden units.
+constexpr int kSlice = 2 * kTile;
 constexpr int kStageBytes = 4 * kTileBytes;
 
 struct FieldParams {
@@ -51,49 +55,81 @@ struct FieldParams {
   // of a round has the number local = patch - first.
   int64_t first, count;
   bool aliased;              // see state_of
-  float* table;              // (64 tiles, 64): what the embedding adds at each pixel of every patch
+  float* table;              // (64 tiles, 64 halves): what the embedding adds at each pixel of every patch
   float* waves;              // (p^2, F^2): the cosine features, for the backward; else null
-  float* inverse_lengths;    // (count, L, padded_inner + 64): reciprocal column norms of W1, then of W2
-  char* states;              // (count, 2, tiles, kTileBytes): see state_of
-  char* later_states;        // (count, L - 1, tiles, kTileBytes), null if aliased
+  float* inverse_lengths;    // (count, L, lengths()): reciprocal column norms of W1 (padded_inner), then of W2 (64 halves)
+  char* states;              // (count, 2, tiles, halves, kTileBytes): see state_of
+  char* later_states;        // (count, L - 1, tiles, halves, kTileBytes), null if aliased
   float* inverse_rms;        // (count, L + 1, 64 tiles): 1 / rms of the states
-  float* along2;             // (count, L, 64): sums for the column norms of W2, if inner > kSlice
-  float* dn_sums;            // (blocks of the backward, tiles, 64, 64), see launch_backward_blocks; null if inner <= kSlice
-  float* gain_sums;          // (P, L, 64): the gradient of the gains by patch
-  float* group_sums;         // (groups, tiles, GroupSums::kSize): sums over groups of patches, see GroupSums
+  float* along2;             // (count, L, 64 halves): sums for the column norms of W2, if there are several slices
+  float* dn_sums;            // (blocks of the backward, tiles, halves, 64, 64), see launch_backward_blocks; null if one slice
+  float* gain_sums;          // (P, L, 64 halves): the gradient of the gains by patch
+  float* group_sums;         // (groups, tiles halves, GroupSums<halves>::kSize): sums over groups of patches
   int64_t per_group;         // patches per group
   int64_t groups_before;     // groups of earlier rounds
   int64_t groups;            // groups of all rounds
 
   FLOWSEG_INLINE int pixels() const { return p * p; }
   FLOWSEG_INLINE int tiles() const { return (p * p + kTile - 1) / kTile; }
-  FLOWSEG_INLINE int slices() const { return (inner + kSlice - 1) / kSlice; }
-  FLOWSEG_INLINE int padded_inner() const { return slices() * kSlice; }
+  // Kernels that are compiled for a number of halves name it. Otherwise it is found at run time.
+  template <int kHalves = 0>
+  FLOWSEG_INLINE int halves() const {
+    return kHalves ? kHalves : hidden > kTile ? 2 : 1;
+  }
+  template <int kHalves = 0>
+  FLOWSEG_INLINE int padded_hidden() const {
+    return halves<kHalves>() * kTile;
+  }
+  template <int kHalves = 0>
+  FLOWSEG_INLINE int slice_units() const {
+    return kSlice / halves<kHalves>();
+  }
+  template <int kHalves = 0>
+  FLOWSEG_INLINE int slices() const {
+    return (inner + slice_units<kHalves>() - 1) / slice_units<kHalves>();
+  }
+  template <int kHalves = 0>
+  FLOWSEG_INLINE int padded_inner() const {
+    return slices<kHalves>() * slice_units<kHalves>();
+  }
+  template <int kHalves = 0>
+  FLOWSEG_INLINE int lengths() const {
+    return padded_inner<kHalves>() + padded_hidden<kHalves>();
+  }
   FLOWSEG_INLINE int64_t block_bytes() const { return int64_t{4} * inner * hidden; }
-  FLOWSEG_INLINE int state_bytes() const { return tiles() * kTileBytes; }
+  template <int kHalves = 0>
+  FLOWSEG_INLINE int state_bytes() const {
+    return tiles() * halves<kHalves>() * kTileBytes;
+  }
 };
 
-// Partial sums of one tile of the pixels, over the patches of a group, in fp32. Offsets in floats. Channels beyond C are undefined.
+// Partial sums of a part of the pixels, over the patches of a group, in fp32. A part is 64 / kHalves rows of a tile. Offsets in
+// floats. Channels beyond C are undefined.
+template <int kHalves>
 struct GroupSums {
   enum : int {
-    by_position = 0,                                          // (64, 64): gradient of the embedding's result, at each pixel
-    by_channel = by_position + kTile * kTile,                 // (64 hidden, 16): of the embedding's weights on the channels
-    out_gain = by_channel + kTile * kMostChannels,            // (64,)
-    out_weight = out_gain + kTile,                            // (16, 64)
-    out_bias = out_weight + kMostChannels * kTile,            // (16,)
+    kRows = kTile / kHalves,
+    kHidden = kTile * kHalves,
+    by_position = 0,                                  // (kRows, kHidden): gradient of the embedding's result, at each pixel
+    by_channel = by_position + kRows * kHidden,       // (kHidden, 16): of the embedding's weights on the channels
+    out_gain = by_channel + kHidden * kMostChannels,  // (kHidden,)
+    out_weight = out_gain + kHidden,                  // (16, kHidden)
+    out_bias = out_weight + kMostChannels * kHidden,  // (16,)
     kSize = out_bias + kMostChannels,
   };
 };
 
-// The address of a patch's state in tiles of 64 pixels (rows) by 64 hidden units (columns), each laid out as tile_offset says.
+// The address of a patch's state: (tiles, halves) tiles of 64 pixels (rows) by 64 hidden units (columns), each laid out as
+// tile_offset says.
 //
 // The state before block `level` is h / rms(h), or h in the plain form; level L is the state after the last block. The backward
 // replaces the state of level L by the gradient of the state: after the last block first, then, block by block, before the first.
 //
 // If `aliased`, a state between two blocks is kept in grad_weights, in the place of the block before it. That block's gradients are
 // written only after the state was read for the last time.
+template <int kHalves = 0>
 FLOWSEG_INLINE char* state_of(const FieldParams& f, int64_t local, int level) {
-  const int64_t bytes = f.state_bytes();
+  const int64_t bytes = f.state_bytes<kHalves>();
   if (level == f.depth) return f.states + (local * 2 + 1) * bytes;
   if (level == 0) return f.states + local * 2 * bytes;
   if (f.aliased) return static_cast<char*>(f.grad_weights) + ((f.first + local) * f.depth + level - 1) * f.block_bytes();

@@ -45,12 +45,13 @@ __device__ __forceinline__ void settle(uint32_t (&d)[N]) {
 
 #define FLOWSEG_D4(x, d, i) x(d[i]), x(d[i + 1]), x(d[i + 2]), x(d[i + 3])
 #define FLOWSEG_D8(x, d, i) FLOWSEG_D4(x, d, i), FLOWSEG_D4(x, d, i + 4)
-#define FLOWSEG_D32(x, d) FLOWSEG_D8(x, d, 0), FLOWSEG_D8(x, d, 8), FLOWSEG_D8(x, d, 16), FLOWSEG_D8(x, d, 24)
+#define FLOWSEG_D16(x, d, i) FLOWSEG_D8(x, d, i), FLOWSEG_D8(x, d, i + 8)
+#define FLOWSEG_D32(x, d) FLOWSEG_D16(x, d, 0), FLOWSEG_D16(x, d, 16)
 #define FLOWSEG_UPDATED(v) "+f"(v)
 #define FLOWSEG_WRITTEN(v) "=f"(v)
 #define FLOWSEG_NAMES8 "%0,%1,%2,%3,%4,%5,%6,%7"
-#define FLOWSEG_NAMES32 \
-  FLOWSEG_NAMES8 ",%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define FLOWSEG_NAMES16 FLOWSEG_NAMES8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define FLOWSEG_NAMES32 FLOWSEG_NAMES16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 // The text of one instruction: accumulators, A, B, and the number of the operand that says whether D is added to.
 #define FLOWSEG_WGMMA(shape, type, names, a, b, accumulate, majors)                         \
   "{.reg .pred p; setp.ne.b32 p, " accumulate ", 0;\nwgmma.mma_async.sync.aligned." shape   \
@@ -83,6 +84,19 @@ __device__ __forceinline__ void wgmma_first(float (&d)[32], const uint32_t* a, u
                  : FLOWSEG_A4(a), "l"(b), "n"(int(kRowsAreK)));
   }
 }
+// The form with `accumulate`, for N = 32.
+template <class T, bool kRowsAreK>
+__device__ __forceinline__ void wgmma(float (&d)[16], const uint32_t* a, uint64_t b, int accumulate = 1) {
+  if constexpr (T::kIsBFloat) {
+    asm volatile(FLOWSEG_WGMMA("m64n32k16", "bf16", FLOWSEG_NAMES16, "{%16,%17,%18,%19}", "%20", "%21", "%22")
+                 : FLOWSEG_D16(FLOWSEG_UPDATED, d, 0)
+                 : FLOWSEG_A4(a), "l"(b), "r"(accumulate), "n"(int(kRowsAreK)));
+  } else {
+    asm volatile(FLOWSEG_WGMMA("m64n32k16", "f16", FLOWSEG_NAMES16, "{%16,%17,%18,%19}", "%20", "%21", "%22")
+                 : FLOWSEG_D16(FLOWSEG_UPDATED, d, 0)
+                 : FLOWSEG_A4(a), "l"(b), "r"(accumulate), "n"(int(kRowsAreK)));
+  }
+}
 // The same for N = 16.
 template <class T, bool kRowsAreK>
 __device__ __forceinline__ void wgmma(float (&d)[8], const uint32_t* a, uint64_t b, int accumulate = 1) {
@@ -109,6 +123,19 @@ __device__ __forceinline__ void wgmma_tiles(float (&d)[32], uint64_t a, uint64_t
                  : "l"(a), "l"(b), "r"(accumulate), "n"(int(kRowsAreKOfA)), "n"(int(kRowsAreKOfB)));
   }
 }
+// The same for N = 32.
+template <class T, bool kRowsAreKOfA, bool kRowsAreKOfB>
+__device__ __forceinline__ void wgmma_tiles(float (&d)[16], uint64_t a, uint64_t b, int accumulate = 1) {
+  if constexpr (T::kIsBFloat) {
+    asm volatile(FLOWSEG_WGMMA("m64n32k16", "bf16", FLOWSEG_NAMES16, "%16", "%17", "%18", "%19, %20")
+                 : FLOWSEG_D16(FLOWSEG_UPDATED, d, 0)
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(int(kRowsAreKOfA)), "n"(int(kRowsAreKOfB)));
+  } else {
+    asm volatile(FLOWSEG_WGMMA("m64n32k16", "f16", FLOWSEG_NAMES16, "%16", "%17", "%18", "%19, %20")
+                 : FLOWSEG_D16(FLOWSEG_UPDATED, d, 0)
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(int(kRowsAreKOfA)), "n"(int(kRowsAreKOfB)));
+  }
+}
 
 // Sums of squares: d += A A_b^T for the 8 columns `b` of A (16, 8), on one warp (mma.sync m16n8k8). With a0, a1 and b from an
 // 8 x 8 matrix each, d[0] and d[1] hold row lane / 4, columns 2 (lane % 4) and the next, of the first 8 rows; d[2] and d[3] of the
@@ -128,10 +155,12 @@ __device__ __forceinline__ void mma_16x8x8(float (&d)[4], uint32_t a0, uint32_t 
 
 #undef FLOWSEG_D4
 #undef FLOWSEG_D8
+#undef FLOWSEG_D16
 #undef FLOWSEG_D32
 #undef FLOWSEG_UPDATED
 #undef FLOWSEG_WRITTEN
 #undef FLOWSEG_NAMES8
+#undef FLOWSEG_NAMES16
 #undef FLOWSEG_NAMES32
 #undef FLOWSEG_WGMMA
 #undef FLOWSEG_A4

@@ -15,7 +15,9 @@ from ...runtime.triton import aligned
 __all__ = ["TAKES", "neural_field", "neural_field_bwd", "takes", "why_not"]
 
 #: The calls that pass `takes`, in words.
-TAKES = "bf16 or fp16 tensors, Hx a multiple of 8 up to 64"
+TAKES = "bf16 or fp16 tensors, Hx a multiple of 8 up to 128"
+
+_MOST_HIDDEN = 128
 
 #: The kernels count the bytes of a patch's state in 32 bits.
 _LARGEST_PATCH = 2048
@@ -49,7 +51,7 @@ def takes(patch_size: int, *tensors: Tensor) -> bool:
         x.dtype in (torch.bfloat16, torch.float16)
         and all(v.dtype == x.dtype for v in tensors)
         and hidden % 8 == 0
-        and 8 <= hidden <= 64
+        and 8 <= hidden <= _MOST_HIDDEN
         and x.numel() > 0
         and patch_size <= _LARGEST_PATCH
         and (not x.is_cuda or _is_hopper(x.device.index))

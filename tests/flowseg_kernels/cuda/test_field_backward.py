@@ -67,7 +67,10 @@ class Blocks:
     def __post_init__(self):
         torch.manual_seed(0)
         self.inner, self.pixels = self.ratio * self.hidden, self.p**2
-        self.tiles, self.slices = -(-self.pixels // TILE), -(-self.inner // SLICE)
+        self.tiles, self.halves = -(-self.pixels // TILE), -(-self.hidden // TILE)
+        slice_units = SLICE // self.halves
+        self.slices = -(-self.inner // slice_units)
+        self.padded_inner, self.padded_hidden = self.slices * slice_units, self.halves * TILE
         size = 2 * self.inner * self.hidden
         self.weights = (
             torch.randn(self.patches, self.depth, size) * (0.3 + torch.rand(self.patches, self.depth, 1))
@@ -91,20 +94,21 @@ class Blocks:
 
     def to_tiles(self, state, beyond):
         """A state in tiles. Rows beyond the patch hold `beyond`, columns beyond the hidden units zero."""
-        padded = torch.zeros(self.tiles * TILE, TILE, dtype=self.dtype)
+        padded = torch.zeros(self.tiles * TILE, self.padded_hidden, dtype=self.dtype)
         padded[:, : self.hidden] = beyond
         padded[: self.pixels, : self.hidden] = state
-        found = torch.empty(self.tiles, TILE**2, dtype=self.dtype)
-        found[:, places()] = padded.view(self.tiles, -1)
+        found = torch.empty(self.tiles, self.halves, TILE**2, dtype=self.dtype)
+        found[..., places()] = padded.view(self.tiles, TILE, self.halves, TILE).transpose(1, 2).flatten(2)
         return found.flatten()
 
     def from_tiles(self, flat):
-        return flat.view(self.tiles, -1)[:, places()].view(self.tiles * TILE, TILE)
+        tiles = flat.view(self.tiles, self.halves, -1)[..., places()].view(self.tiles, self.halves, TILE, TILE)
+        return tiles.transpose(1, 2).reshape(self.tiles * TILE, self.padded_hidden)
 
     def run(self, library):
         """Run the kernel. Return the gradients of W1, W2, the state and the gains, and all memory that it has written."""
-        padded = self.slices * SLICE
-        inverse = torch.full((self.count, self.depth, padded + TILE), NAN)
+        padded = self.padded_inner
+        inverse = torch.full((self.count, self.depth, padded + self.padded_hidden), NAN)
         w1, w2 = (self.of_round(w).float() for w in self.split(self.weights))
         inverse[..., : self.inner] = 1 / w1.norm(dim=2).clamp_min(1e-12)
         inverse[..., padded : padded + self.hidden] = 1 / w2.norm(dim=2).clamp_min(1e-12) if self.both else 1
@@ -112,18 +116,18 @@ class Blocks:
         rms[:, : self.depth, : self.pixels] = self.rms
         grads, states = (
             torch.full_like(self.weights, NAN),
-            torch.full((self.count, 2, self.tiles * TILE**2), NAN, dtype=self.dtype),
+            torch.full((self.count, 2, self.tiles * TILE * self.padded_hidden), NAN, dtype=self.dtype),
         )
-        later = torch.full((self.count, max(1, self.depth - 1), self.tiles * TILE**2), NAN, dtype=self.dtype)
+        later = torch.full((self.count, max(1, self.depth - 1), states.shape[2]), NAN, dtype=self.dtype)
         for i in range(self.count):
             states[i, 0], states[i, 1] = self.to_tiles(self.normal[i, 0], 3), self.to_tiles(self.g[i], 0)
             for level in range(1, self.depth):
                 to = grads[self.first + i, level - 1] if self.aliased else later[i, level - 1]
                 tiles = self.to_tiles(self.normal[i, level], 3)
                 to[: len(tiles)] = tiles
-        along2 = torch.full((self.count, self.depth, TILE), NAN)
-        gain_sums = torch.full((self.patches, self.depth, TILE), NAN)
-        dn_sums = torch.full((min(self.count, self.multiprocessors), self.tiles, TILE**2), NAN)
+        along2 = torch.full((self.count, self.depth, self.padded_hidden), NAN)
+        gain_sums = torch.full((self.patches, self.depth, self.padded_hidden), NAN)
+        dn_sums = torch.full((min(self.count, self.multiprocessors), self.tiles, TILE * self.padded_hidden), NAN)
         tensors = (self.weights, self.gains, grads, states, later, inverse, rms, along2, dn_sums, gain_sums)
         numbers = (self.hidden, self.inner, self.p, self.depth, self.patches, self.first, self.count, self.both, self.residual,
                    self.aliased, self.dtype == FP16, self.multiprocessors)  # fmt: skip
@@ -179,35 +183,37 @@ def assert_right(blocks, found):
         assert (a - want).norm() <= allowed, name
 
 
+@pytest.mark.parametrize("hidden", [64, 128])
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
 @pytest.mark.parametrize("both", [True, False], ids=["both", "first"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_variants(library, dtype, both, residual):
-    blocks = Blocks(dtype=dtype, both=both, residual=residual, aliased=True)
+def test_variants(library, dtype, both, residual, hidden):
+    blocks = Blocks(dtype=dtype, both=both, residual=residual, aliased=True, hidden=hidden)
     assert_right(blocks, blocks.run(library)[0])
 
 
 # 1, 2, 4, 7 and 16 tiles, of which 8, 16 and 32 pixels along a side fill theirs.
+@pytest.mark.parametrize("hidden", [32, 72])
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("p", [5, 8, 11, 16, 20, 32])
-def test_tiles(library, p, depth):
-    blocks = Blocks(p=p, depth=depth, hidden=32)
+def test_tiles(library, p, depth, hidden):
+    blocks = Blocks(p=p, depth=depth, hidden=hidden)
     assert_right(blocks, blocks.run(library)[0])
 
 
 @pytest.mark.parametrize("both", [True, False], ids=["both", "first"])
 @pytest.mark.parametrize("ratio", [1, 2, 4, 5])
-@pytest.mark.parametrize("hidden", [8, 24, 40, 64])
+@pytest.mark.parametrize("hidden", [8, 24, 40, 64, 72, 96, 128])
 def test_sizes_of_the_weights(library, hidden, ratio, both):
-    blocks = Blocks(hidden=hidden, ratio=ratio, both=both, p=9, dtype=FP16 if hidden == 40 else BF16)
+    blocks = Blocks(hidden=hidden, ratio=ratio, both=both, p=9, dtype=FP16 if hidden in (40, 96) else BF16)
     assert_right(blocks, blocks.run(library)[0])
 
 
-@pytest.mark.parametrize("ratio", [2, 4])
+@pytest.mark.parametrize(("hidden", "ratio"), [(64, 2), (64, 4), (128, 1)])
 @pytest.mark.parametrize("both", [True, False], ids=["both", "first"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_zero_columns(library, dtype, both, ratio):
-    blocks = Blocks(dtype=dtype, both=both, ratio=ratio, p=8, zero_columns=True)
+def test_zero_columns(library, dtype, both, hidden, ratio):
+    blocks = Blocks(dtype=dtype, both=both, hidden=hidden, ratio=ratio, p=8, zero_columns=True)
     found = blocks.run(library)[0]
     assert_right(blocks, found)
     if dtype == BF16:
@@ -217,13 +223,12 @@ def test_zero_columns(library, dtype, both, ratio):
             assert (column - want).norm() <= 0.02 * want.norm(), name
 
 
-@pytest.mark.parametrize("ratio", [2, 4])
+@pytest.mark.parametrize(("hidden", "ratio"), [(64, 2), (64, 4), (128, 2)])
 @pytest.mark.parametrize("p", [8, 16])
-def test_a_round_repeats_bit_for_bit_on_any_number_of_blocks(library, p, ratio):
+def test_a_round_repeats_bit_for_bit_on_any_number_of_blocks(library, p, hidden, ratio):
+    sizes = {"p": p, "hidden": hidden, "ratio": ratio, "patches": 7, "first": 1, "count": 5}
     runs = [
-        Blocks(p=p, ratio=ratio, patches=7, first=1, count=5, aliased=aliased, multiprocessors=multiprocessors).run(
-            library
-        )
+        Blocks(**sizes, aliased=aliased, multiprocessors=multiprocessors).run(library)
         for aliased, multiprocessors in ((False, 1), (False, 1), (True, 2), (False, 5))
     ]
     for found, written in runs[1:]:
@@ -231,9 +236,10 @@ def test_a_round_repeats_bit_for_bit_on_any_number_of_blocks(library, p, ratio):
         assert all(torch.equal(a, b) for a, b in zip(written, runs[0][1]))
 
 
+@pytest.mark.parametrize("hidden", [64, 128])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(library, fault):
-    blocks = Blocks()
+def test_a_planted_fault_is_found(library, fault, hidden):
+    blocks = Blocks(hidden=hidden)
     library.plant_fault(fault.encode())
     try:
         with pytest.raises(AssertionError):

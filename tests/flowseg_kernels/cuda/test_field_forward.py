@@ -14,7 +14,7 @@ from torch.nn import functional
 from flowseg_kernels.ops.neural_field import reference
 
 from ...host_cuda import kernels as host_kernels
-from .test_field_backward import BF16, FP16, NAN, SLICE, TILE, places
+from .test_field_backward import BF16, FP16, NAN, TILE, places
 
 POINTERS = ("x", "weights", "embed", "gains", "out_gain", "out_weight", "out_bias", "out", "states", "later_states",
             "grad_weights", "table", "inverse_lengths", "inverse_rms")  # fmt: skip
@@ -74,7 +74,10 @@ class Field:
         self.inner, self.pixels, self.per_image = self.ratio * self.hidden, self.p**2, self.down * self.across
         self.patches = self.batch * self.per_image
         self.count = self.patches - self.first
-        self.tiles, self.slices = -(-self.pixels // TILE), -(-self.inner // SLICE)
+        self.tiles, self.halves = -(-self.pixels // TILE), -(-self.hidden // TILE)
+        slice_units = 128 // self.halves
+        self.slices = -(-self.inner // slice_units)
+        self.padded_inner, self.padded_hidden = self.slices * slice_units, self.halves * TILE
         size = (self.batch, self.channels, self.down * self.p, self.across * self.p)
         self.x = torch.randn(size).to(self.dtype)
         if self.strided:
@@ -106,20 +109,18 @@ class Field:
 
     def run(self, library, keep=False):
         """Run the kernel. Return all memory that it may write."""
-        table = torch.full((self.tiles * TILE, TILE), NAN)
+        table = torch.full((self.tiles * TILE, self.padded_hidden), NAN)
         embedded = self.waves(torch.float64) @ self.embed[:, self.channels :].double().T + self.bias.double()
         table[: self.pixels, : self.hidden] = embedded.float()
-        padded = self.slices * SLICE
-        inverse = torch.full((self.count, self.depth, padded + TILE), NAN)
+        padded, state = self.padded_inner, self.tiles * TILE * self.padded_hidden
+        inverse = torch.full((self.count, self.depth, padded + self.padded_hidden), NAN)
         if self.both and self.slices > 1:  # the kernel `lengths` does this
             inverse[..., padded:] = 1e12
             inverse[..., padded : padded + self.hidden] = self.inverse_lengths()[1][self.first :]
         written = {
             "out": torch.full(self.x.shape, NAN, dtype=self.dtype),
-            "states": torch.full((self.count, 2, self.tiles * TILE**2), NAN, dtype=self.dtype),
-            "later_states": torch.full(
-                (self.count, max(1, self.depth - 1), self.tiles * TILE**2), NAN, dtype=self.dtype
-            ),
+            "states": torch.full((self.count, 2, state), NAN, dtype=self.dtype),
+            "later_states": torch.full((self.count, max(1, self.depth - 1), state), NAN, dtype=self.dtype),
             "grad_weights": torch.full_like(self.weights, NAN),
             "inverse_lengths": inverse,
             "inverse_rms": torch.full((self.count, self.depth + 1, self.tiles * TILE), NAN),
@@ -134,13 +135,14 @@ class Field:
         return written
 
     def state(self, written, level):
-        """The stored state before block `level`, or after the last one: (patches, rows of whole tiles, TILE)."""
+        """The stored state before block `level`, or after the last one: (patches, rows of whole tiles, whole halves)."""
         later = written["grad_weights"][self.first :].flatten(2) if self.aliased else written["later_states"]
         stored = written["states"][:, int(level > 0)] if level in (0, self.depth) else later[:, level - 1]
         if level == self.depth:
             stored = written["states"][:, 1]
-        tiles = stored[:, : self.tiles * TILE**2].reshape(self.count, self.tiles, -1)
-        return tiles[..., places()].reshape(self.count, self.tiles * TILE, TILE).double()
+        tiles = stored[:, : self.tiles * TILE * self.padded_hidden].reshape(self.count, self.tiles, self.halves, -1)
+        rows = tiles[..., places()].reshape(self.count, self.tiles, self.halves, TILE, TILE).transpose(2, 3)
+        return rows.reshape(self.count, self.tiles * TILE, self.padded_hidden).double()
 
     def expected(self, dtype):
         """In a dtype, by PixNerd's form in plain PyTorch: the output, the normalised states of all levels, and their 1 / rms."""
@@ -195,7 +197,7 @@ def check(field, library):
                 field.dtype
             ).eps
     first, second = (v[field.first :] for v in field.inverse_lengths())
-    lengths, padded = written["inverse_lengths"].double(), field.slices * SLICE
+    lengths, padded = written["inverse_lengths"].double(), field.padded_inner
     second = second if field.both else torch.ones_like(second)
     for found, want in ((lengths[..., : field.inner], first), (lengths[..., padded : padded + field.hidden], second)):
         assert torch.allclose(found, want, rtol=torch.finfo(field.dtype).eps)
@@ -204,66 +206,75 @@ def check(field, library):
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
 @pytest.mark.parametrize("both", [True, False], ids=["both", "first"])
 @pytest.mark.parametrize("ratio", [1, 2, 4])
+@pytest.mark.parametrize("hidden", [64, 128])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_variants(library, dtype, ratio, both, residual):
-    check(Field(dtype=dtype, ratio=ratio, both=both, residual=residual, depth=3, p=8), library)
+def test_variants(library, dtype, hidden, ratio, both, residual):
+    check(Field(dtype=dtype, hidden=hidden, ratio=ratio, both=both, residual=residual, depth=3, p=8), library)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("hidden", [64, 96])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_depths(library, dtype, depth):
-    check(Field(dtype=dtype, depth=depth, down=2), library)
+def test_depths(library, dtype, hidden, depth):
+    check(Field(dtype=dtype, hidden=hidden, depth=depth, down=2), library)
 
 
-# 1, 2, 3, 4, 7 and 16 tiles: 1, 1, 1, 1, 2 and 4 sets.
+# 1, 2, 3, 4, 7 and 16 tiles: 1, 1, 1, 1, 2 and 4 sets, with two halves 1, 1, 2, 2, 4 and 8.
+@pytest.mark.parametrize("hidden", [32, 72])
 @pytest.mark.parametrize("p", [1, 5, 8, 11, 12, 16, 20, 32])
-def test_tiles(library, p):
-    check(Field(p=p, hidden=32, batch=2, across=1, multiprocessors=3), library)
+def test_tiles(library, p, hidden):
+    check(Field(p=p, hidden=hidden, batch=2, across=1, multiprocessors=3), library)
 
 
+# With two halves: 2, 4, 6 and 9 slices of 72, 2, 5, 8 and 12 of 96, 2, 6, 10 and 16 of 128.
 @pytest.mark.parametrize("ratio", [1, 3, 5, 8])
-@pytest.mark.parametrize("hidden", [8, 24, 40, 64])
+@pytest.mark.parametrize("hidden", [8, 24, 40, 64, 72, 96, 128])
 def test_sizes_of_the_weights(library, hidden, ratio):
-    check(Field(hidden=hidden, ratio=ratio, p=9, dtype=FP16 if hidden == 40 else BF16), library)
+    check(Field(hidden=hidden, ratio=ratio, p=9, dtype=FP16 if hidden in (40, 96) else BF16), library)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7, 8, 9, 16])
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
-def test_channels_in_any_layout(library, channels, strided):
-    check(Field(channels=channels, strided=strided, p=7, batch=2, down=2, across=2), library)
+@pytest.mark.parametrize("hidden", [64, 72])
+def test_channels_in_any_layout(library, hidden, channels, strided):
+    check(Field(hidden=hidden, channels=channels, strided=strided, p=7, batch=2, down=2, across=2), library)
 
 
-@pytest.mark.parametrize("ratio", [2, 4])
+@pytest.mark.parametrize(("hidden", "ratio"), [(64, 2), (64, 4), (128, 1)])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_zero_columns(library, dtype, ratio):
-    check(Field(dtype=dtype, ratio=ratio, p=8, zero_columns=True), library)
+def test_zero_columns(library, dtype, hidden, ratio):
+    check(Field(dtype=dtype, hidden=hidden, ratio=ratio, p=8, zero_columns=True), library)
 
 
+@pytest.mark.parametrize("hidden", [64, 128])
 @pytest.mark.parametrize("scale", [1e-9, 1e9], ids=str)
-def test_an_embedding_outside_the_range_of_fp16(library, scale):
-    check(Field(scale=scale, p=9, eps=1e-30), library)
+def test_an_embedding_outside_the_range_of_fp16(library, scale, hidden):
+    check(Field(scale=scale, hidden=hidden, p=9, eps=1e-30), library)
 
 
-def test_rows_beyond_the_patch_without_eps(library):
-    check(Field(p=5, eps=0.0), library)
+@pytest.mark.parametrize("hidden", [64, 128])
+def test_rows_beyond_the_patch_without_eps(library, hidden):
+    check(Field(hidden=hidden, p=5, eps=0.0), library)
 
 
+@pytest.mark.parametrize("hidden", [64, 128])
 @pytest.mark.parametrize("p", [8, 20])
-def test_a_round_repeats_bit_for_bit_on_any_number_of_blocks(library, p):
+def test_a_round_repeats_bit_for_bit_on_any_number_of_blocks(library, p, hidden):
     runs = [
-        Field(p=p, across=7, first=2, multiprocessors=multiprocessors).run(library, keep=True)
+        Field(p=p, hidden=hidden, across=7, first=2, multiprocessors=multiprocessors).run(library, keep=True)
         for multiprocessors in (1, 1, 2, 5)
     ]
     for written in runs[1:]:
         assert all(torch.equal(v.view(torch.uint8), runs[0][name].view(torch.uint8)) for name, v in written.items())
-    check(Field(p=p, across=7, first=2, depth=3, aliased=p == 8), library)
+    check(Field(p=p, hidden=hidden, across=7, first=2, depth=3, aliased=p == 8), library)
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["output", "states"])
 @pytest.mark.parametrize("fault", ["swizzle", "proxy_fence", "early_load", "transposed", "wait_group"])
-def test_a_planted_fault_is_found(library, fault, keep):
-    # More steps than stages on each block, and an odd number per item: an item then ends with a step by itself.
-    field = Field(depth=3, across=8, multiprocessors=1)
+@pytest.mark.parametrize("hidden", [64, 96])
+def test_a_planted_fault_is_found(library, hidden, fault, keep):
+    # More steps than stages on each block, and an odd number per item or level: it then ends with a step by itself.
+    field = Field(hidden=hidden, depth=3, across=8, multiprocessors=1)
     good = field.run(library, keep)
     library.plant_fault(fault.encode())
     try:

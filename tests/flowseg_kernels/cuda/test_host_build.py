@@ -40,7 +40,9 @@ REPORTS = {
     "late load": "right",
     "load of a store": "right",
     "edges": "right",
-    "sixteen columns": "right",
+    "16 columns": "right",
+    "32 columns": "right",
+    "32 columns, both in tiles": "right",
     "squares": "right",
     "pairs": "right",
 }
@@ -60,6 +62,7 @@ CUTE = {
     "A": (((4, 8, 4), (2, 2, 2)), ((128, 1, 16), (64, 8, 512)), False),
     "D": (((4, 8, 4), (2, 2, 8)), ((128, 1, 16), (64, 8, 512)), False),
     "D16": (((4, 8, 4), (2, 2, 2)), ((128, 1, 16), (64, 8, 512)), False),
+    "D32": (((4, 8, 4), (2, 2, 4)), ((128, 1, 16), (64, 8, 512)), False),
     "K": (((8, 8), (64, 1)), ((64, 512), (1, 0)), True),
     "MN": (((64, 1), (8, 8)), ((1, 0), (64, 512)), True),
 }

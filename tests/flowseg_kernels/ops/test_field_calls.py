@@ -17,13 +17,14 @@ CALLS = {
     "bf16": ({}, True),
     "fp16": ({"dtype": torch.float16}, True),
     "Hx = 64": ({"hidden": 64, "ratio": 1}, True),
+    "Hx = 128": ({"hidden": 128, "ratio": 1}, True),
     "C = 16": ({"channels": 16}, True),
     "no blocks": ({"depth": 0}, True),
     "plain form": ({"form": "plain"}, True),
     "fp32": ({"dtype": torch.float32}, False),
     "fp64": ({"dtype": torch.float64}, False),
     "Hx = 12": ({"hidden": 12}, False),
-    "Hx = 72": ({"hidden": 72, "ratio": 1}, False),
+    "Hx = 136": ({"hidden": 136, "ratio": 1}, False),
     "no patches": ({"batch": 0}, False),
 }
 

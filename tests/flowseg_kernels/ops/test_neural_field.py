@@ -85,6 +85,8 @@ SIZES = {  # channels, hidden, depth, ratio, p, freqs
     "deep": (1, 32, 8, 4, 8, 2),
     # 81 pixels and 200 inner units: neither fills the tiles and slices of the CUDA kernels.
     "sliced": (5, 40, 2, 5, 9, 3),
+    # The same for the kernels for more than 64 hidden units: 72 of 128 hidden units and 144 of 192 inner units.
+    "wide and sliced": (3, 72, 2, 2, 9, 3),
 }
 
 
