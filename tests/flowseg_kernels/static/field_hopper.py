@@ -53,15 +53,18 @@ def cubin() -> tuple[pathlib.Path, str]:
 
 
 def short_name(mangled: str) -> str:
-    """Kernel, operand type and options of a mangled name: "forward_blocks bf16 tanh keep", "leave fp16 4"."""
+    """Kernel, operand type and options of a mangled name: "forward_blocks bf16 tanh keep", "leave fp16 4", "lengths bf16 wide".
+
+    "wide" kernels have two halves of 64 hidden units.
+    """
     kernel = re.search(r"\d(forward_blocks|backward_blocks|table|lengths|leave|project|enter|finish|fold)(?=[IE])", mangled)
     assert kernel, mangled
-    options = re.search(r"INS\d*_\d+(BFloat|Half)(?:Pair)?E(?:Lb(\d)E)?(?:Lb(\d)E)?(?:Li(\d+)E)?", mangled)
-    words = [kernel[1]]
-    if options:
-        words.append({"BFloat": "bf16", "Half": "fp16"}[options[1]])
-        words += [name for name, on in (("tanh", options[2]), ("keep", options[3])) if on == "1"]
-        words += [options[4]] if options[4] else []
+    options = re.search(r"INS\d*_\d+(BFloat|Half)(?:Pair)?E((?:L[bi]\d+E)*)", mangled)
+    if not options:
+        return kernel[1]
+    flags = [name for name, on in zip(("tanh", "keep"), re.findall(r"Lb(\d)E", options[2])) if on == "1"]
+    *channels, halves = re.findall(r"Li(\d+)E", options[2])
+    words = [kernel[1], {"BFloat": "bf16", "Half": "fp16"}[options[1]], *flags, *channels, *["wide"] * (halves == "2")]
     return " ".join(words)
 
 
@@ -107,7 +110,7 @@ _LOADS = (
 #: The roles of each big kernel, in the order in which a loop is looked for. The forward takes two steps per iteration.
 ROLES = {
     "forward_blocks": (
-        Role("consumers", 8, 224, _has("HGMMA", 64), lambda depth: (1, depth / 2)),
+        Role("consumers", 8, 224, _has("HGMMA", 32), lambda depth: (1, depth / 2)),
         Role("normaliser", 4, 40, _has("LDSM", 16), lambda depth: (1, depth, 1)),
         *_LOADS,
     ),
@@ -121,6 +124,20 @@ ROLES = {
 }
 
 
+#: The registers of the wide kernels.
+_WIDE_REGISTERS = {
+    "forward_blocks": {"consumers": 216, "normaliser": 48, "weights": 32, "gains": 32, "pixels": 32},
+    "backward_blocks": {"inner groups": 184, "state group": 112},
+}
+
+
+def roles_of(kernel: str) -> tuple[Role, ...]:
+    name, *options = kernel.split()
+    if "wide" not in options:
+        return ROLES[name]
+    return tuple(role._replace(granted=_WIDE_REGISTERS[name].get(role.name, role.granted)) for role in ROLES[name])
+
+
 def role_loops(kernel: str) -> dict[str, list[sass.Loop]]:
     """The loops of each role of a big kernel: the outermost one, then those inside it, in the order of the code.
 
@@ -128,11 +145,12 @@ def role_loops(kernel: str) -> dict[str, list[sass.Loop]]:
     """
     body = code()[kernel]
     every = sorted(sass.loops(body), key=lambda loop: (loop.first, -loop.last))
-    waits = next(loop.first for loop in every if len(loop) == 2)
+    waits = 1 + max(loop.first for loop in every if len(loop) > _SHORT_LOOP)
+    waits = min(loop.first for loop in every if loop.first >= waits and len(loop) == 2)
     real = [loop for loop in every if len(loop) > _SHORT_LOOP and loop.last < waits]
     outermost = [a for a in real if not any(b is not a and b.first <= a.first and a.last <= b.last for b in real)]
     found: dict[str, list[sass.Loop]] = {}
-    for role in ROLES[kernel.split()[0]]:
+    for role in roles_of(kernel):
         candidates = [loop for loop in outermost if role.is_of(loop.opcodes()) and loop.opcodes()["SYNCS"]]
         assert candidates, (kernel, role.name)
         outermost.remove(candidates[-1])
@@ -151,7 +169,7 @@ def registers_of_roles(kernel: str) -> dict[str, int]:
 def issued(kernel: str, depth: int) -> float:
     """Warp instructions per patch of a big kernel. Code inside a branch counts as if the branch were always taken."""
     found, total = role_loops(kernel), 0.0
-    for role in ROLES[kernel.split()[0]]:
+    for role in roles_of(kernel):
         loops, trips = found[role.name], role.trips(depth)
         assert len(loops) == len(trips), (kernel, role.name, [len(loop) for loop in loops])
         for instruction in loops[0].body:
@@ -234,7 +252,7 @@ def table(budget: dict) -> str:
     """Return the figures of the notes, in Markdown."""
     lines = ["| kernel, bf16, tanh | HGMMA | MUFU | loops of each role, in instructions |", "|---|---|---|---|"]
     for name, roles in budget["loops"].items():
-        if "tanh" not in name:
+        if "tanh" not in name or "wide" in name:
             continue
         shown = "; ".join(f"{role} {', '.join(map(str, loops))}" for role, loops in roles.items())
         lines.append(f"| `{name}` | {budget['products'][name]} | {budget['special'][name]} | {shown} |")
