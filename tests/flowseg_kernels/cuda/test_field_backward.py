@@ -6,18 +6,15 @@ NaN, and a round may be some of the patches.
 
 import ctypes
 import dataclasses
-import functools
 
 import pytest
 import torch
 from torch.nn import functional
 
 from ...host_cuda import kernels as host_kernels
+from ...support.field_tiles import BF16, FP16, NAN, TILE, PaddedSizes, assert_near
 
-BF16, FP16 = torch.bfloat16, torch.float16
-TILE, SLICE = 64, 128
 FAULTS = ("swizzle", "proxy_fence", "early_load", "transposed", "wait_group")
-NAN = float("nan")
 
 
 class BackwardCall(ctypes.Structure):
@@ -39,15 +36,8 @@ def library(kernels):
     return found
 
 
-@functools.cache
-def places():
-    """The place in a tile of its elements, row by row."""
-    row, column = torch.arange(TILE)[:, None], torch.arange(TILE)
-    return (row * TILE + ((column // 8) ^ (row % 8)) * 8 + column % 8).flatten()
-
-
 @dataclasses.dataclass
-class Blocks:
+class Blocks(PaddedSizes):
     """Random inputs of the backward of blocks, and its results."""
 
     hidden: int = 64
@@ -66,11 +56,7 @@ class Blocks:
 
     def __post_init__(self):
         torch.manual_seed(0)
-        self.inner, self.pixels = self.ratio * self.hidden, self.p**2
-        self.tiles, self.halves = -(-self.pixels // TILE), -(-self.hidden // TILE)
-        slice_units = SLICE // self.halves
-        self.slices = -(-self.inner // slice_units)
-        self.padded_inner, self.padded_hidden = self.slices * slice_units, self.halves * TILE
+        self.pad()
         size = 2 * self.inner * self.hidden
         self.weights = (
             torch.randn(self.patches, self.depth, size) * (0.3 + torch.rand(self.patches, self.depth, 1))
@@ -91,19 +77,6 @@ class Blocks:
 
     def of_round(self, v):
         return v[self.first : self.first + self.count]
-
-    def to_tiles(self, state, beyond):
-        """A state in tiles. Rows beyond the patch hold `beyond`, columns beyond the hidden units zero."""
-        padded = torch.zeros(self.tiles * TILE, self.padded_hidden, dtype=self.dtype)
-        padded[:, : self.hidden] = beyond
-        padded[: self.pixels, : self.hidden] = state
-        found = torch.empty(self.tiles, self.halves, TILE**2, dtype=self.dtype)
-        found[..., places()] = padded.view(self.tiles, TILE, self.halves, TILE).transpose(1, 2).flatten(2)
-        return found.flatten()
-
-    def from_tiles(self, flat):
-        tiles = flat.view(self.tiles, self.halves, -1)[..., places()].view(self.tiles, self.halves, TILE, TILE)
-        return tiles.transpose(1, 2).reshape(self.tiles * TILE, self.padded_hidden)
 
     def run(self, library):
         """Run the kernel. Return the gradients of W1, W2, the state and the gains, and all memory that it has written."""
@@ -138,7 +111,7 @@ class Blocks:
         if self.both and self.slices > 1:  # the kernel `project` does this
             factor = inverse[..., padded : padded + self.hidden] ** 3 * along2[..., : self.hidden]
             d2 = (d2 - w2 * factor[:, :, None]).to(self.dtype).double()
-        state = torch.stack([self.from_tiles(states[i, 1]) for i in range(self.count)])
+        state = self.from_tiles(states[:, 1])
         assert not state[:, self.pixels :].any() and not state[..., self.hidden :].any()
         others = torch.ones(self.patches, dtype=torch.bool)
         self.of_round(others)[:] = False
@@ -177,10 +150,7 @@ def assert_right(blocks, found):
         if blocks.zero_columns and name in ("dW1", "dW2"):
             # The gradient of a zero column is 1e12 times too large to compare it with the others, or leaves fp16's range.
             exists[..., 3] = False
-        a, b, want = found[name][exists], plain[name][exists], want[exists]
-        # In fp16 plain PyTorch has NaN next to a zero column.
-        allowed = 2 * (b - want).norm() if b.isfinite().all() else torch.finfo(blocks.dtype).eps * want.norm()
-        assert (a - want).norm() <= allowed, name
+        assert_near(found[name][exists], plain[name][exists], want[exists], blocks.dtype, name)
 
 
 @pytest.mark.parametrize("hidden", [64, 128])

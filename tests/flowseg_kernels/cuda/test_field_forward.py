@@ -14,7 +14,7 @@ from torch.nn import functional
 from flowseg_kernels.ops.neural_field import reference
 
 from ...host_cuda import kernels as host_kernels
-from .test_field_backward import BF16, FP16, NAN, TILE, places
+from ...support.field_tiles import BF16, FP16, NAN, TILE, PaddedSizes, assert_near
 
 POINTERS = ("x", "weights", "embed", "gains", "out_gain", "out_weight", "out_bias", "out", "states", "later_states",
             "grad_weights", "table", "inverse_lengths", "inverse_rms")  # fmt: skip
@@ -46,7 +46,7 @@ def library(kernels):
 
 
 @dataclasses.dataclass
-class Field:
+class Field(PaddedSizes):
     """Random inputs of the forward, and its results."""
 
     hidden: int = 64
@@ -71,13 +71,10 @@ class Field:
 
     def __post_init__(self):
         torch.manual_seed(0)
-        self.inner, self.pixels, self.per_image = self.ratio * self.hidden, self.p**2, self.down * self.across
+        self.pad()
+        self.per_image = self.down * self.across
         self.patches = self.batch * self.per_image
         self.count = self.patches - self.first
-        self.tiles, self.halves = -(-self.pixels // TILE), -(-self.hidden // TILE)
-        slice_units = 128 // self.halves
-        self.slices = -(-self.inner // slice_units)
-        self.padded_inner, self.padded_hidden = self.slices * slice_units, self.halves * TILE
         size = (self.batch, self.channels, self.down * self.p, self.across * self.p)
         self.x = torch.randn(size).to(self.dtype)
         if self.strided:
@@ -140,12 +137,10 @@ class Field:
         stored = written["states"][:, int(level > 0)] if level in (0, self.depth) else later[:, level - 1]
         if level == self.depth:
             stored = written["states"][:, 1]
-        tiles = stored[:, : self.tiles * TILE * self.padded_hidden].reshape(self.count, self.tiles, self.halves, -1)
-        rows = tiles[..., places()].reshape(self.count, self.tiles, self.halves, TILE, TILE).transpose(2, 3)
-        return rows.reshape(self.count, self.tiles * TILE, self.padded_hidden).double()
+        return self.from_tiles(stored[:, : self.tiles * TILE * self.padded_hidden]).double()
 
     def expected(self, dtype):
-        """In a dtype, by PixNerd's form in plain PyTorch: the output, the normalised states of all levels, and their 1 / rms."""
+        """The output, the normalised states of all levels, and their 1 / rms, by PixNerd's form in plain PyTorch in a dtype."""
 
         def normal(h):
             wide = h.to(torch.promote_types(h.dtype, torch.float32))
@@ -172,12 +167,6 @@ class Field:
         scales.append(scale)
         out = (n * out_gain if self.residual else n) @ out_weight.T + out_bias
         return reference.from_patches(out, tuple(self.x.shape), self.p).double(), states, scales
-
-
-def assert_near(found, plain, exact, dtype):
-    """The error is at most twice plain PyTorch's, which is not finite in fp16 next to a zero column."""
-    allowed = 2 * (plain - exact).norm() if plain.isfinite().all() else torch.finfo(dtype).eps * exact.norm()
-    assert (found - exact).norm() <= allowed
 
 
 def check(field, library):
@@ -226,7 +215,7 @@ def test_tiles(library, p, hidden):
     check(Field(p=p, hidden=hidden, batch=2, across=1, multiprocessors=3), library)
 
 
-# With two halves: 2, 4, 6 and 9 slices of 72, 2, 5, 8 and 12 of 96, 2, 6, 10 and 16 of 128.
+# Slices with two halves: 2, 4, 6 and 9 slices of 72, 2, 5, 8 and 12 of 96, 2, 6, 10 and 16 of 128.
 @pytest.mark.parametrize("ratio", [1, 3, 5, 8])
 @pytest.mark.parametrize("hidden", [8, 24, 40, 64, 72, 96, 128])
 def test_sizes_of_the_weights(library, hidden, ratio):
