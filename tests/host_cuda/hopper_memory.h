@@ -28,7 +28,7 @@ template <class... Parts>
 std::string text(const Parts&... parts) {
   return (text_of(parts) + ...);
 }
-// For messages: bytes after the first multiple of 1024 of the dynamic shared memory.
+// Bytes after the first multiple of 1024 of the dynamic shared memory: how messages name an address.
 inline int64_t place(uint32_t address) { return static_cast<int64_t>(address) - (kSharedBase + 1023) / 1024 * 1024; }
 
 // The state of one Barrier.

@@ -1,8 +1,8 @@
 // A small kernel with everything that the kernels of the neural field use: loads into stages, scaling in place, products, stores.
 // It tests the host build itself, which must also find the faults that are planted in it.
 //
-// For each item i with the matrices X (64, 64) and W: P = X V, Q = X V^T and R = X^T V, where V is W with column n times
-// 1 + n % 3. The first result tile is P + Q, the second one R.
+// An item has the matrices X (64, 64) and W. V is W with column n times 1 + n % 3. The item's first result tile is X V + X V^T, its
+// second one X^T V.
 #pragma once
 
 #include "cuda/block.cuh"

@@ -4,8 +4,8 @@
 // A step is 64 inner units, which both inner groups share. In a visit:
 // - Each group computes y, u, du and dy for 32 of the tile's pixels, and writes u and dy to shared memory.
 // - When both have done so, each group adds to G and D for its half of the hidden units, from all pixels.
-// In between, a group starts y and du of the step's next visit. They run while it waits for the other group, and the products for
-// G and D run during the next visit's tanh.
+// Between the two, a group starts y and du of the step's next visit. They run while it waits for the other group, and the products
+// for G and D run during the next visit's tanh.
 //
 // Here the sums of dn over slices go through global memory, since there are always several slices.
 //

@@ -262,8 +262,8 @@ __device__ __forceinline__ float last_gain(const FieldParams& f, int h) {
   return f.residual ? widen(static_cast<const T*>(f.out_gain)[h]) : 1.0f;
 }
 
-// From a part's sum over pixels of grad^T n: the group's sums for out_weight, out_gain and out_bias. The gradient of out_gain needs
-// no sum over pixels of its own: it is the column sum of (grad^T n) * out_weight.
+// Stores the group's sums for out_weight, out_gain and out_bias. `by_out` is the part's sum over pixels of grad^T n. The gradient
+// of out_gain needs no sum over pixels: it is the column sum of (grad^T n) * out_weight.
 template <class T, int C, int kHalves>
 __device__ __forceinline__ void store_leave_sums(const FieldParams& f, const PartPlace<kHalves>& place,
                                                  const float (&by_out)[C][kChunk], const float (&by_bias)[C]) {

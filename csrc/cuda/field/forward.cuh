@@ -630,7 +630,7 @@ struct Consumer {
 
   __device__ __forceinline__ Consumer(Shared<kHalves>& s, const FieldParams& f, const Work<kHalves>& work, int tile)
       : s(s), f(f), work(work), tile(tile) {}
-  // With one half: whether its second tile exists.
+  // Whether the second tile exists. Only with one half.
   __device__ __forceinline__ bool has_both() const { return tile + 1 < work.tiles; }
   // The A operand of the level's first products, with one half.
   __device__ __forceinline__ TwoRows enter(uint32_t (&e)[16], const float (&h)[32]) {

@@ -62,7 +62,7 @@ __device__ __forceinline__ void store_columns(uint32_t at, const uint32_t (&v)[1
   for (int k = 0; k < 4; ++k) store_matrices_transposed(at + k * kRowStep, v + 4 * k);
 }
 
-// A buffer of a ring of kBuffers, and the parity of its barriers' phase. Who fills it waits for parity ^ 1 of `empty`.
+// A buffer of a ring of kBuffers, and the parity of its barriers' phase. The thread that fills it waits for parity ^ 1 of `empty`.
 template <int kBuffers>
 struct Turn {
   int index = 0, parity = 0;

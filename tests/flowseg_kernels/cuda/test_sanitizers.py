@@ -1,6 +1,6 @@
 """The CUDA kernels on the host under ThreadSanitizer and AddressSanitizer, which must also find the faults planted for them.
 
-Of the loss and the decode only the kernels for three channels, fp32 arithmetic and neg_log: the others are instances of the same
+The loss and the decode run for three channels, fp32 arithmetic and neg_log only: the other kernels are instances of the same
 templates, and the tests of the ops run them without a sanitizer (`pytest -p tests.host_cuda.plugin tests/flowseg_kernels/ops`).
 test_host_build.py plants faults in the neural field that need no sanitizer.
 """

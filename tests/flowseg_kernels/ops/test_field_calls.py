@@ -1,4 +1,4 @@
-"""Which calls the field's CUDA kernels take, the arguments that they get, and where all other calls go. Needs no GPU."""
+"""Tests which calls the field's CUDA kernels take, with which arguments, and where all other calls go. Needs no GPU."""
 
 import dataclasses
 
