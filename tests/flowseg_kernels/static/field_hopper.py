@@ -57,7 +57,9 @@ def short_name(mangled: str) -> str:
 
     "wide" kernels have two halves of 64 hidden units.
     """
-    kernel = re.search(r"\d(forward_blocks|backward_blocks|table|lengths|leave|project|enter|finish|fold)(?=[IE])", mangled)
+    kernel = re.search(
+        r"\d(forward_blocks|backward_blocks|table|lengths|leave|project|enter|finish|fold)(?=[IE])", mangled
+    )
     assert kernel, mangled
     options = re.search(r"INS\d*_\d+(BFloat|Half)(?:Pair)?E((?:L[bi]\d+E)*)", mangled)
     if not options:
@@ -72,7 +74,9 @@ def short_name(mangled: str) -> str:
 def resources() -> dict[str, dict[str, int]]:
     """Registers and bytes of spilled registers, by short name."""
     found = sass.resources(cubin()[0])
-    return {short_name(m): {"registers": u["REG"], "spilled": u["STACK"] + u["LOCAL"]} for m, u in sorted(found.items())}
+    return {
+        short_name(m): {"registers": u["REG"], "spilled": u["STACK"] + u["LOCAL"]} for m, u in sorted(found.items())
+    }
 
 
 @functools.cache
@@ -154,7 +158,9 @@ def role_loops(kernel: str) -> dict[str, list[sass.Loop]]:
         candidates = [loop for loop in outermost if role.is_of(loop.opcodes()) and loop.opcodes()["SYNCS"]]
         assert candidates, (kernel, role.name)
         outermost.remove(candidates[-1])
-        found[role.name] = [loop for loop in real if candidates[-1].first <= loop.first and loop.last <= candidates[-1].last]
+        found[role.name] = [
+            loop for loop in real if candidates[-1].first <= loop.first and loop.last <= candidates[-1].last
+        ]
     return found
 
 
@@ -208,7 +214,11 @@ def costs(name: str, depth: int) -> Cost:
         "blocks": 2 * depth * _MATRIX + (depth + 2) * _STATE + lengths + rms,
         "enter": _STATE + 2 * _PIXELS + _GROUP_SUMS / 2,
     }[name]
-    kernel = {"forward": "forward_blocks bf16 tanh", "states": "forward_blocks bf16 tanh keep", "blocks": "backward_blocks bf16 tanh"}
+    kernel = {
+        "forward": "forward_blocks bf16 tanh",
+        "states": "forward_blocks bf16 tanh keep",
+        "blocks": "backward_blocks bf16 tanh",
+    }
     if name not in kernel:
         return Cost(0, 0, 0, traffic / BYTES)
     multiplied = 5 if name == "blocks" else 2
@@ -224,7 +234,12 @@ def predicted(depth: int) -> tuple[float, float]:
 
 def predicted_of_triton(depth: int) -> tuple[float, float]:
     """The same for Triton's kernels, whose costs field_roof counts for another GPU."""
-    scale = (field_roof.ISSUED / ISSUED, field_roof.PRODUCTS / PRODUCTS, field_roof.ISSUED / ISSUED, field_roof.BYTES / BYTES)
+    scale = (
+        field_roof.ISSUED / ISSUED,
+        field_roof.PRODUCTS / PRODUCTS,
+        field_roof.ISSUED / ISSUED,
+        field_roof.BYTES / BYTES,
+    )
     longest = {n: max(c * by for c, by in zip(field_roof.costs(n, depth, 4096), scale)) for n in field_roof.KERNELS}
     return longest.pop("forward"), sum(longest.values())
 
@@ -242,7 +257,9 @@ def counted() -> dict:
             name: {role: [len(loop) for loop in loops] for role, loops in role_loops(name).items()}
             for name in sorted(big)
         },
-        "costs": {net: {n: [round(v) for v in costs(n, depth)] for n in KERNELS} for net, depth in field_roof.DEPTHS.items()},
+        "costs": {
+            net: {n: [round(v) for v in costs(n, depth)] for n in KERNELS} for net, depth in field_roof.DEPTHS.items()
+        },
         "predicted": {net: [round(v) for v in predicted(depth)] for net, depth in field_roof.DEPTHS.items()},
         "triton": {net: [round(v) for v in predicted_of_triton(depth)] for net, depth in field_roof.DEPTHS.items()},
     }

@@ -72,14 +72,20 @@ def test_loops_of_each_role(kernel):
     assert found.keys() == expected.keys()
     for role, lengths in found.items():
         slack = 1 if same_compiler() else LONGER
-        assert all(a <= b * slack for a, b in zip(lengths, expected[role], strict=True)), (role, lengths, expected[role])
+        assert all(a <= b * slack for a, b in zip(lengths, expected[role], strict=True)), (
+            role,
+            lengths,
+            expected[role],
+        )
 
 
 @pytest.mark.parametrize("kernel", BUDGET["loops"])
 def test_no_role_uses_more_registers_than_it_is_granted(kernel):
     """A thread that touches a register beyond setmaxnreg's number reads or writes another thread's."""
     granted = {role.name: role.granted for role in field_hopper.roles_of(kernel)}
-    asked = {int(n, 16) for i in field_hopper.code()[kernel] for n in re.findall(r"USETMAXREG.* 0x([0-9a-f]+)$", i.text)}
+    asked = {
+        int(n, 16) for i in field_hopper.code()[kernel] for n in re.findall(r"USETMAXREG.* 0x([0-9a-f]+)$", i.text)
+    }
     assert asked == set(granted.values())
     for role, used in field_hopper.registers_of_roles(kernel).items():
         assert used <= granted[role], (role, used)
