@@ -16,7 +16,7 @@ from ...host_cuda import kernels as host_kernels
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TILE, SLICE = 64, 128
-FAULTS = ("proxy_fence", "early_load", "transposed", "wait_group")
+FAULTS = ("swizzle", "proxy_fence", "early_load", "transposed", "wait_group")
 NAN = float("nan")
 
 
