@@ -1,4 +1,7 @@
 // neural_field and its backward on torch's CUDA tensors. Compiled for sm_90a only.
+#include <string>
+#include <vector>
+
 #include "cuda/field/launch.cuh"
 #include "cuda/hopper/tensor_map.h"
 #include "cuda/launch.h"
@@ -15,6 +18,12 @@ std::vector<int64_t> sizes_of(const Tensor& t) {
   return sizes;
 }
 
+std::string text_of(const std::vector<int64_t>& shape) {
+  std::string text;
+  for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + text + ")";
+}
+
 // The inputs of both ops. The members keep the tensors alive.
 struct FieldInputs {
   Tensor x, weights, embed, embed_bias, norm, out_norm, out_weight, out_bias;
@@ -23,19 +32,26 @@ struct FieldInputs {
   // Checks the tensors and returns them as parameters of the kernels.
   FieldParams params() const {
     const Image image = image_of(x, "x");
-    FLOWSEG_CHECK(embed_bias.dim() == 1 && weights.dim() == 4, "embed_bias: wanted shape (Hx,), and weights (B, N, L, 2 r Hx^2)");
+    FLOWSEG_CHECK(image.type == Real::bf16 || image.type == Real::f16, "x: wanted bfloat16 or float16");
+    FLOWSEG_CHECK(embed_bias.dim() == 1, "embed_bias: wanted shape (Hx,); got ", text_of(sizes_of(embed_bias)));
+    FLOWSEG_CHECK(weights.dim() == 4, "weights: wanted shape (B, N, L, 2 r Hx^2); got ", text_of(sizes_of(weights)));
     const int64_t hidden = embed_bias.size(0), p = options.patch_size;
     FLOWSEG_CHECK(p <= kMostPixelsOfSide, "patch_size: wanted at most ", kMostPixelsOfSide, "; got ", p);
-    FLOWSEG_CHECK(p >= 1 && options.mlp_ratio >= 1 && image.height % p == 0 && image.width % p == 0,
-                  "x: wanted height and width divisible by patch_size ", p);
+    FLOWSEG_CHECK(p >= 1 && options.mlp_ratio >= 1, "patch_size, mlp_ratio: wanted at least 1; got ", p, " and ",
+                  options.mlp_ratio);
+    FLOWSEG_CHECK(image.height % p == 0 && image.width % p == 0, "x: wanted height and width divisible by patch_size ", p,
+                  "; got ", image.height, " and ", image.width);
+    // The offset of a pixel in its patch is an int.
+    FLOWSEG_CHECK(p * image.width <= INT32_MAX, "x: wanted fewer than 2^31 pixels in a row of patches; got ", p * image.width);
     const int64_t per_image = (image.height / p) * (image.width / p);
-    FLOWSEG_CHECK(image.batch * per_image * std::max<int64_t>(1, weights.size(2)) <= INT32_MAX,
-                  "weights: wanted fewer than 2^31 blocks in all patches");
+    const int64_t blocks = image.batch * per_image * std::max<int64_t>(1, weights.size(2));
+    FLOWSEG_CHECK(blocks <= INT32_MAX, "weights: wanted fewer than 2^31 blocks in all patches; got ", blocks);
     FLOWSEG_CHECK(image.channels >= 1 && image.channels <= kMostChannels, "x: wanted 1 to 16 channels; got ", image.channels);
     FLOWSEG_CHECK(hidden >= 8 && hidden <= kMostHidden && hidden % 8 == 0,
                   "embed_bias: wanted Hx a multiple of 8, at most ", kMostHidden, "; got ", hidden);
     FLOWSEG_CHECK(reinterpret_cast<uintptr_t>(weights.data_ptr()) % 16 == 0, "weights: wanted an address divisible by 16");
-    FLOWSEG_CHECK(embed.dim() == 2 && embed.size(1) > image.channels, "embed_weight: wanted shape (Hx, C + F^2)");
+    FLOWSEG_CHECK(embed.dim() == 2 && embed.size(1) > image.channels, "embed_weight: wanted shape (Hx, C + F^2); got ",
+                  text_of(sizes_of(embed)));
     check("weights", weights, {image.batch, per_image, weights.size(2), 2 * options.mlp_ratio * hidden * hidden});
     check("embed_weight", embed, {hidden, embed.size(1)});
     check("embed_bias", embed_bias, {hidden});
@@ -52,17 +68,16 @@ struct FieldInputs {
                              .out_weight = out_weight.data_ptr(),
                              .out_bias = out_bias.data_ptr()};
     const FieldParams f = field_params(image, weights.data_ptr(), weights.size(2), shared, hidden, embed.size(1), options);
-    FLOWSEG_CHECK(image.channels + int64_t{f.freqs} * f.freqs == embed.size(1), "embed_weight: wanted shape (Hx, C + F^2)");
+    FLOWSEG_CHECK(image.channels + int64_t{f.freqs} * f.freqs == embed.size(1), "embed_weight: wanted shape (Hx, C + F^2); got ",
+                  text_of(sizes_of(embed)));
     return f;
   }
 
  private:
   void check(const char* name, const Tensor& t, const std::vector<int64_t>& shape) const {
-    FLOWSEG_CHECK(sizes_of(t) == shape, name, ": wrong shape");
+    FLOWSEG_CHECK(sizes_of(t) == shape, name, ": wanted shape ", text_of(shape), "; got ", text_of(sizes_of(t)));
     FLOWSEG_CHECK(t.is_cuda() && t.is_contiguous(), name, ": wanted a contiguous CUDA tensor");
-    FLOWSEG_CHECK(t.scalar_type() == x.scalar_type() &&
-                      (x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half),
-                  name, ": wanted bfloat16 or float16, as x has");
+    FLOWSEG_CHECK(t.scalar_type() == x.scalar_type(), name, ": wanted the dtype of x");
   }
 };
 
@@ -92,7 +107,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> neura
                            out_weight, out_bias, {patch_size, mlp_ratio, eps, both, residual}};
   FieldParams f = inputs.params();
   f.grad = image_of(grad, "grad");
-  FLOWSEG_CHECK(shape_of(f.grad) == shape_of(f.x) && f.grad.type == f.x.type, "grad: wanted the shape and dtype of x");
+  FLOWSEG_CHECK(shape_of(f.grad) == shape_of(f.x), "grad: wanted shape ", text_of(shape_of(f.x)), "; got ",
+                text_of(shape_of(f.grad)));
+  FLOWSEG_CHECK(f.grad.type == f.x.type, "grad: wanted the dtype of x");
   const auto gradient = [&](const Tensor& of, void*& to) {
     Tensor made = empty_like_shape(of, of.scalar_type(), sizes_of(of));
     to = made.data_ptr();

@@ -184,6 +184,7 @@ def test_the_reason_against_kernels_for_hopper_alone(gpu, left_out, words, monke
         _, field, *against = _choices(["flow_loss", "neural_field"], "cuda")
         taken = "cuda for bf16 or fp16 tensors, Hx a multiple of 8 up to 128; triton for other calls"
         assert field == f"  neural_field         {'triton' if words else taken}"
+        assert taken in (ROOT / "docs/ops/neural_field.md").read_text()
         assert words is None or any(line.startswith("  not cuda: ") and words in line for line in against)
     finally:
         extension.why_no_hopper_kernels.cache_clear()

@@ -200,19 +200,7 @@ inline float __fadd_rd(float a, float b) {
   const float sum = a + b;
   return static_cast<double>(sum) - b > a ? std::nextafter(sum, -INFINITY) : sum;
 }
-inline float __uint_as_float(unsigned v) { return std::bit_cast<float>(v); }
-inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
-inline float __int_as_float(int v) { return std::bit_cast<float>(v); }
-inline int __float_as_int(float v) { return std::bit_cast<int>(v); }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
-inline float __expf(float v) { return std::exp(v); }
-inline float __fdividef(float a, float b) { return a / b; }
-template <class T>
-T __ldg(const T* at) {
-  return *at;
-}
-using std::max;
-using std::min;
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 

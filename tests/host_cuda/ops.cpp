@@ -18,9 +18,6 @@ using namespace flowseg::cuda;
 
 namespace {
 
-// A kernel with one block per multiprocessor then takes several items per block.
-int64_t multiprocessors = 2;
-
 // The interface of Launch in cuda/launch.h.
 struct HostLaunch {
   template <class... Parameters, class... Arguments>
@@ -33,9 +30,9 @@ struct HostLaunch {
     run(kernel, threads, blocks, static_cast<size_t>(shared), arguments...);
   }
 
-  // Room for one block at a time: each block then processes as many tiles as possible.
+  // Room for two blocks at a time: each block then processes several tiles or patches.
   Device device() const {
-    return {.multiprocessors = multiprocessors,
+    return {.multiprocessors = 2,
             .threads = cuda::kThreads,
             .shared_block = 48 * 1024,
             .shared_multiprocessor = 64 * 1024};
@@ -129,7 +126,6 @@ class Scratch {
 }  // namespace
 
 void run_last_blocks(int64_t count) { last_blocks = count; }
-void set_multiprocessors(int64_t count) { multiprocessors = count; }
 const char* last_failure() { return take_failure(); }
 
 void flow_interpolate(const Array& source, const Array& labels, const Array& t, const Array& centroids, int64_t ignore,

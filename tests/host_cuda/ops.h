@@ -51,8 +51,6 @@ void neural_field_bwd(const Array& grad, const Array& x, const Array& weights, c
 
 // From now on each launch runs only its last `count` blocks.
 void run_last_blocks(int64_t count);
-// From now on the device has `count` multiprocessors.
-void set_multiprocessors(int64_t count);
 // The failure of a launch since the last call, or null.
 const char* last_failure();
 

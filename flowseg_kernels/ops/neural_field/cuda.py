@@ -19,8 +19,9 @@ TAKES = "bf16 or fp16 tensors, Hx a multiple of 8 up to 128"
 
 _MOST_HIDDEN = 128
 
-#: The kernels count the bytes of a patch's state in 32 bits.
+#: The kernels count the bytes of a patch's state in 32 bits, and the pixels of a row of patches too.
 _LARGEST_PATCH = 2048
+_MOST_PIXELS = 2**31 - 1
 
 _TENSORS = (
     "Tensor x, Tensor weights, Tensor embed_weight, Tensor embed_bias, Tensor norm_weight, Tensor out_norm_weight, "
@@ -54,6 +55,7 @@ def takes(patch_size: int, *tensors: Tensor) -> bool:
         and 8 <= hidden <= _MOST_HIDDEN
         and x.numel() > 0
         and patch_size <= _LARGEST_PATCH
+        and patch_size * x.shape[3] <= _MOST_PIXELS
         and (not x.is_cuda or _is_hopper(x.device.index))
     )
 

@@ -83,6 +83,8 @@ def test_calls_that_the_kernels_take_and_others(kernels, name):
 def test_patches_beyond_the_index_range_of_the_kernels_are_passed_on():
     tensors = field_inputs(dtype=torch.bfloat16)
     assert cuda.takes(2048, *tensors) and not cuda.takes(2049, *tensors)
+    long = torch.empty(1, 3, 16, 2**27, dtype=torch.bfloat16, device="meta")
+    assert not cuda.takes(16, long, *tensors[1:]) and cuda.takes(16, long[..., 16:], *tensors[1:])
 
 
 @pytest.mark.parametrize("place", range(8))

@@ -70,18 +70,33 @@ def short_name(mangled: str) -> str:
     return " ".join(words)
 
 
+#: The kernel of field_kernels.cu whose name has the shared memory of these kernels.
+_SHARED_BYTES = "shared_bytes"
+_WITH_SHARED_MEMORY = ("forward_blocks", "forward_blocks keep", "backward_blocks")
+
+
 @functools.cache
 def resources() -> dict[str, dict[str, int]]:
     """Registers and bytes of spilled registers, by short name."""
     found = sass.resources(cubin()[0])
     return {
-        short_name(m): {"registers": u["REG"], "spilled": u["STACK"] + u["LOCAL"]} for m, u in sorted(found.items())
+        short_name(name): {"registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"]}
+        for name, used in sorted(found.items())
+        if _SHARED_BYTES not in name
     }
+
+
+def shared_memory() -> dict[str, int]:
+    """Bytes of dynamic shared memory per thread block, by kernel, without the operand type."""
+    (name,) = (name for name in sass.resources(cubin()[0]) if _SHARED_BYTES in name)
+    kernels = [f"{kernel}{wide}" for wide in ("", " wide") for kernel in _WITH_SHARED_MEMORY]
+    return dict(zip(kernels, map(int, re.findall(r"L[a-z](\d+)E", name)), strict=True))
 
 
 @functools.cache
 def code() -> dict[str, list[sass.Instruction]]:
-    return {short_name(name): body for name, body in sass.disassemble(cubin()[0]).items()}
+    found = sass.disassemble(cubin()[0])
+    return {short_name(name): body for name, body in found.items() if _SHARED_BYTES not in name}
 
 
 class Role(NamedTuple):
@@ -251,6 +266,7 @@ def counted() -> dict:
     return {
         "compiler": compiler(),
         "resources": resources(),
+        "shared": shared_memory(),
         "products": {name: opcodes[name]["HGMMA"] for name in sorted(big)},
         "special": {name: opcodes[name]["MUFU"] for name in sorted(big)},
         "loops": {
@@ -267,12 +283,17 @@ def counted() -> dict:
 
 def table(budget: dict) -> str:
     """Return the figures of the notes, in Markdown."""
-    lines = ["| kernel, bf16, tanh | HGMMA | MUFU | loops of each role, in instructions |", "|---|---|---|---|"]
+    lines = [
+        "| kernel, bf16, tanh | shared memory | HGMMA | MUFU | loops of each role, in instructions |",
+        "|---|---|---|---|---|",
+    ]
     for name, roles in budget["loops"].items():
         if "tanh" not in name or "wide" in name:
             continue
         shown = "; ".join(f"{role} {', '.join(map(str, loops))}" for role, loops in roles.items())
-        lines.append(f"| `{name}` | {budget['products'][name]} | {budget['special'][name]} | {shown} |")
+        shared = budget["shared"][re.sub(" (bf16|tanh)", "", name)] / 1024
+        counts = f"{shared:.0f} KiB | {budget['products'][name]} | {budget['special'][name]}"
+        lines.append(f"| `{name}` | {counts} | {shown} |")
     names = " | ".join((*Cost._fields, "longest"))
     lines += ["", f"| ns per patch | network | {names} |", "|---" * 7 + "|"]
     for network, kernels in budget["costs"].items():
@@ -286,6 +307,19 @@ def table(budget: dict) -> str:
     return "\n".join(lines)
 
 
+def compared_with_measured(budget: dict) -> str:
+    """Return the sentences of the notes that compare bounds with times that an H100 measured."""
+    (forward, backward), image = TRITON_MEASURED, 4096e-6  # patches; ns per ms
+    own, triton = budget["predicted"]["XL"], budget["triton"]["XL"]
+    return (
+        f"Triton's backward took {backward:.1f} ms for XL at 4,096 patches on an H100, {backward / triton[1] / image:.1f} times "
+        f"its bound, and its forward {forward:.2f} ms, {forward / triton[0] / image:.1f} times "
+        "([measured](h100.md#what-was-changed-because-of-it)). "
+        f"The standalone `wgmma` forward took {PROBE_MEASURED} ms there, {PROBE_MEASURED / own[0] / image:.1f} times the bound of "
+        "this one."
+    )
+
+
 def main() -> None:
     budget = counted()
     text = json.dumps(budget, indent=1)
@@ -293,7 +327,7 @@ def main() -> None:
     for pattern in (r"\[\s+([^\[\]{}]*?)\s+\]", r"\{\s+(\"[^{}]*?)\s+\}"):
         text = re.sub(pattern, lambda m: m[0][0] + re.sub(r"\s*\n\s*", " ", m[1]) + m[0][-1], text)
     PATH.write_text(text + "\n")
-    print(table(budget))
+    print(table(budget), compared_with_measured(budget), sep="\n\n")
 
 
 if __name__ == "__main__":

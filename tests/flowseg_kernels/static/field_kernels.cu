@@ -19,4 +19,12 @@ void instantiate(const FieldParams& f, Real type, void* scratch) {
   launch_field_backward(f, type, scratch, Instantiate{});
 }
 
+// A kernel whose name has the dynamic shared memory of the big kernels, in bytes: of the forward, of the backward's first pass, and
+// of the backward, for one half of 64 hidden units each, then for two.
+template <int... kBytes>
+__global__ void shared_bytes() {}
+template __global__ void shared_bytes<forward::kSharedBytes<false, 1>, forward::kSharedBytes<true, 1>, sizeof(backward::Shared) + 1024,
+                                      forward::kSharedBytes<false, 2>, forward::kSharedBytes<true, 2>,
+                                      sizeof(backward::WideShared) + 1024>();
+
 }  // namespace flowseg::cuda

@@ -16,7 +16,9 @@ from .cuda_budget import NOTES, compiler
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed: no prediction to compare with", allow_module_level=True)
 
-from . import field_hopper
+import triton
+
+from . import field_hopper, field_roof
 
 BUDGET = json.loads(field_hopper.PATH.read_text())
 #: For other versions of nvcc than the budget's.
@@ -97,5 +99,22 @@ def test_the_forward_is_predicted_at_least_half_as_fast_again_as_tritons():
         assert BUDGET["triton"][network][0] >= 1.5 * forward
 
 
+def test_the_big_kernels_fit_in_the_shared_memory_of_a_thread_block():
+    found = field_hopper.shared_memory()
+    assert found == BUDGET["shared"] and max(found.values()) <= 227 * 1024
+
+
+def test_the_budget_is_what_the_machine_code_gives():
+    """The other tests allow less than the budget. The notes show its numbers, so they must not be those of older code."""
+    if not same_compiler():
+        pytest.skip(f"the budget is that of {BUDGET['compiler']}")
+    found, budget = field_hopper.counted(), dict(BUDGET)
+    if json.loads(field_roof.PATH.read_text())["compiler"] != f"Triton {triton.__version__}":
+        del found["triton"], budget["triton"]
+    assert found == budget
+
+
 def test_the_notes_show_the_budget():
-    assert field_hopper.table(BUDGET) in NOTES.read_text()
+    notes = NOTES.read_text()
+    assert field_hopper.table(BUDGET) in notes
+    assert field_hopper.compared_with_measured(BUDGET) in notes
