@@ -63,7 +63,7 @@ test-host-cuda:
 	  tests/flowseg_kernels/ops tests/fuzz tests/test_last.py
 	FLOWSEG_REQUIRE_BACKENDS=cuda OMP_NUM_THREADS=1 $(RUN) -m pytest -p tests.host_cuda.plugin \
 	  tests/flowseg_kernels/test_contract.py -k field
-	FLOWSEG_REQUIRE_PROOFS=emulated OMP_NUM_THREADS=1 $(RUN) -m pytest tests/flowseg_kernels/cuda tests/test_last.py
+	FLOWSEG_REQUIRE_PROOFS=emulated OMP_NUM_THREADS=1 $(RUN) -m pytest --few-forms tests/flowseg_kernels/cuda tests/test_last.py
 
 # Without nvcc the machine code of the CUDA kernels is not tested, and the last lines of the run say so. `make CUDA_CODE=,cuda_code`
 # makes a missing nvcc a failure.

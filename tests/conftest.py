@@ -162,7 +162,7 @@ def codes19(request):
 
 
 def _sampled(items):
-    """Yield one form in n of each test marked many_forms(n), as interpreted kernels are slow and a GPU compiles each form."""
+    """Yield one form in n of each test marked many_forms(n): kernels are slow without a GPU, which compiles each form."""
     place = collections.Counter()
     for item in items:
         mark = item.get_closest_marker("many_forms")
@@ -183,7 +183,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "many_forms(n): under the Triton interpreter one form in n runs")
+    config.addinivalue_line(
+        "markers", "many_forms(n): one form in n runs under the Triton interpreter, or with --few-forms"
+    )
     unknown = [name for name in REQUIRED if name not in BACKENDS]
     if unknown:
         raise pytest.UsageError(f"FLOWSEG_REQUIRE_BACKENDS: wanted names of {BACKENDS}; got {unknown}")

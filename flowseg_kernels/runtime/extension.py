@@ -171,13 +171,14 @@ def why_no_cuda_kernels() -> str | None:
 
 @functools.cache
 def why_no_hopper_kernels(op: str) -> str | None:
-    """The reason against the CUDA kernels of an op that has them for compute capability 9.0 only: this GPU, or the library's build.
+    """The reason against the CUDA kernels of an op that has them for compute capability 9.0 only: the GPUs, or the library's build.
 
-    None if they can run, or without a GPU if the library has them. The library must be loaded.
+    None if they can run on one of the GPUs, or without a GPU if the library has them. The library must be loaded.
     """
-    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else HOPPER
-    if found != HOPPER:
-        return f"the CUDA kernels of {op} need a GPU of compute capability 9.0 (Hopper); this one has {found[0]}.{found[1]}"
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if found and HOPPER not in found:
+        shown = ", ".join(f"{major}.{minor}" for major, minor in sorted(found))
+        return f"the CUDA kernels of {op} need a GPU of compute capability 9.0 (Hopper); this one has {shown}"
     reason = CUDA.left_out().get(op)
     return reason and (
         f"the CUDA kernels of {op} were left out of the library ({reason}); compile them with: "

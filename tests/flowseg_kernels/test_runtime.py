@@ -148,25 +148,30 @@ def test_cuda_kernels_compiled_for_another_gpu_are_not_chosen(built, gpu, runs, 
 
 
 @pytest.mark.parametrize(
-    "gpu, left_out, words",
+    "gpus, left_out, words",
     [
-        ((9, 0), {}, None),
-        (None, {}, None),
+        ([(9, 0)], {}, None),
+        ([], {}, None),
+        ([(8, 0), (9, 0)], {}, None),
         (
-            (8, 0),
+            [(8, 0)],
             {},
             "the CUDA kernels of neural_field need a GPU of compute capability 9.0 (Hopper); this one has 8.0",
         ),
-        ((10, 0), {"neural_field": "old nvcc"}, "need a GPU of compute capability 9.0 (Hopper); this one has 10.0"),
-        ((9, 0), {"neural_field": "old nvcc"}, "of neural_field were left out of the library (old nvcc); compile them"),
-        (None, {"neural_field": "old nvcc"}, "left out of the library (old nvcc)"),
-        ((9, 0), {"another": "old nvcc"}, None),
+        ([(10, 0)], {"neural_field": "old nvcc"}, "need a GPU of compute capability 9.0 (Hopper); this one has 10.0"),
+        (
+            [(9, 0)],
+            {"neural_field": "old nvcc"},
+            "of neural_field were left out of the library (old nvcc); compile them",
+        ),
+        ([], {"neural_field": "old nvcc"}, "left out of the library (old nvcc)"),
+        ([(9, 0)], {"another": "old nvcc"}, None),
     ],
 )
-def test_the_reason_against_kernels_for_hopper_alone(gpu, left_out, words, monkeypatch, tmp_path):
+def test_the_reason_against_kernels_for_hopper_alone(gpus, left_out, words, monkeypatch, tmp_path):
     """It is a reason against the field only: the other CUDA kernels of the same library run."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpus[device])
     library = dataclasses.replace(extension.CUDA, path=tmp_path / "libflowseg_cuda.so")
     library.path.with_suffix(".json").write_text(json.dumps({"left_out": left_out}))
     monkeypatch.setattr(extension, "CUDA", library)
@@ -184,6 +189,7 @@ def test_the_reason_against_kernels_for_hopper_alone(gpu, left_out, words, monke
         _, field, *against = _choices(["flow_loss", "neural_field"], "cuda")
         taken = "cuda for bf16 or fp16 tensors, Hx a multiple of 8 up to 128; triton for other calls"
         assert field == f"  neural_field         {'triton' if words else taken}"
+        assert taken in (ROOT / "docs/ops/neural_field.md").read_text()
         assert words is None or any(line.startswith("  not cuda: ") and words in line for line in against)
     finally:
         extension.why_no_hopper_kernels.cache_clear()

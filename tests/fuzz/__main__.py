@@ -80,7 +80,9 @@ def report(records: dict) -> str:
         where = f"{r['seed']} | {r['commit']} | {r['torch']} | {r['machine']}"
         backend, *more = name.split(" ")
         how = {"changed": ", changed codebooks", "address": ", under AddressSanitizer"}
-        title = f"{backend}{HOW.get(backend, '')}{''.join(how[word] for word in more)}"
+        # The neural field has no codebook to change.
+        without = "" if "neural_field" in r["ops"] or "changed" in more else ", without `neural_field`"
+        title = f"{backend}{HOW.get(backend, '')}{''.join(how[word] for word in more)}{without}"
         rows.append(f"| {title} | {counts} | {where} |")
     return HEAD + "\n".join(rows) + "\n"
 

@@ -153,6 +153,7 @@ def assert_right(blocks, found):
         assert_near(found[name][exists], plain[name][exists], want[exists], blocks.dtype, name)
 
 
+@pytest.mark.many_forms(3)
 @pytest.mark.parametrize("hidden", [64, 128])
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "plain"])
 @pytest.mark.parametrize("both", [True, False], ids=["both", "first"])
@@ -163,6 +164,7 @@ def test_variants(library, dtype, both, residual, hidden):
 
 
 # 1, 2, 4, 7 and 16 tiles, of which 8, 16 and 32 pixels along a side fill theirs.
+@pytest.mark.many_forms(5)
 @pytest.mark.parametrize("hidden", [32, 72])
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("p", [5, 8, 11, 16, 20, 32])
@@ -171,6 +173,7 @@ def test_tiles(library, p, depth, hidden):
     assert_right(blocks, blocks.run(library)[0])
 
 
+@pytest.mark.many_forms(5)
 @pytest.mark.parametrize("both", [True, False], ids=["both", "first"])
 @pytest.mark.parametrize("ratio", [1, 2, 4, 5])
 @pytest.mark.parametrize("hidden", [8, 24, 40, 64, 72, 96, 128])
@@ -179,6 +182,7 @@ def test_sizes_of_the_weights(library, hidden, ratio, both):
     assert_right(blocks, blocks.run(library)[0])
 
 
+@pytest.mark.many_forms(5)
 @pytest.mark.parametrize(("hidden", "ratio"), [(64, 2), (64, 4), (128, 1)])
 @pytest.mark.parametrize("both", [True, False], ids=["both", "first"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -206,6 +210,7 @@ def test_a_round_repeats_bit_for_bit_on_any_number_of_blocks(library, p, hidden,
         assert all(torch.equal(a, b) for a, b in zip(written, runs[0][1]))
 
 
+@pytest.mark.many_forms(3)
 @pytest.mark.parametrize("hidden", [64, 128])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(library, fault, hidden):

@@ -2,7 +2,7 @@
 
 The loss and the decode run for three channels, fp32 arithmetic and neg_log only: the other kernels are instances of the same
 templates, and the tests of the ops run them without a sanitizer (`pytest -p tests.host_cuda.plugin tests/flowseg_kernels/ops`).
-test_host_build.py plants faults in the neural field that need no sanitizer.
+test_field_forward.py and test_field_backward.py plant faults that need no sanitizer.
 """
 
 import os
@@ -48,5 +48,5 @@ def test_the_planted_fault_is_found(driver, place):
 
 @pytest.mark.parametrize("driver", ["thread"], indirect=True)
 def test_weights_that_are_loaded_too_early_are_found(driver):
-    done = driver[1]("early_load", "forward")
+    done = driver[1]("early_load")
     assert done.returncode == 66 and MESSAGES["thread"] in done.stderr, done.stdout + done.stderr[-3000:]

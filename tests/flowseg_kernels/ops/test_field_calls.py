@@ -165,7 +165,7 @@ def test_other_calls_go_to_the_first_other_backend_in_the_automatic_order(monkey
 
 @pytest.mark.parametrize("capability, taken", [((9, 0), True), ((8, 0), False), ((10, 0), False)])
 def test_the_device_of_the_tensors_decides(monkeypatch, capability, taken):
-    """A process may have GPUs of several kinds; the reason of the backend is about the current one."""
+    """A process may have GPUs of several kinds: the backend is there if one of them is a Hopper."""
 
     class OnGpu(torch.Tensor):
         is_cuda = True

@@ -14,8 +14,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def brief(backend, request):
-    """Whether to test fewer and smaller fields: with the slow interpreter, unless --every-variant is given."""
-    return backend == "triton" and INTERPRETED and not request.config.getoption("--every-variant")
+    """Whether to test fewer and smaller fields: in the slow interpreter or host build, unless --every-variant is given."""
+    slow = INTERPRETED if backend == "triton" else backend == "cuda" and torch.get_default_device().type == "cpu"
+    return slow and not request.config.getoption("--every-variant")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -115,7 +116,7 @@ def test_errors_are_at_most_twice_plain_pytorch(brief, size, dtype, variant):
         # PixNerd's sizes run in PixNerd's variant, every other size and dtype in one of the four variants.
         turn = 0 if size == "pixnerd" else list(SIZES).index(size) + DTYPES.index(dtype)
         if VARIANTS.index(variant) != turn % len(VARIANTS):
-            pytest.skip("the interpreter is slow: another variant is tested for this size and dtype")
+            pytest.skip("kernels without a GPU are slow: another variant is tested for this size and dtype")
     channels, hidden, depth, ratio, p, freqs = SIZES[size]
     batch, across = ((2, 2) if size == "small" else (1, 1)) if brief else (2, 3)
     made = field_inputs(
