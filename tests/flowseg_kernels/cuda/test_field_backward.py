@@ -210,7 +210,6 @@ def test_a_round_repeats_bit_for_bit_on_any_number_of_blocks(library, p, hidden,
         assert all(torch.equal(a, b) for a, b in zip(written, runs[0][1]))
 
 
-@pytest.mark.many_forms(3)
 @pytest.mark.parametrize("hidden", [64, 128])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(library, fault, hidden):
