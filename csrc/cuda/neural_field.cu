@@ -29,11 +29,12 @@ struct FieldInputs {
     FLOWSEG_CHECK(p >= 1 && options.mlp_ratio >= 1 && image.height % p == 0 && image.width % p == 0,
                   "x: wanted height and width divisible by patch_size ", p);
     const int64_t per_image = (image.height / p) * (image.width / p);
+    FLOWSEG_CHECK(p * image.width <= INT32_MAX, "x: wanted patch_size times width below 2^31; got a width of ", image.width);
     FLOWSEG_CHECK(image.batch * per_image * std::max<int64_t>(1, weights.size(2)) <= INT32_MAX,
                   "weights: wanted fewer than 2^31 blocks in all patches");
     FLOWSEG_CHECK(image.channels >= 1 && image.channels <= kMostChannels, "x: wanted 1 to 16 channels; got ", image.channels);
     FLOWSEG_CHECK(hidden >= 8 && hidden <= kMostHidden && hidden % 8 == 0,
-                  "embed_bias: wanted Hx a multiple of 8, at most 64; got ", hidden);
+                  "embed_bias: wanted Hx a multiple of 8, at most ", kMostHidden, "; got ", hidden);
     FLOWSEG_CHECK(reinterpret_cast<uintptr_t>(weights.data_ptr()) % 16 == 0, "weights: wanted an address divisible by 16");
     FLOWSEG_CHECK(embed.dim() == 2 && embed.size(1) > image.channels, "embed_weight: wanted shape (Hx, C + F^2)");
     check("weights", weights, {image.batch, per_image, weights.size(2), 2 * options.mlp_ratio * hidden * hidden});
