@@ -124,11 +124,11 @@ struct WideStep {
     activate<T, kTanh>(y, u);
     settle(y);
     settle(u);
+    s.dy_empty[product.index].wait(product.parity ^ 1);  // this loop also keeps ptxas from waiting for du before the tanh
     if (!FLOWSEG_PLANTED(wait_group)) wgmma_wait<0>();
     settle(du);
     if (!first) give_tile_back(turn.previous());
     gradient_of_y<T>(du, y, dy);
-    s.dy_empty[product.index].wait(product.parity ^ 1);
     if (first && stores) wait_for_stores();
     store_pixels(s.u[product.index], u);
     store_pixels(s.dy[product.index], dy);

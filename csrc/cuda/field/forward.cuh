@@ -182,10 +182,11 @@ __device__ __forceinline__ void fill_ends(Shared<kHalves>& s, const FieldParams&
 }
 
 // The factor of the table in shared memory, or its reciprocal. A power of two that brings the largest element to between 2^14 and
-// 2^15: the table may hold numbers that fp16 cannot.
+// 2^15: the table may hold numbers that fp16 cannot. A table below 2^-63 counts as that large, so that the squares of rows beyond
+// the patch (see TableShare) are not zero. Elements down to 2^-91 keep fp16's precision even so.
 __device__ __forceinline__ float table_factor(unsigned largest, bool reciprocal) {
   const int exponent = static_cast<int>(largest >> 23);
-  const int power = exponent == 255 ? 127 : 268 - (exponent < 15 ? 15 : exponent);
+  const int power = exponent == 255 ? 127 : 268 - (exponent < 64 ? 64 : exponent);
   return same_bits<float>(static_cast<uint32_t>(reciprocal ? 254 - power : power) << 23);
 }
 

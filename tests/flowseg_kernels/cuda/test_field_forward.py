@@ -67,6 +67,7 @@ class Field(PaddedSizes):
     zero_columns: bool = False
     strided: bool = False
     scale: float = 1.0  # of the embedding
+    zero_table: bool = False  # the embedding adds nothing to the channels
     eps: float = 1e-6
 
     def __post_init__(self):
@@ -88,6 +89,9 @@ class Field(PaddedSizes):
         features = self.channels + self.freqs**2
         self.embed = (self.scale * 0.5 * torch.randn(self.hidden, features)).to(self.dtype)
         self.bias = (self.scale * 0.3 * torch.randn(self.hidden)).to(self.dtype)
+        if self.zero_table:
+            self.embed[:, self.channels :] = 0
+            self.bias.zero_()
         self.gains = (1 + 0.3 * torch.randn(self.depth, self.hidden)).to(self.dtype)
         self.out_gain = (1 + 0.3 * torch.randn(self.hidden)).to(self.dtype)
         self.out_weight = (0.2 * torch.randn(self.channels, self.hidden)).to(self.dtype)
@@ -248,8 +252,9 @@ def test_an_embedding_outside_the_range_of_fp16(library, scale, hidden):
 
 
 @pytest.mark.parametrize("hidden", [64, 128])
-def test_rows_beyond_the_patch_without_eps(library, hidden):
-    check(Field(hidden=hidden, p=5, eps=0.0), library)
+@pytest.mark.parametrize("zero_table", [False, True], ids=["table", "no-table"])
+def test_rows_beyond_the_patch_without_eps(library, zero_table, hidden):
+    check(Field(hidden=hidden, p=5, eps=0.0, zero_table=zero_table), library)
 
 
 @pytest.mark.parametrize("hidden", [64, 128])

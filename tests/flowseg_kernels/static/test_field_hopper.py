@@ -61,6 +61,17 @@ def test_the_main_loop_of_the_forward(kernel):
     assert [sum(unit in t for t in text) for unit in units] == [256] * len(units)
 
 
+@pytest.mark.parametrize("kernel", [n for n in BUDGET["loops"] if n.startswith("backward")])
+def test_products_run_during_the_backwards_tanh(kernel):
+    """ptxas may move the wait for du before the tanh, which needs y only. Then the tensor cores idle meanwhile."""
+    body = field_hopper.role_loops(kernel)["inner groups"][1].body
+    waits = [n for n, i in enumerate(body) if "WARPGROUP.DEPBAR" in i.text]
+    assert len(waits) == 2
+    units = [n for n, i in enumerate(body) if re.search(r"MUFU\.(TANH|EX2)", i.text)]
+    assert len(units) == (16 if "wide" in kernel else 32)
+    assert sum(waits[0] < n < waits[1] for n in units) >= 0.9 * len(units)
+
+
 def test_every_big_kernel_multiplies_by_warp_group():
     for name, count in BUDGET["products"].items():
         opcodes = [i.opcode for i in field_hopper.code()[name]]
