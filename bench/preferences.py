@@ -1,8 +1,8 @@
 """The GPU backend that each op tries first: written to flowseg_kernels/runtime/preferences.json.
 
 If a GPU has timed both backends of an op (bench/results/GPU/, from `make gpu-report`), these times decide. Otherwise the counted
-instructions of each backend's inner loops decide, and for the neural field the time of a standalone program with the same design.
-The reason says then that no GPU has measured the op.
+instructions of each backend's inner loops decide, and the reason says that no GPU has measured the op. No GPU has run the neural
+field's kernels in CUDA C++ at all: until one has timed them, Triton's go first, which have run on one.
 
 CUDA C++ goes first if both are close: it compiles nothing at the first call and takes half the host time. "Close" is 10 % of a
 measured time and 2 % of an instruction count.
@@ -37,8 +37,6 @@ COUNTS = {
     "nearest_centroid": _CANDIDATE,
     "decode_confusion": _CANDIDATE,
 }
-#: The GPU that ran the standalone program, its design in probes.jsonl, and the row that Triton measured there of the same work.
-PROBE = ("nvidia-h100-80gb-hbm3", "g2 packed twice separate", "neural_field forward XL 4096 patches bfloat16")
 OPS = ("flow_interpolate", *COUNTS, "neural_field")
 
 
@@ -50,7 +48,8 @@ def static(op):
     """The entry of an op by instruction counts, without a GPU."""
     ahead = "CUDA C++ compiles nothing at the first call"
     if op == "neural_field":
-        return probed()
+        because = "no GPU has measured it: its kernels in CUDA C++ have not run on a GPU yet, those in Triton have"
+        return _entry(("triton", "cuda"), because)
     if op not in COUNTS:
         return _entry(BACKENDS, f"no GPU has measured it: both read and write 16 bytes at a time; {ahead}")
     unit, loops, kernel, forms = COUNTS[op]
@@ -64,22 +63,6 @@ def static(op):
     shown = [f"{' to '.join(f'{round(n, 2):g}' for n in counts[name])} in {BACKENDS[name]}" for name in order]
     because = f"instructions per {unit}: {', '.join(shown)}" + (f"; a tie, and {ahead}" if tie else "")
     return _entry(order, f"static count, no GPU has measured it: {because}")
-
-
-def probed():
-    """The entry of the neural field by the time of a standalone program of its forward, at 4096 patches of XL."""
-    folder, design, group = PROBE
-    stored = load(RESULTS / folder)
-    rows = [json.loads(line) for line in (RESULTS / folder / "probes.jsonl").read_text().splitlines()]
-    wanted = {"kind": "forward_time", "name": design, "patches": 4096, "depth": 4}
-    (probe,) = [row for row in rows if wanted.items() <= row.items()]
-    (triton,) = [row for row in stored["rows"] if row["group"] == group and row["entry"] == "ours (triton)"]
-    ratio = probe["us"] / 1e3 / triton["ms"]
-    return _entry(
-        BACKENDS if ratio < 1 else list(BACKENDS)[::-1],
-        f"no GPU has measured it: a standalone program of the forward that CUDA C++ follows took {ratio:.2f} of the time of Triton "
-        f"on {stored['machine']['gpu']}; there is no such measurement of the backward",
-    )
 
 
 def measured(op, folders):

@@ -51,9 +51,9 @@ def _choices(ops: list[str], device: str) -> list[str]:
         reasons = backend.backend_reasons(op, device)
         name = asked or next(name for name, why in reasons.items() if why is None)
         cannot = f": {reasons[asked]}" if asked and reasons.get(asked) else ""
-        chosen.append(
-            f"  {op:20} {name}{' as FLOWSEG_BACKEND asks' if asked else ''}{cannot or _limits(op, name, reasons)}"
-        )
+        limits = _limits(op, name, reasons)
+        why_it = f" as FLOWSEG_BACKEND asks{',' if limits and not cannot else ''}" if asked else ""
+        chosen.append(f"  {op:20} {name}{why_it}{cannot or limits}")
         for name, why in reasons.items():
             if why:
                 against.setdefault((name, why), []).append(op)

@@ -26,25 +26,11 @@ def test_the_committed_file_equals_the_output_of_the_command():
         assert set(order) == {"cuda", "triton"} and ("no GPU has measured it" in because or "measured on" in because)
 
 
-@pytest.mark.parametrize("probe_us, order", [(400.0, ["cuda", "triton"]), (1200.0, ["triton", "cuda"])])
-def test_the_standalone_program_decides_for_the_field_until_a_gpu_has_measured_it(
-    tmp_path, monkeypatch, probe_us, order
-):
-    machine, design, group = preferences.PROBE
-    stored(tmp_path / machine, {group: {"ours (triton)": 0.8}}, op="neural_field forward", gpu="Made-up GPU")
-    rows = [
-        {"kind": "forward_time", "name": design, "patches": n, "depth": 4, "us": probe_us * n / 4096}
-        for n in (1024, 4096)
-    ]
-    (tmp_path / machine / "probes.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    monkeypatch.setattr(preferences, "RESULTS", tmp_path)
+def test_triton_goes_first_for_the_field_until_a_gpu_has_timed_both(tmp_path):
+    assert preferences.preferences(tmp_path)["neural_field"]["order"] == ["triton", "cuda"]
+    stored(tmp_path / "gpu", {"a": {"ours (cuda)": 1.0, "ours (triton)": 4.0}}, op="neural_field forward", gpu="A GPU")
     found = preferences.preferences(tmp_path)["neural_field"]
-    assert found["order"] == order
-    assert found["because"].startswith("no GPU has measured it: a standalone program of the forward")
-    assert f"took {probe_us / 800:.2f} of the time of Triton on Made-up GPU" in found["because"]
-    both = {group: {"ours (cuda)": 1.0, "ours (triton)": 4.0}}
-    stored(tmp_path / "another", both, op="neural_field forward", gpu="Another GPU")
-    assert preferences.preferences(tmp_path)["neural_field"]["because"].startswith("measured on Another GPU")
+    assert found["order"] == ["cuda", "triton"] and found["because"].startswith("measured on A GPU")
 
 
 def test_measured_times_decide(tmp_path):
