@@ -268,7 +268,6 @@ __device__ __forceinline__ void scale_weights(char* weights, const Factors<kHalv
 template <class T, class Shared>
 __device__ __forceinline__ void load_weights(Shared& s, const FieldParams& f, int thread) {
   constexpr int kHalves = Shared::kHalves;
-  constexpr int kAcross = kHalves == 1 ? kTile : 0, kDown = kTile - kAcross;  // from the first tile of W1 to the second
   const auto* gains = static_cast<const typename T::Element*>(f.gains);
   Turn<kStages> stage;
   for (Visit<kHalves> v(f); v.exists(f); v.next_step(f), stage.advance()) {
@@ -276,16 +275,12 @@ __device__ __forceinline__ void load_weights(Shared& s, const FieldParams& f, in
     Factors<kHalves>& factors = s.factors[stage.index];
     char* weights = s.weights[stage.index];
     if (thread == 0) {
-      const int matrix = (static_cast<int>(f.first) + v.local) * f.depth + v.level, inner = v.slice * f.slice_units<kHalves>();
-      const float* lengths = f.inverse_lengths + (int64_t{v.local} * f.depth + v.level) * f.lengths<kHalves>();
-      const uint32_t to = shared_address(weights);
+      const float* lengths = inverse_lengths_of<kHalves>(f, v.local, v.level);
+      const float* lengths1 = lengths + v.slice * f.slice_units<kHalves>();
       s.weights_empty[stage.index].wait(stage.parity ^ 1);
       full.arrive_and_expect(kStageBytes + int(sizeof(factors.inverse1) + sizeof(factors.inverse2)));
-      load_tile(to, f.w1, full, inner, 0, matrix);
-      load_tile(to + kTileBytes, f.w1, full, inner + kAcross, kDown, matrix);
-      load_tile(to + 2 * kTileBytes, f.w2, full, 0, inner, matrix);
-      load_tile(to + 3 * kTileBytes, f.w2, full, kDown, inner + kAcross, matrix);
-      load_bytes(shared_address(factors.inverse1), lengths + inner, full, sizeof(factors.inverse1));
+      load_slice<kHalves>(shared_address(weights), f, full, v.local, v.level, v.slice);
+      load_bytes(shared_address(factors.inverse1), lengths1, full, sizeof(factors.inverse1));
       load_bytes(shared_address(factors.inverse2), lengths + f.padded_inner<kHalves>(), full, sizeof(factors.inverse2));
     }
     float gain[kHalves];
@@ -398,8 +393,7 @@ __device__ __forceinline__ void finish_state(float (&dn)[kHalves][32], const Fie
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) along[r] += __shfl_xor_sync(kAllLanes, along[r], step);
+    along[r] = sum_of_four_lanes(along[r]);
     along[r] *= -1.0f / static_cast<float>(f.hidden);
   }
 #pragma unroll
@@ -595,8 +589,7 @@ __device__ __forceinline__ void weigh_w1(float (&g_sum)[32], const uint32_t (&w1
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) along[r] += __shfl_xor_sync(kAllLanes, along[r], step);
+    along[r] = sum_of_four_lanes(along[r]);
   }
 }
 

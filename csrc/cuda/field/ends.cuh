@@ -217,11 +217,6 @@ __global__ void __launch_bounds__(kEndThreads) table(FLOWSEG_GRID_CONSTANT Field
   f.table[static_cast<int64_t>(pixel) * kWidth + column] = in_patch ? sum : 0.0f;
 }
 
-template <int kHalves>
-FLOWSEG_INLINE float* inverse_lengths_of(const FieldParams& f, int64_t local, int level) {
-  return f.inverse_lengths + (local * f.depth + level) * f.lengths<kHalves>();
-}
-
 // Stores the reciprocal column norms of W2. A block takes one of the count L weights. Only for a W2 of several slices.
 template <class T, int kHalves>
 __global__ void __launch_bounds__(kEndThreads) lengths(FLOWSEG_GRID_CONSTANT FieldParams f) {

@@ -238,21 +238,13 @@ struct TableShare {
 // One thread: the four tiles of weights of each step, and the place for the state with which it begins.
 template <bool kKeep, int kHalves>
 __device__ __forceinline__ void load_weights(Shared<kHalves>& s, const FieldParams& f, const Work<kHalves>& work) {
-  constexpr int kUnits = kSlice / kHalves;
-  constexpr int kInner = kHalves == 1 ? kTile : 0, kHidden = kTile - kInner;  // steps from a weight's first tile to its second
-
   Turn<kStages> stage;
   work.for_each_step(f, [&](int local, int level, int slice) {
     Barrier& full = s.full[stage.index];
-    const int matrix = (static_cast<int>(f.first) + local) * f.depth + level, inner = slice * kUnits;
-    const uint32_t to = shared_address(s.weights[stage.index]);
     s.empty[stage.index].wait(stage.parity ^ 1);
     if (kKeep && slice == 0) s.kept[stage.index] = s.states.state(f, local, level);
     full.arrive_and_expect(kStageBytes);
-    load_tile(to, f.w1, full, inner, 0, matrix);
-    load_tile(to + kTileBytes, f.w1, full, inner + kInner, kHidden, matrix);
-    load_tile(to + 2 * kTileBytes, f.w2, full, 0, inner, matrix);
-    load_tile(to + 3 * kTileBytes, f.w2, full, kHidden, inner + kInner, matrix);
+    load_slice<kHalves>(shared_address(s.weights[stage.index]), f, full, local, level, slice);
     stage.advance();
   });
 }
@@ -277,8 +269,7 @@ __device__ __forceinline__ void load_extras(Shared<kHalves>& s, const FieldParam
       s.gains[stage.index][column / 2] = T::pack(low, high);
     }
     if (lengths) {
-      const int64_t block = int64_t{local} * f.depth + level;
-      const float* from = f.inverse_lengths + block * f.lengths<kHalves>() + f.padded_inner<kHalves>();
+      const float* from = inverse_lengths_of<kHalves>(f, local, level) + f.padded_inner<kHalves>();
 #pragma unroll
       for (int i = lane; i < kTile * kHalves; i += 32) s.lengths[stage.index][i] = from[i];
     }
@@ -336,11 +327,8 @@ __device__ __forceinline__ void column_squares(uint32_t at, float& sum0, float& 
         sum1 += T::high(pair1);
       }
     }
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-      sum0 += __shfl_xor_sync(kAllLanes, sum0, step);
-      sum1 += __shfl_xor_sync(kAllLanes, sum1, step);
-    }
+    sum0 = sum_of_four_lanes(sum0);
+    sum1 = sum_of_four_lanes(sum1);
   } else {
     // The diagonals of products of the columns with themselves: fp16's range is too small for squares.
     float d0[4] = {}, d1[4] = {};
@@ -413,7 +401,7 @@ __device__ __forceinline__ void normalise(Shared<kHalves>& s, const FieldParams&
   work.for_each_step(f, [&](int local, int level, int slice) {
     const uint32_t weights = shared_address(s.weights[stage.index]);
     float* found = nullptr;  // the lengths of the level, with kKeep
-    if constexpr (kKeep) found = f.inverse_lengths + (int64_t{local} * f.depth + level) * f.lengths<kHalves>();
+    if constexpr (kKeep) found = inverse_lengths_of<kHalves>(f, local, level);
     const auto keep = [&](int at, float inverse0, float inverse1) {
       if (kKeep && keeps && lane % 4 == 0) {
         found[at + lane / 4] = inverse0;
@@ -502,9 +490,7 @@ __device__ __forceinline__ TwoRows inverse_rms(const Shared<kHalves>& s, const F
   TwoRows found;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float squares = sum[r][0] + sum[r][1];
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) squares += __shfl_xor_sync(kAllLanes, squares, step);
+    const float squares = sum_of_four_lanes(sum[r][0] + sum[r][1]);
     found.at[r] = f.residual ? rsqrtf(squares * s.inverse_hidden + f.eps) : 1.0f;
   }
   return found;
@@ -958,18 +944,11 @@ void launch_forward(const FieldParams& f, Real type, const Launch& launch) {
   const int64_t tiles = f.halves() == 1 ? forward::kSetTiles<1> : forward::kSetTiles<2>, sets = (f.tiles() + tiles - 1) / tiles;
   // The sets of a patch are worked on at the same time, so its weights come from memory once.
   const int64_t blocks = sets * std::clamp<int64_t>(launch.device().multiprocessors / sets, 1, f.count);
-  const auto run = [&](auto one, auto two) {
-    const bool wide = f.halves() == 2;
-    const int64_t bytes = wide ? forward::kSharedBytes<kKeep, 2> : forward::kSharedBytes<kKeep, 1>;
-    launch.with_threads(forward::kThreads, wide ? two : one, blocks, bytes, f);
-  };
-  if (type == Real::f16) {
-    run(forward::forward_blocks<HalfPair, false, kKeep, 1>, forward::forward_blocks<HalfPair, false, kKeep, 2>);
-  } else if (f.residual) {
-    run(forward::forward_blocks<BFloatPair, true, kKeep, 1>, forward::forward_blocks<BFloatPair, true, kKeep, 2>);
-  } else {
-    run(forward::forward_blocks<BFloatPair, false, kKeep, 1>, forward::forward_blocks<BFloatPair, false, kKeep, 2>);
-  }
+  for_operands(type, f.residual, [&]<class T, bool kTanh>() {
+    const auto with = [&](auto kernel, int64_t shared) { launch.with_threads(forward::kThreads, kernel, blocks, shared, f); };
+    if (f.halves() == 1) return with(forward::forward_blocks<T, kTanh, kKeep, 1>, forward::kSharedBytes<kKeep, 1>);
+    with(forward::forward_blocks<T, kTanh, kKeep, 2>, forward::kSharedBytes<kKeep, 2>);
+  });
 }
 
 }  // namespace flowseg::cuda

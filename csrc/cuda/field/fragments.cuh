@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/block.cuh"
+#include "cuda/field/params.h"
 #include "cuda/hopper/async.cuh"
 #include "cuda/hopper/tile.h"
 #include "cuda/hopper/wgmma.cuh"
@@ -60,6 +61,32 @@ __device__ __forceinline__ void load_columns(uint32_t (&v)[16], uint32_t at) {
 __device__ __forceinline__ void store_columns(uint32_t at, const uint32_t (&v)[16]) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) store_matrices_transposed(at + k * kRowStep, v + 4 * k);
+}
+
+// The sum over four lanes that share a row of a fragment: lanes 4 i to 4 i + 3. Every lane gets it.
+__device__ __forceinline__ float sum_of_four_lanes(float v) {
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+  return v;
+}
+
+// One thread: loads the four tiles of a slice's weights to a stage in shared memory, in the order that kSlice says.
+template <int kHalves>
+__device__ __forceinline__ void load_slice(uint32_t to, const FieldParams& f, Barrier& full, int local, int level, int slice) {
+  constexpr int kInner = kHalves == 1 ? kTile : 0, kHidden = kTile - kInner;  // steps from a weight's first tile to its second
+  const int matrix = (static_cast<int>(f.first) + local) * f.depth + level, inner = slice * f.slice_units<kHalves>();
+  load_tile(to, f.w1, full, inner, 0, matrix);
+  load_tile(to + kTileBytes, f.w1, full, inner + kInner, kHidden, matrix);
+  load_tile(to + 2 * kTileBytes, f.w2, full, 0, inner, matrix);
+  load_tile(to + 3 * kTileBytes, f.w2, full, kHidden, inner + kInner, matrix);
+}
+
+// Calls body.template operator()<T, kTanh>() with the operand type, and whether SiLU takes the approximate tanh.
+template <class Body>
+void for_operands(Real type, bool residual, Body body) {
+  if (type == Real::f16) return body.template operator()<HalfPair, false>();
+  if (residual) return body.template operator()<BFloatPair, true>();
+  body.template operator()<BFloatPair, false>();
 }
 
 // A buffer of a ring of kBuffers, and the parity of its barriers' phase. The thread that fills it waits for parity ^ 1 of `empty`.

@@ -202,20 +202,13 @@ void launch_fold(float* data, int64_t rows, int64_t columns, const Launch& launc
 template <class Launch>
 void launch_backward_blocks(const FieldParams& f, Real type, const Launch& launch) {
   if (f.depth == 0 || f.count == 0) return;
-  const auto run = [&]<class T, bool kTanh>() {
+  for_operands(type, f.residual, [&]<class T, bool kTanh>() {
     const auto with = [&](auto kernel, size_t shared) {
       launch.with_threads(backward::kThreads, kernel, backward_block_count(f, launch), shared + 1024, f);
     };
     if (f.halves() == 1) return with(backward::backward_blocks<T, kTanh, 1>, sizeof(backward::Shared));
     with(backward::backward_blocks<T, kTanh, 2>, sizeof(backward::WideShared));
-  };
-  if (type == Real::f16) {
-    run.template operator()<HalfPair, false>();
-  } else if (f.residual) {
-    run.template operator()<BFloatPair, true>();
-  } else {
-    run.template operator()<BFloatPair, false>();
-  }
+  });
 }
 
 // The backward of the patches [f.first, f.first + f.count).

@@ -103,6 +103,12 @@ struct FieldParams {
   }
 };
 
+// The reciprocal column norms of a patch's weights of one level: of W1, then of W2.
+template <int kHalves>
+FLOWSEG_INLINE float* inverse_lengths_of(const FieldParams& f, int64_t local, int level) {
+  return f.inverse_lengths + (local * f.depth + level) * f.lengths<kHalves>();
+}
+
 // Partial sums of a part of the pixels, over the patches of a group, in fp32. A part is 64 / kHalves rows of a tile. Offsets in
 // floats. Channels beyond C are undefined.
 template <int kHalves>
