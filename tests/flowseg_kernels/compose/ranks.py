@@ -21,7 +21,8 @@ def run_two(module: str, folder: pathlib.Path) -> None:
     Raises:
         AssertionError: if a process failed, with the end of both stderr.
     """
-    code = f"import sys; from {module} import run_rank; run_rank(int(sys.argv[1]), sys.argv[2])"
+    # A process ends right after its work. On a busy machine, threads that torch leaves to the interpreter's end sometimes abort it.
+    code = f"import os, sys; from {module} import run_rank; run_rank(int(sys.argv[1]), sys.argv[2]); os._exit(0)"
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), str(folder / "meeting")],
