@@ -55,6 +55,14 @@ def library() -> ctypes.CDLL:
     return found
 
 
+def kernel_library(name: str) -> ctypes.CDLL:
+    """The library of `name`.cpp, which launches one kernel by `name`_blocks(call). That returns what was wrong, or None."""
+    flags = ["-O1", "-g1", "-fPIC", "-shared", "-DFLOWSEG_PLANTS"]
+    found = ctypes.CDLL(compiled(f"lib{name}.so", *flags, sources=(f"{name}.cpp",)))
+    getattr(found, f"{name}_blocks").restype = ctypes.c_char_p
+    return found
+
+
 class Array(ctypes.Structure):
     """`Array` of ops.h."""
 

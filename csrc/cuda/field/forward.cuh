@@ -2,7 +2,7 @@
 // of the output.
 //
 // A thread block stays on its multiprocessor and takes one item after the other: a patch and a set of four tiles of 64 pixels.
-// With two halves of hidden units a set has the pixels of two tiles, and a tile for each half of them. All items of a block have
+// A set of two halves of hidden units has the pixels of two tiles, and a tile for each half of them. All items of a block have
 // the same set, so the set's part of the embedding's table stays in shared memory. An item takes one step for every level and
 // slice. A slice is kSlice / kHalves inner units of the level's weights, which one stage of shared memory holds.
 //

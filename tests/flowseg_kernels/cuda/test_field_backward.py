@@ -30,10 +30,7 @@ class BackwardCall(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(kernels):
-    flags = ["-O1", "-g1", "-fPIC", "-shared", "-DFLOWSEG_PLANTS"]
-    found = ctypes.CDLL(host_kernels.compiled("libfield_backward.so", *flags, sources=("field_backward.cpp",)))
-    found.field_backward_blocks.restype = ctypes.c_char_p
-    return found
+    return host_kernels.kernel_library("field_backward")
 
 
 @dataclasses.dataclass

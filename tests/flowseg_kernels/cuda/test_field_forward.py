@@ -39,10 +39,7 @@ class ForwardCall(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def library(kernels):
-    flags = ["-O1", "-g1", "-fPIC", "-shared", "-DFLOWSEG_PLANTS"]
-    found = ctypes.CDLL(host_kernels.compiled("libfield_forward.so", *flags, sources=("field_forward.cpp",)))
-    found.field_forward_blocks.restype = ctypes.c_char_p
-    return found
+    return host_kernels.kernel_library("field_forward")
 
 
 @dataclasses.dataclass
