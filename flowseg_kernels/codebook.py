@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .decode_grid import decode_tables
+from .decode_grid import decode_grid
 from .derived import LARGEST_LABEL, Derived, check_codes, derived_from, forget, ignored_label
 from .functional import encode_labels, nearest_centroid
 from .runtime.checks import check_index
@@ -96,8 +96,12 @@ class Codebook(torch.nn.Module):
     @property
     def grid(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, float, float]:
         """A copy of the decode grid, for inspection: (cells, records, groups, low, scale); None and 0 without a grid."""
-        tables = decode_tables(derived_from(self._values()), self.centroids.device)
-        return *(None if v is None else v.clone() for v in tables[:3]), *tables[3:]
+        codes = self._values()
+        grid = decode_grid(derived_from(codes)) if codes.shape[1] == 3 else None
+        if grid is None:
+            return None, None, None, 0.0, 0.0
+        tables = (grid.cells, grid.records, grid.records_left)
+        return *(v.to(codes.device, copy=True) for v in tables), grid.low, grid.scale
 
     # Earlier versions had the tables as buffers under these names.
     _cells = property(lambda self: self.grid[0])

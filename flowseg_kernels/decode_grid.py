@@ -14,13 +14,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .derived import Derived, derived_from
+from .derived import Derived
 
-__all__ = ["DecodeGrid", "Tables", "build_decode_grid", "decode_tables", "grid_of"]
-
-#: A decode grid as kernels take it: cells, records, records_left, low, scale.
-Tables = tuple[Tensor | None, Tensor | None, Tensor | None, float, float]
-_NO_GRID: Tables = (None, None, None, 0.0, 0.0)
+__all__ = ["DecodeGrid", "build_decode_grid", "decode_grid"]
 
 #: Centroids per record. A row of floats fills one AVX2 register, and a record two cache lines.
 LANES = 8
@@ -158,28 +154,12 @@ def _pack(cell: Tensor, candidate: Tensor, mu: Tensor, low: float, scale: float)
     return DecodeGrid(cells, records.contiguous(), records_left, low, scale)
 
 
-def _grid(derived: Derived) -> DecodeGrid | None:
+def decode_grid(derived: Derived) -> DecodeGrid | None:
+    """The decode grid of codes with three channels; None if lists would be long."""
+
     def build() -> DecodeGrid | None:
         # The caller's default device must not apply to the tensors that the grid is computed from.
         with torch.no_grad(), torch.device("cpu"):
             return build_decode_grid(derived.codes.float())
 
-    return derived.cached("decode grid", build) if derived.codes.shape[1] == 3 else None
-
-
-def decode_tables(derived: Derived, device: torch.device) -> Tables:
-    """The decode grid on a device as kernels take it. None and 0 without a grid: for C other than 3, or if lists would be long."""
-    grid = _grid(derived)
-    if grid is None:
-        return _NO_GRID
-    tensors = (grid.cells, grid.records, grid.records_left)
-    copies = derived.cached(("decode grid", device), lambda: tuple(v.to(device) for v in tensors))
-    return *copies, grid.low, grid.scale
-
-
-def grid_of(x: Tensor, centroids: Tensor, wanted: bool) -> Tables:
-    """The decode grid of these codes on the device of x, if kernels can use one and building it pays."""
-    if not wanted or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
-        return _NO_GRID
-    derived = derived_from(centroids)
-    return decode_tables(derived, x.device) if derived.count_decode() else _NO_GRID
+    return derived.cached("decode grid", build)

@@ -386,19 +386,22 @@ def nearest_centroid(
 
 
 def decode_confusion(
-    x: Tensor, target: Tensor, codebook: Tensor | Codebook, *, ignore_index: int | None = None
+    x: Tensor, target: Tensor, codebook: Tensor | Codebook, *, ignore_index: int | None = None, by_class: bool = False
 ) -> Tensor:
-    """Decode and count in one pass: counts[truth, prediction]. No label map is stored.
+    """Decode and count in one pass: counts[truth, prediction], or by class. No label map is stored.
 
     Args:
         x: (B, C, H, W).
         target: true labels, (B, H, W).
         codebook: a Codebook, or (K, C) centroids.
         ignore_index: target label of pixels that do not count, default the codebook's, or 255 for bare centroids.
+        by_class: count per class instead of per pair of classes: three rows instead of K. They are enough for IoU and accuracy:
+            IoU_k = hits_k / (truths_k + predictions_k - hits_k). 65,536 classes take 1.5 MB instead of 34 GB.
 
     Returns:
-        (K, K) int64, 8 K^2 bytes; add up the counts of several batches. The sum over all entries is the number of valid pixels
-        without NaN, as a pixel with NaN decodes to no class.
+        (K, K) int64, 8 K^2 bytes, or with by_class (3, K) int64: hits (the diagonal), truths (the sums of the rows) and predictions
+        (the sums of the columns). Add up the counts of several batches. The sum over all entries, or over truths, is the number of
+        valid pixels without NaN, as a pixel with NaN decodes to no class.
 
     Raises:
         TypeError, ValueError: as flow_interpolate.
@@ -406,7 +409,7 @@ def decode_confusion(
     mu, ignored = _resolve("x", x, codebook, "codebook")
     check_labels("target", target, ("x", x))
     label = _ignored_label_arguments(ignore_index, ignored, mu.shape[0])
-    return call("decode_confusion", x.detach(), target, mu, _is_codebook(codebook), *label)
+    return call("decode_confusion", x.detach(), target, mu, _is_codebook(codebook), *label, by_class)
 
 
 def neural_field(

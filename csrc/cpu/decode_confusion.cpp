@@ -8,14 +8,15 @@ namespace flowseg::cpu {
 // The result does not depend on the order of the additions in either case.
 constexpr int64_t kLargestTablePerThread = int64_t{1} << 20;
 
-Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional<Tensor> cells, std::optional<Tensor> records,
-                        std::optional<Tensor> records_left, double grid_low, double grid_scale, int64_t ignore_index) {
+Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::vector<Tensor> tables, double grid_low, double grid_scale,
+                        bool by_class, int64_t ignore_index) {
   const Image image = image_of(x, "x");
   const PaddedCodes codes(centroids, image);
-  const Grid grid = grid_of(centroids, cells, records, records_left, grid_low, grid_scale);
+  FLOWSEG_CHECK(!by_class, "by_class: wanted False; the kernel does not count by class yet");
   const int64_t classes = codes.codes.classes, size = classes * classes;
   const CheckedLabels y(target, image, classes, ignore_index, "target");
-  const Confusion a{.decode = {.x = image, .codes = codes.codes, .grid = grid}, .target = y.labels};
+  const Tables decode_tables = tables_of(centroids, tables, grid_low, grid_scale);
+  const Confusion a{.decode = {.x = image, .codes = codes.codes, .tables = decode_tables}, .target = y.labels};
   Tensor counts = torch::stable::new_zeros(x, std::vector<int64_t>{classes, classes}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(counts.data_ptr());
 
@@ -23,16 +24,16 @@ Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional
   const int64_t parts = std::min<int64_t>(chunks, torch::stable::get_num_threads());
   const bool shared = parts > 1 && size > std::min(kLargestTablePerThread, image.batch * image.height * image.width);
   // The first part counts in the result itself.
-  std::vector<int64_t> tables(shared || parts <= 1 ? 0 : (parts - 1) * size);
+  std::vector<int64_t> copies(shared || parts <= 1 ? 0 : (parts - 1) * size);
   with_kernels([&](auto kernels) {
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
-        int64_t* to = tables.empty() || part == 0 ? out : tables.data() + (part - 1) * size;
+        int64_t* to = copies.empty() || part == 0 ? out : copies.data() + (part - 1) * size;
         for (int64_t chunk = part; chunk < chunks; chunk += parts) kernels.confusion(a, chunk, to, shared);
       }
     });
   });
-  for (auto from = tables.begin(); from != tables.end(); from += size) {
+  for (auto from = copies.begin(); from != copies.end(); from += size) {
     for (int64_t i = 0; i < size; ++i) out[i] += from[i];
   }
   y.check();

@@ -3,15 +3,14 @@
 
 namespace flowseg::cpu {
 
-void nearest_centroid(Tensor x, Tensor centroids, std::optional<Tensor> cells, std::optional<Tensor> records,
-                      std::optional<Tensor> records_left, double grid_low, double grid_scale, Tensor labels, Tensor distance,
-                      Tensor margin, int64_t ignore_index) {
+void nearest_centroid(Tensor x, Tensor centroids, std::vector<Tensor> tables, double grid_low, double grid_scale, Tensor labels,
+                      Tensor distance, Tensor margin, int64_t ignore_index) {
   const Image image = image_of(x, "x");
   const PaddedCodes codes(centroids, image);
   const Decode a{
       .x = image,
       .codes = codes.codes,
-      .grid = grid_of(centroids, cells, records, records_left, grid_low, grid_scale),
+      .tables = tables_of(centroids, tables, grid_low, grid_scale),
       .ignore = ignore_index,
       .labels = labels.data_ptr(),
       .label_type = integer_of(labels, "out_dtype"),

@@ -81,7 +81,7 @@ struct Scale {
 struct Decode {
   Image x;
   Codes codes;
-  Grid grid;  // cells null without a grid
+  Tables tables;
   int64_t ignore = 0;
   void* labels = nullptr;  // contiguous (B, H, W); null if not needed
   Integer label_type = Integer::u8;

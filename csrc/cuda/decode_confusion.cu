@@ -7,16 +7,17 @@ namespace flowseg::cuda {
 
 namespace {
 
-Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::optional<Tensor> cells, std::optional<Tensor> records,
-                        std::optional<Tensor> records_left, double grid_low, double grid_scale, int64_t ignore_index) {
+Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::vector<Tensor> tables, double grid_low, double grid_scale,
+                        bool by_class, int64_t ignore_index) {
   const Image image = image_of(x, "x");
   const InputCodes codes = input_codes(centroids, image);
+  FLOWSEG_CHECK(!by_class, "by_class: wanted False; the kernel does not count by class yet");
   Tensor counts = torch::stable::new_zeros(x, std::vector<int64_t>{codes.classes, codes.classes}, ScalarType::Long);
   if (x.numel() == 0) return counts;
   const ConfusionParams params{.x = input_image(image),
                                .target = input_labels(target, image, ignore_index, "target"),
                                .codes = codes,
-                               .grid = grid_of(centroids, cells, records, records_left, grid_low, grid_scale),
+                               .tables = tables_of(centroids, tables, grid_low, grid_scale),
                                .counts = static_cast<unsigned long long*>(counts.data_ptr())};
   launch_confusion(params, Launch(x));
   return counts;

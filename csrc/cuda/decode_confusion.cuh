@@ -17,7 +17,7 @@ struct ConfusionParams {
   InputImage x;        // (B, C, H, W)
   InputLabels target;  // (B, H, W)
   InputCodes codes;    // (K, C)
-  Grid grid;
+  Tables tables;
   unsigned long long* counts;  // (K, K), zero before the launch
   Tiling tiling{};
 };
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kGridThreads, 2) confusion_by_grid(const Confu
     RawPixels<S> x;
     x.load(a.x, run);  // loading the target overlaps with waiting for the pixels
     load_labels(a.target, a.codes.classes, run, y);
-    look_up<kWords>(a.grid, a.codes, rows, x, label);
+    look_up<kWords>(a.tables.grid, a.codes, rows, x, label);
   });
 }
 
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 4) confusion_by_search(const Confusi
 template <class Launch>
 void launch_confusion(ConfusionParams a, const Launch& launch) {
   const Device device = launch.device();
-  const bool by_grid = a.grid.cells && a.x.type != Real::f64, words = by_grid && has_words(a.codes);
+  const bool by_grid = a.tables.grid.cells && a.x.type != Real::f64, words = by_grid && has_words(a.codes);
   const int64_t code_bytes = by_grid ? staged_bytes(a.codes) : 0;
   const int64_t dynamic_bytes = histogram_bytes(a.codes.classes) + code_bytes;
   const int64_t block_bytes = dynamic_bytes + (by_grid ? 0 : kCodeTileBytes);  // a search also has its static tile of centroids

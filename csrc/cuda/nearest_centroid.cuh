@@ -11,7 +11,7 @@ namespace flowseg::cuda {
 struct DecodeParams {
   InputImage x;      // (B, C, H, W)
   InputCodes codes;  // (K, C)
-  Grid grid;
+  Tables tables;
   int64_t ignore;
   void* labels;  // (B, H, W) contiguous
   Integer label_type;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kGridThreads, 2) decode_by_grid(const DecodePa
     RawPixels<S> x;
     int label[kLookupPixels];
     x.load(a.x, run);
-    look_up<kWords>(a.grid, a.codes, rows, x, label);
+    look_up<kWords>(a.tables.grid, a.codes, rows, x, label);
     store_labels(a, run, label);
   });
 }
@@ -88,7 +88,7 @@ void launch_decode_by_grid(DecodeParams a, const Launch& launch) {
 
 template <class Launch>
 void launch_decode(DecodeParams a, const Launch& launch) {
-  if (a.grid.cells && a.x.type != Real::f64 && !a.distance.data && !a.margin.data) return launch_decode_by_grid(a, launch);
+  if (a.tables.grid.cells && a.x.type != Real::f64 && !a.distance.data && !a.margin.data) return launch_decode_by_grid(a, launch);
   const auto launch_search = [&](auto kernel, int pixels_per_thread) {
     const int64_t blocks = blocks_per_image(a.x.height * a.x.width, pixels_per_thread);
     a.blocks_per_image = static_cast<unsigned>(blocks);

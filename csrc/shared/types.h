@@ -81,6 +81,23 @@ struct Grid {
   const int32_t* words;  // (G, G, G), the second table of cells
 };
 
+// The guesses (flowseg_kernels/decode_guesses.py).
+struct Guesses {
+  const float* projection;  // (A, C + 1); null without guesses
+  const int32_t* starts;    // (G^A + 1,)
+  const int32_t* members;   // (E,)
+  const int32_t* rivals;    // (K, M)
+  const float* certain;     // (K, M + 1)
+  int axes, log2_cells;     // A, log2 G
+  int rival_count;          // M
+};
+
+// The tables that make decoding fast. At most one of them is there.
+struct Tables {
+  Grid grid;
+  Guesses guesses;
+};
+
 // fp16 and bf16 as the kernels of every backend store them, and their conversions from and to float and double. Conversions from
 // float round to the nearest value, ties to even. double to bf16, and on a GPU double to fp16, round twice.
 //

@@ -78,35 +78,70 @@ inline void check_codes(const Tensor& t, const Image& image) {
                 "centroids: wanted a contiguous tensor in the compute dtype");
 }
 
-// The decode grid, or none: a grid has fp32 codes with three channels, and other codes are searched without one.
-inline Grid grid_of(const Tensor& centroids, const std::optional<Tensor>& cells, const std::optional<Tensor>& records,
-                    const std::optional<Tensor>& records_left, double low, double scale) {
-  if (!cells || centroids.scalar_type() != ScalarType::Float || centroids.size(1) != 3) return {};
-  const auto is_usable = [&](const std::optional<Tensor>& t) {
-    return t && t->is_contiguous() && t->is_cuda() == centroids.is_cuda();
-  };
-  FLOWSEG_CHECK(is_usable(cells) && is_usable(records) && is_usable(records_left),
-                "codebook: wanted a contiguous decode grid on the device of its centroids");
-  const int64_t side = cells->dim() == 4 ? cells->size(3) : 0;
-  FLOWSEG_CHECK(side > 0 && (side & (side - 1)) == 0 && cells->size(0) == 2 && cells->size(1) == side && cells->size(2) == side &&
-                    cells->scalar_type() == ScalarType::Int,
-                "codebook: wanted the cells of its decode grid as int32 (2, G, G, G), G a power of two; make a new Codebook");
-  FLOWSEG_CHECK(records->dim() == 3 && records->size(1) == 4 && records->size(2) == 8 &&
-                    records->scalar_type() == ScalarType::Float,
-                "codebook: wanted the records of its decode grid as float32 (R, 4, 8); make a new Codebook");
-  FLOWSEG_CHECK(records_left->dim() == 1 && records_left->size(0) == records->size(0) &&
-                    records_left->scalar_type() == ScalarType::Int,
-                "codebook: wanted the record counts of its decode grid as int32 (R,); make a new Codebook");
-  const auto* table = static_cast<const int32_t*>(cells->data_ptr());
+inline void check_table(const Tensor& t, const Tensor& centroids, ScalarType type, bool shape_is_right, const char* wanted) {
+  FLOWSEG_CHECK(t.is_contiguous() && t.is_cuda() == centroids.is_cuda() && t.scalar_type() == type && shape_is_right,
+                "codebook: wanted the ", wanted, ", contiguous, on the device of its centroids; make a new Codebook");
+}
+
+inline Grid grid_of(const Tensor& centroids, const std::vector<Tensor>& tables, double low, double scale) {
+  const Tensor &cells = tables[0], &records = tables[1], &records_left = tables[2];
+  const int64_t side = cells.dim() == 4 ? cells.size(3) : 0;
+  check_table(cells, centroids, ScalarType::Int,
+              side > 0 && (side & (side - 1)) == 0 && cells.size(0) == 2 && cells.size(1) == side && cells.size(2) == side,
+              "cells of its decode grid as int32 (2, G, G, G), G a power of two");
+  check_table(records, centroids, ScalarType::Float, records.dim() == 3 && records.size(1) == 4 && records.size(2) == 8,
+              "records of its decode grid as float32 (R, 4, 8)");
+  check_table(records_left, centroids, ScalarType::Int, records_left.dim() == 1 && records_left.size(0) == records.size(0),
+              "record counts of its decode grid as int32 (R,)");
+  const auto* table = static_cast<const int32_t*>(cells.data_ptr());
   return {
       .cells = table,
-      .records = static_cast<const float*>(records->data_ptr()),
-      .records_left = static_cast<const int32_t*>(records_left->data_ptr()),
+      .records = static_cast<const float*>(records.data_ptr()),
+      .records_left = static_cast<const int32_t*>(records_left.data_ptr()),
       .low = static_cast<float>(low),
       .scale = static_cast<float>(scale),
       .size = static_cast<int>(side),
-      .words = table + cells->stride(0),
+      .words = table + cells.stride(0),
   };
+}
+
+inline Guesses guesses_of(const Tensor& centroids, const std::vector<Tensor>& tables) {
+  const Tensor &projection = tables[0], &starts = tables[1], &members = tables[2], &rivals = tables[3], &certain = tables[4];
+  const int64_t axes = projection.dim() == 2 ? projection.size(0) : 0, classes = centroids.size(0);
+  check_table(projection, centroids, ScalarType::Float, 1 <= axes && axes <= 8 && projection.size(1) == centroids.size(1) + 1,
+              "projection of its guesses as float32 (A, C + 1), A at most 8");
+  const int64_t cells = starts.numel() - 1;
+  int log2_cells = 0;
+  while (int64_t{1} << (log2_cells + 1) * axes <= cells) ++log2_cells;
+  check_table(starts, centroids, ScalarType::Int, starts.dim() == 1 && cells == int64_t{1} << log2_cells * axes,
+              "starts of its guesses as int32 (G^A + 1,), G a power of two");
+  check_table(members, centroids, ScalarType::Int, members.dim() == 1, "members of its guesses as int32 (E,)");
+  const int64_t rival_count = rivals.dim() == 2 ? rivals.size(1) : -1;
+  check_table(rivals, centroids, ScalarType::Int, rival_count >= 0 && rivals.size(0) == classes,
+              "rivals of its guesses as int32 (K, M)");
+  check_table(certain, centroids, ScalarType::Float,
+              certain.dim() == 2 && certain.size(0) == classes && certain.size(1) == rival_count + 1,
+              "certain distances of its guesses as float32 (K, M + 1)");
+  return {
+      .projection = static_cast<const float*>(projection.data_ptr()),
+      .starts = static_cast<const int32_t*>(starts.data_ptr()),
+      .members = static_cast<const int32_t*>(members.data_ptr()),
+      .rivals = static_cast<const int32_t*>(rivals.data_ptr()),
+      .certain = static_cast<const float*>(certain.data_ptr()),
+      .axes = static_cast<int>(axes),
+      .log2_cells = log2_cells,
+      .rival_count = static_cast<int>(rival_count),
+  };
+}
+
+// The tables of a call. They are for fp32 codes: three tensors are a decode grid, for three channels, and five are guesses, for more.
+inline Tables tables_of(const Tensor& centroids, const std::vector<Tensor>& tables, double low, double scale) {
+  if (tables.empty() || centroids.scalar_type() != ScalarType::Float) return {};
+  const int64_t channels = centroids.size(1);
+  FLOWSEG_CHECK((tables.size() == 3 && channels == 3) || (tables.size() == 5 && channels > 3),
+                "codebook: wanted the tables of its centroids; make a new Codebook");
+  return tables.size() == 3 ? Tables{.grid = grid_of(centroids, tables, low, scale), .guesses = {}}
+                            : Tables{.grid = {}, .guesses = guesses_of(centroids, tables)};
 }
 
 inline Output output_of(const Tensor& t) { return {t.data_ptr(), real_of(t, "output")}; }

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import flowseg_kernels as fk
-from flowseg_kernels.decode_grid import decode_tables
+from flowseg_kernels.decode_tables import decode_tables
 from flowseg_kernels.derived import derived_from
 
 from . import style
@@ -14,7 +14,7 @@ CLASSES, HEIGHT = 150, 0.1
 
 def candidates(book):
     """The number of centroids that each cell (channel 2, 1, 0) of the grid lists."""
-    cells, records, groups, _, _ = decode_tables(derived_from(book.centroids), torch.device("cpu"))
+    (cells, records, groups), _, _ = decode_tables(derived_from(book.centroids), torch.device("cpu"))
     in_record = records[:, 0].isfinite().sum(dim=1)
     total = in_record.clone()
     # A list has g consecutive records; the total at its first record is the sum over all g.
@@ -25,7 +25,7 @@ def candidates(book):
 
 def draw():
     book = fk.Codebook(fk.kronecker_centroids(CLASSES))
-    cells, _, _, low, scale = decode_tables(derived_from(book.centroids), torch.device("cpu"))
+    (cells, *_), low, scale = decode_tables(derived_from(book.centroids), torch.device("cpu"))
     high = low + cells.shape[-1] / scale
     line = torch.linspace(low, high, 512)
     v, u = torch.meshgrid(line, line, indexing="ij")

@@ -9,7 +9,7 @@ import warnings
 import torch
 
 import flowseg_kernels as fk
-from flowseg_kernels.decode_grid import decode_tables
+from flowseg_kernels.decode_tables import decode_tables
 from flowseg_kernels.derived import derived_from
 
 from .cases import Pixels
@@ -121,8 +121,8 @@ def _with_specials(case: Pixels, name: str, x: torch.Tensor, book: fk.Codebook) 
         elif special == "near_code":
             points[at] = a + 1e-6
         elif special == "border":
-            tables = decode_tables(derived_from(book.centroids), torch.device("cpu")) if case.grid else (0.0,) * 5
-            low, scale = tables[3:]
+            tables = decode_tables(derived_from(book.centroids), torch.device("cpu")) if case.grid else (0.0,) * 3
+            low, scale = tables[1:]
             scale = scale or 16.0
             edge = torch.tensor(low + (place % 65) / scale, dtype=torch.float32)
             points[at, channel] = torch.nextafter(edge, edge + (place % 3 - 1)).double()

@@ -159,8 +159,8 @@ bool run_grid(int64_t height, int64_t width) {
   const Array x_array = array(x, {1, 3, height, width}), found_array = array(found, plane);
   const Array code_array = array(grid.mu, {Octants::kClasses, 3}), cell_array = array(grid.cells, {2, 2, 2, 2});
   const Array record_array = array(grid.records, {4, 4, 8}), records_left_array = array(grid.records_left, {4});
-  nearest_centroid(x_array, code_array, cell_array, record_array, records_left_array, -1, 1, found_array, {}, {}, 255);
-  decode_confusion(x_array, found_array, code_array, cell_array, record_array, records_left_array, -1, 1, 255,
+  nearest_centroid(x_array, code_array, cell_array, record_array, records_left_array, {}, {}, -1, 1, found_array, {}, {}, 255);
+  decode_confusion(x_array, found_array, code_array, cell_array, record_array, records_left_array, {}, {}, -1, 1, false, 255,
                    array(counts, {Octants::kClasses, Octants::kClasses}));
   int64_t diagonal = 0, known = 0;
   for (int k = 0; k < Octants::kClasses; ++k) diagonal += counts[k * Octants::kClasses + k];

@@ -139,16 +139,18 @@ def flow_loss_bwd_(grad_loss, residual, count, reduction):
     call("flow_loss_bwd", grad_loss.to(compute_dtype(residual.dtype)), residual, count, reduction, residual)
 
 
-def nearest_centroid(x, centroids, cells, records, records_left, low, scale, labels, distance, margin, ignore_index):
-    call(
-        "nearest_centroid", x, centroids, cells, records, records_left, low, scale, labels, distance, margin, ignore_index
-    )  # fmt: skip
+def _five(tables):
+    return *tables, *(None,) * (5 - len(tables))
 
 
-def decode_confusion(x, target, centroids, cells, records, records_left, low, scale, ignore_index):
-    counts = torch.zeros(centroids.shape[0], centroids.shape[0], dtype=torch.int64)
+def nearest_centroid(x, centroids, tables, low, scale, labels, distance, margin, ignore_index):
+    call("nearest_centroid", x, centroids, *_five(tables), low, scale, labels, distance, margin, ignore_index)
+
+
+def decode_confusion(x, target, centroids, tables, low, scale, by_class, ignore_index):
+    counts = torch.zeros(3 if by_class else centroids.shape[0], centroids.shape[0], dtype=torch.int64)
     if x.numel():  # the CUDA launcher too returns zeros for an empty image
-        call("decode_confusion", x, target, centroids, cells, records, records_left, low, scale, ignore_index, counts)
+        call("decode_confusion", x, target, centroids, *_five(tables), low, scale, by_class, ignore_index, counts)
     return counts
 
 

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <string>
+#include <stdexcept>
 #include <utility>
 
 #include "cuda/decode_confusion.cuh"
@@ -95,6 +96,25 @@ Grid decode_grid(const Array& cells, const Array& records, const Array& records_
           .scale = static_cast<float>(scale),
           .size = static_cast<int>(cells.shape[3]),
           .words = table + cells.size() / 2};
+}
+
+Guesses guesses(const Array& projection, const Array& starts, const Array& members, const Array& rivals, const Array& certain) {
+  const int axes = static_cast<int>(projection.shape[0]);
+  int log2_cells = 0;
+  while (int64_t{1} << (log2_cells + 1) * axes < starts.shape[0]) ++log2_cells;
+  return {.projection = static_cast<const float*>(projection.data),
+          .starts = static_cast<const int32_t*>(starts.data),
+          .members = static_cast<const int32_t*>(members.data),
+          .rivals = static_cast<const int32_t*>(rivals.data),
+          .certain = static_cast<const float*>(certain.data),
+          .axes = axes,
+          .log2_cells = log2_cells,
+          .rival_count = static_cast<int>(rivals.shape[1])};
+}
+
+Tables tables(const Array& a, const Array& b, const Array& c, const Array& d, const Array& e, double low, double scale) {
+  if (e.data) return {.grid = {}, .guesses = guesses(a, b, c, d, e)};
+  return {.grid = decode_grid(a, b, c, low, scale), .guesses = {}};
 }
 
 Correction correction(double temperature, double eps, double max_norm, int64_t transform) {
@@ -193,11 +213,11 @@ void flow_loss_bwd(const Array& grad, const Array& residual, const Array& count,
   launch_scale(params, HostLaunch{});
 }
 
-void nearest_centroid(const Array& x, const Array& centroids, const Array& cells, const Array& records, const Array& records_left,
-                      double low, double scale, const Array& labels, const Array& distance, const Array& margin, int64_t ignore) {
+void nearest_centroid(const Array& x, const Array& centroids, const Array& table0, const Array& table1, const Array& table2,
+                      const Array& table3, const Array& table4, double low, double scale, const Array& labels, const Array& distance, const Array& margin, int64_t ignore) {
   const DecodeParams params{.x = image(x),
                             .codes = codes(centroids),
-                            .grid = decode_grid(cells, records, records_left, low, scale),
+                            .tables = tables(table0, table1, table2, table3, table4, low, scale),
                             .ignore = ignore,
                             .labels = labels.data,
                             .label_type = integer_of(labels),
@@ -207,13 +227,15 @@ void nearest_centroid(const Array& x, const Array& centroids, const Array& cells
   launch_decode(params, HostLaunch{});
 }
 
-void decode_confusion(const Array& x, const Array& target, const Array& centroids, const Array& cells, const Array& records,
-                      const Array& records_left, double low, double scale, int64_t ignore, const Array& counts) {
+void decode_confusion(const Array& x, const Array& target, const Array& centroids, const Array& table0, const Array& table1,
+                      const Array& table2, const Array& table3, const Array& table4, double low, double scale, int64_t by_class,
+                      int64_t ignore, const Array& counts) {
   const ConfusionParams params{.x = image(x),
                                .target = label_map(target, ignore),
                                .codes = codes(centroids),
-                               .grid = decode_grid(cells, records, records_left, low, scale),
+                               .tables = tables(table0, table1, table2, table3, table4, low, scale),
                                .counts = static_cast<unsigned long long*>(counts.data)};
+  if (by_class) throw std::runtime_error("the kernel does not count by class yet");
   launch_confusion(params, HostLaunch{});
 }
 

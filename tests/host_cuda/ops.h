@@ -35,10 +35,12 @@ void flow_loss(const Array& prediction, const Array& source, const Array& labels
                int64_t transform, double max_norm, int64_t ignore, int64_t reduction, double t_min, const Array& loss,
                const Array& residual, const Array& count);
 void flow_loss_bwd(const Array& grad, const Array& residual, const Array& count, int64_t reduction, const Array& out);
-void nearest_centroid(const Array& x, const Array& centroids, const Array& cells, const Array& records, const Array& records_left,
-                      double low, double scale, const Array& labels, const Array& distance, const Array& margin, int64_t ignore);
-void decode_confusion(const Array& x, const Array& target, const Array& centroids, const Array& cells, const Array& records,
-                      const Array& records_left, double low, double scale, int64_t ignore, const Array& counts);
+// The tables of decoding: a grid (three tables), guesses (five), or none. Absent arrays have no data.
+void nearest_centroid(const Array& x, const Array& centroids, const Array& table0, const Array& table1, const Array& table2,
+                      const Array& table3, const Array& table4, double low, double scale, const Array& labels, const Array& distance, const Array& margin, int64_t ignore);
+void decode_confusion(const Array& x, const Array& target, const Array& centroids, const Array& table0, const Array& table1,
+                      const Array& table2, const Array& table3, const Array& table4, double low, double scale, int64_t by_class,
+                      int64_t ignore, const Array& counts);
 
 void neural_field(const Array& x, const Array& weights, const Array& embed, const Array& embed_bias, const Array& norm,
                   const Array& out_norm, const Array& out_weight, const Array& out_bias, int64_t patch_size, int64_t mlp_ratio,

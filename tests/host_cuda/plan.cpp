@@ -35,7 +35,7 @@ extern "C" void plan_confusion(const Device& device, int64_t batch, int64_t pixe
   params.x.width = pixels;
   params.codes = {.data = nullptr, .classes = static_cast<int>(classes), .channels = 3};
   static const int32_t cell = 0;
-  if (by_grid) params.grid.cells = &cell;
+  if (by_grid) params.tables.grid.cells = &cell;
   launch_confusion(params, Planner{device, &plan});
 }
 

@@ -13,7 +13,8 @@ LAYERS: dict[str, list[set[str]]] = {
         {"runtime.registry"},
         # It also calls torch.ops.flowseg.nearest_centroid, which an import would not show.
         {"derived"},
-        {"codes", "decode_grid", "ops.triton_pixels"},
+        {"codes", "decode_grid", "decode_guesses", "ops.triton_pixels"},
+        {"decode_tables"},
         {"ops.distance_correction", "ops.flow_interpolate", "ops.neural_field"},
         {"ops.flow_loss", "ops.nearest_centroid"},
         {"ops.decode_confusion"},

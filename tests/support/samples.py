@@ -2,7 +2,7 @@
 
 import torch
 
-from flowseg_kernels.decode_grid import decode_tables as grid_tables
+from flowseg_kernels.decode_tables import decode_tables as tables_on
 from flowseg_kernels.derived import derived_from
 
 LABEL_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -20,8 +20,8 @@ def image_batch(codes, batch=2, height=9, width=13, spread=0.3, dtype=torch.floa
 
 
 def decode_tables(centroids):
-    """The decode grid of (K, 3) codes as kernels take it: (cells, records, records_left, low, scale)."""
-    return grid_tables(derived_from(centroids), centroids.device)
+    """The decoding tables of (K, C) codes as kernels take them: (tensors, low, scale)."""
+    return tables_on(derived_from(centroids), centroids.device)
 
 
 def layouts(x):

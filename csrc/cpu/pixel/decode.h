@@ -288,10 +288,10 @@ void look_up_block(const Grid& grid, const Codes& codes, const Block<float, 3>& 
 template <class T, int C>
 void decode_block(const Decode& a, const PixelRange& p, const Block<T, C>& x, Nearest<T>& nearest) {
   if constexpr (std::is_same_v<T, float> && C == 3) {
-    if (a.grid.cells && !a.distance && !a.margin) {
+    if (a.tables.grid.cells && !a.distance && !a.margin) {
       Prefetcher prefetch(p);
       prefetch.read(a.x);
-      return look_up_block(a.grid, a.codes, x, prefetch, nearest);
+      return look_up_block(a.tables.grid, a.codes, x, prefetch, nearest);
     }
   }
   if (a.margin) {

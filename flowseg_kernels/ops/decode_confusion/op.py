@@ -4,37 +4,41 @@ from __future__ import annotations
 
 import torch
 
-from ...decode_grid import grid_of
+from ...decode_tables import tables_of
 from ...derived import label_of
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from . import reference
 
 _KERNEL = (
-    "decode_confusion(Tensor x, Tensor target, Tensor centroids, Tensor? cells, Tensor? records, Tensor? groups, "
-    "float grid_low, float grid_scale, int ignore_index) -> Tensor"
+    "decode_confusion(Tensor x, Tensor target, Tensor centroids, Tensor[] tables, "
+    "float grid_low, float grid_scale, bool by_class, int ignore_index) -> Tensor"
 )
 
 
-def _with_grid(kernel, uses_grid=True):
-    """Wrap a kernel: look up the decode grid of the codes, if it uses one, and the ignored label."""
+def _with_tables(kernel, uses_tables=True):
+    """Wrap a kernel: look up the tables of the codes, if it uses them, and the ignored label."""
 
-    def run(x, target, centroids, grid, ignored, ignore_index):
-        tables = grid_of(x, centroids, grid and uses_grid)
-        return kernel(x, target, centroids, *tables, label_of(ignored, ignore_index))
+    def run(x, target, centroids, grid, ignored, ignore_index, by_class=False):
+        tables = tables_of(x, centroids, grid and uses_tables)
+        return kernel(x, target, centroids, *tables, by_class, label_of(ignored, ignore_index))
 
     return run
 
 
+def _empty(x, target, centroids, grid, ignored, ignore_index, by_class=False):
+    classes = centroids.shape[0]
+    return torch.empty((3 if by_class else classes, classes), dtype=torch.int64, device=x.device)
+
+
 define_op(
-    "decode_confusion(Tensor x, Tensor target, Tensor centroids, bool grid, Tensor? ignored, int ignore_index) -> Tensor",
-    fake=lambda x, target, centroids, *args: torch.empty(
-        (centroids.shape[0], centroids.shape[0]), dtype=torch.int64, device=x.device
-    ),
+    "decode_confusion(Tensor x, Tensor target, Tensor centroids, bool grid, Tensor? ignored, int ignore_index, "
+    "bool by_class=False) -> Tensor",
+    fake=_empty,
     backends={
-        "cuda": _with_grid(cuda_kernel(_KERNEL)),
-        "cpu": _with_grid(cpu_kernel(_KERNEL)),
-        "triton": _with_grid(triton_kernel(__package__, "decode_confusion")),
-        "reference": _with_grid(reference.decode_confusion, uses_grid=False),
+        "cuda": _with_tables(cuda_kernel(_KERNEL)),
+        "cpu": _with_tables(cpu_kernel(_KERNEL)),
+        "triton": _with_tables(triton_kernel(__package__, "decode_confusion")),
+        "reference": _with_tables(reference.decode_confusion, uses_tables=False),
     },
     channels=lambda x, *args: x.shape[1],
     **no_second_derivative("decode_confusion"),

@@ -59,9 +59,7 @@ def decode_confusion(
     x: torch.Tensor,
     target: torch.Tensor,
     centroids: torch.Tensor,
-    cells: torch.Tensor | None,
-    records: torch.Tensor | None,
-    records_left: torch.Tensor | None,
+    tables: list[torch.Tensor],
     grid_low: float,
     grid_scale: float,
     ignore_index: int,
@@ -72,7 +70,7 @@ def decode_confusion(
     if x.numel() == 0:
         return counts
     centroids = aligned(centroids)
-    grid, size = grid_arguments(centroids, cells, records, records_left)
+    grid, size = grid_arguments(centroids, tables)
     block = block_of(channels, size > 0)
     programs, sizes, layouts = over_blocks(block, X=x, L=target)
     with on_device_of(x):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from ...decode_grid import grid_of
+from ...decode_tables import tables_of
 from ...derived import label_of
 from ...runtime.checks import compute_dtype
 from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from . import reference
 
 _KERNEL = (
-    "nearest_centroid(Tensor x, Tensor centroids, Tensor? cells, Tensor? records, Tensor? groups, float grid_low, "
-    "float grid_scale, Tensor(a!) labels, Tensor(b!) distance, Tensor(c!) margin, int ignore_index) -> ()"
+    "nearest_centroid(Tensor x, Tensor centroids, Tensor[] tables, float grid_low, float grid_scale, "
+    "Tensor(a!) labels, Tensor(b!) distance, Tensor(c!) margin, int ignore_index) -> ()"
 )
 
 
@@ -41,7 +41,7 @@ def _filled(kernel):
     def run(x, centroids, grid, *options):
         results = _empty(x, centroids, grid, *options)
         label = _checked_label(centroids, options[0], *options[-2:])
-        kernel(x, centroids, *grid_of(x, centroids, grid), *results, label)
+        kernel(x, centroids, *tables_of(x, centroids, grid), *results, label)
         return results
 
     return run
@@ -52,7 +52,7 @@ def _returned(kernel, uses_grid):
 
     def run(x, centroids, grid, *options):
         label = _checked_label(centroids, options[0], *options[-2:])
-        return kernel(x, centroids, *grid_of(x, centroids, grid and uses_grid), *options[:-2], label)
+        return kernel(x, centroids, *tables_of(x, centroids, grid and uses_grid), *options[:-2], label)
 
     return run
 

@@ -183,20 +183,19 @@ def block_of(channels: int, uses_grid: bool) -> int:
 
 
 def grid_arguments(
-    centroids: torch.Tensor, cells: torch.Tensor | None, records: torch.Tensor | None, records_left: torch.Tensor | None
+    centroids: torch.Tensor, tables: list[torch.Tensor]
 ) -> tuple[tuple[torch.Tensor, ...], int]:
     """Return the decode grid's tensors and its size. Without a grid the size is 0 and the tensors are placeholders."""
-    if cells is None or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
+    if len(tables) != 3 or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
         return (centroids, centroids, centroids), 0
+    cells, records, records_left = tables
     return (cells, aligned(records), records_left), cells.shape[-1]
 
 
 def nearest_centroid(
     x: torch.Tensor,
     centroids: torch.Tensor,
-    cells: torch.Tensor | None,
-    records: torch.Tensor | None,
-    records_left: torch.Tensor | None,
+    tables: list[torch.Tensor],
     grid_low: float,
     grid_scale: float,
     out_dtype: str,
@@ -214,7 +213,7 @@ def nearest_centroid(
     if labels.numel() == 0:
         return labels, distance, margin
     centroids = aligned(centroids)
-    grid, size = grid_arguments(centroids, cells, records, records_left)
+    grid, size = grid_arguments(centroids, tables)
     if return_distance or return_margin:
         size = 0
     block = block_of(channels, size > 0)

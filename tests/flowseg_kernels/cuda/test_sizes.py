@@ -72,7 +72,7 @@ def test_an_image_of_more_than_two_to_the_32_pixels(last_blocks):
     with fk.use_backend("reference"):
         want = fk.nearest_centroid(near, book, out_dtype=torch.uint8)[0, 0]
         corrected = fk.distance_correction(near.float(), labels_near, book, eps=1e-3)[0, :, 0]
-    for grid in (decode_tables(book.centroids), (None, None, None, 0.0, 1.0)):
+    for grid in (decode_tables(book.centroids), ([], 0.0, 1.0)):
         found = unfilled(pixels, torch.uint8)
         host_kernels.nearest_centroid(x, book.centroids, *grid, found.view(1, rows, columns), None, None, 255)
         assert torch.equal(found[-end:], want)

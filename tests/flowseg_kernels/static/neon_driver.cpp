@@ -38,7 +38,7 @@ int main() {
   const Correction options{.temperature = 1, .eps = eps, .max_norm = std::numeric_limits<double>::infinity(), .transform = 0};
   using Kernels = PixelKernels<Isa::baseline>;
   Kernels::correct({.x = image, .labels = labels, .codes = codes, .correction = options, .out = {out.data(), Real::f32}}, 0);
-  Kernels::decode({.x = image, .codes = codes, .grid = {}, .ignore = 255, .labels = found.data(), .label_type = Integer::u8}, 0);
+  Kernels::decode({.x = image, .codes = codes, .tables = {}, .ignore = 255, .labels = found.data(), .label_type = Integer::u8}, 0);
 
   double error = 0, largest = 0;
   int wrong = 0;
