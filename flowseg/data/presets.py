@@ -9,7 +9,6 @@ import functools
 from flowseg.data import class_names
 from flowseg.data.paints import PAINTS as PAINT_NAMES
 
-
 # Up to this number, colours are the same as in earlier versions.
 _PLAIN_COLORS = 255
 
