@@ -56,6 +56,13 @@ class Scores:
         """Up to ``count`` triples of true class, predicted class and number of pixels, the most frequent first."""
         return self.pairs.most(count) if self.confusion is None else confused_pairs(self.confusion, count)
 
+    def notable(self, count: int) -> dict[str, list[int]]:
+        """Up to ``count`` classes each that are the most frequent, the best and the worst; frequent classes come first in ties."""
+        truths = self.counts[1].tolist()
+        frequent = sorted((k for k, value in enumerate(self.iou) if value is not None), key=lambda k: -truths[k])
+        best, worst = (sorted(frequent, key=lambda k: sign * self.iou[k]) for sign in (-1, 1))
+        return {"most frequent": frequent[:count], "best": best[:count], "worst": worst[:count]}
+
     @property
     def missing_pixels(self) -> int:
         """Largest number of pixels that a count of :meth:`most_confused` may lack; 0 if they are exact."""
