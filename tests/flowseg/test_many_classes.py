@@ -26,6 +26,7 @@ from flowseg.inference.predict import colorize
 from flowseg.inference.views import enlarge_labels, likeliest, resize_labels
 from flowseg.label_kinds import BYTES, MOST_CLASSES, WORDS, label_kind
 from flowseg.report.page import search_table
+from flowseg.runs.metrics import read_metrics
 from flowseg.segment import Segmenter
 from flowseg.training.trainer import train
 
@@ -110,7 +111,10 @@ def test_values_reach_65535_and_any_value_can_be_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        ({"values": None, "ignore": None}, ["e.png", "label values 1203 are neither a class (0..1202)", "data.values=[1-1203]", "data.ignore=[0]"]),
+        (
+            {"values": None, "ignore": None},
+            ["e.png", "label values 1203 are neither a class (0..1202)", "data.values=[1-1203]", "data.ignore=[0]"],
+        ),
         ({"ignore": None}, ["label values 0 are neither a class (1..1203)", "data.ignore"]),
         ({"ignore": [5]}, ["data.ignore: value 5 is the class 'thing 4'"]),
         ({"values": ["1-1202"]}, ["data.values must list one label value for each of 1203 classes, got 1202"]),
@@ -118,7 +122,7 @@ def test_values_reach_65535_and_any_value_can_be_ignored(tmp_path):
         ({"classes": [f"c{k}" for k in range(65536)], "values": None}, ["2 to 65535 names, got 65536"]),
         ({"classes": ["a"] * 1203}, ["data.classes: 'a' is listed twice"]),
     ],
-)  # fmt: skip
+)
 def test_errors_about_many_classes_name_the_setting(lvis, extra, words):
     (lvis / "labels/train").rename(lvis / "labels/other")
     with pytest.raises(UserError) as error:
@@ -213,7 +217,7 @@ def maps(classes, shape, generator):
     return truth, found
 
 
-def counts_of(classes, device="cpu", images=3):
+def counts_of(classes, images=3):
     """Both kinds of counts of the same label maps, and these maps."""
     generator = torch.Generator().manual_seed(classes)
     both = PairCounts(classes, torch.device("cpu")), ClassCounts(classes, torch.device("cpu"))
@@ -224,8 +228,10 @@ def counts_of(classes, device="cpu", images=3):
     return *both, seen
 
 
-@pytest.mark.parametrize("classes", [256, 300, 1203])
-def test_scores_by_class_equal_those_of_the_matrix_and_of_numpy(classes):
+@pytest.mark.parametrize(("classes", "device"), [(256, "cpu"), (300, "other"), (1203, "cpu")])
+def test_scores_by_class_equal_those_of_the_matrix_and_of_numpy(classes, device, monkeypatch):
+    # On a GPU neighbours count in several copies of the matrix.
+    monkeypatch.setattr(PairCounts, "_on_cpu", staticmethod(lambda _: device == "cpu"))
     pairs, by_class, seen = counts_of(classes)
     confusion, labelled = pairs.confusion()
     from_pairs = scores_from_confusion(confusion, 3, labelled - confusion.sum(1))
@@ -387,6 +393,18 @@ def test_a_run_of_1203_classes_trains_evaluates_predicts_and_reports(lvis, tmp_p
     }
 
 
+def test_a_softmax_head_of_300_classes_trains(tmp_path):
+    root = write_many_classes(tmp_path / "data", 300)
+    config = tiny_config(
+        data=many_classes_section(root, 300), codes={"channels": 300, "sequence": "one_hot"},
+        loss={"kind": "cross_entropy"}, flow={"zero_fraction": 1.0}, train={"steps": 1}, sample={"steps": 1},
+    )  # fmt: skip
+    assert train(config, tmp_path / "run").state.step == 1
+    (line,) = [line for line in read_metrics(tmp_path / "run/metrics.jsonl") if line["event"] == "train"]
+    # Scores near 0 for 300 classes: the loss of a pixel is log(300) = 5.7. With ignored pixels in it, it would be an error.
+    assert 5 < line["loss"] < 7
+
+
 def test_a_shared_folder_of_many_classes_loads(lvis, tmp_path):
     from flowseg.checkpoint import read_run_config
     from flowseg.hub import from_pretrained, save_pretrained
@@ -398,6 +416,10 @@ def test_a_shared_folder_of_many_classes_loads(lvis, tmp_path):
     labels, margin = loaded.labels(image, with_margin=True)
     assert labels.dtype == torch.int32 and torch.equal(labels, segmenter.labels(image)) and margin.min() >= 0
     card = (tmp_path / "shared/README.md").read_text()
+    settings = tmp_path / "shared/config.json"
+    settings.write_text(settings.read_text().replace('"classes": [', '"classes": "/etc/hosts", "x": [', 1))
+    with pytest.raises(UserError, match=r"data\.classes is not a list"):
+        from_pretrained(tmp_path / "shared")
     assert "and 948 more, in `config.json`" in card and "(H, W) int32" in card and "1203 classes" in card
 
 
