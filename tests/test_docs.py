@@ -101,7 +101,9 @@ def check_flowseg(words):
     with command.make_context(words[0], given, parent=context) as parsed:
         config = parsed.params.get("config")
         # A file of class names is read at once, but the files of a page's reader are not here.
-        sets = [re.sub(r"^data\.classes=\S+\.txt$", "data.classes=[a, b]", pair) for pair in parsed.params.get("sets", [])]
+        sets = [
+            re.sub(r"^data\.classes=\S+\.txt$", "data.classes=[a, b]", pair) for pair in parsed.params.get("sets", [])
+        ]
         load_config(ROOT / config if config else None, sets)
 
 
