@@ -29,10 +29,11 @@ from flowseg.report.page import search_table
 from flowseg.runs.metrics import read_metrics
 from flowseg.segment import Segmenter
 from flowseg.training.trainer import train
+from flowseg_kernels import nearest_centroid
 
 from .support.commands import run
 from .support.many_classes import many_classes_section, write_many_classes
-from .support.networks import Pairs
+from .support.networks import Pairs, Waves
 from .tiny import tiny_config
 
 CODES = {"channels": 8, "sequence": "r_sequence"}
@@ -194,6 +195,24 @@ def test_probabilities_of_many_classes_give_wide_labels():
     assert labels.dtype == torch.int32 and (labels[2] == 65535).all() and int(labels[labels < 65535].max()) > 255
     assert torch.equal(labels[3], scores[:, 3].argmax(0).int())
     assert torch.equal(resize_labels(scores, (6, 8), dtype=torch.int32), labels)
+
+
+@pytest.mark.parametrize("upsample", ["codes", "labels", "probabilities"])
+@pytest.mark.parametrize("views", [{}, {"flip": True}, {"window": "slide", "resize": "cover"}])
+def test_labels_of_every_view_are_the_nearest_codes_of_the_field(upsample, views):
+    config = tiny_config(sample={"upsample": upsample, **views}, codes=CODES)
+    segmenter = Segmenter(Waves(), build_codebook(config.codes, 300), config)
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (40, 56, 3), np.uint8))
+    field = segmenter.native_field([image])
+    wanted, margin = nearest_centroid(field, segmenter.codebook, out_dtype=torch.int32, return_margin=True)
+    labels, found_margin = segmenter.labels(image, with_margin=True)
+    assert labels.dtype == torch.int32 and torch.equal(labels, wanted[0]) and torch.equal(found_margin, margin[0])
+    assert int(labels.max()) > 255 and len(labels.unique()) > 5
+    # A network that diverged gives the ignored label and no margin.
+    segmenter.model.forward = lambda x, t, image: x * torch.nan
+    labels, margin = segmenter.labels(image, with_margin=True)
+    assert (labels == 65535).all() and margin.isnan().all()
 
 
 def test_palettes_are_distinct_for_any_number_of_classes():
