@@ -1,16 +1,22 @@
-"""Generated data with many classes: scenes of striped regions. Each of the 48 classes is a paint.
+"""Generated data with many classes: scenes of regions in patterns. Each of the first 48 classes is a paint.
 
 A paint is a hue (red, orange, ...) that is pale or strong and dark or light. Every region gets a random colour within the
 range of its paint, random stripes (direction, width, contrast) and noise. A scene is a function of (seed, split, index).
+
+With more than 48 classes the pattern belongs to the class: a class is a paint, a texture (``flowseg.data.textures``) and the
+colour of the texture. Class k means the same with any number of classes above 48.
 """
 
 from __future__ import annotations
 
 import colorsys
+import functools
 import itertools
 
 import numpy as np
 from PIL import Image
+
+from flowseg.data.textures import TEXTURES
 
 SPLITS = ("train", "val")
 HUES = ("red", "orange", "yellow", "lime", "green", "mint", "cyan", "azure", "blue", "violet", "magenta", "rose")
@@ -23,51 +29,154 @@ WAVELENGTH = (4.0, 12.0)
 """Smallest and largest distance between stripes in pixels."""
 SMALLEST = 16
 """Smallest height and width of a scene in pixels."""
+MOST_CLASSES = 65535
+"""Largest number of classes."""
+NEUTRAL = {"black": 0.05, "white": 0.97}
+"""Colours of textures that are no paints, and their grey values."""
+SHADE = (0.5, 0.6)
+"""Brightness of a texture in a darker shade of the paint, as a share of the paint's brightness."""
 
 
 class PaintScenes:
-    """Scenes of 48 classes. Each region contains the pixels nearest to one of 3 to 7 random points.
+    """Scenes of regions of different classes. A region contains the pixels nearest to one of 3 to 7 random points.
+
+    With up to 48 classes, every region has a random class. With more, the classes are dealt like cards: each occurs once in
+    ``num_classes`` consecutive regions of the split, and five scenes have 25 regions.
 
     Args:
         split: ``"train"`` or ``"val"``; their scenes are independent.
         count: number of scenes.
         height, width: size in pixels.
         seed: seed of the split.
+        num_classes: number of classes, 2 to 65,535.
     """
 
-    def __init__(self, split: str, count: int, height: int, width: int, seed: int = 0):
+    def __init__(
+        self, split: str, count: int, height: int, width: int, seed: int = 0, num_classes: int = len(PAINTS)
+    ):
         self.split, self.count, self.height, self.width, self.seed = split, count, height, width, seed
+        self.num_classes = num_classes
         self.names = [f"{split}-{index:06d}" for index in range(count)]
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """Return an RGB image and its 8-bit label map."""
+        """Return an RGB image and its label map: 8 bits for up to 255 classes, else 16 bits."""
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         y, x = np.mgrid[: self.height, : self.width].astype(np.float32)
-        points = rng.uniform((0, 0), (self.height, self.width), (rng.integers(*REGIONS), 2))
+        dealt = self.num_classes > len(PAINTS)
+        points = rng.uniform(
+            (0, 0), (self.height, self.width), (_regions(index) if dealt else rng.integers(*REGIONS), 2)
+        )
         cell = ((y[..., None] - points[:, 0]) ** 2 + (x[..., None] - points[:, 1]) ** 2).argmin(-1)
         canvas = np.empty((self.height, self.width, 3), np.float32)
-        labels = np.empty((self.height, self.width), np.uint8)
+        labels = np.empty((self.height, self.width), np.uint8 if self.num_classes <= 255 else np.uint16)
         for place in range(len(points)):
-            paint = int(rng.integers(len(PAINTS)))
             inside = cell == place
-            labels[inside] = paint
-            canvas[inside] = _painted(rng, paint, y[inside], x[inside])
+            if dealt:
+                label = self._dealt(index, place)
+                canvas[inside] = _textured(rng, label, y[inside], x[inside])
+            else:
+                label = int(rng.integers(self.num_classes))
+                canvas[inside] = _painted(rng, label, y[inside], x[inside])
+            labels[inside] = label
         canvas += rng.normal(0.0, 0.06, canvas.shape)
         return Image.fromarray((canvas.clip(0, 1) * 255).round().astype(np.uint8)), Image.fromarray(labels)
+
+    def _dealt(self, index: int, place: int) -> int:
+        """The class of a region: regions of consecutive scenes get the classes of one shuffled deck after the other."""
+        before = sum(map(_regions, range(index % _CYCLE))) + index // _CYCLE * sum(map(_regions, range(_CYCLE)))
+        deck, card = divmod(before + place, self.num_classes)
+        return int(_deck(self.seed, SPLITS.index(self.split), deck, self.num_classes)[card])
+
+
+_CYCLE = REGIONS[1] - REGIONS[0]
+
+
+def _regions(index: int) -> int:
+    """Number of regions of a scene whose classes are dealt."""
+    return REGIONS[0] + index % _CYCLE
+
+
+@functools.lru_cache(maxsize=8)
+def _deck(seed: int, split: int, number: int, count: int) -> np.ndarray:
+    # Scenes use the keys (seed, split, index), which mean the same as (seed, split, index, 0).
+    return np.random.default_rng((seed, split, number, 1)).permutation(count)
+
+
+@functools.cache
+def _figures(paint: int) -> tuple[tuple[str, str, str] | str | None, ...]:
+    """The colours of textures on a paint, the best visible ones first; ``None``: a darker shade of the paint."""
+    brightness, saturation, hue = PAINTS[paint]
+
+    def contrasts(other: tuple[str, str, str]) -> bool:
+        # A dark paint is almost the darker shade of the light one, and neighbouring hues are too similar.
+        if other[1:] == (saturation, hue):
+            return False
+        apart = abs(HUES.index(other[2]) - HUES.index(hue))
+        return other[:2] != (brightness, saturation) or 1 < apart < len(HUES) - 1
+
+    others = [PAINTS[(paint + step) % len(PAINTS)] for step in range(len(PAINTS))]
+    return None, *NEUTRAL, *filter(contrasts, others)
+
+
+def _parts(label: int) -> tuple[int, int, tuple[str, str, str] | str | None]:
+    """Number of the paint, number of the texture, and colour of the texture of a class."""
+    rest, paint = divmod(label, len(PAINTS))
+    figure, texture = divmod(rest, len(TEXTURES))
+    return paint, texture, _figures(paint)[figure]
+
+
+@functools.cache
+def class_names(num_classes: int) -> tuple[str, ...]:
+    """Names of the classes, such as "dark pale red" or "light strong blue, wide rising stripes in white"."""
+    paints = tuple(" ".join(words) for words in PAINTS)
+    if num_classes <= len(PAINTS):
+        return paints[:num_classes]
+    names = []
+    for label in range(num_classes):
+        paint, texture, figure = _parts(label)
+        color = "" if figure is None else f" in {figure if isinstance(figure, str) else ' '.join(figure)}"
+        names.append(f"{paints[paint]}, {TEXTURES[texture].name}{color}")
+    return tuple(names)
 
 
 def _painted(rng: np.random.Generator, paint: int, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Colours ``(N, 3)`` of the pixels of one region, about in [0, 1]."""
-    brightness, saturation, hue = PAINTS[paint]
-    color = colorsys.hsv_to_rgb(
-        (HUES.index(hue) + rng.uniform(-0.4, 0.4)) / len(HUES) % 1.0,
-        SATURATIONS[saturation] + rng.uniform(-0.1, 0.1),
-        BRIGHTNESSES[brightness] + rng.uniform(-0.1, 0.1),
-    )
+    color = _color(PAINTS[paint], *_draw(rng))
     angle = rng.uniform(0, np.pi)
     along = (x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / rng.uniform(*WAVELENGTH))
     wave = 1 + rng.uniform(0.1, 0.4) * np.sin(along + rng.uniform(0, 2 * np.pi))
-    return wave[:, None] * np.array(color, np.float32)
+    return wave[:, None] * color
+
+
+def _textured(rng: np.random.Generator, label: int, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Colours ``(N, 3)`` of the pixels of one region of a class of more than 48, in [0, 1]."""
+    paint, texture, figure = _parts(label)
+    # Both colours deviate from their paints alike: otherwise two paints of a region could become equal.
+    deviation, shade = _draw(rng), rng.uniform(*SHADE)
+    ground = _color(PAINTS[paint], *deviation)
+    if figure is None:
+        second = shade * ground
+    elif isinstance(figure, str):
+        second = np.full(3, NEUTRAL[figure], np.float32)
+    else:
+        second = _color(figure, *deviation)
+    share = TEXTURES[texture].share(rng, y, x)[:, None]
+    return (1 - share) * ground + share * second
+
+
+def _draw(rng: np.random.Generator) -> tuple[float, float, float]:
+    """Random deviations of hue (as a share of the distance between hues), saturation and brightness."""
+    return rng.uniform(-0.4, 0.4), rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1)
+
+
+def _color(paint: tuple[str, str, str], hue: float, saturation: float, brightness: float) -> np.ndarray:
+    """RGB in [0, 1] of a paint with deviations."""
+    color = colorsys.hsv_to_rgb(
+        (HUES.index(paint[2]) + hue) / len(HUES) % 1.0,
+        SATURATIONS[paint[1]] + saturation,
+        BRIGHTNESSES[paint[0]] + brightness,
+    )
+    return np.array(color, np.float32)
