@@ -167,6 +167,8 @@ class DataConfig(Section):
     """In training, the number of worker processes that load for each training process; 0: it loads by itself. ``None``: 0
     without a GPU; with one, on Linux, the number of cores of the process, at most 8, or fewer if their batches would fill
     /dev/shm. In evaluation, the number of threads that read images, at most 16; ``None``: one per core of the process."""
+    num_classes: Annotated[int, Field(ge=2, le=LARGEST_LABEL_VALUE)] | None = None
+    """Number of classes of paints, up to 65,535; ``None``: 48. No other data set has a choice."""
     scenes_train: Count = 4000
     """Number of scenes per epoch of generated data (digits, paints)."""
     scenes_val: Count = 200

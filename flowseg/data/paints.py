@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from flowseg.data.textures import TEXTURES
+from flowseg.label_kinds import label_kind
 
 SPLITS = ("train", "val")
 HUES = ("red", "orange", "yellow", "lime", "green", "mint", "cyan", "azure", "blue", "violet", "magenta", "rose")
@@ -29,8 +30,6 @@ WAVELENGTH = (4.0, 12.0)
 """Smallest and largest distance between stripes in pixels."""
 SMALLEST = 16
 """Smallest height and width of a scene in pixels."""
-MOST_CLASSES = 65535
-"""Largest number of classes."""
 NEUTRAL = {"black": 0.05, "white": 0.97}
 """Colours of textures that are no paints, and their grey values."""
 SHADE = (0.5, 0.6)
@@ -62,7 +61,7 @@ class PaintScenes:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """Return an RGB image and its label map: 8 bits for up to 255 classes, else 16 bits."""
+        """Return an RGB image and its label map: of mode ``L``, or of mode ``I`` with more than 255 classes."""
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         y, x = np.mgrid[: self.height, : self.width].astype(np.float32)
         dealt = self.num_classes > len(PAINTS)
@@ -71,7 +70,7 @@ class PaintScenes:
         )
         cell = ((y[..., None] - points[:, 0]) ** 2 + (x[..., None] - points[:, 1]) ** 2).argmin(-1)
         canvas = np.empty((self.height, self.width, 3), np.float32)
-        labels = np.empty((self.height, self.width), np.uint8 if self.num_classes <= 255 else np.uint16)
+        labels = np.empty((self.height, self.width), label_kind(self.num_classes).array)
         for place in range(len(points)):
             inside = cell == place
             if dealt:
