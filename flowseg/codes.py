@@ -9,6 +9,7 @@ from flowseg.errors import UserError
 from flowseg.label_kinds import label_kind
 from flowseg_kernels import Codebook, grid_centroids, kronecker_centroids
 
+
 def build_codebook(codes: CodesConfig, num_classes: int) -> Codebook:
     """Make the centroids ``(num_classes, C)`` in [-1, 1] by the configured sequence.
 

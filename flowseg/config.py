@@ -555,6 +555,13 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
     return f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}{hint}"
 
 
+def shortened(value: Any) -> Any:
+    """A value of a setting to show: a list of more than 255 items becomes a text with its first ones."""
+    if not isinstance(value, list) or len(value) <= 255:
+        return value
+    return f"{len(value)} items: {', '.join(map(str, value[:20]))}, ..."
+
+
 def known_keys() -> list[str]:
     """Dotted names of all settings, such as ``"optim.lr"``."""
     return list(Config().flat())

@@ -119,7 +119,9 @@ class FolderPairs:
         unknown = present[self._table[present] < 0].tolist()
         if unknown:
             last = len(self.meaning.classes)
-            from_one = f" (if 0 means no class, data.values=[1-{last}] and data.ignore=[0])" if unknown == [last] else ""
+            from_one = (
+                f" (if 0 means no class, data.values=[1-{last}] and data.ignore=[0])" if unknown == [last] else ""
+            )
             raise UserError(
                 f"{self.labels[index]}: label values {', '.join(map(str, unknown[:8]))} are neither a class "
                 f"({self._wanted}) nor ignored; name more classes in data.classes, give each class its value with "

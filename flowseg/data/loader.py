@@ -170,7 +170,8 @@ def training_batches(
         UserError: a file cannot be used (the message names it), or a worker process was killed.
 
     Yields:
-        images ``(B, 3, H, W)`` float32 in [-1, 1], labels ``(B, H, W)`` (see :class:`Batch`), and the numbers ``(B,)`` of the draws.
+        images ``(B, 3, H, W)`` float32 in [-1, 1], labels ``(B, H, W)`` as in :class:`Batch`, and the numbers ``(B,)`` of the
+        draws.
     """
     settings = Config(data=config, train=TrainConfig(batch_size=batch_size, seed=seed))
     options = {"first_draw": first_draw, "rank": rank, "world": world}

@@ -8,7 +8,6 @@ import functools
 
 from flowseg.data import class_names, paints
 
-
 # Up to this number, colours are the same as in earlier versions.
 _PLAIN_COLORS = 255
 
