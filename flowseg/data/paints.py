@@ -26,6 +26,8 @@ BRIGHTNESSES = {"dark": 0.45, "light": 0.85}
 PAINTS = tuple(itertools.product(BRIGHTNESSES, SATURATIONS, HUES))
 REGIONS = (3, 8)
 """Number of regions in a scene: at least the first number, less than the second."""
+DEALT_REGIONS = (6, 13)
+"""The same for scenes whose classes are dealt: the more regions, the sooner a network has seen every class."""
 WAVELENGTH = (4.0, 12.0)
 """Smallest and largest distance between stripes in pixels."""
 SMALLEST = 16
@@ -37,10 +39,10 @@ SHADE = (0.5, 0.6)
 
 
 class PaintScenes:
-    """Scenes of regions of different classes. A region contains the pixels nearest to one of 3 to 7 random points.
+    """Scenes of regions of different classes. A region contains the pixels nearest to one of some random points.
 
-    With up to 48 classes, every region has a random class. With more, the classes are dealt like cards: each occurs once in
-    ``num_classes`` consecutive regions of the split, and five scenes have 25 regions.
+    With up to 48 classes, a scene has 3 to 7 regions, and every region has a random class. With more, a scene has 6 to 12, 9 on
+    average, and the classes are dealt like cards: each occurs once in ``num_classes`` consecutive regions of the split.
 
     Args:
         split: ``"train"`` or ``"val"``; their scenes are independent.
@@ -50,9 +52,7 @@ class PaintScenes:
         num_classes: number of classes, 2 to 65,535.
     """
 
-    def __init__(
-        self, split: str, count: int, height: int, width: int, seed: int = 0, num_classes: int = len(PAINTS)
-    ):
+    def __init__(self, split: str, count: int, height: int, width: int, seed: int = 0, num_classes: int = len(PAINTS)):
         self.split, self.count, self.height, self.width, self.seed = split, count, height, width, seed
         self.num_classes = num_classes
         self.names = [f"{split}-{index:06d}" for index in range(count)]
@@ -90,12 +90,12 @@ class PaintScenes:
         return int(_deck(self.seed, SPLITS.index(self.split), deck, self.num_classes)[card])
 
 
-_CYCLE = REGIONS[1] - REGIONS[0]
+_CYCLE = DEALT_REGIONS[1] - DEALT_REGIONS[0]
 
 
 def _regions(index: int) -> int:
     """Number of regions of a scene whose classes are dealt."""
-    return REGIONS[0] + index % _CYCLE
+    return DEALT_REGIONS[0] + index % _CYCLE
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,7 +7,6 @@ the region with the second colour: a darker shade of the paint, black, white, or
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 
 import numpy as np

@@ -1,5 +1,6 @@
 """Generated scenes, folders of images and labels, augmentation, and reproducible batches."""
 
+import colorsys
 import unicodedata
 
 import numpy as np
@@ -7,13 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from flowseg.config import DataConfig
+from flowseg.config import DataConfig, load_config
 from flowseg.data import open_data, training_batches
 from flowseg.data.catalog import DATA_SETS
 from flowseg.data.datasets import resolve_labels
 from flowseg.data.digits import DigitScenes, _digits
 from flowseg.data.folder import read_image
-from flowseg.data.paints import PAINTS, PaintScenes
+from flowseg.data.paints import PAINTS, PaintScenes, _textured, class_names
+from flowseg.data.presets import spread_palette
+from flowseg.data.textures import TEXTURES
 from flowseg.data.transforms import augment, model_size, prepare
 from flowseg.data_names import DATA_NAMES
 from flowseg.errors import DataWarning, UserError
@@ -50,6 +53,102 @@ def test_the_mean_color_tells_most_paints_apart():
     asked = [(k, color) for k, colors in means("val", 40).items() for color in colors]
     right = [k == min(known, key=lambda c: np.square(known[c] - color).sum()) for k, color in asked]
     assert 0.7 < np.mean(right) < 1
+
+
+def earlier_paints(split, index, height, width, seed):
+    """A scene of 48 paints, written as in the first version."""
+    rng = np.random.default_rng((seed, ("train", "val").index(split), index))
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    points = rng.uniform((0, 0), (height, width), (rng.integers(3, 8), 2))
+    cell = ((y[..., None] - points[:, 0]) ** 2 + (x[..., None] - points[:, 1]) ** 2).argmin(-1)
+    canvas, labels = np.empty((height, width, 3), np.float32), np.empty((height, width), np.uint8)
+    for place in range(len(points)):
+        labels[cell == place] = paint = int(rng.integers(48))
+        brightness, saturation, hue = (0.45, 0.85)[paint // 24], (0.4, 0.9)[paint // 12 % 2], paint % 12
+        hue = (hue + rng.uniform(-0.4, 0.4)) / 12 % 1.0
+        color = colorsys.hsv_to_rgb(hue, saturation + rng.uniform(-0.1, 0.1), brightness + rng.uniform(-0.1, 0.1))
+        angle = rng.uniform(0, np.pi)
+        inside = cell == place
+        along = x[inside] * np.cos(angle) + y[inside] * np.sin(angle)
+        along = along * (2 * np.pi / rng.uniform(4.0, 12.0))
+        wave = 1 + rng.uniform(0.1, 0.4) * np.sin(along + rng.uniform(0, 2 * np.pi))
+        canvas[inside] = wave[:, None] * np.array(color, np.float32)
+    canvas += rng.normal(0.0, 0.06, canvas.shape)
+    return (canvas.clip(0, 1) * 255).round().astype(np.uint8), labels
+
+
+def test_the_48_paints_are_bit_for_bit_those_of_the_first_version():
+    for split, seed in (("train", 0), ("val", 7)):
+        data = open_data(DataConfig(name="paints", height=40, width=56), (split,), seed=seed)
+        pairs = getattr(data, split)
+        for index in (0, 1, 199):
+            for found, wanted in zip(pairs[index], earlier_paints(split, index, 40, 56, seed)):
+                assert np.array_equal(found, wanted)
+    assert data.num_classes == 48 and data.labels.classes[::47] == ("dark pale red", "light strong rose")
+    assert data.labels.palette == spread_palette(48)
+
+
+def test_paints_have_any_number_of_classes_with_distinct_names():
+    names = class_names(65535)
+    assert len(set(names)) == 65535
+    assert names[:1000] == class_names(1000) and class_names(20) == class_names(48)[:20]
+    assert names[0] == "dark pale red, fine upright stripes"
+    assert names[-1] == "dark strong yellow, fine slanted checks in dark pale rose"
+    assert sum(name.endswith("in white") for name in names) == 48 * 30
+    for count, mode in ((2, "L"), (20, "L"), (255, "L"), (256, "I"), (65535, "I")):
+        data = open_data(DataConfig(name="paints", num_classes=count), ("val",))
+        image, labels = data.val[3]
+        assert data.num_classes == len(data.labels.palette) == count
+        assert (image.mode, labels.mode) == ("RGB", mode) and np.max(labels) < count
+    with pytest.raises(UserError, match=r"data\.num_classes chooses the classes of paints; digits has its own"):
+        resolve_labels(DataConfig(num_classes=12))
+    for count in (1, 65536):
+        with pytest.raises(UserError, match=r"data.num_classes: input should be .*, got"):
+            load_config(None, ["data.name=paints", f"data.num_classes={count}"])
+
+
+def test_every_class_occurs_once_in_as_many_regions_as_there_are_classes():
+    # Seven scenes have 6, 7, ..., 12 regions.
+    scenes = PaintScenes("train", 14, 64, 64, 3, num_classes=126)
+    seen = [np.unique(labels) for _, labels in (scenes[index] for index in range(14))]
+    assert [len(classes) for classes in seen] == [6, 7, 8, 9, 10, 11, 12] * 2
+    assert sorted(np.concatenate(seen)) == list(range(126))
+    more = [np.unique(scenes[index][1]) for index in (14, 15)]
+    assert more[0].tolist() != seen[0].tolist() and more[1].tolist() != seen[1].tolist()
+    other = PaintScenes("val", 14, 64, 64, 3, num_classes=126)
+    assert np.unique(other[0][1]).tolist() != seen[0].tolist()
+
+
+def test_small_patches_tell_textures_apart_and_paints_too():
+    """Nearest neighbours among other patches of 20 x 20 pixels, by their spectrum and by their colours: no network."""
+    rng, side, textures = np.random.default_rng(0), 20, len(TEXTURES)
+    y, x = (axis.ravel().astype(np.float32) for axis in np.mgrid[:side, :side])
+    window = np.outer(*[np.hanning(side + 2)[1:-1]] * 2)
+
+    def patches(count, figures):
+        found = []
+        for texture in np.repeat(np.arange(textures), count):
+            paint = int(rng.integers(len(PAINTS)))
+            label = paint + len(PAINTS) * int(texture + textures * rng.integers(figures))
+            patch = _textured(rng, label, y, x) + rng.normal(0, 0.06, (side * side, 3))
+            patch = patch.clip(0, 1)
+            # Along the direction of the largest variance. The texture covers the smaller part, so it is the positive end.
+            centred = patch - patch.mean(0)
+            along = centred @ np.linalg.eigh(centred.T @ centred)[1][:, -1]
+            along = along * np.sign((along**3).mean())
+            spectrum = np.abs(np.fft.rfft2(along.reshape(side, side) * window)).ravel()
+            colors = np.concatenate([*np.quantile(patch, (0.1, 0.5, 0.9), axis=0), patch.mean(0)])
+            found.append((texture, paint, spectrum / np.linalg.norm(spectrum), colors))
+        return [np.array(part) for part in zip(*found)]
+
+    def nearest(known, asked):
+        return np.square(known[None] - asked[:, None]).sum(-1).argmin(1)
+
+    for figures, wanted_paints in ((1, 0.85), (47, 0.3)):
+        texture, paint, spectrum, colors = patches(40, figures)
+        asked_texture, asked_paint, asked_spectrum, asked_colors = patches(6, figures)
+        assert np.mean(texture[nearest(spectrum, asked_spectrum)] == asked_texture) > 0.9
+        assert np.mean(paint[nearest(colors, asked_colors)] == asked_paint) > wanted_paints
 
 
 def test_the_splits_share_no_digits():
