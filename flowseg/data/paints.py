@@ -3,8 +3,7 @@
 A paint is a hue (red, orange, ...) that is pale or strong and dark or light. Every region gets a random colour within the
 range of its paint, random stripes (direction, width, contrast) and noise. A scene is a function of (seed, split, index).
 
-With more than 48 classes the pattern belongs to the class: a class is a paint, a texture (``flowseg.data.textures``) and the
-colour of the texture. Class k means the same with any number of classes above 48.
+With more than 48 classes there are more colours, and the pattern becomes part of the class: ``flowseg.data.paint_classes``.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import itertools
 import numpy as np
 from PIL import Image
 
-from flowseg.data.textures import TEXTURES
+from flowseg.data.paint_classes import textured, textured_names
 from flowseg.label_kinds import label_kind
 
 SPLITS = ("train", "val")
@@ -32,10 +31,6 @@ WAVELENGTH = (4.0, 12.0)
 """Smallest and largest distance between stripes in pixels."""
 SMALLEST = 16
 """Smallest height and width of a scene in pixels."""
-NEUTRAL = {"black": 0.05, "white": 0.97}
-"""Colours of textures that are no paints, and their grey values."""
-SHADE = (0.5, 0.6)
-"""Brightness of a texture in a darker shade of the paint, as a share of the paint's brightness."""
 
 
 class PaintScenes:
@@ -75,7 +70,7 @@ class PaintScenes:
             inside = cell == place
             if dealt:
                 label = self._dealt(index, place)
-                canvas[inside] = _textured(rng, label, y[inside], x[inside])
+                canvas[inside] = textured(rng, label, self.num_classes, y[inside], x[inside])
             else:
                 label = int(rng.integers(self.num_classes))
                 canvas[inside] = _painted(rng, label, y[inside], x[inside])
@@ -104,78 +99,22 @@ def _deck(seed: int, split: int, number: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, split, number, 1)).permutation(count)
 
 
-@functools.cache
-def _figures(paint: int) -> tuple[tuple[str, str, str] | str | None, ...]:
-    """The colours of textures on a paint, the best visible ones first; ``None``: a darker shade of the paint."""
-    brightness, saturation, hue = PAINTS[paint]
-
-    def contrasts(other: tuple[str, str, str]) -> bool:
-        # A dark paint is almost the darker shade of the light one, and neighbouring hues are too similar.
-        if other[1:] == (saturation, hue):
-            return False
-        apart = abs(HUES.index(other[2]) - HUES.index(hue))
-        return other[:2] != (brightness, saturation) or 1 < apart < len(HUES) - 1
-
-    others = [PAINTS[(paint + step) % len(PAINTS)] for step in range(len(PAINTS))]
-    return None, *NEUTRAL, *filter(contrasts, others)
-
-
-def _parts(label: int) -> tuple[int, int, tuple[str, str, str] | str | None]:
-    """Number of the paint, number of the texture, and colour of the texture of a class."""
-    rest, paint = divmod(label, len(PAINTS))
-    figure, texture = divmod(rest, len(TEXTURES))
-    return paint, texture, _figures(paint)[figure]
-
-
-@functools.cache
 def class_names(num_classes: int) -> tuple[str, ...]:
-    """Names of the classes, such as "dark pale red" or "light strong blue, wide rising stripes in white"."""
-    paints = tuple(" ".join(words) for words in PAINTS)
-    if num_classes <= len(PAINTS):
-        return paints[:num_classes]
-    names = []
-    for label in range(num_classes):
-        paint, texture, figure = _parts(label)
-        color = "" if figure is None else f" in {figure if isinstance(figure, str) else ' '.join(figure)}"
-        names.append(f"{paints[paint]}, {TEXTURES[texture].name}{color}")
-    return tuple(names)
+    """Names of the classes, such as "dark pale red"."""
+    if num_classes > len(PAINTS):
+        return textured_names(num_classes)
+    return tuple(" ".join(words) for words in PAINTS[:num_classes])
 
 
 def _painted(rng: np.random.Generator, paint: int, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Colours ``(N, 3)`` of the pixels of one region, about in [0, 1]."""
-    color = _color(PAINTS[paint], *_draw(rng))
+    brightness, saturation, hue = PAINTS[paint]
+    color = colorsys.hsv_to_rgb(
+        (HUES.index(hue) + rng.uniform(-0.4, 0.4)) / len(HUES) % 1.0,
+        SATURATIONS[saturation] + rng.uniform(-0.1, 0.1),
+        BRIGHTNESSES[brightness] + rng.uniform(-0.1, 0.1),
+    )
     angle = rng.uniform(0, np.pi)
     along = (x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / rng.uniform(*WAVELENGTH))
     wave = 1 + rng.uniform(0.1, 0.4) * np.sin(along + rng.uniform(0, 2 * np.pi))
-    return wave[:, None] * color
-
-
-def _textured(rng: np.random.Generator, label: int, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Colours ``(N, 3)`` of the pixels of one region of a class of more than 48, in [0, 1]."""
-    paint, texture, figure = _parts(label)
-    # Both colours deviate from their paints alike: otherwise two paints of a region could become equal.
-    deviation, shade = _draw(rng), rng.uniform(*SHADE)
-    ground = _color(PAINTS[paint], *deviation)
-    if figure is None:
-        second = shade * ground
-    elif isinstance(figure, str):
-        second = np.full(3, NEUTRAL[figure], np.float32)
-    else:
-        second = _color(figure, *deviation)
-    share = TEXTURES[texture].share(rng, y, x)[:, None]
-    return (1 - share) * ground + share * second
-
-
-def _draw(rng: np.random.Generator) -> tuple[float, float, float]:
-    """Random deviations of hue (as a share of the distance between hues), saturation and brightness."""
-    return rng.uniform(-0.4, 0.4), rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1)
-
-
-def _color(paint: tuple[str, str, str], hue: float, saturation: float, brightness: float) -> np.ndarray:
-    """RGB in [0, 1] of a paint with deviations."""
-    color = colorsys.hsv_to_rgb(
-        (HUES.index(paint[2]) + hue) / len(HUES) % 1.0,
-        SATURATIONS[paint[1]] + saturation,
-        BRIGHTNESSES[paint[0]] + brightness,
-    )
-    return np.array(color, np.float32)
+    return wave[:, None] * np.array(color, np.float32)

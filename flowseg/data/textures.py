@@ -1,8 +1,4 @@
-"""Patterns that multiply the paints of ``flowseg.data.paints``: 48 paints become up to 67,680 classes.
-
-A class is a paint, a texture and a second paint. A texture is a pattern with its direction and width. It covers about a third of
-the region with the second colour: a darker shade of the paint, black, white, or another paint that contrasts with it.
-"""
+"""Textures of paints with many classes: patterns with a direction and a width, which cover about a third of a region."""
 
 from __future__ import annotations
 
@@ -11,10 +7,10 @@ import itertools
 
 import numpy as np
 
-WIDTHS = {"fine": 4.0, "medium": 6.5, "wide": 10.5}
+WIDTHS = {"medium": 6.5, "wide": 10.5, "fine": 4.0}
 """Distance in pixels between two stripes, or two lines or dots of a row. A region changes it by up to 8 %."""
 WIDTH_RANGE = (0.92, 1.08)
-STRIPES = {"upright": 0.0, "rising": 45.0, "level": 90.0, "falling": 135.0}
+STRIPES = {"upright": 0.0, "level": 90.0, "rising": 45.0, "falling": 135.0}
 """Direction of stripes, and the angle in degrees between their wave vector and the x-axis (y points down)."""
 SQUARES = {"straight": 0.0, "slanted": 45.0}
 TURN = 8.0
@@ -81,6 +77,7 @@ def _height(pattern: str, phases: list[np.ndarray]) -> np.ndarray:
 
 TEXTURES = tuple(
     Texture(pattern, direction, width)
+    for width in WIDTHS
     for pattern, directions in PATTERNS.items()
-    for direction, width in itertools.product(directions or (None,), WIDTHS)
+    for direction in directions or (None,)
 )

@@ -14,7 +14,8 @@ from flowseg.data.catalog import DATA_SETS
 from flowseg.data.datasets import resolve_labels
 from flowseg.data.digits import DigitScenes, _digits
 from flowseg.data.folder import read_image
-from flowseg.data.paints import PAINTS, PaintScenes, _textured, class_names
+from flowseg.data.paint_classes import COLORS, SECONDS, textured
+from flowseg.data.paints import PAINTS, PaintScenes, class_names
 from flowseg.data.presets import spread_palette
 from flowseg.data.textures import TEXTURES
 from flowseg.data.transforms import augment, model_size, prepare
@@ -92,9 +93,10 @@ def test_paints_have_any_number_of_classes_with_distinct_names():
     names = class_names(65535)
     assert len(set(names)) == 65535
     assert names[:1000] == class_names(1000) and class_names(20) == class_names(48)[:20]
-    assert names[0] == "dark pale red, fine upright stripes"
-    assert names[-1] == "dark strong yellow, fine slanted checks in dark pale rose"
-    assert sum(name.endswith("in white") for name in names) == 48 * 30
+    assert names[0] == "dark pale red, medium upright stripes"
+    assert names[-1] == "clear pale azure, wide straight grid in bright mint"
+    assert class_names(49)[48] == "dark strong red" and len(set(class_names(288))) == 288
+    assert sum(name.endswith("in white") for name in names) == 288 * 30
     for count, mode in ((2, "L"), (20, "L"), (255, "L"), (256, "I"), (65535, "I")):
         data = open_data(DataConfig(name="paints", num_classes=count), ("val",))
         image, labels = data.val[3]
@@ -119,36 +121,39 @@ def test_every_class_occurs_once_in_as_many_regions_as_there_are_classes():
     assert np.unique(other[0][1]).tolist() != seen[0].tolist()
 
 
-def test_small_patches_tell_textures_apart_and_paints_too():
-    """Nearest neighbours among other patches of 20 x 20 pixels, by their spectrum and by their colours: no network."""
-    rng, side, textures = np.random.default_rng(0), 20, len(TEXTURES)
+def test_small_patches_tell_colors_and_textures_apart():
+    """Nearest neighbours among other patches of 20 x 20 pixels, by their spectrum or by their colours: no network."""
+    rng, side = np.random.default_rng(0), 20
     y, x = (axis.ravel().astype(np.float32) for axis in np.mgrid[:side, :side])
     window = np.outer(*[np.hanning(side + 2)[1:-1]] * 2)
 
-    def patches(count, figures):
-        found = []
-        for texture in np.repeat(np.arange(textures), count):
-            paint = int(rng.integers(len(PAINTS)))
-            label = paint + len(PAINTS) * int(texture + textures * rng.integers(figures))
-            patch = _textured(rng, label, y, x) + rng.normal(0, 0.06, (side * side, 3))
-            patch = patch.clip(0, 1)
-            # Along the direction of the largest variance. The texture covers the smaller part, so it is the positive end.
-            centred = patch - patch.mean(0)
-            along = centred @ np.linalg.eigh(centred.T @ centred)[1][:, -1]
-            along = along * np.sign((along**3).mean())
-            spectrum = np.abs(np.fft.rfft2(along.reshape(side, side) * window)).ravel()
-            colors = np.concatenate([*np.quantile(patch, (0.1, 0.5, 0.9), axis=0), patch.mean(0)])
-            found.append((texture, paint, spectrum / np.linalg.norm(spectrum), colors))
-        return [np.array(part) for part in zip(*found)]
+    def patch(color, texture, second):
+        label = color + len(COLORS) * (texture + len(TEXTURES) * second)
+        return (textured(rng, label, 65535, y, x) + rng.normal(0, 0.06, (side * side, 3))).clip(0, 1)
 
-    def nearest(known, asked):
-        return np.square(known[None] - asked[:, None]).sum(-1).argmin(1)
+    def spectrum(patch):
+        # Along the direction of the largest variance. The texture covers the smaller part, so it is the positive end.
+        centred = patch - patch.mean(0)
+        along = centred @ np.linalg.eigh(centred.T @ centred)[1][:, -1]
+        along = along * np.sign((along**3).mean())
+        found = np.abs(np.fft.rfft2(along.reshape(side, side) * window)).ravel()
+        return found / np.linalg.norm(found)
 
-    for figures, wanted_paints in ((1, 0.85), (47, 0.3)):
-        texture, paint, spectrum, colors = patches(40, figures)
-        asked_texture, asked_paint, asked_spectrum, asked_colors = patches(6, figures)
-        assert np.mean(texture[nearest(spectrum, asked_spectrum)] == asked_texture) > 0.9
-        assert np.mean(paint[nearest(colors, asked_colors)] == asked_paint) > wanted_paints
+    def share_right(feature, numbers, known, asked):
+        known, asked = np.tile(numbers, known), np.tile(numbers, asked)
+        by_number = [np.array([feature(number) for number in some]) for some in (known, asked)]
+        nearest = [np.square(by_number[0] - one).sum(-1).argmin() for one in by_number[1]]
+        return np.mean(known[nearest] == asked)
+
+    def textured_patch(texture):
+        return spectrum(patch(rng.integers(len(COLORS)), texture, rng.integers(SECONDS)))
+
+    assert share_right(textured_patch, np.arange(len(TEXTURES)), 40, 6) > 0.9
+
+    # Each colour among the 288 by its mean, which a darker texture changes alike, and each second colour by its extremes.
+    assert share_right(lambda color: patch(color, 0, 0).mean(0), np.arange(len(COLORS)), 12, 2) > 0.7
+    extremes = lambda second: np.quantile(patch(150, 0, second), (0.02, 0.98), axis=0).ravel()  # noqa: E731
+    assert share_right(extremes, np.arange(SECONDS), 20, 10) > 0.9
 
 
 def test_the_splits_share_no_digits():
