@@ -376,7 +376,7 @@ def evaluate(
         groups = scores.notable(10)
     for title, classes in groups.items():
         if title:
-            table.add_row(f"[italic]{title} of {len(names)}[/]", "")
+            table.add_row(Text(f"{title} of {len(names)}", style="italic"), "")
         for k in classes:
             table.add_row(printable(names[k]), "absent" if scores.iou[k] is None else f"{scores.iou[k]:.2f}")
         table.add_section()

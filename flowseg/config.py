@@ -194,8 +194,11 @@ class DataConfig(Section):
 
 def _read_names(path: Path) -> list[str]:
     """Class names from a text file in UTF-8, one a line; empty lines may only follow the last name."""
+    path = path.expanduser()
     try:
-        lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
+        if path.exists() and not path.is_file():
+            raise ValueError("not a regular file")
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(

@@ -79,7 +79,10 @@ def from_pretrained(
     try:
         tree = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         settings, centroids = tree["flowseg"], torch.tensor(tree["centroids"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(settings["data"].get("classes"), str):
+            # It would be read as a file of this machine.
+            raise ValueError("data.classes is not a list")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / SETTINGS}: not a folder that flowseg export wrote ({error!r})") from None
     config = (
         override(settings, pairs, origin=str(folder / SETTINGS)) if pairs else config_from_tree(settings, str(folder))

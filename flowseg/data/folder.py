@@ -119,9 +119,8 @@ class FolderPairs:
         unknown = present[self._table[present] < 0].tolist()
         if unknown:
             last = len(self.meaning.classes)
-            from_one = (
-                f" (if 0 means no class, data.values=[1-{last}] and data.ignore=[0])" if unknown == [last] else ""
-            )
+            shifted = self.meaning.values is None and unknown == [last]
+            from_one = f" (if 0 means no class, data.values=[1-{last}] and data.ignore=[0])" if shifted else ""
             raise UserError(
                 f"{self.labels[index]}: label values {', '.join(map(str, unknown[:8]))} are neither a class "
                 f"({self._wanted}) nor ignored; name more classes in data.classes, give each class its value with "

@@ -216,6 +216,11 @@ def _shown(counts: np.ndarray) -> list[int | None]:
     if len(counts) <= _MOST_ROWS:
         return list(range(len(counts)))
     order = np.argsort(-counts, kind="stable").tolist()
+    if label_kind(len(counts)) is not BYTES:
+        # Most of many classes are in no file of a small split; a warning counts them.
+        order = [k for k in order if counts[k]] or order
+        if len(order) <= _MOST_ROWS:
+            return [*order, None]
     return [*order[: _MOST_ROWS // 2], None, *order[-(_MOST_ROWS // 2) :]]
 
 

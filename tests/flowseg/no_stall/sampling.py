@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from flowseg.data import open_data
-from flowseg.inference.counts import PairCounts
+from flowseg.inference import evaluate as evaluation
+from flowseg.inference.counts import ClassCounts, ConfusedPairs, PairCounts
 from flowseg.inference.evaluate import evaluate
 from tests.flowseg.support.random_networks import random_segmenter
 from tests.support.pretend_device import WAITS, allowed, no_read_back
@@ -87,6 +88,28 @@ def test_evaluation_reads_its_counts_once_at_the_end(device, monkeypatch):
     with no_read_back():
         scores = evaluate(segmenter, pairs)
     assert len(calls) == 1 and scores.images == 6 and torch.equal(scores.confusion, expected.confusion)
+
+
+def test_evaluation_of_many_classes_reads_its_counts_once_at_the_end(device, monkeypatch):
+    segmenter = segmenter_on(device)
+    pairs = open_data(segmenter.config.data).val
+    monkeypatch.setattr(evaluation, "MOST_PAIRED", 1)
+    expected = evaluate(segmenter, pairs)
+    wrong = expected.most_confused(100)
+    by_class, calls = ClassCounts.by_class, []
+
+    def final(counts):
+        calls.append(counts)
+        with allowed():
+            return by_class(counts)
+
+    monkeypatch.setattr(ClassCounts, "by_class", final)
+    # Several merges of the table of confused pairs in one evaluation.
+    monkeypatch.setattr(ConfusedPairs.__init__, "__defaults__", (300,))
+    with no_read_back():
+        scores = evaluate(segmenter, pairs)
+    assert len(calls) == 1 and torch.equal(scores.counts, expected.counts) and scores.confusion is None
+    assert len(wrong) > 5 and scores.most_confused(100) == wrong and scores.missing_pixels == 0
 
 
 def test_a_planted_read_back_fails(device, monkeypatch):
