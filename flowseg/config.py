@@ -47,6 +47,9 @@ class ModelConfig(Section):
     """Recompute each block in the backward pass: less memory, about a quarter more FLOPs (``flowseg flops`` counts them)."""
     field_chunk: Count | None = None
     """Generate the neural-field weights of this many patches at a time (fewer need less memory); ``None``: of all."""
+    head_features: Annotated[int, Field(ge=3)] | None = None
+    """Only with ``loss.kind=cross_entropy``: the neural field gives this many features per pixel, and a linear layer gives the
+    class scores. ``None``: the field itself gives the scores, and the network reads an empty channel per class."""
     patch_size: Count | None = None
     dim: Count | None = None
     heads: Count | None = None
@@ -356,6 +359,10 @@ class Config(Section):
             raise ValueError(
                 "model.condition_on_image must be true when flow.source is 'noise': "
                 "the network would never see the image"
+            )
+        if self.model.head_features is not None and self.loss.kind != "cross_entropy":
+            raise ValueError(
+                "model.head_features is for a softmax head, loss.kind=cross_entropy; remove it or set loss.kind"
             )
         if self.loss.kind == "cross_entropy":
             wanted = {"codes.sequence": "one_hot", "flow.predicts": "endpoint", "flow.zero_fraction": 1.0}

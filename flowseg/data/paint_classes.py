@@ -1,7 +1,7 @@
 """Classes of paints above 48: a colour, a texture and the colour of the texture give up to 69,120 of them.
 
-Class k has the colour ``k % 288``; the rest of ``k`` is the texture, then its colour. What the number of classes does not need is random:
-with up to 288 classes the texture. Class k means the same with all numbers of classes that need as much.
+Class k has the colour ``k % 288``; the quotient gives the texture, and then the colour of the texture. With up to 288 classes
+the texture is random. Above 288, class k means the same with every number of classes.
 """
 
 from __future__ import annotations

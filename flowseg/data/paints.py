@@ -25,7 +25,7 @@ BRIGHTNESSES = {"dark": 0.45, "light": 0.85}
 PAINTS = tuple(itertools.product(BRIGHTNESSES, SATURATIONS, HUES))
 REGIONS = (3, 8)
 """Number of regions in a scene: at least the first number, less than the second."""
-DEALT_REGIONS = (6, 13)
+DEALT_REGIONS = (9, 18)
 """The same for scenes whose classes are dealt: the more regions, the sooner a network has seen every class."""
 WAVELENGTH = (4.0, 12.0)
 """Smallest and largest distance between stripes in pixels."""
@@ -36,7 +36,7 @@ SMALLEST = 16
 class PaintScenes:
     """Scenes of regions of different classes. A region contains the pixels nearest to one of some random points.
 
-    With up to 48 classes, a scene has 3 to 7 regions, and every region has a random class. With more, a scene has 6 to 12, 9 on
+    With up to 48 classes, a scene has 3 to 7 regions, and every region has a random class. With more, a scene has 9 to 17, 13 on
     average, and the classes are dealt like cards: each occurs once in ``num_classes`` consecutive regions of the split.
 
     Args:

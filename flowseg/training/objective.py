@@ -54,7 +54,9 @@ def flow_step(
     """
     flow, loss = config.flow, config.loss
     images, labels, t = normalised(batch.images), batch.labels, batch.t
-    source = make_source(images, config.codes.channels) if batch.noise is None else batch.noise
+    # A head's linear layer follows the field: the network reads only the channels that the field has.
+    channels = config.model.head_features or config.codes.channels
+    source = make_source(images, channels) if batch.noise is None else batch.noise
     # At t = 0 the path is at its source. With a channel per class the interpolation would take several percent of a step.
     x_t = source if flow.zero_fraction == 1.0 else flow_interpolate(source, labels, t, codebook)
     condition = images if config.model.condition_on_image else None
@@ -94,9 +96,10 @@ def flow_step(
 @torch.no_grad()
 def squared_error(step: Objective, codebook: Codebook, config: Config) -> Tensor:
     """Mean squared error of a prediction. Unlike the loss, it can be compared between settings of the correction."""
+    source, channels = step.source, step.prediction.shape[1]
     return flow_loss(
         step.prediction,
-        step.source,
+        source if source.shape[1] == channels else make_source(source[:, :3], channels),
         step.labels,
         step.t,
         codebook,

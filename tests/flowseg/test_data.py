@@ -110,14 +110,14 @@ def test_paints_have_any_number_of_classes_with_distinct_names():
 
 
 def test_every_class_occurs_once_in_as_many_regions_as_there_are_classes():
-    # Seven scenes have 6, 7, ..., 12 regions.
-    scenes = PaintScenes("train", 14, 64, 64, 3, num_classes=126)
-    seen = [np.unique(labels) for _, labels in (scenes[index] for index in range(14))]
-    assert [len(classes) for classes in seen] == [6, 7, 8, 9, 10, 11, 12] * 2
-    assert sorted(np.concatenate(seen)) == list(range(126))
-    more = [np.unique(scenes[index][1]) for index in (14, 15)]
+    # Nine scenes have 9, 10, ..., 17 regions.
+    scenes = PaintScenes("train", 18, 64, 64, 3, num_classes=234)
+    seen = [np.unique(labels) for _, labels in (scenes[index] for index in range(18))]
+    assert [len(classes) for classes in seen] == [*range(9, 18)] * 2
+    assert sorted(np.concatenate(seen)) == list(range(234))
+    more = [np.unique(scenes[index][1]) for index in (18, 19)]
     assert more[0].tolist() != seen[0].tolist() and more[1].tolist() != seen[1].tolist()
-    other = PaintScenes("val", 14, 64, 64, 3, num_classes=126)
+    other = PaintScenes("val", 18, 64, 64, 3, num_classes=234)
     assert np.unique(other[0][1]).tolist() != seen[0].tolist()
 
 

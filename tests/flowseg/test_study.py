@@ -13,14 +13,16 @@ import torch
 import yaml
 from rich.console import Console
 
-from flowseg.checkpoint import list_checkpoints, trained_steps
+from flowseg.checkpoint import list_checkpoints, read_run_config, trained_steps
 from flowseg.codes import build_codebook
-from flowseg.config import load_config, save_config
+from flowseg.config import load_config, override, save_config
 from flowseg.data import open_data
 from flowseg.data.loader import example_batches
 from flowseg.data.transforms import normalised
 from flowseg.errors import UserError
 from flowseg.experiments.study import Run, folder_name, folder_names, load_study, run_study
+from flowseg.inference.evaluate import evaluate
+from flowseg.model import count_flops
 from flowseg.segment import Segmenter
 from flowseg.training.objective import flow_step
 from flowseg.training.trainer import train
@@ -192,6 +194,25 @@ def test_a_folder_trained_with_other_settings_is_refused(study_file, tmp_path):
     ):
         with pytest.raises(UserError, match=key):
             run_study(load_study(study_file(**changes)), out, root=None, jobs=1, console=QUIET)
+
+
+def test_a_head_may_have_a_linear_layer_after_the_field(folder_data, tmp_path):
+    config = tiny_config(data=folder_section(folder_data), train={"steps": 2, "eval_every": 2})
+    config = override(config.model_dump(mode="json"), [*HEAD, "model.head_features=4"])
+    run = tmp_path / "run"
+    train(config, run)
+    segmenter = Segmenter.from_run(run, read_run_config(run))
+    model = segmenter.model
+    assert model.head.weight.shape == (3, 4, 1, 1) and model.decoder.final_layer.linear.out_features == 4
+    # The network reads the image and one empty channel, whatever the number of classes is.
+    x, t = torch.randn(2, 9, 16, 24), torch.zeros(2)
+    with torch.no_grad():
+        assert torch.equal(model(x, t, x[:, :3]), model(x[:, :4], t, x[:, :3]))
+    assert evaluate(segmenter, open_data(config.data, ("val",)).val).images == 2
+    wide = override(config.model_dump(mode="json"), ["model.head_features=8"])
+    assert count_flops(wide).forward > count_flops(config).forward
+    with pytest.raises(UserError, match="model.head_features is for a softmax head"):
+        load_config(None, ["model.head_features=8"])
 
 
 def test_a_run_killed_in_its_first_checkpoint_starts_from_scratch(study_file, tmp_path):
