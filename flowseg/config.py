@@ -360,9 +360,11 @@ class Config(Section):
                 "model.condition_on_image must be true when flow.source is 'noise': "
                 "the network would never see the image"
             )
-        if self.model.head_features is not None and self.loss.kind != "cross_entropy":
+        features = self.model.head_features
+        if features is not None and (self.loss.kind != "cross_entropy" or features > self.codes.channels):
             raise ValueError(
-                "model.head_features is for a softmax head, loss.kind=cross_entropy; remove it or set loss.kind"
+                "model.head_features is for a softmax head (loss.kind=cross_entropy) of at least as many classes "
+                f"(codes.channels), got {features} with {self.loss.kind} and {self.codes.channels}; remove it"
             )
         if self.loss.kind == "cross_entropy":
             wanted = {"codes.sequence": "one_hot", "flow.predicts": "endpoint", "flow.zero_fraction": 1.0}

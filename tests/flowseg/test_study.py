@@ -197,20 +197,22 @@ def test_a_folder_trained_with_other_settings_is_refused(study_file, tmp_path):
 
 
 def test_a_head_may_have_a_linear_layer_after_the_field(folder_data, tmp_path):
-    config = tiny_config(data=folder_section(folder_data), train={"steps": 2, "eval_every": 2})
-    config = override(config.model_dump(mode="json"), [*HEAD, "model.head_features=4"])
+    config = tiny_config(data=folder_section(folder_data, classes=[*"abcde"]), train={"steps": 2, "eval_every": 2})
+    config = override(config.model_dump(mode="json"), [*HEAD, "codes.channels=5", "model.head_features=4"])
     run = tmp_path / "run"
     train(config, run)
     segmenter = Segmenter.from_run(run, read_run_config(run))
     model = segmenter.model
-    assert model.head.weight.shape == (3, 4, 1, 1) and model.decoder.final_layer.linear.out_features == 4
+    assert model.head.weight.shape == (5, 4, 1, 1) and model.decoder.final_layer.linear.out_features == 4
     # The network reads the image and one empty channel, whatever the number of classes is.
     x, t = torch.randn(2, 9, 16, 24), torch.zeros(2)
     with torch.no_grad():
         assert torch.equal(model(x, t, x[:, :3]), model(x[:, :4], t, x[:, :3]))
     assert evaluate(segmenter, open_data(config.data, ("val",)).val).images == 2
-    wide = override(config.model_dump(mode="json"), ["model.head_features=8"])
-    assert count_flops(wide).forward > count_flops(config).forward
+    narrow = override(config.model_dump(mode="json"), ["model.head_features=3"])
+    assert count_flops(narrow).forward < count_flops(config).forward
+    with pytest.raises(UserError, match="at least as many classes.*got 6 with cross_entropy and 5"):
+        override(config.model_dump(mode="json"), ["model.head_features=6"])
     with pytest.raises(UserError, match="model.head_features is for a softmax head"):
         load_config(None, ["model.head_features=8"])
 
