@@ -140,7 +140,7 @@ class DataConfig(Section):
     """Check of the files before training: label values (``full``), sizes (``headers``) or nothing. ``None``: ``full`` for up
     to 6000 pairs, else ``headers``."""
     classes: list[str] | None = None
-    """Names of up to 65,535 classes, or the path of a text file with one name a line, which is read at once: a run keeps the
+    """Names of up to 65,535 classes, or the path of a text file with one name per line, which is read at once: a run keeps the
     names, not the path."""
     palette: list[tuple[int, int, int]] | None = None
     values: list[Annotated[int, Field(ge=0, le=LARGEST_LABEL_VALUE)]] | None = None
@@ -205,7 +205,7 @@ def _read_names(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(
-            f"data.classes: wanted a list of names or a text file with one name a line; {str(path)!r} cannot be read as text "
+            f"data.classes: wanted a list of names or a text file with one name per line; {str(path)!r} cannot be read as text "
             f"({reason}); write a list, such as data.classes=[{path}], or give the path of a file"
         ) from None
     names = [line.strip() for line in lines]
@@ -213,7 +213,7 @@ def _read_names(path: Path) -> list[str]:
         names.pop()
     if not names or "" in names:
         line = names.index("") + 1 if names else 1
-        raise ValueError(f"data.classes: {path}, line {line} is empty; wanted one class name a line")
+        raise ValueError(f"data.classes: {path}, line {line} is empty; wanted one class name per line")
     return names
 
 

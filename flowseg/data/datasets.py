@@ -65,7 +65,7 @@ def resolve_labels(config: DataConfig) -> Labels:
     if not classes:
         raise UserError(
             "data.classes is missing: list the class names in the order of the label values 0, 1, 2, ..., "
-            "such as --set 'data.classes=[background, object]', or name a text file with one name a line"
+            "such as --set 'data.classes=[background, object]', or name a text file with one name per line"
         )
     repeated = _first_repeated(classes)
     if repeated is not None:
