@@ -121,11 +121,11 @@ print(before, held, peak_process_memory())
 def test_the_memory_of_a_process_is_its_own_peak(monkeypatch):
     if memory.peak_process_memory() is None:
         pytest.skip("this system has no /proc/self/status")
-    large = np.ones(2**27)
+    large = np.ones(2**26)
     found = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True).stdout
     before, held, after = map(int, found.split())
     assert before < large.nbytes, "a process does not inherit the peak of the one that started it"
-    assert 0.9 * 2**27 < held - before < 1.2 * 2**27 and after >= held
+    assert 0.9 * 2**27 < held - before < 1.2 * 2**27 and after > 0.9 * held
     monkeypatch.setattr(speed, "peak_process_memory", lambda: 3 * 2**29)
     assert SpeedWindow(Ranks(1), CPU).close()["process_gib"] == 1.5
     monkeypatch.setattr(speed, "peak_process_memory", lambda: None)

@@ -211,9 +211,9 @@ def test_a_head_may_have_a_linear_layer_after_the_field(folder_data, tmp_path):
     assert evaluate(segmenter, open_data(config.data, ("val",)).val).images == 2
     narrow = override(config.model_dump(mode="json"), ["model.head_features=3"])
     assert count_flops(narrow).forward < count_flops(config).forward
-    with pytest.raises(UserError, match="at least as many classes.*got 6 with cross_entropy and 5"):
+    with pytest.raises(UserError, match=r"at least as many classes.*got 6 with cross_entropy and 5"):
         override(config.model_dump(mode="json"), ["model.head_features=6"])
-    with pytest.raises(UserError, match="model.head_features is for a softmax head"):
+    with pytest.raises(UserError, match=r"model.head_features is for a softmax head"):
         load_config(None, ["model.head_features=8"])
 
 
