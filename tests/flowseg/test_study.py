@@ -196,6 +196,7 @@ def test_a_folder_trained_with_other_settings_is_refused(study_file, tmp_path):
             run_study(load_study(study_file(**changes)), out, root=None, jobs=1, console=QUIET)
 
 
+@pytest.mark.filterwarnings("ignore::flowseg.errors.DataWarning")
 def test_a_head_may_have_a_linear_layer_after_the_field(folder_data, tmp_path):
     config = tiny_config(data=folder_section(folder_data, classes=[*"abcde"]), train={"steps": 2, "eval_every": 2})
     config = override(config.model_dump(mode="json"), [*HEAD, "codes.channels=5", "model.head_features=4"])
