@@ -47,6 +47,9 @@ class ModelConfig(Section):
     """Recompute each block in the backward pass: less memory, about a quarter more FLOPs (``flowseg flops`` counts them)."""
     field_chunk: Count | None = None
     """Generate the neural-field weights of this many patches at a time (fewer need less memory); ``None``: of all."""
+    head_features: Annotated[int, Field(ge=3)] | None = None
+    """Only with ``loss.kind=cross_entropy``: the neural field gives this many features per pixel, and a linear layer gives the
+    class scores. ``None``: the field itself gives the scores, and the network reads an empty channel per class."""
     patch_size: Count | None = None
     dim: Count | None = None
     heads: Count | None = None
@@ -167,6 +170,8 @@ class DataConfig(Section):
     """In training, the number of worker processes that load for each training process; 0: it loads by itself. ``None``: 0
     without a GPU; with one, on Linux, the number of cores of the process, at most 8, or fewer if their batches would fill
     /dev/shm. In evaluation, the number of threads that read images, at most 16; ``None``: one per core of the process."""
+    num_classes: Annotated[int, Field(ge=2, le=LARGEST_LABEL_VALUE)] | None = None
+    """Number of classes of paints, up to 65,535; ``None``: 48. No other data set has a choice."""
     scenes_train: Count = 4000
     """Number of scenes per epoch of generated data (digits, paints)."""
     scenes_val: Count = 200
@@ -354,6 +359,12 @@ class Config(Section):
             raise ValueError(
                 "model.condition_on_image must be true when flow.source is 'noise': "
                 "the network would never see the image"
+            )
+        features = self.model.head_features
+        if features is not None and (self.loss.kind != "cross_entropy" or features > self.codes.channels):
+            raise ValueError(
+                "model.head_features is for a softmax head (loss.kind=cross_entropy) of at least as many classes "
+                f"(codes.channels), got {features} with {self.loss.kind} and {self.codes.channels}; remove it"
             )
         if self.loss.kind == "cross_entropy":
             wanted = {"codes.sequence": "one_hot", "flow.predicts": "endpoint", "flow.zero_fraction": 1.0}

@@ -264,6 +264,10 @@ class Segmenter:
         return labels, margin
 
     def _decode(self, field: Tensor, with_margin: bool) -> tuple[Tensor, Tensor | None]:
+        if self.config.codes.sequence == "one_hot" and not with_margin:
+            # The nearest code is the largest channel: K instead of K x K operations per pixel.
+            labels = field.argmax(0).to(self._kind.dtype)
+            return labels.masked_fill_(field.isnan().any(0), self._kind.ignore), None
         found = nearest_centroid(field[None], self.codebook, out_dtype=self._kind.dtype, return_margin=with_margin)
         return (found[0][0], found[1][0]) if with_margin else (found[0], None)
 

@@ -17,10 +17,13 @@ class Scenes:
     Attributes:
         make: ``(split, count, height, width, seed)`` to the pairs of a split.
         smallest: smallest height and width of a scene in pixels.
+        labels_of: meaning of the labels for a chosen number of classes, which ``make`` then takes as ``num_classes``; ``None``
+            if there is no choice.
     """
 
     make: Callable
     smallest: int
+    labels_of: Callable[[int], Labels] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,7 @@ class DataSet:
 
 DATA_SETS = {
     "digits": DataSet(presets.DIGITS, Scenes(digits.DigitScenes, digits.CELL)),
-    "paints": DataSet(presets.PAINTS, Scenes(paints.PaintScenes, paints.SMALLEST)),
+    "paints": DataSet(presets.PAINTS, Scenes(paints.PaintScenes, paints.SMALLEST, presets.paint_labels)),
     "camvid": DataSet(presets.CAMVID, layouts.IMAGES_AND_LABELS),
     "ade20k": DataSet(presets.ADE20K, layouts.IMAGES_AND_ANNOTATIONS, ("training", "validation")),
     "cocostuff": DataSet(presets.COCO_STUFF, layouts.IMAGES_AND_ANNOTATIONS, ("train2017", "val2017")),

@@ -50,6 +50,13 @@ def resolve_labels(config: DataConfig) -> Labels:
     """
     data_set = DATA_SETS[config.name]
     preset = data_set.labels
+    if config.num_classes is not None:
+        choose = data_set.source.labels_of if isinstance(data_set.source, Scenes) else None
+        if choose is None:
+            raise UserError(
+                f"data.num_classes chooses the classes of paints; {config.name} has its own, remove data.num_classes"
+            )
+        preset = choose(config.num_classes)
     if isinstance(data_set.source, Scenes) and (config.classes or config.ignore or config.root or config.values):
         raise UserError(
             f"data.classes, data.values, data.ignore and data.root do not apply to {config.name}; set data.name=folder"
@@ -127,7 +134,8 @@ def _open_split(config: DataConfig, labels: Labels, split: str, seed: int, check
                 f"got {config.height}x{config.width}"
             )
         count = config.scenes_train if split == "train" else config.scenes_val
-        return data_set.source.make(split, count, config.height, config.width, seed)
+        chosen = {} if config.num_classes is None else {"num_classes": config.num_classes}
+        return data_set.source.make(split, count, config.height, config.width, seed, **chosen)
     if config.root is None:
         raise UserError(f"data.root is missing: --root must name the folder of the {config.name} data")
     usual_train, usual_val = data_set.splits

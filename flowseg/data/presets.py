@@ -6,8 +6,7 @@ import colorsys
 import dataclasses
 import functools
 
-from flowseg.data import class_names
-from flowseg.data.paints import PAINTS as PAINT_NAMES
+from flowseg.data import class_names, paints
 
 # Up to this number, colours are the same as in earlier versions.
 _PLAIN_COLORS = 255
@@ -73,7 +72,14 @@ DIGITS = Labels(
     classes=("background", *(str(digit) for digit in range(10))), palette=((40, 40, 40), *spread_palette(10))
 )
 
-PAINTS = Labels(tuple(" ".join(words) for words in PAINT_NAMES), spread_palette(len(PAINT_NAMES)))
+
+@functools.cache
+def paint_labels(num_classes: int) -> Labels:
+    """Meaning of the labels of paints with a chosen number of classes."""
+    return Labels(paints.class_names(num_classes), spread_palette(num_classes))
+
+
+PAINTS = paint_labels(len(paints.PAINTS))
 
 ADE20K = Labels(class_names.ADE20K, spread_palette(150), ignore=(0,), values=tuple(range(1, 151)))
 

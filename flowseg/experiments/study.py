@@ -12,8 +12,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Annotated
+from statistics import mean, median, stdev
+from typing import Annotated, NamedTuple
 
 import yaml
 from matplotlib.figure import Figure
@@ -31,6 +31,7 @@ from flowseg.runs.metrics import read_metrics
 from flowseg.runs.progress import counting_view
 from flowseg.runs.signals import exit_on_signal
 from flowseg.runs.terminal import printable
+from flowseg.training.batches import examples_per_step
 
 # The first arms of the picture have colours; all later ones are grey.
 COLORED_ARMS = 5
@@ -57,6 +58,20 @@ class Study(Section):
         if repeated:
             raise ValueError(f"{', '.join(map(str, repeated))} given more than once; list each one once")
         return values
+
+
+class Cost(NamedTuple):
+    """What training took.
+
+    Attributes:
+        step_ms: milliseconds per training step, the median of the logged lines: making the scenes or reading the images is
+            part of it, validations and checkpoints are not.
+        memory_gib: the most memory of tensors on the accelerator; without one, of the whole process, in GiB. ``None`` if
+            the run has not logged it.
+    """
+
+    step_ms: float
+    memory_gib: float | None
 
 
 class Run:
@@ -89,6 +104,11 @@ class Run:
                 target = str(self.score_file(steps))
                 yield ["evaluate", "--run", str(self.folder), *data, "--steps", str(steps), "--json", target]
 
+    def config(self) -> Config:
+        """The settings of this run."""
+        pairs = [*self.study.settings, *self.study.arms[self.arm], f"train.steps={self.study.steps}"]
+        return load_config(self.study.base, [*pairs, f"train.seed={self.seed}"])
+
     def check(self) -> None:
         """Refuse a folder that was trained with other settings than this run's.
 
@@ -97,8 +117,7 @@ class Run:
         """
         if not (self.folder / "config.yaml").is_file():
             return
-        pairs = [*self.study.settings, *self.study.arms[self.arm], f"train.steps={self.study.steps}"]
-        wanted = _settings(load_config(self.study.base, [*pairs, f"train.seed={self.seed}"]))
+        wanted = _settings(self.config())
         for key, was in _settings(load_config(self.folder / "config.yaml")).items():
             if was != wanted[key]:
                 raise UserError(
@@ -115,6 +134,16 @@ class Run:
         """``(step, mIoU)`` of each validation during training."""
         lines = read_metrics(self.folder / "metrics.jsonl")
         return [(line["step"], line["miou"]) for line in lines if line["event"] == "validation"]
+
+    def cost(self) -> Cost | None:
+        """Time and memory of training, from its log; ``None`` if that has no line of a step."""
+        lines = [line for line in read_metrics(self.folder / "metrics.jsonl") if line["event"] == "train"]
+        if not lines:
+            return None
+        config = self.config()
+        speeds = [line["images_per_second"] / examples_per_step(config.at_step(line["step"] - 1), 1) for line in lines]
+        peaks = [peak for line in lines if (peak := line.get("memory_gib", line.get("process_gib"))) is not None]
+        return Cost(1000 / median(speeds), max(peaks, default=None))
 
 
 def folder_name(arm: str) -> str:
@@ -258,19 +287,27 @@ class _Commands:
 
 
 def write_results(study: Study, runs: list[Run], out: Path) -> Path:
-    """Write a table of mean and standard deviation over seeds, and the picture, for the runs that have scores."""
+    """Write a table and the picture for the runs that have scores.
+
+    The table has the mean and the standard deviation over seeds of the scores, the time per training step and the memory.
+    """
     by_arm = {arm: [run for run in runs if run.arm == arm and run.scores()] for arm in study.arms}
     by_arm = {arm: members for arm, members in by_arm.items() if members}
     if not by_arm:
         raise UserError(f"no run under {out} has scores yet")
     head = [f"{steps} step{'s' * (steps > 1)}" for steps in study.sample_steps]
-    lines = ["| arm | seeds | " + " | ".join(head) + " | pixel accuracy |", "|---|---|" + "---|" * (len(head) + 1)]
+    head += ["pixel accuracy", "ms per training step", "peak memory, GiB"]
+    lines = ["| arm | seeds | " + " | ".join(head) + " |", "|---|---|" + "---|" * len(head)]
     for arm, members in zip(captioned(list(by_arm), "arm", 1), by_arm.values()):
         scored = [run.scores() for run in members]
         cells = [_spread([one[steps]["miou"] for one in scored if steps in one]) for steps in study.sample_steps]
         best = _best(scored)
         accuracy = _spread([one[best]["pixel_accuracy"] for one in scored if best in one])
-        lines.append(f"| {_in_cell(arm)} | {len(members)} | " + " | ".join(cells) + f" | {accuracy} ({best}) |")
+        costs = [cost for run in members if (cost := run.cost())]
+        times = _spread([cost.step_ms for cost in costs], digits=0)
+        memory = _spread([cost.memory_gib for cost in costs if cost.memory_gib is not None], digits=2)
+        cells += [f"{accuracy} ({best})", times, memory]
+        lines.append(f"| {_in_cell(arm)} | {len(members)} | " + " | ".join(cells) + " |")
     write_whole(out / "table.md", "\n".join(lines) + "\n", errors="backslashreplace")
     with replacing(out / "curves.png") as temporary:
         _draw(by_arm).savefig(temporary, format="png", dpi=110)
@@ -319,7 +356,7 @@ def _best(scored: list[dict[int, dict]]) -> int:
     return max(sorted(everywhere), key=lambda steps: mean(one[steps]["miou"] for one in scored if steps in one))
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], digits: int = 1) -> str:
     if not values:
         return ""
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")

@@ -25,6 +25,8 @@ class FlowSegModel(nn.Module):
         activation_checkpointing: store only the input of each block for the backward pass and recompute the rest.
         field_chunk: generate the neural-field weights of this many patches at a time; ``None``: of all.
         align_dim: width of the encoder features for REPA; adds the projector to that width.
+        head_features: the channels come from a linear layer on this many features per pixel, and the network reads only that
+            many channels of ``x_t``; ``None``: they come from the neural field.
     """
 
     def __init__(
@@ -36,24 +38,27 @@ class FlowSegModel(nn.Module):
         activation_checkpointing: bool = False,
         field_chunk: int | None = None,
         align_dim: int | None = None,
+        head_features: int | None = None,
     ):
         super().__init__()
         self.size = size
         self.channels = channels
         self.condition_on_image = condition_on_image
         self.activation_checkpointing = activation_checkpointing
-        inputs = channels + (3 if condition_on_image else 0)
+        self.field_channels = channels if head_features is None else head_features
+        inputs = self.field_channels + (3 if condition_on_image else 0)
         self.patch_embed = (ConvStem if size.stem_width else PatchEmbedding)(inputs, size)
         self.time_embed = TimeEmbedding(size.dim)
         self.blocks = nn.ModuleList(Block(size.dim, size.heads) for _ in range(size.depth))
         self.decoder = NeuralFieldDecoder(
             size.dim,
-            channels=channels,
+            channels=self.field_channels,
             hidden=size.field_hidden,
             depth=size.field_depth,
             patch_size=size.patch_size,
             patch_chunk=field_chunk,
         )
+        self.head = None if head_features is None else nn.Conv2d(head_features, channels, 1)
         self.projector = None if align_dim is None else Projector(size.dim, align_dim)
         self._tables: dict[tuple, Tensor] = {}
 
@@ -63,18 +68,18 @@ class FlowSegModel(nn.Module):
         """Predict at ``x`` and time ``t``.
 
         Args:
-            x: ``(B, C, H, W)``; H and W are multiples of the patch size.
+            x: ``(B, C, H, W)``; H and W are multiples of the patch size. With ``head_features`` further channels are not read.
             t: ``(B,)`` in [0, 1].
             image: ``(B, 3, H, W)`` in [-1, 1]; required if the model is conditioned on the image.
             align_after: also return the projected patch features after this number of blocks.
 
         Returns:
-            ``(B, C, H, W)``, all zeros for a new model; with ``align_after`` also ``(B, N, align_dim)``.
+            ``(B, C, H, W)``, all zeros for a new model without ``head_features``; with ``align_after`` also ``(B, N, align_dim)``.
 
         Raises:
             ValueError: a size that is not a multiple of the patch size, or a missing image.
         """
-        patch = self.size.patch_size
+        patch, x = self.size.patch_size, x[:, : self.field_channels]
         height, width = x.shape[-2:]
         if height % patch or width % patch:
             raise ValueError(f"x must have height and width divisible by the patch size {patch}, got {height}x{width}")
@@ -96,6 +101,8 @@ class FlowSegModel(nn.Module):
             if number == align_after:
                 aligned = self.projector(features)
         out = self.decoder(x, F.silu(time[:, None] + features))
+        if self.head is not None:
+            out = self.head(out)
         return out if align_after is None else (out, aligned)
 
     def prepare(self, height: int, width: int, device: torch.device) -> None:
@@ -186,4 +193,5 @@ def build_model(config: Config, *, align_dim: int | None = None) -> FlowSegModel
             activation_checkpointing=model.activation_checkpointing,
             field_chunk=model.field_chunk,
             align_dim=align_dim,
+            head_features=model.head_features,
         )

@@ -58,11 +58,12 @@ def count_flops(config: Config, height: int | None = None, width: int | None = N
     for name, value in (("height", height), ("width", width)):
         if value % size.patch_size:
             raise UserError(f"{name} must be a multiple of the patch size {size.patch_size}, got {value}")
-    image = (config.codes.channels, config.model.condition_on_image, height, width)
+    model = config.model
+    image = (config.codes.channels, model.head_features, model.condition_on_image, height, width)
     forward, backward = _count(size, *image)
     recomputes = {
-        "activation_checkpointing": config.model.activation_checkpointing,
-        "field_chunk": config.model.field_chunk,
+        "activation_checkpointing": model.activation_checkpointing,
+        "field_chunk": model.field_chunk,
     }
     repeated = sum(_count(size, *image, **recomputes)) - forward - backward if any(recomputes.values()) else 0
     return Flops(forward, backward, repeated)
@@ -70,21 +71,26 @@ def count_flops(config: Config, height: int | None = None, width: int | None = N
 
 @functools.lru_cache(maxsize=64)
 def _count(
-    size: ModelSize, channels: int, condition_on_image: bool, height: int, width: int, **recomputes
+    size: ModelSize,
+    channels: int,
+    head_features: int | None,
+    condition_on_image: bool,
+    height: int,
+    width: int,
+    **recomputes,
 ) -> tuple[int, int]:
     """FLOPs of a forward and of a backward."""
     if size.depth > 2:
         # All transformer blocks are alike: two networks of few blocks say what one block adds, in a tenth of the time.
-        one, two = (
-            _count(dataclasses.replace(size, depth=depth), channels, condition_on_image, height, width, **recomputes)
-            for depth in (1, 2)
-        )
+        image = (channels, head_features, condition_on_image, height, width)
+        one, two = (_count(dataclasses.replace(size, depth=depth), *image, **recomputes) for depth in (1, 2))
         return tuple(a + (size.depth - 1) * (b - a) for a, b in zip(one, two))
     # The caller may have switched gradients off. Fused attention computes its scores again in the backward, which the counter
     # would count.
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         with torch.device("meta"):
-            model = FlowSegModel(size, channels, condition_on_image=condition_on_image, **recomputes)
+            options = {"condition_on_image": condition_on_image, "head_features": head_features}
+            model = FlowSegModel(size, channels, **options, **recomputes)
             x, t = torch.empty(1, channels, height, width), torch.empty(1)
             image = torch.empty(1, 3, height, width) if condition_on_image else None
         with _counter() as forward:

@@ -35,6 +35,7 @@ _SPEEDS = (
     ("model_tflops_per_second", "{:.3g}", np.median, "model TFLOP/s of each device in training (median)"),
     ("data_wait_share", "{:.0f} %", lambda shares: 100 * np.median(shares), "of the time waiting for data (median)"),
     ("memory_gib", "{:.1f} GiB", np.max, "of device memory at most"),
+    ("process_gib", "{:.1f} GiB", np.max, "of host memory of a process at most"),
 )
 
 

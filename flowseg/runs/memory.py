@@ -1,9 +1,10 @@
-"""Memory: a faster allocator setting for training on a CPU, the peak on an accelerator, and recognising out-of-memory errors."""
+"""Memory: a faster allocator setting for training on a CPU, the peaks of accelerator and process, and out-of-memory errors."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+from pathlib import Path
 
 import torch
 
@@ -51,3 +52,18 @@ def take_peak_memory(device: torch.device) -> int | None:
     except RuntimeError:
         return None
     return peak
+
+
+def peak_process_memory() -> int | None:
+    """Bytes of memory that this process held at most since it started, PyTorch's libraries included.
+
+    Returns:
+        ``None`` on systems without ``/proc``.
+    """
+    # getrusage would start from the peak of the process that started this one.
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), None)
+    return None if peak is None else 1024 * int(peak)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from flowseg.runs.memory import take_peak_memory
+from flowseg.runs.memory import peak_process_memory, take_peak_memory
 from flowseg.runs.parallel import Ranks
 
 
@@ -54,17 +54,20 @@ class SpeedWindow:
         Returns:
             ``images_per_second`` of all processes; ``model_tflops_per_second`` per process; ``data_wait_share``, the share
             of the window in which the host waited for data, in the process that waited longest; ``memory_gib``, the most
-            that tensors held on the device of a process. Accelerators without such a count and CPUs have no ``memory_gib``.
+            that tensors held on the device of a process since the last window; ``process_gib``, the most host memory that a
+            process held since it started. Accelerators without such a count and CPUs have no ``memory_gib``, systems other
+            than Linux no ``process_gib``.
         """
         now = time.monotonic()
         seconds = max(now - self._start, 1e-9)
-        peak = take_peak_memory(self.device)
+        peak, process = take_peak_memory(self.device), peak_process_memory()
         images, flops = self._images * self.ranks.world, self._flops
-        wait, peak_everywhere = self.ranks.largest(min(self._waited / seconds, 1.0), peak or 0)
+        wait, *most = self.ranks.largest(min(self._waited / seconds, 1.0), peak or 0, process or 0)
+        memory = {"memory_gib": peak, "process_gib": process}
         self._restart(now)
         return {
             "images_per_second": images / seconds,
             "model_tflops_per_second": flops / seconds / 1e12,
             "data_wait_share": wait,
-            **({} if peak is None else {"memory_gib": peak_everywhere / 2**30}),
+            **{name: value / 2**30 for (name, own), value in zip(memory.items(), most) if own is not None},
         }

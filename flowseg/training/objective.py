@@ -54,8 +54,11 @@ def flow_step(
     """
     flow, loss = config.flow, config.loss
     images, labels, t = normalised(batch.images), batch.labels, batch.t
-    source = make_source(images, config.codes.channels) if batch.noise is None else batch.noise
-    x_t = flow_interpolate(source, labels, t, codebook)
+    # A head's linear layer follows the field: the network reads only the channels that the field has.
+    channels = config.model.head_features or config.codes.channels
+    source = make_source(images, channels) if batch.noise is None else batch.noise
+    # At t = 0 the path is at its source. With a channel per class the interpolation would take several percent of a step.
+    x_t = source if flow.zero_fraction == 1.0 else flow_interpolate(source, labels, t, codebook)
     condition = images if config.model.condition_on_image else None
     align = None
     if encoder is None:
@@ -93,9 +96,11 @@ def flow_step(
 @torch.no_grad()
 def squared_error(step: Objective, codebook: Codebook, config: Config) -> Tensor:
     """Mean squared error of a prediction. Unlike the loss, it can be compared between settings of the correction."""
+    # A head with a linear layer has a source of fewer channels. The error of an end point does not depend on the source.
+    has_source = step.source.shape == step.prediction.shape
     return flow_loss(
         step.prediction,
-        step.source,
+        step.source if has_source else step.prediction,
         step.labels,
         step.t,
         codebook,

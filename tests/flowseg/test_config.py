@@ -136,8 +136,12 @@ def test_every_field_can_be_set_from_the_command_line():
         words = [] if key in others else [word for word in _literals(field.annotation) if word != value]
         for text in words or [others.get(key) or str(changed.get(type(value).__name__, lambda _: 16)(value))]:
             with_it = ["codes.channels=11"] if text == "one_hot" else []
-            if (key, text) == ("loss.kind", "cross_entropy"):
-                with_it = ["codes.sequence=one_hot", "codes.channels=11", "flow.zero_fraction=1"]
+            if (key, text) == ("loss.kind", "cross_entropy") or key == "model.head_features":
+                with_it = ["loss.kind=cross_entropy"] * (key != "loss.kind") + [
+                    "codes.sequence=one_hot",
+                    "codes.channels=16",
+                    "flow.zero_fraction=1",
+                ]
             got = getattr(getattr(load_config(None, [f"{key}={text}", *with_it]), section), leaf)
             assert got != value, key
             if words:

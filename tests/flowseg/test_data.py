@@ -1,5 +1,6 @@
 """Generated scenes, folders of images and labels, augmentation, and reproducible batches."""
 
+import colorsys
 import unicodedata
 
 import numpy as np
@@ -7,13 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from flowseg.config import DataConfig
+from flowseg.config import DataConfig, load_config
 from flowseg.data import open_data, training_batches
 from flowseg.data.catalog import DATA_SETS
 from flowseg.data.datasets import resolve_labels
 from flowseg.data.digits import DigitScenes, _digits
 from flowseg.data.folder import read_image
-from flowseg.data.paints import PAINTS, PaintScenes
+from flowseg.data.paint_classes import COLORS, SECONDS, textured
+from flowseg.data.paints import PAINTS, PaintScenes, class_names
+from flowseg.data.presets import spread_palette
+from flowseg.data.textures import TEXTURES
 from flowseg.data.transforms import augment, model_size, prepare
 from flowseg.data_names import DATA_NAMES
 from flowseg.errors import DataWarning, UserError
@@ -50,6 +54,106 @@ def test_the_mean_color_tells_most_paints_apart():
     asked = [(k, color) for k, colors in means("val", 40).items() for color in colors]
     right = [k == min(known, key=lambda c: np.square(known[c] - color).sum()) for k, color in asked]
     assert 0.7 < np.mean(right) < 1
+
+
+def earlier_paints(split, index, height, width, seed):
+    """A scene of 48 paints, written as in the first version."""
+    rng = np.random.default_rng((seed, ("train", "val").index(split), index))
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    points = rng.uniform((0, 0), (height, width), (rng.integers(3, 8), 2))
+    cell = ((y[..., None] - points[:, 0]) ** 2 + (x[..., None] - points[:, 1]) ** 2).argmin(-1)
+    canvas, labels = np.empty((height, width, 3), np.float32), np.empty((height, width), np.uint8)
+    for place in range(len(points)):
+        labels[cell == place] = paint = int(rng.integers(48))
+        brightness, saturation, hue = (0.45, 0.85)[paint // 24], (0.4, 0.9)[paint // 12 % 2], paint % 12
+        hue = (hue + rng.uniform(-0.4, 0.4)) / 12 % 1.0
+        color = colorsys.hsv_to_rgb(hue, saturation + rng.uniform(-0.1, 0.1), brightness + rng.uniform(-0.1, 0.1))
+        angle = rng.uniform(0, np.pi)
+        inside = cell == place
+        along = x[inside] * np.cos(angle) + y[inside] * np.sin(angle)
+        along = along * (2 * np.pi / rng.uniform(4.0, 12.0))
+        wave = 1 + rng.uniform(0.1, 0.4) * np.sin(along + rng.uniform(0, 2 * np.pi))
+        canvas[inside] = wave[:, None] * np.array(color, np.float32)
+    canvas += rng.normal(0.0, 0.06, canvas.shape)
+    return (canvas.clip(0, 1) * 255).round().astype(np.uint8), labels
+
+
+def test_the_48_paints_are_bit_for_bit_those_of_the_first_version():
+    for split, seed in (("train", 0), ("val", 7)):
+        data = open_data(DataConfig(name="paints", height=40, width=56), (split,), seed=seed)
+        pairs = getattr(data, split)
+        for index in (0, 1, 199):
+            for found, wanted in zip(pairs[index], earlier_paints(split, index, 40, 56, seed)):
+                assert np.array_equal(found, wanted)
+    assert data.num_classes == 48 and data.labels.classes[::47] == ("dark pale red", "light strong rose")
+    assert data.labels.palette == spread_palette(48)
+
+
+def test_paints_have_any_number_of_classes_with_distinct_names():
+    names = class_names(65535)
+    assert len(set(names)) == 65535
+    assert names[:1000] == class_names(1000) and class_names(20) == class_names(48)[:20]
+    assert names[0] == "dark pale red, medium upright stripes"
+    assert names[-1] == "clear pale azure, wide straight grid in bright mint"
+    assert class_names(49)[48] == "dark strong red" and len(set(class_names(288))) == 288
+    assert sum(name.endswith("in white") for name in names) == 288 * 30
+    for count, mode in ((2, "L"), (20, "L"), (255, "L"), (256, "I"), (65535, "I")):
+        data = open_data(DataConfig(name="paints", num_classes=count), ("val",))
+        image, labels = data.val[3]
+        assert data.num_classes == len(data.labels.palette) == count
+        assert (image.mode, labels.mode) == ("RGB", mode) and np.max(labels) < count
+    with pytest.raises(UserError, match=r"data\.num_classes chooses the classes of paints; digits has its own"):
+        resolve_labels(DataConfig(num_classes=12))
+    for count in (1, 65536):
+        with pytest.raises(UserError, match=r"data.num_classes: input should be .*, got"):
+            load_config(None, ["data.name=paints", f"data.num_classes={count}"])
+
+
+def test_every_class_occurs_once_in_as_many_regions_as_there_are_classes():
+    # Nine scenes have 9, 10, ..., 17 regions.
+    scenes = PaintScenes("train", 18, 64, 64, 3, num_classes=234)
+    seen = [np.unique(labels) for _, labels in (scenes[index] for index in range(18))]
+    assert [len(classes) for classes in seen] == [*range(9, 18)] * 2
+    assert sorted(np.concatenate(seen)) == list(range(234))
+    more = [np.unique(scenes[index][1]) for index in (18, 19)]
+    assert more[0].tolist() != seen[0].tolist() and more[1].tolist() != seen[1].tolist()
+    other = PaintScenes("val", 18, 64, 64, 3, num_classes=234)
+    assert np.unique(other[0][1]).tolist() != seen[0].tolist()
+
+
+def test_small_patches_tell_colors_and_textures_apart():
+    """Nearest neighbours among other patches of 20 x 20 pixels, by their spectrum or by their colours: no network."""
+    rng, side = np.random.default_rng(0), 20
+    y, x = (axis.ravel().astype(np.float32) for axis in np.mgrid[:side, :side])
+    window = np.outer(*[np.hanning(side + 2)[1:-1]] * 2)
+
+    def patch(color, texture, second):
+        label = color + len(COLORS) * (texture + len(TEXTURES) * second)
+        return (textured(rng, label, 65535, y, x) + rng.normal(0, 0.06, (side * side, 3))).clip(0, 1)
+
+    def spectrum(patch):
+        # Along the direction of the largest variance. The texture covers the smaller part, so it is the positive end.
+        centred = patch - patch.mean(0)
+        along = centred @ np.linalg.eigh(centred.T @ centred)[1][:, -1]
+        along = along * np.sign((along**3).mean())
+        found = np.abs(np.fft.rfft2(along.reshape(side, side) * window)).ravel()
+        return found / np.linalg.norm(found)
+
+    def share_right(feature, numbers, known, asked):
+        known, asked = np.tile(numbers, known), np.tile(numbers, asked)
+        by_number = [np.array([feature(number) for number in some]) for some in (known, asked)]
+        nearest = [np.square(by_number[0] - one).sum(-1).argmin() for one in by_number[1]]
+        return np.mean(known[nearest] == asked)
+
+    def textured_patch(texture):
+        return spectrum(patch(rng.integers(len(COLORS)), texture, rng.integers(SECONDS)))
+
+    assert share_right(textured_patch, np.arange(len(TEXTURES)), 40, 6) > 0.9
+
+    # Each colour among the 288 by its mean, which a darker texture changes alike, and each second colour by its extremes.
+    assert share_right(lambda color: patch(color, 0, 0).mean(0), np.arange(len(COLORS)), 12, 2) > 0.7
+    extremes = lambda second: np.quantile(patch(150, 0, second), (0.02, 0.98), axis=0).ravel()  # noqa: E731
+    assert share_right(extremes, np.arange(SECONDS), 20, 10) > 0.9
 
 
 def test_the_splits_share_no_digits():

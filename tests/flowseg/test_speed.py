@@ -1,7 +1,10 @@
 """The numbers of a training log about speed, waiting and memory."""
 
 import io
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -32,6 +35,13 @@ class Clock:
         return self.now
 
 
+def spent(window):
+    """The numbers of a window without the memory of this process."""
+    numbers = window.close()
+    numbers.pop("process_gib", None)
+    return numbers
+
+
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
@@ -50,10 +60,10 @@ def test_a_window_divides_by_the_time_that_was_spent_training(clock):
     window.leave_out_since(begin)
     clock.now += 1
     window.add(8, 10**12)
-    assert window.close() == {"images_per_second": 4.0, "model_tflops_per_second": 12.0, "data_wait_share": 0.75}
+    assert spent(window) == {"images_per_second": 4.0, "model_tflops_per_second": 12.0, "data_wait_share": 0.75}
     clock.now += 2
     window.add(4, 10**12)
-    assert window.close() == {"images_per_second": 2.0, "model_tflops_per_second": 2.0, "data_wait_share": 0.0}
+    assert spent(window) == {"images_per_second": 2.0, "model_tflops_per_second": 2.0, "data_wait_share": 0.0}
 
 
 def test_training_logs_speed_and_waiting_and_leaves_validation_and_checkpoints_out(clock, tmp_path, monkeypatch):
@@ -97,6 +107,31 @@ def test_memory_is_the_peak_since_the_line_before(monkeypatch):
     assert [window.close()["memory_gib"] for _ in range(2)] == [3.0, 1.0] and resets == [device] * 2
 
 
+PEAKS = """
+import numpy as np
+from flowseg.runs.memory import peak_process_memory
+before = peak_process_memory()
+large = np.ones(2**24)
+held = peak_process_memory()
+del large
+print(before, held, peak_process_memory())
+"""
+
+
+def test_the_memory_of_a_process_is_its_own_peak(monkeypatch):
+    if memory.peak_process_memory() is None:
+        pytest.skip("this system has no /proc/self/status")
+    large = np.ones(2**26)
+    found = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True).stdout
+    before, held, after = map(int, found.split())
+    assert before < large.nbytes, "a process does not inherit the peak of the one that started it"
+    assert 0.9 * 2**27 < held - before < 1.2 * 2**27 and after > 0.9 * held
+    monkeypatch.setattr(speed, "peak_process_memory", lambda: 3 * 2**29)
+    assert SpeedWindow(Ranks(1), CPU).close()["process_gib"] == 1.5
+    monkeypatch.setattr(speed, "peak_process_memory", lambda: None)
+    assert "process_gib" not in SpeedWindow(Ranks(1), CPU).close()
+
+
 def test_an_accelerator_without_a_count_of_memory_logs_none(monkeypatch):
     def refuse(device):
         raise RuntimeError("Allocator for mps is not a DeviceAllocator.")
@@ -116,7 +151,7 @@ def test_several_processes_log_the_sum_of_images_and_the_longest_wait():
         with window.waiting():
             clock.now += 1 + rank
         clock.now = 104.0
-        found = window.close()
+        found = spent(window)
         assert found == {"images_per_second": 3.0, "model_tflops_per_second": 1.5, "data_wait_share": 0.5}, found
 
     assert forked(both, world=2) == [0, 0]

@@ -13,13 +13,17 @@ import torch
 import yaml
 from rich.console import Console
 
-from flowseg.checkpoint import list_checkpoints, trained_steps
+from flowseg.checkpoint import list_checkpoints, read_run_config, trained_steps
 from flowseg.codes import build_codebook
-from flowseg.config import load_config, save_config
+from flowseg.config import load_config, override, save_config
 from flowseg.data import open_data
 from flowseg.data.loader import example_batches
+from flowseg.data.transforms import normalised
 from flowseg.errors import UserError
 from flowseg.experiments.study import Run, folder_name, folder_names, load_study, run_study
+from flowseg.inference.evaluate import evaluate
+from flowseg.model import count_flops
+from flowseg.segment import Segmenter
 from flowseg.training.objective import flow_step
 from flowseg.training.trainer import train
 from flowseg_kernels import nearest_centroid
@@ -63,6 +67,7 @@ def test_a_study_trains_and_scores_its_arms_and_keeps_the_results_when_one_fails
     assert list(head.scores()) == [1], "a softmax head is scored with one step only"
     table = (out / "table.md").read_text()
     assert f"| softmax head | 1 | {head.scores()[1]['miou']:.1f} |  |" in table and "too large" not in table
+    assert re.search(r"\| [0-9]+ \| 0\.[1-9][0-9] \|$", table, re.M), "training logs its time and memory"
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and not [*out.glob(".*")]
 
     # Nothing is left to run without the arm that failed.
@@ -77,6 +82,23 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds(study_file, tmp_pa
         finished(Run(study, "FlowSeg", seed, tmp_path / "out"), lambda steps, m=miou: m + steps, accuracy=50.0 + seed)
     table = run_study(study, tmp_path / "out", root=None, jobs=1, console=QUIET).read_text()
     assert "| FlowSeg | 3 | 31.0 ± 26.5 | 32.0 ± 26.5 | 51.0 ± 1.0 (2) |" in table
+
+
+def test_the_table_has_time_per_step_and_memory(study_file, tmp_path):
+    study = load_study(study_file(seeds=[0, 1], settings=["train.batch_size=4", "train.accumulation=2"]))
+    for seed, (speeds, peaks) in enumerate([((20.0, 40.0, 80.0), (1.0, 3.0, 2.0)), ((50.0,), (3.5,))]):
+        run = Run(study, "FlowSeg", seed, tmp_path / "out")
+        finished(run, lambda steps: 30.0)
+        with (run.folder / "metrics.jsonl").open("a") as file:
+            for step, (speed, peak) in enumerate(zip(speeds, peaks), 1):
+                line = {"event": "train", "step": step, "images_per_second": speed, "process_gib": peak}
+                # On an accelerator the memory of its tensors counts.
+                line |= {"memory_gib": 0.5} if seed else {}
+                file.write(json.dumps(line) + "\n")
+    table = run_study(study, tmp_path / "out", root=None, jobs=1, console=QUIET).read_text().splitlines()
+    assert table[0].endswith("| pixel accuracy | ms per training step | peak memory, GiB |")
+    # The median of 8 images at 20, 40 and 80 per second is 200 ms; the other seed took 160 ms.
+    assert table[2].endswith("| 180 ± 28 | 1.75 ± 1.77 |")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +196,28 @@ def test_a_folder_trained_with_other_settings_is_refused(study_file, tmp_path):
             run_study(load_study(study_file(**changes)), out, root=None, jobs=1, console=QUIET)
 
 
+@pytest.mark.filterwarnings("ignore::flowseg.errors.DataWarning")
+def test_a_head_may_have_a_linear_layer_after_the_field(folder_data, tmp_path):
+    config = tiny_config(data=folder_section(folder_data, classes=[*"abcde"]), train={"steps": 2, "eval_every": 2})
+    config = override(config.model_dump(mode="json"), [*HEAD, "codes.channels=5", "model.head_features=4"])
+    run = tmp_path / "run"
+    train(config, run)
+    segmenter = Segmenter.from_run(run, read_run_config(run))
+    model = segmenter.model
+    assert model.head.weight.shape == (5, 4, 1, 1) and model.decoder.final_layer.linear.out_features == 4
+    # The network reads the image and one empty channel, whatever the number of classes is.
+    x, t = torch.randn(2, 9, 16, 24), torch.zeros(2)
+    with torch.no_grad():
+        assert torch.equal(model(x, t, x[:, :3]), model(x[:, :4], t, x[:, :3]))
+    assert evaluate(segmenter, open_data(config.data, ("val",)).val).images == 2
+    narrow = override(config.model_dump(mode="json"), ["model.head_features=3"])
+    assert count_flops(narrow).forward < count_flops(config).forward
+    with pytest.raises(UserError, match=r"at least as many classes.*got 6 with cross_entropy and 5"):
+        override(config.model_dump(mode="json"), ["model.head_features=6"])
+    with pytest.raises(UserError, match=r"model.head_features is for a softmax head"):
+        load_config(None, ["model.head_features=8"])
+
+
 def test_a_run_killed_in_its_first_checkpoint_starts_from_scratch(study_file, tmp_path):
     run = Run(load_study(study_file()), "FlowSeg", 0, tmp_path / "out")
     (run.folder / "checkpoints" / ".step-00000004.999").mkdir(parents=True)
@@ -194,6 +238,18 @@ def test_sigterm_to_a_study_ends_its_runs_with_a_checkpoint(study_file, tmp_path
     train(load_config(metrics.parent / "config.yaml", [f"train.steps={done}"]), metrics.parent, resume=True)
 
 
+class _Fixed(torch.nn.Module):
+    """A network with a given output. It keeps its inputs ``(x, t)`` in ``seen``."""
+
+    def __init__(self, output, seen):
+        super().__init__()
+        self.output, self.seen = output, seen
+
+    def forward(self, x, t, image):
+        self.seen.append((x, t))
+        return self.output
+
+
 def test_softmax_head_is_cross_entropy_and_decodes_to_the_largest_channel(folder_data):
     config = tiny_config(data=folder_section(folder_data))
     for pair in HEAD:
@@ -208,12 +264,18 @@ def test_softmax_head_is_cross_entropy_and_decodes_to_the_largest_channel(folder
     labels[:, :3] = 255
     logits = torch.randn(2, 3, *labels.shape[1:], requires_grad=True)
     seen = []
-    model = lambda x, t, image: (seen.append(t), logits)[1]  # noqa: E731
+    model = _Fixed(logits, seen)
     value = flow_step(model, codebook, config, batch).flow
     kept = labels != 255
     chosen = logits.log_softmax(1).gather(1, labels.long().clamp(max=2)[:, None])[:, 0]
     torch.testing.assert_close(value, -chosen[kept].sum())
-    assert seen[0].eq(0).all()
+    x, t = seen[0]
+    assert t.eq(0).all() and torch.equal(x, normalised(batch.images)), "the path starts at the image"
     assert torch.equal(nearest_centroid(logits.detach(), codebook), logits.argmax(1).to(torch.uint8))
+    field = logits.detach()[0].clone()
+    field[:, 0, 0], field[1, 1, 1], field[:, 2, 2] = 0.5, torch.nan, torch.tensor([-1.0, 2.0, 2.0])
+    labels = Segmenter(model, codebook, config)._decode(field, with_margin=False)[0]
+    assert torch.equal(labels, nearest_centroid(field[None], codebook, out_dtype=torch.uint8)[0])
+    assert labels[0, 0] == 0 and labels[1, 1] == 255 and labels[2, 2] == 1
     with pytest.raises(UserError, match=r"codes.channels must be the number of classes, 4"):
         build_codebook(config.codes, 4)
