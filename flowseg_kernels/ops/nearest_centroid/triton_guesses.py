@@ -29,24 +29,18 @@ def _number(mask):
 
 
 @triton.jit
-def _load_codes(centroids, k, C: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Load the codes of classes k (BLOCK,), which are all valid."""
-    WIDEST: tl.constexpr = ASSEMBLY if C % 4 == 0 else "plain"
-    return load_row(centroids + k * C, C, WIDEST)
-
-
-@triton.jit
 def _distance(x, centroids, k, C: tl.constexpr, ASSEMBLY: tl.constexpr):
-    return squared_norm(subtract(x, _load_codes(centroids, k, C, ASSEMBLY), C), C)
+    """Return the squared distance of each pixel to its own class k, which is valid."""
+    return squared_norm(subtract(x, load_row(centroids + k * C, C, ASSEMBLY), C), C)
 
 
 @triton.jit
-def _cell_of(x, projection, AXES: tl.constexpr, LOG2_CELLS: tl.constexpr, C: tl.constexpr):
+def _cell_of(x, projection, AXES: tl.constexpr, LOG2_CELLS: tl.constexpr, C: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Return the cells of pixels. Any cell will do for NaN and infinity."""
     last: tl.constexpr = (1 << LOG2_CELLS) - 1
     cell = tl.zeros(x[0].shape, tl.int32)
     for a in tl.static_range(AXES):
-        row = load_row(projection + a * (C + 1), C + 1, "plain")
+        row = load_row(projection + a * (C + 1), C + 1, ASSEMBLY)
         at = x[0] * row[0] + row[C]
         for c in tl.static_range(1, C):
             at += x[c] * row[c]
@@ -66,7 +60,7 @@ def _try_members(
 
     A pixel stops at the member that `certain` proves to be nearest of all.
     """
-    cell = _cell_of(x, projection, AXES, LOG2_CELLS, C)
+    cell = _cell_of(x, projection, AXES, LOG2_CELLS, C, ASSEMBLY)
     first = tl.load(starts + cell)
     count = tl.load(starts + cell + 1) - first
     label = tl.zeros(x[0].shape, tl.int32)
@@ -75,7 +69,7 @@ def _try_members(
     trying = pending & (count > 0)
     left = _number(trying)
     while (tried < _MOST_TRIED) & (left > 0):
-        k = tl.load(members + first + tried, mask=trying, other=0)
+        k = tl.load(members + (first + tried), mask=trying, other=0)
         d = _distance(x, centroids, k, C, ASSEMBLY)
         closer = trying & (d < nearest)
         label = tl.where(closer, k, label)
@@ -98,19 +92,19 @@ def _compare_rivals(
 
     comparing: pixels whose `nearest` is below the last column of `certain`, which ends the loop.
     """
-    rival = rivals + label * rival_count
-    excluded = certain + label * (rival_count + 1)
+    guess = label
     bound = nearest
     compared = 0
     while _number(comparing) > 0:
-        k = tl.load(rival + compared, mask=comparing, other=0)
+        k = tl.load(rivals + (guess * rival_count + compared), mask=comparing, other=0)
         d = _distance(x, centroids, k, C, ASSEMBLY)
         # Ties go to the lowest class.
         closer = comparing & ((d < nearest) | ((d == nearest) & (k < label)))
         label = tl.where(closer, k, label)
         nearest = tl.where(closer, d, nearest)
         compared += 1
-        comparing = comparing & ~(bound < tl.load(excluded + compared, mask=comparing, other=0.0))
+        excluded = tl.load(certain + (guess * (rival_count + 1) + compared), mask=comparing, other=0.0)
+        comparing = comparing & ~(bound < excluded)
     return label, nearest
 
 
@@ -150,7 +144,7 @@ def decode_by_guesses(
         AXES, LOG2_CELLS, C, ASSEMBLY,
     )  # fmt: skip
     if _number(pending) > 0:
-        comparing = pending & (nearest < tl.load(certain + label * (rival_count + 1) + rival_count))
+        comparing = pending & (nearest < tl.load(certain + (label * (rival_count + 1) + rival_count)))
         pending = pending & ~comparing
         left = _number(pending)
         if left > BLOCK // _ONE_BY_ONE:
