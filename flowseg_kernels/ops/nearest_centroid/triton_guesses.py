@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from ...runtime.triton import INTERPRETED, aligned
-from ..triton_pixels import any_nan, load_row, squared_norm, subtract
-from .triton_search import search_all
+from ..triton_pixels import any_nan, load_row
+from .triton_search import search_all, squared_distance
 
 __all__ = ["decode_by_guesses", "guess_arguments"]
 
@@ -31,7 +31,7 @@ def _number(mask):
 @triton.jit
 def _distance(x, centroids, k, C: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Return the squared distance of each pixel to its own class k, which is valid."""
-    return squared_norm(subtract(x, load_row(centroids + k * C, C, ASSEMBLY), C), C)
+    return squared_distance(x, load_row(centroids + k * C, C, ASSEMBLY), C)
 
 
 @triton.jit

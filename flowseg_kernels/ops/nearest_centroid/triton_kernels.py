@@ -12,9 +12,9 @@ import triton.language as tl
 
 from ...runtime.checks import compute_dtype
 from ...runtime.triton import INTERPRETED, aligned, assembly_for, compile_options, on_device_of, over_blocks
-from ..triton_pixels import any_nan, block_of_program, load_pixels, load_row, squared_norm, subtract
+from ..triton_pixels import any_nan, block_of_program, load_pixels, load_row
 from .triton_guesses import decode_by_guesses, guess_arguments
-from .triton_search import search_all
+from .triton_search import search_all, squared_distance
 
 __all__ = ["block_of", "decode", "grid_arguments", "nearest_centroid", "options_of"]
 
@@ -23,7 +23,7 @@ _RECORD: tl.constexpr = tl.constexpr(8)  # candidates per record of the decode g
 
 @triton.jit
 def _keep_nearest_listed(x, code, j, place, nearest):
-    d = squared_norm(subtract(x, code, 3), 3)
+    d = squared_distance(x, code, 3)
     closer = d < nearest
     return tl.where(closer, j, place), tl.where(closer, d, nearest)
 

@@ -3,16 +3,27 @@
 import triton
 import triton.language as tl
 
-from ..triton_pixels import load_code, load_row, squared_norm, subtract
+from ..triton_pixels import load_code, load_row
 
-__all__ = ["search_all"]
+__all__ = ["search_all", "squared_distance"]
 
 _UNROLLED: tl.constexpr = tl.constexpr(8)  # centroids per iteration of the search
 
 
 @triton.jit
+def squared_distance(x, code, C: tl.constexpr):
+    """Return |x - code|^2. The multiply-adds are explicit, so all functions that compare codes round alike."""
+    difference = x[0] - code[0]
+    total = difference * difference
+    for c in tl.static_range(1, C):
+        difference = x[c] - code[c]
+        total = tl.fma(difference, difference, total)
+    return total
+
+
+@triton.jit
 def _keep_nearest(x, code, k, label, nearest, second, C: tl.constexpr, MARGIN: tl.constexpr):
-    d = squared_norm(subtract(x, code, C), C)
+    d = squared_distance(x, code, C)
     closer = d < nearest
     if MARGIN:
         second = tl.where(closer, nearest, tl.where(d < second, d, second))
