@@ -240,18 +240,20 @@ void look_up_block(const Grid& grid, const Codes& codes, const Block<float, 3>& 
 
 // Decodes the blocks of a chunk, in order; `recent` is the same for all of them.
 template <class T, int C>
-void decode_block(const Decode& a, const PixelRange& p, const Block<T, C>& x, Recent& recent, Nearest<T>& nearest) {
+void decode_block(const Decode& a, const PixelRange& p, Recent& recent, Nearest<T>& nearest) {
+  if constexpr (std::is_same_v<T, float> && C >= 4) {
+    if (a.tables.guesses.projection && !recent.guesses_fail) {
+      guess_block<C>(a, p, recent, nearest);
+      return recent.add(nearest.label, p.length);
+    }
+  }
+  Block<T, C> x;
+  load(a.x, p, x);
   if constexpr (std::is_same_v<T, float> && C == 3) {
     if (a.tables.grid.cells && !a.distance && !a.margin) {
       Prefetcher prefetch(p);
       prefetch.read(a.x);
       return look_up_block(a.tables.grid, a.codes, x, prefetch, nearest);
-    }
-  }
-  if constexpr (std::is_same_v<T, float> && C >= 4) {
-    if (a.tables.guesses.projection && !recent.guesses_fail) {
-      guess_block(a, p, x, recent, nearest);
-      return recent.add(nearest.label, p.length);
     }
   }
   const T* mu = static_cast<const T*>(a.codes.data);

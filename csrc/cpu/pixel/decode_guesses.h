@@ -45,6 +45,18 @@ struct Recent {
   int32_t label[kChunkPixels + Lanes<float>::width];
 };
 
+// Pixels in memory by channel, as in Block, without a copy. Vectors may be unaligned.
+template <int C>
+struct Pixels {
+  const float* at[C];
+};
+
+FLOWSEG_INLINE F load_vector(const float* from) {
+  F v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
 // The guesses with all that a kernel reads along with them.
 struct GuessTables {
   GuessTables(const Decode& a)
@@ -86,36 +98,55 @@ FLOWSEG_INLINE FI lane_numbers(int first) {
   return v;
 }
 
-// Tries other classes for the lanes `left` of a vector: those of the pixels above, first above the last lane, then above the first.
+// The most probable class in the cell of one pixel.
+template <int C>
+int first_member(const GuessTables& g, const F (&point)[C], int lane) {
+  int32_t cell = 0;
+  const float* axis = g.t.projection;
+  for (int a = 0; a < g.t.axes; ++a, axis += g.channels + 1) {
+    float position = axis[g.channels];
+    for (int64_t c = 0; c < g.channels; ++c) position += axis[c] * point[c][lane];
+    const float last = static_cast<float>((1 << g.t.log2_cells) - 1);
+    position = position > 0 ? position : 0;
+    cell += static_cast<int32_t>(position < last ? position : last) << (a * g.t.log2_cells);
+  }
+  const int32_t begin = g.t.starts[cell];
+  return begin < g.t.starts[cell + 1] ? g.t.members[begin] : 0;
+}
+
+// Tries other classes for the lanes `left` of a vector: those of the pixels above the last and the first lane, then that of a cell.
 // Returns the lanes that are still left.
 template <int C>
-FLOWSEG_INLINE unsigned guess_above(const GuessTables& g, const Recent& recent, const F (&point)[C], int at, int tried, unsigned left,
-                                    FI& label, F& squared) {
-  for (const bool last : {true, false}) {
-    const int above = recent.above(at, last ? 31 - __builtin_clz(left) : __builtin_ctz(left));
-    if (above < 0 || above == tried) continue;
-    tried = above;
-    const F d = squared_to(point, g.mu + static_cast<int64_t>(above) * C);
-    const FI near = d < *g.certain(above);
-    label = choose(near, FI{} + above, label);
+unsigned guess_others(const GuessTables& g, const Recent& recent, const F (&point)[C], int at, int tried, unsigned left, FI& label,
+                      F& squared) {
+  constexpr int kMany = 4;
+  const auto guess = [&](int other) {
+    const F d = squared_to(point, g.mu + static_cast<int64_t>(other) * C);
+    const FI near = d < *g.certain(other);
+    label = choose(near, FI{} + other, label);
     squared = choose(near, d, squared);
     left &= ~bits_of(near);
-    if (!left) break;
+    tried = other;
+  };
+  for (const bool last : {true, false}) {
+    const int above = recent.above(at, last ? 31 - __builtin_clz(left) : __builtin_ctz(left));
+    if (above >= 0 && above != tried) guess(above);
+    if (!left) return 0;
   }
+  if (__builtin_popcount(left) >= kMany) guess(first_member(g, point, 31 - __builtin_clz(left)));
   return left;
 }
 
 // Decodes the pixels whose class is that of a pixel before or above; moves the others to `pending`.
 template <int C>
-FLOWSEG_INLINE void guess_neighbours(const GuessTables& g, const Block<float, C>& x, int length, const Prefetcher& prefetch,
-                                     Recent& recent, Nearest<float>& nearest, Pending<C>& pending) {
+FLOWSEG_INLINE void guess_neighbours(const GuessTables& g, const Pixels<C>& x, int length, Recent& recent, Nearest<float>& nearest,
+                                     Pending<C>& pending) {
   constexpr int W = Lanes<float>::width;
   constexpr unsigned all = W == 32 ? ~0u : (1u << W) - 1;
   const bool try_neighbours = recent.neighbours_fail == 0;
   for (int i = 0; i < length; i += W) {
-    if (i % 16 == 0) prefetch(i);
     F point[C];
-    for (int c = 0; c < C; ++c) point[c] = lanes(&x.at[c][i]);
+    for (int c = 0; c < C; ++c) point[c] = load_vector(&x.at[c][i]);
     unsigned left = length - i >= W ? all : (1u << (length - i)) - 1;
     if (!try_neighbours) {
       recent.set(i, FI{} - 1);
@@ -125,7 +156,7 @@ FLOWSEG_INLINE void guess_neighbours(const GuessTables& g, const Block<float, C>
       FI label = FI{} + recent.last;
       F squared = d;
       left &= ~bits_of(near);
-      if (left) left = guess_above<C>(g, recent, point, i, recent.last, left, label, squared);
+      if (left) left = guess_others<C>(g, recent, point, i, recent.last, left, label, squared);
       recent.set(i, label);
       *reinterpret_cast<FI*>(&nearest.label[i]) = label;
       lanes(&nearest.squared[i]) = squared;
@@ -288,12 +319,12 @@ FLOWSEG_INLINE void search_pending(const GuessTables& g, const Pending<C>& pendi
 // is at least D - d from a pixel at distance d from the class. So the search ends where D - d exceeds the second smallest distance.
 // `certain` has D with enough slack for the rounding of d and of the second distance.
 template <int C>
-FLOWSEG_INLINE void find_seconds(const GuessTables& g, const Block<float, C>& x, int length, Nearest<float>& nearest) {
+FLOWSEG_INLINE void find_seconds(const GuessTables& g, const Pixels<C>& x, int length, Nearest<float>& nearest) {
   constexpr int W = Lanes<float>::width, kStep = 2;
   Pending<C> rest;
   for (int i = 0; i < length; i += W) {
     F point[C], code[C];
-    for (int c = 0; c < C; ++c) point[c] = lanes(&x.at[c][i]);
+    for (int c = 0; c < C; ++c) point[c] = load_vector(&x.at[c][i]);
     const FI label = integer_lanes<float>(&nearest.label[i]);
     alignas(64) int32_t own[W], rival[W];
     for (int l = 0; l < W; ++l) own[l] = i + l < length && nearest.label[i + l] >= 0 ? nearest.label[i + l] : -1;
@@ -333,14 +364,25 @@ FLOWSEG_INLINE void find_seconds(const GuessTables& g, const Block<float, C>& x,
   search_pending<true, C>(g, rest, [&](int at, int, float, float second) { nearest.second_squared[at] = second; });
 }
 
-// Decodes a block of at least one pixel.
+// The pixels of a block: in place if they are whole vectors of fp32 in order, else copied to `copy`.
 template <int C>
-void guess_block(const Decode& a, const PixelRange& p, const Block<float, C>& x, Recent& recent, Nearest<float>& nearest) {
+FLOWSEG_INLINE Pixels<C> pixels_of(const Image& image, const PixelRange& p, Block<float, C>& copy) {
+  Pixels<C> x;
+  const bool in_order = image.stride[3] == 1 && (image.height == 1 || image.stride[2] == image.width);
+  const bool in_place = in_order && image.type == Real::f32 && image.channels == C && p.length % Lanes<float>::width == 0;
+  if (!in_place) load(image, p, copy);
+  const float* first = static_cast<const float*>(image.data) + p.image * image.stride[0] + p.start;
+  for (int c = 0; c < C; ++c) x.at[c] = in_place ? first + c * image.stride[1] : copy.at[c];
+  return x;
+}
+
+template <int C>
+void guess_block(const Decode& a, const PixelRange& p, Recent& recent, Nearest<float>& nearest) {
   const GuessTables g(a);
-  Prefetcher prefetch(p);
-  prefetch.read(a.x);
+  Block<float, C> copy;
+  const Pixels<C> x = pixels_of(a.x, p, copy);
   Pending<C> pending, rest;
-  guess_neighbours(g, x, p.length, prefetch, recent, nearest, pending);
+  guess_neighbours(g, x, p.length, recent, nearest, pending);
   if (pending.count) {
     find_cells(g, pending);
     for (int tried = 1; pending.count; ++tried) guess_members(g, tried == kMostGuesses, pending, rest, nearest);
