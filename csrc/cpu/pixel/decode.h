@@ -4,7 +4,7 @@
 // one look-up instead:
 //   1. look_up_cells reads the word of each pixel's cell. A word >= 0 is the class. A negative word names a list of candidate
 //      classes: such pixels are collected in `pending`. Pixels outside the grid are collected in `outside`.
-//   2. search_one compares a pixel outside the grid with every centroid.
+//   2. search_point compares a pixel outside the grid with every centroid.
 //   3. search_lists compares the pending pixels with their candidates, eight at a time. Collecting the pixels first keeps the
 //      first loop free of branches and lets step 3 prefetch the lists of later pixels.
 // If the distance is wanted, it is computed from the label afterwards. If the margin is wanted, the grid is of order 2: every cell
@@ -15,59 +15,12 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "cpu/pixel/blocks.h"
+#include "cpu/pixel/decode_guesses.h"
+#include "cpu/pixel/search.h"
 #include "shared/decode_grid.h"
 
 namespace flowseg::cpu {
 namespace {
-
-template <class T>
-struct alignas(64) Nearest {
-  typename Lanes<T>::Int label[kBlock];         // -1 for NaN
-  T squared[kBlock], second_squared[kBlock];  // squared distances; set if the distance or the margin is wanted
-};
-
-template <bool kSecond, class T, int C>
-void search_block(const Codes& codes, const Block<T, C>& x, Nearest<T>& nearest) {
-  using V = typename Lanes<T>::V;
-  using I = typename Lanes<T>::I;
-  const T* FLOWSEG_RESTRICT mu = static_cast<const T*>(codes.data);
-  // Two vectors at a time: the latency of compare and select of one hides behind the other.
-  constexpr int U = C <= 8 ? 2 : 1;
-  constexpr int W = Lanes<T>::width;
-  for (int i = 0; i < kBlock; i += U * W) {
-    V point[U][C], best[U], second[U];
-    I index[U];
-    for (int u = 0; u < U; ++u) {
-      for (int c = 0; c < C; ++c) point[u][c] = lanes(&x.at[c][i + u * W]);
-      best[u] = second[u] = V{} + infinity<T>();
-      index[u] = I{};
-    }
-    I current{};
-    for (int64_t k = 0; k < codes.classes; ++k) {
-      for (int u = 0; u < U; ++u) {
-        V d{};
-        for (int c = 0; c < C; ++c) {
-          const V diff = point[u][c] - mu[k * C + c];
-          d = c ? multiply_add(diff, diff, d) : diff * diff;
-        }
-        const I closer = d < best[u];
-        if constexpr (kSecond) second[u] = choose(closer, best[u], choose(d < second[u], d, second[u]));
-        best[u] = choose(closer, d, best[u]);
-        index[u] = choose(closer, current, index[u]);
-      }
-      current += 1;
-    }
-    for (int u = 0; u < U; ++u) {
-      I unknown{};
-      for (int c = 0; c < C; ++c) unknown |= point[u][c] != point[u][c];
-      const int at = i + u * W;
-      *reinterpret_cast<I*>(&nearest.label[at]) = choose(unknown, I{} - 1, index[u]);
-      lanes(&nearest.squared[at]) = choose(unknown, V{} + static_cast<T>(__builtin_nanf("")), best[u]);
-      if constexpr (kSecond) lanes(&nearest.second_squared[at]) = second[u];
-    }
-  }
-}
 
 // Distance of the prefetch of list records, in pixels.
 constexpr int kPrefetchPixels = 10;
@@ -180,7 +133,7 @@ FLOWSEG_INLINE void for_all_distances(const Codes& codes, float x, float y, floa
 }
 
 // The class of one point, by a search through all centroids; -1 for NaN.
-FLOWSEG_INLINE int search_one(const Codes& codes, float x, float y, float z) {
+FLOWSEG_INLINE int search_point(const Codes& codes, float x, float y, float z) {
   if (x != x || y != y || z != z) return -1;
   float best = infinity<float>();
   int label = 0;
@@ -353,7 +306,7 @@ void look_up_block(const Grid& grid, const Codes& codes, const Block<float, 3>& 
   look_up_cells(grid, x, prefetch, nearest, pending, pending_count, outside, outside_count);
   for (int j = 0; j < outside_count; ++j) {
     const int i = outside[j];
-    nearest.label[i] = search_one(codes, x.at[0][i], x.at[1][i], x.at[2][i]);
+    nearest.label[i] = search_point(codes, x.at[0][i], x.at[1][i], x.at[2][i]);
   }
   if (pending_count) search_lists(grid, x, pending, pending_count, nearest);
 }
@@ -468,8 +421,17 @@ void look_up_two_block(const Grid& grid, const Codes& codes, const Block<float, 
   for (int j = 0; j < outside_count; ++j) search_two_of_all(codes, x, outside[j], nearest);
 }
 
+// Decodes the blocks of a chunk, in order; `recent` is the same for all of them.
 template <class T, int C>
-void decode_block(const Decode& a, const PixelRange& p, const Block<T, C>& x, Nearest<T>& nearest) {
+void decode_block(const Decode& a, const PixelRange& p, Recent& recent, Nearest<T>& nearest) {
+  if constexpr (std::is_same_v<T, float> && C >= 4) {
+    if (a.tables.guesses.projection && !recent.guesses_fail) {
+      guess_block<C>(a, p, recent, nearest);
+      return recent.add(nearest.label, p.length);
+    }
+  }
+  Block<T, C> x;
+  load(a.x, p, x);
   if constexpr (std::is_same_v<T, float> && C == 3) {
     if (a.tables.grid.cells) {
       Prefetcher prefetch(p);
@@ -480,10 +442,11 @@ void decode_block(const Decode& a, const PixelRange& p, const Block<T, C>& x, Ne
       return;
     }
   }
+  const T* mu = static_cast<const T*>(a.codes.data);
   if (a.margin) {
-    search_block<true>(a.codes, x, nearest);
+    search_block<true>(mu, a.codes.classes, x, p.length, nearest);
   } else {
-    search_block<false>(a.codes, x, nearest);
+    search_block<false>(mu, a.codes.classes, x, p.length, nearest);
   }
 }
 
