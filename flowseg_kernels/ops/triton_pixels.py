@@ -141,7 +141,7 @@ def subtract(a, b, C: tl.constexpr):
 def squared_norm(v, C: tl.constexpr):
     total = v[0] * v[0]
     for c in tl.static_range(1, C):
-        total += v[c] * v[c]
+        total = tl.fma(v[c], v[c], total)
     return total
 
 

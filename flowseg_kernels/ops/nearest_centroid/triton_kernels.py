@@ -12,45 +12,13 @@ import triton.language as tl
 
 from ...runtime.checks import compute_dtype
 from ...runtime.triton import INTERPRETED, aligned, assembly_for, compile_options, on_device_of, over_blocks
-from ..triton_pixels import any_nan, block_of_program, load_code, load_pixels, load_row, squared_norm, subtract
+from ..triton_pixels import any_nan, block_of_program, load_pixels, load_row, squared_norm, subtract
+from .triton_guesses import decode_by_guesses, guess_arguments
+from .triton_search import search_all
 
 __all__ = ["block_of", "decode", "grid_arguments", "nearest_centroid", "options_of"]
 
-_UNROLLED: tl.constexpr = tl.constexpr(8)  # centroids per iteration of the search
 _RECORD: tl.constexpr = tl.constexpr(8)  # candidates per record of the decode grid
-
-
-@triton.jit
-def _keep_nearest(x, code, k, label, nearest, second, C: tl.constexpr, MARGIN: tl.constexpr):
-    d = squared_norm(subtract(x, code, C), C)
-    closer = d < nearest
-    if MARGIN:
-        second = tl.where(closer, nearest, tl.where(d < second, d, second))
-    return tl.where(closer, k, label), tl.where(closer, d, nearest), second
-
-
-@triton.jit
-def _search_all(x, centroids, classes, C: tl.constexpr, MARGIN: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Return the label, the smallest and (with MARGIN) the second smallest squared distance over all centroids.
-
-    Centroids are compared in the order of their index, so the lowest index wins a tie.
-    """
-    label = tl.zeros(x[0].shape, tl.int32)
-    nearest = tl.full(x[0].shape, float("inf"), x[0].dtype)
-    second = nearest
-    whole = classes // _UNROLLED * _UNROLLED
-    centroid = centroids
-    for first in range(0, whole, _UNROLLED):
-        codes = ()
-        for j in tl.static_range(_UNROLLED):
-            code, codes = load_code(centroid, j, codes, C, ASSEMBLY)
-            label, nearest, second = _keep_nearest(x, code, first + j, label, nearest, second, C, MARGIN)
-        centroid += _UNROLLED * C
-    for k in range(whole, classes):
-        code = load_row(centroid, C, "plain")
-        label, nearest, second = _keep_nearest(x, code, k, label, nearest, second, C, MARGIN)
-        centroid += C
-    return label, nearest, second
 
 
 @triton.jit
@@ -102,19 +70,21 @@ def _look_up(
         )
     outside = inside & ~in_grid
     if tl.max(outside.to(tl.int32), 0) > 0:
-        found, _, _ = _search_all(x, centroids, classes, 3, False, ASSEMBLY)
+        found, _, _ = search_all(x, centroids, classes, 3, False, ASSEMBLY)
         label = tl.where(outside, found, label)
     return label
 
 
 @triton.jit
 def decode(
-    x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale,
-    C: tl.constexpr, GRID_SIZE: tl.constexpr, MARGIN: tl.constexpr, ASSEMBLY: tl.constexpr,
+    x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale, guesses,
+    C: tl.constexpr, GRID_SIZE: tl.constexpr, AXES: tl.constexpr, LOG2_CELLS: tl.constexpr, MARGIN: tl.constexpr,
+    ASSEMBLY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return labels (-1 for NaN), smallest and second smallest squared distances. GRID_SIZE 0 searches all centroids.
+    """Return labels (-1 for NaN), smallest and second smallest squared distances.
 
-    With a grid the two distances are meaningless.
+    GRID_SIZE > 0 uses the decode grid, AXES > 0 the guesses; otherwise all centroids are searched. With a grid the two distances
+    are meaningless, with guesses the second one.
     """
     if GRID_SIZE > 0:
         label = _look_up(
@@ -122,14 +92,17 @@ def decode(
         )
         nearest = x[0]
         second = x[0]
+    elif AXES > 0:
+        label, nearest = decode_by_guesses(x, inside, centroids, classes, guesses, AXES, LOG2_CELLS, C, ASSEMBLY, BLOCK)
+        second = nearest
     else:
-        label, nearest, second = _search_all(x, centroids, classes, C, MARGIN, ASSEMBLY)
+        label, nearest, second = search_all(x, centroids, classes, C, MARGIN, ASSEMBLY)
     return tl.where(any_nan(x, C), -1, label), nearest, second
 
 
 @triton.jit(
     do_not_specialize=[
-        "x_b", "x_c", "x_h", "x_w", "width", "pixels", "blocks", "classes", "ignore_index", "grid_low", "grid_scale",
+        "x_b", "x_c", "x_h", "x_w", "width", "pixels", "blocks", "rival_count", "classes", "ignore_index", "grid_low", "grid_scale",
     ]
 )  # fmt: skip
 def _nearest_centroid(
@@ -137,6 +110,8 @@ def _nearest_centroid(
     centroids,  # (K, C)
     # decode grid, as flowseg_kernels/decode_grid.py lays it out
     cells, records, records_left,
+    # guesses, as flowseg_kernels/decode_guesses.py lays them out
+    projection, starts, members, rivals, certain, rival_count,
     # results (B, H, W), contiguous
     labels, distance, margin,
     # strides of x
@@ -144,15 +119,16 @@ def _nearest_centroid(
     # sizes: pixels and blocks per image
     width, pixels, blocks, classes, ignore_index,
     grid_low, grid_scale,
-    X_LAYOUT: tl.constexpr, C: tl.constexpr, GRID_SIZE: tl.constexpr, DISTANCE: tl.constexpr, MARGIN: tl.constexpr,
-    ASSEMBLY: tl.constexpr, BLOCK: tl.constexpr,
+    X_LAYOUT: tl.constexpr, C: tl.constexpr, GRID_SIZE: tl.constexpr, AXES: tl.constexpr, LOG2_CELLS: tl.constexpr,
+    DISTANCE: tl.constexpr, MARGIN: tl.constexpr, ASSEMBLY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     classes = tl.cast(classes, tl.int32)
     image, start, inside = block_of_program(pixels, blocks, X_LAYOUT, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     point = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     label, nearest, second = decode(
-        point, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale, C, GRID_SIZE, MARGIN, ASSEMBLY
+        point, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale,
+        (projection, starts, members, rivals, certain, rival_count), C, GRID_SIZE, AXES, LOG2_CELLS, MARGIN, ASSEMBLY, BLOCK,
     )  # fmt: skip
     at = image * pixels + start + tl.arange(0, BLOCK)
     unknown = label < 0
@@ -166,19 +142,21 @@ def _nearest_centroid(
             tl.store(margin + at, tl.sqrt(second) - root, mask=inside)
 
 
-def options_of(dtype: torch.dtype, registers: int = 96) -> dict[str, object]:
+def options_of(dtype: torch.dtype, uses_guesses: bool, registers: int = 96) -> dict[str, object]:
     """Return the compiler options. The bound on registers keeps ptxas from spilling in order to run more programs at once."""
-    return compile_options(4, registers=128 if dtype == torch.float64 else registers)
+    return compile_options(1 if uses_guesses else 4, registers=128 if dtype == torch.float64 or uses_guesses else registers)
 
 
-def block_of(channels: int, uses_grid: bool) -> int:
-    """Return the pixels per program of 128 threads.
+def block_of(channels: int, uses_grid: bool, uses_guesses: bool) -> int:
+    """Return the pixels per program, of 128 threads, or of 32 with guesses.
 
     The pixels of a thread share each centroid it loads: four pixels, fewer for many channels. A grid look-up always takes four,
     to have many loads in flight.
     """
     if INTERPRETED:
         return 4096
+    if uses_guesses:
+        return 128 if channels <= 8 else 64
     return 512 if channels <= 4 or uses_grid else 256 if channels <= 8 else 128
 
 
@@ -216,12 +194,16 @@ def nearest_centroid(
     grid, size = grid_arguments(centroids, tables)
     if return_distance or return_margin:
         size = 0
-    block = block_of(channels, size > 0)
+    # The guesses do not find the second nearest code.
+    guesses, axes = guess_arguments(centroids, [] if return_margin else tables)
+    uses_guesses = axes["AXES"] > 0
+    block = block_of(channels, size > 0, uses_guesses)
     programs, sizes, layouts = over_blocks(block, X=x)
     with on_device_of(x):
         _nearest_centroid[programs](
-            x, centroids, *grid, labels, distance, margin, *sizes, centroids.shape[0], ignore_index, grid_low, grid_scale,
-            **layouts, C=channels, GRID_SIZE=size, DISTANCE=return_distance, MARGIN=return_margin,
-            ASSEMBLY=assembly_for(centroids.dtype), BLOCK=block, **options_of(centroids.dtype),
+            x, centroids, *grid, *guesses, labels, distance, margin, *sizes, centroids.shape[0], ignore_index,
+            grid_low, grid_scale, **layouts, C=channels, GRID_SIZE=size, **axes, DISTANCE=return_distance,
+            MARGIN=return_margin, ASSEMBLY=assembly_for(centroids.dtype), BLOCK=block,
+            **options_of(centroids.dtype, uses_guesses),
         )  # fmt: skip
     return labels, distance, margin
