@@ -42,8 +42,8 @@ __device__ __forceinline__ T squared_distance(const T (&x)[C][P], int p, const C
 }
 
 // Finds labels (-1 for NaN) and the squared distances to the nearest and, with kSecond, to the second nearest centroid. Every
-// thread of the block calls it.
-template <bool kSecond, class T, int C, int P>
+// thread of the block calls it. kInLoop: as for `stage`.
+template <bool kSecond, bool kInLoop = false, class T, int C, int P>
 __device__ __forceinline__ void search(const InputCodes& codes, const CodeTile<T, C>& tile, const T (&x)[C][P], int (&label)[P],
                                        T (&nearest)[P], T (&second)[P]) {
 #pragma unroll
@@ -52,7 +52,7 @@ __device__ __forceinline__ void search(const InputCodes& codes, const CodeTile<T
     nearest[p] = second[p] = infinity<T>();
   }
   bool staged = false;
-  for_each_part(codes, tile, staged, [&](int first, int count) {
+  for_each_part<kInLoop>(codes, tile, staged, [&](int first, int count) {
     FLOWSEG_UNROLL_CLASSES
     for (int k = 0; k < count; ++k) {
       const CodeRow<T, C> row = tile[k];

@@ -387,7 +387,8 @@ __device__ __forceinline__ bool decode_run(const GuessTables<C>& tables, const I
 }
 
 // Decodes the block's tile and calls use(run, label, nearest, second) for runs that cover it. Every thread of the block calls it.
-template <bool kSecond, class T, int C, class Use>
+// kInLoop: as for `stage`.
+template <bool kSecond, bool kInLoop, class T, int C, class Use>
 __device__ __forceinline__ void decode_tile(const GuessTables<C>& tables, const InputImage& image, const CodeTile<T, C>& tile,
                                             const PixelRun& run, Use use) {
   constexpr int P = kGuessPixels<C>, kParts = P / kSearchPixels<T, C>;
@@ -401,7 +402,7 @@ __device__ __forceinline__ void decode_tile(const GuessTables<C>& tables, const 
     T x[C][P / kParts], nearest[P / kParts], second[P / kParts];
     int label[P / kParts];
     load_all(image, tables.codes.channels, own, x);
-    search<kSecond>(tables.codes, tile, x, label, nearest, second);
+    search<kSecond, kInLoop>(tables.codes, tile, x, label, nearest, second);
     use(own, label, nearest, second);
   }
 }

@@ -58,6 +58,7 @@ template <bool kSecond, class T, int P>
 __device__ __forceinline__ void store_results(const DecodeParams& a, const PixelRun& run, const int (&label)[P], T (&nearest)[P],
                                               T (&second)[P]) {
   store_labels(a, run, label);
+  if (!kSecond && !a.distance.data) return;
 #pragma unroll
   for (int p = 0; p < P; ++p) {
     nearest[p] = std::sqrt(nearest[p]);
@@ -79,16 +80,17 @@ __global__ void __launch_bounds__(kThreads) decode_by_search(const DecodeParams 
   store_results<kSecond>(a, run, label, nearest, second);
 }
 
+// Up to 96 registers per thread, or 128 with the second nearest: ptxas would spill to fit more blocks.
 template <class T, int C, bool kSecond>
-__global__ void __launch_bounds__(kThreads) decode_by_guesses(const DecodeParams a) {
+__global__ void __launch_bounds__(kThreads, kSecond ? 4 : 5) decode_by_guesses(const DecodeParams a) {
   FLOWSEG_CODE_TILE(T, C, tile);
   FLOWSEG_AXES(C, axes);
   stage_axes<C>(a.tables.guesses, a.codes.channels, axes);
   const auto first = run_of_block<kGuessPixels<C>>(a.x.height * a.x.width, a.blocks_per_image);
-  decode_tile<kSecond>(GuessTables<C>{a.codes, a.tables.guesses, axes}, a.x, tile, first,
-                       [&](const PixelRun& run, const auto& label, auto& nearest, auto& second) {
-                         store_results<kSecond>(a, run, label, nearest, second);
-                       });
+  decode_tile<kSecond, false>(GuessTables<C>{a.codes, a.tables.guesses, axes}, a.x, tile, first,
+                              [&](const PixelRun& run, const auto& label, auto& nearest, auto& second) {
+                                store_results<kSecond>(a, run, label, nearest, second);
+                              });
 }
 
 template <class Launch>
