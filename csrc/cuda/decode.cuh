@@ -29,9 +29,21 @@ __device__ __forceinline__ void load_points(const InputImage& from, int channels
   }
 }
 
+// The squared distance from pixel p to a centroid. Every search uses it, so equal distances are equal bit for bit.
+template <class T, int C, int P>
+__device__ __forceinline__ T squared_distance(const T (&x)[C][P], int p, const CodeRow<T, C>& row) {
+  T d = 0;
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const T diff = x[c][p] - row[c];
+    d = c ? d + diff * diff : diff * diff;
+  }
+  return d;
+}
+
 // Finds labels (-1 for NaN) and the squared distances to the nearest and, with kSecond, to the second nearest centroid. Every
-// thread of the block calls it.
-template <bool kSecond, class T, int C, int P>
+// thread of the block calls it. kInLoop: as for `stage`.
+template <bool kSecond, bool kInLoop = false, class T, int C, int P>
 __device__ __forceinline__ void search(const InputCodes& codes, const CodeTile<T, C>& tile, const T (&x)[C][P], int (&label)[P],
                                        T (&nearest)[P], T (&second)[P]) {
 #pragma unroll
@@ -40,18 +52,13 @@ __device__ __forceinline__ void search(const InputCodes& codes, const CodeTile<T
     nearest[p] = second[p] = infinity<T>();
   }
   bool staged = false;
-  for_each_part(codes, tile, staged, [&](int first, int count) {
+  for_each_part<kInLoop>(codes, tile, staged, [&](int first, int count) {
     FLOWSEG_UNROLL_CLASSES
     for (int k = 0; k < count; ++k) {
       const CodeRow<T, C> row = tile[k];
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        T d = 0;
-#pragma unroll
-        for (int c = 0; c < C; ++c) {
-          const T diff = x[c][p] - row[c];
-          d = c ? d + diff * diff : diff * diff;
-        }
+        const T d = squared_distance(x, p, row);
         const bool closer = d < nearest[p];
         if constexpr (kSecond) second[p] = std::fmax(nearest[p], std::fmin(d, second[p]));  // two instructions, no branch
         nearest[p] = closer ? d : nearest[p];

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/decode.cuh"
+#include "cuda/decode_guesses.cuh"
 #include "cuda/params.h"
 
 namespace flowseg::cuda {
@@ -17,7 +18,7 @@ struct DecodeParams {
   Integer label_type;
   bool label_vector;                 // every run of labels starts at a multiple of 16 bytes
   OutputImage distance{}, margin{};  // (B, H, W); data null if not needed
-  unsigned blocks_per_image = 0;     // of decode_by_search
+  unsigned blocks_per_image = 0;     // of decode_by_search and decode_by_guesses
   Tiling tiling{};                   // of decode_by_grid
 };
 
@@ -52,6 +53,21 @@ __global__ void __launch_bounds__(kGridThreads, 2) decode_by_grid(const DecodePa
   });
 }
 
+// Stores the labels and the wanted ones of distance and margin, from squared distances.
+template <bool kSecond, class T, int P>
+__device__ __forceinline__ void store_results(const DecodeParams& a, const PixelRun& run, const int (&label)[P], T (&nearest)[P],
+                                              T (&second)[P]) {
+  store_labels(a, run, label);
+  if (!kSecond && !a.distance.data) return;
+#pragma unroll
+  for (int p = 0; p < P; ++p) {
+    nearest[p] = std::sqrt(nearest[p]);
+    if constexpr (kSecond) second[p] = std::sqrt(second[p]) - nearest[p];
+  }
+  if (a.distance.data) store_plane(a.distance, 0, run, nearest);
+  if constexpr (kSecond) store_plane(a.margin, 0, run, second);
+}
+
 template <class T, int C, bool kSecond>
 __global__ void __launch_bounds__(kThreads) decode_by_search(const DecodeParams a) {
   constexpr int P = kSearchPixels<T, C>;
@@ -61,14 +77,20 @@ __global__ void __launch_bounds__(kThreads) decode_by_search(const DecodeParams 
   int label[P];
   load_points(a.x, a.codes.channels, run, x);
   search<kSecond>(a.codes, tile, x, label, nearest, second);
-  store_labels(a, run, label);
-#pragma unroll
-  for (int p = 0; p < P; ++p) {
-    nearest[p] = std::sqrt(nearest[p]);
-    if constexpr (kSecond) second[p] = std::sqrt(second[p]) - nearest[p];
-  }
-  if (a.distance.data) store_plane(a.distance, 0, run, nearest);
-  if constexpr (kSecond) store_plane(a.margin, 0, run, second);
+  store_results<kSecond>(a, run, label, nearest, second);
+}
+
+// Up to 96 registers per thread, or 128 with the second nearest: ptxas would spill to fit more blocks.
+template <class T, int C, bool kSecond>
+__global__ void __launch_bounds__(kThreads, kSecond ? 4 : 5) decode_by_guesses(const DecodeParams a) {
+  FLOWSEG_CODE_TILE(T, C, tile);
+  FLOWSEG_AXES(C, axes);
+  stage_axes<C>(a.tables.guesses, a.codes.channels, axes);
+  const auto first = run_of_block<kGuessPixels<C>>(a.x.height * a.x.width, a.blocks_per_image);
+  decode_tile<kSecond, false>(GuessTables<C>{a.codes, a.tables.guesses, axes}, a.x, tile, first,
+                              [&](const PixelRun& run, const auto& label, auto& nearest, auto& second) {
+                                store_results<kSecond>(a, run, label, nearest, second);
+                              });
 }
 
 template <class Launch>
@@ -89,14 +111,20 @@ void launch_decode_by_grid(DecodeParams a, const Launch& launch) {
 template <class Launch>
 void launch_decode(DecodeParams a, const Launch& launch) {
   if (a.tables.grid.cells && a.x.type != Real::f64 && !a.distance.data && !a.margin.data) return launch_decode_by_grid(a, launch);
-  const auto launch_search = [&](auto kernel, int pixels_per_thread) {
+  const auto launch_tiles = [&](auto kernel, int pixels_per_thread) {
     const int64_t blocks = blocks_per_image(a.x.height * a.x.width, pixels_per_thread);
     a.blocks_per_image = static_cast<unsigned>(blocks);
     launch(kernel, blocks * a.x.batch, 0, a);
   };
+  if (has_guesses(a.tables.guesses, a.x)) {
+    return for_guessed_channels(a.codes.channels, [&]<class T, int C>() {
+      a.margin.data ? launch_tiles(decode_by_guesses<T, C, true>, kGuessPixels<C>)
+                    : launch_tiles(decode_by_guesses<T, C, false>, kGuessPixels<C>);
+    });
+  }
   for_type_and_channels(a.x.type, a.codes.channels, [&]<class T, int C>() {
-    a.margin.data ? launch_search(decode_by_search<T, C, true>, kSearchPixels<T, C>)
-                  : launch_search(decode_by_search<T, C, false>, kSearchPixels<T, C>);
+    a.margin.data ? launch_tiles(decode_by_search<T, C, true>, kSearchPixels<T, C>)
+                  : launch_tiles(decode_by_search<T, C, false>, kSearchPixels<T, C>);
   });
 }
 

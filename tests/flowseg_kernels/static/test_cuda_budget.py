@@ -35,6 +35,7 @@ def every(request):
 def test_registers_stay_within_the_budget_and_none_spill(architecture, every):
     found = cuda_budget.resources(architecture, every[architecture])
     common = {name for name in BUDGET["registers"] if len(name.split()) == 1 or name.endswith(("float", "float 3"))}
+    common.update(cuda_budget.FEWEST_CHANNELS)
     assert set(found) == (set(BUDGET["registers"]) if every[architecture] else common)
     slack = SLACK["registers"] * another_compiler()
     for name, used in found.items():
