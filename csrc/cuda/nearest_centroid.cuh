@@ -40,19 +40,6 @@ __device__ __forceinline__ void store_labels(const DecodeParams& a, const PixelR
   }
 }
 
-template <bool kWords, class S>
-__global__ void __launch_bounds__(kGridThreads, 2) decode_by_grid(const DecodeParams a) {
-  FLOWSEG_DYNAMIC_CODES(rows);
-  if constexpr (kWords) stage_rows<kGridThreads>(a.codes, rows);
-  for_each_run<kGridThreads, kLookupPixels>(a.tiling, a.x.height * a.x.width, [&](const PixelRun& run) {
-    RawPixels<S> x;
-    int label[kLookupPixels];
-    x.load(a.x, run);
-    look_up<kWords>(a.tables.grid, a.codes, rows, x, label);
-    store_labels(a, run, label);
-  });
-}
-
 // Stores the labels and the wanted ones of distance and margin, from squared distances.
 template <bool kSecond, class T, int P>
 __device__ __forceinline__ void store_results(const DecodeParams& a, const PixelRun& run, const int (&label)[P], T (&nearest)[P],
@@ -66,6 +53,29 @@ __device__ __forceinline__ void store_results(const DecodeParams& a, const Pixel
   }
   if (a.distance.data) store_plane(a.distance, 0, run, nearest);
   if constexpr (kSecond) store_plane(a.margin, 0, run, second);
+}
+
+// What decoding by grid finds beside the label.
+enum class Measure { none, distance, margin };
+
+template <Measure kMeasure, bool kWords, class S>
+__global__ void __launch_bounds__(kGridThreads, 2) decode_by_grid(const DecodeParams a) {
+  constexpr bool kSecond = kMeasure == Measure::margin;
+  FLOWSEG_DYNAMIC_CODES(rows);
+  if constexpr (kWords) stage_rows<kGridThreads>(a.codes, rows);
+  for_each_run<kGridThreads, kLookupPixels>(a.tiling, a.x.height * a.x.width, [&](const PixelRun& run) {
+    RawPixels<S> x;
+    int label[kLookupPixels];
+    float nearest[kLookupPixels], second[kLookupPixels];
+    x.load(a.x, run);
+    look_up<kSecond, kWords>(a.tables.grid, a.codes, rows, x, label, nearest, second);
+    if constexpr (kMeasure == Measure::none) {
+      store_labels(a, run, label);
+    } else {
+      if constexpr (kMeasure == Measure::distance) distances_to_classes<kWords>(a.codes, rows, x, label, nearest);
+      store_results<kSecond>(a, run, label, nearest, second);
+    }
+  });
 }
 
 template <class T, int C, bool kSecond>
@@ -98,19 +108,23 @@ void launch_decode_by_grid(DecodeParams a, const Launch& launch) {
   // Give each block many tiles: it first copies the codes to shared memory, and it ends only when its slowest warp ends.
   constexpr int64_t kMaxTilesPerBlock = 64;
   const Device device = launch.device();
-  const bool words = has_words(a.codes);
+  // A grid for the margin has no words.
+  const bool words = has_words(a.codes) && !a.margin.data;
   const int64_t resident_blocks = std::max<int64_t>(1, device.threads / kGridThreads) * device.multiprocessors;
   const int64_t pixels_per_tile = int64_t{kGridThreads} * kLookupPixels;
   a.tiling = tiling_of(a.x.batch, a.x.height * a.x.width, pixels_per_tile, resident_blocks, kMaxTilesPerBlock);
   for_half_or_float(a.x.type, [&]<class S>() {
-    const auto kernel = words ? decode_by_grid<true, S> : decode_by_grid<false, S>;
-    launch.with_threads(kGridThreads, kernel, blocks_of(a.tiling), staged_bytes(a.codes), a);
+    const auto kernel = a.margin.data     ? decode_by_grid<Measure::margin, false, S>
+                        : a.distance.data ? (words ? decode_by_grid<Measure::distance, true, S>
+                                                   : decode_by_grid<Measure::distance, false, S>)
+                                          : (words ? decode_by_grid<Measure::none, true, S> : decode_by_grid<Measure::none, false, S>);
+    launch.with_threads(kGridThreads, kernel, blocks_of(a.tiling), words ? staged_bytes(a.codes) : 0, a);
   });
 }
 
 template <class Launch>
 void launch_decode(DecodeParams a, const Launch& launch) {
-  if (a.tables.grid.cells && a.x.type != Real::f64 && !a.distance.data && !a.margin.data) return launch_decode_by_grid(a, launch);
+  if (a.tables.grid.cells && a.x.type != Real::f64) return launch_decode_by_grid(a, launch);
   const auto launch_tiles = [&](auto kernel, int pixels_per_thread) {
     const int64_t blocks = blocks_per_image(a.x.height * a.x.width, pixels_per_thread);
     a.blocks_per_image = static_cast<unsigned>(blocks);
