@@ -5,6 +5,9 @@ in a cell with centre c and half-width h its smallest value is d_k(c) - d_j(c) -
 nearer than k everywhere in the cell, and the list leaves k out. For j we use the centroid nearest to the cell's centre. Cells are
 slightly enlarged to cover the rounding of the cell index and of fp32 distances: the list keeps every centroid that fp32 arithmetic
 could find nearest.
+
+A margin also needs the second smallest distance. A grid of order 2 leaves k out if two others are nearer everywhere in the cell; we
+use the two nearest to its centre. Each of them is also nearer in fp32, so the two smallest fp32 distances are in the list.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ class DecodeGrid:
              is nearest in the whole cell; v < 0 says that the candidates are in the records from -1 - v on. The second table is
              for GPUs, where each step of a chain of look-ups has a long latency: up to three candidates of ten bits each are in
              the word itself, in the order of the classes, the last one repeated; longer lists are in the records as before. With
-             more than 1024 classes the second table equals the first.
+             more than 1024 classes, and in a grid of order 2, the second table equals the first. In a grid of order 2 all words
+             are negative.
     records: (R, 4, 8) fp32: channels 0, 1, 2 and the class of up to eight candidates; padding is at +inf.
     records_left: (R,) int32: number of records from record r to the end of its list, r included. The ops call it `groups`.
     low, scale: cell index along an axis = floor((x - low) * scale).

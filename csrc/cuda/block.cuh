@@ -28,10 +28,13 @@ namespace flowseg::cuda {
 
 constexpr int kThreads = FLOWSEG_THREADS;  // per block
 // Threads per block of the kernels that read the decode grid: a larger block fills its shared memory once for more pixels.
+// kMeasuredThreads: of those that also find distances.
 #ifdef __CUDACC__
 constexpr int kGridThreads = 512;
+constexpr int kMeasuredThreads = 256;
 #else
 constexpr int kGridThreads = kThreads;
+constexpr int kMeasuredThreads = kThreads;
 #endif
 constexpr unsigned kAllLanes = 0xffffffffu;
 

@@ -58,12 +58,17 @@ __device__ __forceinline__ void store_results(const DecodeParams& a, const Pixel
 // What decoding by grid finds beside the label.
 enum class Measure { none, distance, margin };
 
+// A thread that measures needs some more registers than two blocks of kGridThreads have.
+template <Measure kMeasure>
+constexpr int kDecodeThreads = kMeasure == Measure::none ? kGridThreads : kMeasuredThreads;
+
 template <Measure kMeasure, bool kWords, class S>
-__global__ void __launch_bounds__(kGridThreads, 2) decode_by_grid(const DecodeParams a) {
+__global__ void __launch_bounds__(kDecodeThreads<kMeasure>, kMeasure == Measure::none ? 2 : 3) decode_by_grid(const DecodeParams a) {
   constexpr bool kSecond = kMeasure == Measure::margin;
+  constexpr int kBlock = kDecodeThreads<kMeasure>;
   FLOWSEG_DYNAMIC_CODES(rows);
-  if constexpr (kWords) stage_rows<kGridThreads>(a.codes, rows);
-  for_each_run<kGridThreads, kLookupPixels>(a.tiling, a.x.height * a.x.width, [&](const PixelRun& run) {
+  if constexpr (kWords) stage_rows<kBlock>(a.codes, rows);
+  for_each_run<kBlock, kLookupPixels>(a.tiling, a.x.height * a.x.width, [&](const PixelRun& run) {
     RawPixels<S> x;
     int label[kLookupPixels];
     float nearest[kLookupPixels], second[kLookupPixels];
@@ -103,28 +108,31 @@ __global__ void __launch_bounds__(kThreads, kSecond ? 4 : 5) decode_by_guesses(c
                               });
 }
 
-template <class Launch>
+template <Measure kMeasure, class Launch>
 void launch_decode_by_grid(DecodeParams a, const Launch& launch) {
   // Give each block many tiles: it first copies the codes to shared memory, and it ends only when its slowest warp ends.
   constexpr int64_t kMaxTilesPerBlock = 64;
+  constexpr int kBlock = kDecodeThreads<kMeasure>;
   const Device device = launch.device();
-  // A grid for the margin has no words.
-  const bool words = has_words(a.codes) && !a.margin.data;
-  const int64_t resident_blocks = std::max<int64_t>(1, device.threads / kGridThreads) * device.multiprocessors;
-  const int64_t pixels_per_tile = int64_t{kGridThreads} * kLookupPixels;
-  a.tiling = tiling_of(a.x.batch, a.x.height * a.x.width, pixels_per_tile, resident_blocks, kMaxTilesPerBlock);
+  const int64_t resident_blocks = std::max<int64_t>(1, device.threads / kBlock) * device.multiprocessors;
+  a.tiling = tiling_of(a.x.batch, a.x.height * a.x.width, int64_t{kBlock} * kLookupPixels, resident_blocks, kMaxTilesPerBlock);
   for_half_or_float(a.x.type, [&]<class S>() {
-    const auto kernel = a.margin.data     ? decode_by_grid<Measure::margin, false, S>
-                        : a.distance.data ? (words ? decode_by_grid<Measure::distance, true, S>
-                                                   : decode_by_grid<Measure::distance, false, S>)
-                                          : (words ? decode_by_grid<Measure::none, true, S> : decode_by_grid<Measure::none, false, S>);
-    launch.with_threads(kGridThreads, kernel, blocks_of(a.tiling), words ? staged_bytes(a.codes) : 0, a);
+    if constexpr (kMeasure != Measure::margin) {  // a grid for the margin has no words
+      if (has_words(a.codes)) {
+        return launch.with_threads(kBlock, decode_by_grid<kMeasure, true, S>, blocks_of(a.tiling), staged_bytes(a.codes), a);
+      }
+    }
+    launch.with_threads(kBlock, decode_by_grid<kMeasure, false, S>, blocks_of(a.tiling), 0, a);
   });
 }
 
 template <class Launch>
 void launch_decode(DecodeParams a, const Launch& launch) {
-  if (a.tables.grid.cells && a.x.type != Real::f64) return launch_decode_by_grid(a, launch);
+  if (a.tables.grid.cells && a.x.type != Real::f64) {
+    return a.margin.data     ? launch_decode_by_grid<Measure::margin>(a, launch)
+           : a.distance.data ? launch_decode_by_grid<Measure::distance>(a, launch)
+                             : launch_decode_by_grid<Measure::none>(a, launch);
+  }
   const auto launch_tiles = [&](auto kernel, int pixels_per_thread) {
     const int64_t blocks = blocks_per_image(a.x.height * a.x.width, pixels_per_thread);
     a.blocks_per_image = static_cast<unsigned>(blocks);

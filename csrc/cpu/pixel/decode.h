@@ -8,7 +8,7 @@
 //   3. search_lists compares the pending pixels with their candidates, eight at a time. Collecting the pixels first keeps the
 //      first loop free of branches and lets step 3 prefetch the lists of later pixels.
 // If the distance is wanted, it is computed from the label afterwards. If the margin is wanted, the grid is of order 2: every cell
-// has a list, of all classes that can be nearest or second nearest. look_up_two_block then searches the lists of all pixels in order.
+// has a list, of all classes that can be nearest or second nearest. look_up_two_block searches the lists of all pixels in order.
 // flowseg_kernels/decode_grid.py says why the result is exact. Distances have the arithmetic of search_block, bit for bit.
 #pragma once
 

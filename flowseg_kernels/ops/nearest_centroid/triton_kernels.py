@@ -166,16 +166,18 @@ def options_of(dtype: torch.dtype, uses_guesses: bool, registers: int = 96) -> d
     return compile_options(1 if uses_guesses else 4, registers=128 if dtype == torch.float64 or uses_guesses else registers)
 
 
-def block_of(channels: int, uses_grid: bool, uses_guesses: bool) -> int:
+def block_of(channels: int, uses_grid: bool, uses_guesses: bool, margin: bool = False) -> int:
     """Return the pixels per program, of 128 threads, or of 32 with guesses.
 
     The pixels of a thread share each centroid it loads: four pixels, fewer for many channels. A grid look-up always takes four,
-    to have many loads in flight.
+    to have many loads in flight, or two for a margin, as four would spill registers.
     """
     if INTERPRETED:
         return 4096
     if uses_guesses:
         return 128 if channels <= 8 else 64
+    if uses_grid and margin:
+        return 256
     return 512 if channels <= 4 or uses_grid else 256 if channels <= 8 else 128
 
 
@@ -214,7 +216,7 @@ def nearest_centroid(
     # The guesses do not find the second nearest code.
     guesses, axes = guess_arguments(centroids, [] if return_margin else tables)
     uses_guesses = axes["AXES"] > 0
-    block = block_of(channels, size > 0, uses_guesses)
+    block = block_of(channels, size > 0, uses_guesses, return_margin)
     programs, sizes, layouts = over_blocks(block, X=x)
     with on_device_of(x):
         _nearest_centroid[programs](

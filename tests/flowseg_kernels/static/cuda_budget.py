@@ -86,9 +86,10 @@ def code() -> dict[str, list[sass.Instruction]]:
     return sass.disassemble(binary, [name for name in sass.resources(binary) if short_name(name) in READ])
 
 
-def _loops(kernel: str) -> list[sass.Loop]:
-    """The innermost loops of a kernel, given by its short name."""
-    return [loop for name, body in code().items() if short_name(name) == kernel for loop in sass.innermost_loops(body)]
+def _loops(kernel: str, template: str = "") -> list[sass.Loop]:
+    """The innermost loops of a kernel, given by its short name and a part of its mangled template arguments."""
+    bodies = [body for name, body in code().items() if short_name(name) == kernel and template in name]
+    return [loop for body in bodies for loop in sass.innermost_loops(body)]
 
 
 def instructions() -> dict[str, dict[str, float]]:
@@ -108,14 +109,17 @@ def instructions() -> dict[str, dict[str, float]]:
             found[name] = {"rivals": min(costs), "rivals and own class": max(costs)}
     # A list is read eight candidates at a time. For a point outside the grid each lane takes one centroid per iteration, from
     # shared memory or, with more than 1024 classes, from global memory.
-    loops = _loops("decode_by_grid")
-    listed = [loop for loop in loops if loop.opcodes()["FMUL"] == 8]
-    shared = [loop for loop in loops if loop.opcodes()["FMUL"] == 1]
-    assert len(listed) == len(shared) == 6, (len(listed), len(shared))  # three dtypes, with and without words
-    found["decode_by_grid"] = {
-        "listed candidate": max(len(loop) / 8 for loop in listed),
-        "32 centroids, for a point outside the grid": max(map(len, shared)),
-    }
+    # Three dtypes; with and without words, except for the margin. Measure is 0 for labels alone, 1 for distance, 2 for margin.
+    found["decode_by_grid"] = {}
+    for measures, forms, more in (("01", 12, ""), ("2", 3, ", with the second nearest")):
+        loops = [loop for measure in measures for loop in _loops("decode_by_grid", f"MeasureE{measure}E")]
+        listed = [loop for loop in loops if loop.opcodes()["FMUL"] == 8]
+        shared = [loop for loop in loops if loop.opcodes()["FMUL"] == 1]
+        assert len(listed) == len(shared) == forms, (len(listed), len(shared))
+        found["decode_by_grid"] |= {
+            f"listed candidate{more}": max(len(loop) / 8 for loop in listed),
+            f"32 centroids, for a point outside the grid{more}": max(map(len, shared)),
+        }
     loops = [loop for loop in _loops("decode_by_search float 3") if loop.opcodes()["FMUL"] == 16]
     costs = sorted({len(loop) / 16 for loop in loops})
     assert len(costs) == 2, costs
