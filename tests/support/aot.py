@@ -191,14 +191,17 @@ def _decoding(channels: int, tables: str) -> tuple[dict[str, object], bool]:
 
 def _nearest_centroid() -> Iterator[Variant]:
     for channels, tables, margin, dtype in (
-        (3, "grid", False, "bf16"), (3, "grid", False, "fp32"), (3, "", False, "bf16"), (3, "", True, "fp32"),
+        (3, "grid", False, "bf16"), (3, "grid", False, "fp32"), (3, "grid", True, "bf16"), (3, "", False, "bf16"),
+        (3, "", True, "fp32"),
         (3, "", True, "fp64"), (4, "", False, "fp32"), (8, "", False, "bf16"), (16, "", True, "bf16"),
         *((c, "guesses", False, dtype) for c, dtype in ((4, "fp32"), (5, "bf16"), (8, "bf16"), (9, "fp32"), (16, "bf16"))),
     ):  # fmt: skip
         acc, torch_acc, assembly = _accumulator(dtype)
         pointers = {"x": dtype, "centroids": acc, **_TABLES, "labels": "u8", "distance": acc, "margin": acc}
         constants, guesses = _decoding(channels, tables)
-        constants |= {"DISTANCE": margin or (guesses and channels == 8), "MARGIN": margin, "ASSEMBLY": assembly}
+        distance = margin or (tables, channels, dtype) in (("grid", 3, "fp32"), ("guesses", 8, "bf16"))
+        constants |= {"DISTANCE": distance, "MARGIN": margin, "ASSEMBLY": assembly}
+        constants["BLOCK"] = nearest_centroid.block_of(channels, tables == "grid", guesses, margin)
         name = f"nearest_centroid C={channels} {tables + ' ' * bool(tables)}{'margin ' * margin}{dtype}"
         options = nearest_centroid.options_of(torch_acc, guesses)
         yield _pixel_variant(name, nearest_centroid._nearest_centroid, pointers, constants, options)

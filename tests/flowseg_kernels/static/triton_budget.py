@@ -25,6 +25,7 @@ COUNTED = {
     "flow_loss C=3 velocity 0 bf16": ("MUFU.RCP", "MUFU.RCP"),
     "flow_loss C=3 endpoint 0 bf16": ("MUFU.RCP", "MUFU.RCP"),
     "nearest_centroid C=3 grid bf16": ("FSETP", "LDG.E.128"),
+    "nearest_centroid C=3 grid margin bf16": ("FSETP", "LDG.E.128"),
     "nearest_centroid C=3 bf16": ("FSETP", "FSETP"),
     "nearest_centroid C=8 guesses bf16": ("FSETP", "FSETP"),
     "nearest_centroid C=16 guesses bf16": ("FSETP", "FSETP"),
