@@ -56,7 +56,9 @@ def _search_lists(x, first, records, records_left, listed, MARGIN: tl.constexpr,
             for j in tl.static_range(4):
                 # Keep the candidate's place and read its class once at the end. Lists are sorted by class, so ties stay right.
                 here = at * (4 * _RECORD) + 4 * half + j
-                place, nearest, second = _keep_nearest_listed(point, (a[j], b[j], c[j]), here, place, nearest, second, MARGIN)
+                place, nearest, second = _keep_nearest_listed(
+                    point, (a[j], b[j], c[j]), here, place, nearest, second, MARGIN
+                )
     return tl.load(records + 3 * _RECORD + place).to(tl.int32), nearest, second
 
 
@@ -108,7 +110,7 @@ def decode(
     if GRID_SIZE > 0:
         label, nearest, second = _look_up(
             x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale, GRID_SIZE, MARGIN, ASSEMBLY
-        )
+        )  # fmt: skip
     elif AXES > 0:
         label, nearest = decode_by_guesses(x, inside, centroids, classes, guesses, AXES, LOG2_CELLS, C, ASSEMBLY, BLOCK)
         second = nearest
@@ -163,7 +165,9 @@ def _nearest_centroid(
 
 def options_of(dtype: torch.dtype, uses_guesses: bool, registers: int = 96) -> dict[str, object]:
     """Return the compiler options. The bound on registers keeps ptxas from spilling in order to run more programs at once."""
-    return compile_options(1 if uses_guesses else 4, registers=128 if dtype == torch.float64 or uses_guesses else registers)
+    return compile_options(
+        1 if uses_guesses else 4, registers=128 if dtype == torch.float64 or uses_guesses else registers
+    )
 
 
 def block_of(channels: int, uses_grid: bool, uses_guesses: bool, margin: bool = False) -> int:
@@ -181,9 +185,7 @@ def block_of(channels: int, uses_grid: bool, uses_guesses: bool, margin: bool = 
     return 512 if channels <= 4 or uses_grid else 256 if channels <= 8 else 128
 
 
-def grid_arguments(
-    centroids: torch.Tensor, tables: list[torch.Tensor]
-) -> tuple[tuple[torch.Tensor, ...], int]:
+def grid_arguments(centroids: torch.Tensor, tables: list[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], int]:
     """Return the decode grid's tensors and its size. Without a grid the size is 0 and the tensors are placeholders."""
     if len(tables) != 3 or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
         return (centroids, centroids, centroids), 0
