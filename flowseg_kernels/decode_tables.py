@@ -17,12 +17,13 @@ Tables = tuple[list[Tensor], float, float]
 _NONE: Tables = ([], 0.0, 0.0)
 
 
-def decode_tables(derived: Derived, device: torch.device) -> Tables:
-    """The tables of these codes on a device; see DecodeGrid and DecodeGuesses."""
+def decode_tables(derived: Derived, device: torch.device, margin: bool = False) -> Tables:
+    """The tables of these codes on a device; see DecodeGrid and DecodeGuesses. A margin needs another grid than a label."""
     channels = derived.codes.shape[1]
     low = scale = 0.0
+    order = 2 if margin and channels == 3 else 1
     if channels == 3:
-        grid = decode_grid(derived)
+        grid = decode_grid(derived, order)
         if grid is None:
             return _NONE
         tensors, low, scale = [grid.cells, grid.records, grid.records_left], grid.low, grid.scale
@@ -33,10 +34,10 @@ def decode_tables(derived: Derived, device: torch.device) -> Tables:
         tensors = guesses.tensors()
     else:
         return _NONE
-    return derived.cached(("decode tables", device), lambda: [v.to(device) for v in tensors]), low, scale
+    return derived.cached(("decode tables", order, device), lambda: [v.to(device) for v in tensors]), low, scale
 
 
-def tables_of(x: Tensor, centroids: Tensor, wanted: bool) -> Tables:
+def tables_of(x: Tensor, centroids: Tensor, wanted: bool, margin: bool = False) -> Tables:
     """The tables of these codes on the device of x, if kernels can use them and building them pays."""
     if not wanted or centroids.dtype != torch.float32:
         return _NONE
@@ -44,4 +45,4 @@ def tables_of(x: Tensor, centroids: Tensor, wanted: bool) -> Tables:
     if channels != 3 and channels not in CHANNELS:
         return _NONE
     derived = derived_from(centroids)
-    return decode_tables(derived, x.device) if derived.count_decode() else _NONE
+    return decode_tables(derived, x.device, margin) if derived.count_decode() else _NONE

@@ -28,16 +28,27 @@ namespace flowseg::cuda {
 
 constexpr int kThreads = FLOWSEG_THREADS;  // per block
 // Threads per block of the kernels that read the decode grid: a larger block fills its shared memory once for more pixels.
+// kMeasuredThreads: of those that also find distances.
 #ifdef __CUDACC__
 constexpr int kGridThreads = 512;
+constexpr int kMeasuredThreads = 256;
 #else
 constexpr int kGridThreads = kThreads;
+constexpr int kMeasuredThreads = kThreads;
 #endif
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class T>
 FLOWSEG_INLINE T infinity() {
   return static_cast<T>(__builtin_huge_valf());
+}
+
+// A compiler barrier: values in memory are read again and values that follow from `from` are computed again, instead of occupying
+// registers across the barrier.
+__device__ __forceinline__ void compiler_barrier([[maybe_unused]] unsigned& from) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(from)::"memory");
+#endif
 }
 
 // The sum over the block, in thread 0. The order of the additions depends on nothing but the block size: results are bitwise
@@ -94,13 +105,16 @@ constexpr float kFillerCoordinate = 1e18f;
 FLOWSEG_INLINE constexpr int round_up_to_group(int rows) { return (rows + kGroup - 1) / kGroup * kGroup; }
 
 // Copies centroids [first, first + count) to shared memory. Every thread of the block calls it. kFill: also fills the last group.
-template <bool kFill = false, class T, int C>
+// kInLoop: for a kernel that is short of registers and comes here from a loop. The compiler then computes indices again.
+template <bool kFill = false, bool kInLoop = false, class T, int C>
 __device__ __forceinline__ void stage(const InputCodes& codes, int first, int count, const CodeTile<T, C>& tile) {
   static_assert(CodeTile<T, C>::kRows % kGroup == 0);
   constexpr int kLength = CodeRow<T, C>::kLength;
   const T* __restrict__ mu = static_cast<const T*>(codes.data) + static_cast<int64_t>(first) * codes.channels;
   __syncthreads();  // threads may still read the previous part
-  for (int i = threadIdx.x; i < (kFill ? round_up_to_group(count) : count) * kLength; i += kThreads) {
+  unsigned thread = threadIdx.x;
+  if constexpr (kInLoop) compiler_barrier(thread);
+  for (int i = static_cast<int>(thread); i < (kFill ? round_up_to_group(count) : count) * kLength; i += kThreads) {
     const int k = i / kLength, c = i % kLength;
     const bool filler = kFill && k >= count;
     tile.rows[k].at[c] =
@@ -111,12 +125,12 @@ __device__ __forceinline__ void stage(const InputCodes& codes, int first, int co
 
 // Stages the centroids part by part, in order, and calls use(first class, number of classes) with each part in `tile`.
 // `staged` says whether the tile already holds all centroids. The function updates it.
-template <class T, int C, class Use>
+template <bool kInLoop = false, class T, int C, class Use>
 __device__ __forceinline__ void for_each_part(const InputCodes& codes, const CodeTile<T, C>& tile, bool& staged, Use use) {
   constexpr int kRows = CodeTile<T, C>::kRows;
   for (int first = 0; first < codes.classes; first += kRows) {
     const int count = codes.classes - first < kRows ? codes.classes - first : kRows;
-    if (!staged) stage(codes, first, count, tile);
+    if (!staged) stage<false, kInLoop>(codes, first, count, tile);
     use(first, count);
   }
   staged = codes.classes <= kRows;

@@ -29,9 +29,32 @@ __device__ __forceinline__ void load_points(const InputImage& from, int channels
   }
 }
 
+// a b + c, rounded once on a GPU. The compiler may fuse the product of either side of a sum, so searches whose results must agree bit
+// for bit call this function.
+template <class T>
+__device__ __forceinline__ T multiply_add(T a, T b, T c) {
+#ifdef __CUDACC__
+  return fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The squared distance from pixel p to a centroid. Every search uses it, so equal distances are equal bit for bit.
+template <class T, int C, int P>
+__device__ __forceinline__ T squared_distance(const T (&x)[C][P], int p, const CodeRow<T, C>& row) {
+  T d = 0;
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const T diff = x[c][p] - row[c];
+    d = c ? multiply_add(diff, diff, d) : diff * diff;
+  }
+  return d;
+}
+
 // Finds labels (-1 for NaN) and the squared distances to the nearest and, with kSecond, to the second nearest centroid. Every
-// thread of the block calls it.
-template <bool kSecond, class T, int C, int P>
+// thread of the block calls it. kInLoop: as for `stage`.
+template <bool kSecond, bool kInLoop = false, class T, int C, int P>
 __device__ __forceinline__ void search(const InputCodes& codes, const CodeTile<T, C>& tile, const T (&x)[C][P], int (&label)[P],
                                        T (&nearest)[P], T (&second)[P]) {
 #pragma unroll
@@ -40,18 +63,13 @@ __device__ __forceinline__ void search(const InputCodes& codes, const CodeTile<T
     nearest[p] = second[p] = infinity<T>();
   }
   bool staged = false;
-  for_each_part(codes, tile, staged, [&](int first, int count) {
+  for_each_part<kInLoop>(codes, tile, staged, [&](int first, int count) {
     FLOWSEG_UNROLL_CLASSES
     for (int k = 0; k < count; ++k) {
       const CodeRow<T, C> row = tile[k];
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        T d = 0;
-#pragma unroll
-        for (int c = 0; c < C; ++c) {
-          const T diff = x[c][p] - row[c];
-          d = c ? d + diff * diff : diff * diff;
-        }
+        const T d = squared_distance(x, p, row);
         const bool closer = d < nearest[p];
         if constexpr (kSecond) second[p] = std::fmax(nearest[p], std::fmin(d, second[p]));  // two instructions, no branch
         nearest[p] = closer ? d : nearest[p];
@@ -71,22 +89,29 @@ __device__ __forceinline__ void search(const InputCodes& codes, const CodeTile<T
   }
 }
 
-// The nearest of the candidates offered so far; the first of equals wins.
+__device__ __forceinline__ float squared_length(float dx, float dy, float dz) {
+  return multiply_add(dz, dz, multiply_add(dy, dy, dx * dx));
+}
+
+// The nearest of the candidates offered so far; the first of equals wins. `second`: the second smallest squared distance.
+template <bool kSecond>
 struct Nearest {
-  float distance = infinity<float>();
+  float distance = infinity<float>(), second = infinity<float>();
   float label = 0;  // exact: there are fewer than 2^24 classes
 
   __device__ __forceinline__ void offer(float dx, float dy, float dz, float candidate) {
-    const float d = dx * dx + dy * dy + dz * dz;
+    const float d = squared_length(dx, dy, dz);
     const bool closer = d < distance;
+    if constexpr (kSecond) second = std::fmax(distance, std::fmin(d, second));
     distance = closer ? d : distance;
     label = closer ? candidate : label;
   }
 };
 
 // Searches the candidate list of a cell. A record holds eight candidates, read four at a time.
-__device__ __forceinline__ int search_list(const Grid& grid, int first, float x, float y, float z) {
-  Nearest found;
+template <bool kSecond>
+__device__ __forceinline__ Nearest<kSecond> search_list(const Grid& grid, int first, float x, float y, float z) {
+  Nearest<kSecond> found;
   const auto offer_four = [&](const Packed<float, 4>* four) {
     const Packed<float, 4> xs = four[0], ys = four[2], zs = four[4], labels = four[6];
 #pragma unroll
@@ -98,7 +123,7 @@ __device__ __forceinline__ int search_list(const Grid& grid, int first, float x,
     if (record[1].at[0] == infinity<float>()) break;  // most lists have at most four candidates; the rest is padding
     offer_four(record + 1);
   }
-  return static_cast<int>(found.label);
+  return found;
 }
 
 // Loads a vector of pixels that is read only once, and evicts it from the L1 cache first: the cells need the cache. In fp32 this is
@@ -167,10 +192,14 @@ __device__ __forceinline__ void stage_rows(const InputCodes& codes, GridCode* ro
 }
 
 // Searches all centroids for one point outside the grid, which every lane of the warp has. Each lane searches every 32nd centroid.
-template <bool kWords>
-__device__ __forceinline__ int search_all(const InputCodes& codes, const GridCode* rows, float x, float y, float z) {
-  if (x != x || y != y || z != z) return -1;
-  Nearest found;
+template <bool kSecond, bool kWords>
+__device__ __forceinline__ Nearest<kSecond> search_all(const InputCodes& codes, const GridCode* rows, float x, float y, float z) {
+  Nearest<kSecond> found;
+  if (x != x || y != y || z != z) {
+    found.label = -1;
+    found.distance = NAN;
+    return found;
+  }
   const float* __restrict__ mu = static_cast<const float*>(codes.data);
 #pragma unroll 1
   for (int k = threadIdx.x % 32; k < codes.classes; k += 32) {
@@ -182,8 +211,15 @@ __device__ __forceinline__ int search_all(const InputCodes& codes, const GridCod
     }
   }
   const unsigned distance = same_bits<unsigned>(found.distance);  // bits of non-negative floats compare like integers
-  const bool nearest = distance == __reduce_min_sync(kAllLanes, distance);
-  return static_cast<int>(__reduce_min_sync(kAllLanes, nearest ? static_cast<unsigned>(found.label) : UINT32_MAX));
+  const unsigned smallest = __reduce_min_sync(kAllLanes, distance), own = static_cast<unsigned>(found.label);
+  const unsigned label = __reduce_min_sync(kAllLanes, distance == smallest ? own : UINT32_MAX);
+  if constexpr (kSecond) {
+    const unsigned other = distance == smallest && own == label ? same_bits<unsigned>(found.second) : distance;
+    found.second = same_bits<float>(__reduce_min_sync(kAllLanes, other));
+    found.distance = same_bits<float>(smallest);
+  }
+  found.label = static_cast<float>(label);
+  return found;
 }
 
 // The nearest of the up to three classes in a cell's word. They are sorted; first and last are equal if there is only one.
@@ -192,8 +228,7 @@ __device__ __forceinline__ int search_word(const GridCode* rows, int word, float
   const int first = word & kMask, second = word >> kWordBits & kMask, third = word >> 2 * kWordBits;
   if (first == third) return first;
   const auto distance = [&](const GridCode& row) {
-    const float dx = x - row[0], dy = y - row[1], dz = z - row[2];
-    return dx * dx + dy * dy + dz * dz;
+    return squared_length(x - row[0], y - row[1], z - row[2]);
   };
   const float a = distance(rows[first]), b = distance(rows[second]), c = distance(rows[third]);
   const int label = b < a ? second : first;
@@ -214,9 +249,14 @@ __device__ __forceinline__ int cell_at(const Grid& grid, float x, float y, float
 // Looks up a run of pixels. All table loads are issued before the first is waited for. A pixel that no word answers is pending.
 // Each thread searches the lists of its pending pixels one by one. A warp makes as many passes as its thread with the most. The
 // lanes of a warp share the search for a point outside the grid, which takes longer than all else. Every thread calls it.
-template <bool kWords, class S>
+//
+// kSecond: the grid is of order 2, and its cells have no words. Then every pixel is pending or outside, and the two smallest squared
+// distances are set too.
+template <bool kSecond, bool kWords, class S>
 __device__ __forceinline__ void look_up(const Grid& grid, const InputCodes& codes, const GridCode* rows, const RawPixels<S>& x,
-                                        int (&label)[kLookupPixels]) {
+                                        int (&label)[kLookupPixels], [[maybe_unused]] float (&nearest)[kLookupPixels],
+                                        [[maybe_unused]] float (&second)[kLookupPixels]) {
+  static_assert(!(kSecond && kWords));
   constexpr int kOutside = INT32_MIN;
   const int32_t* __restrict__ table = kWords ? grid.words : grid.cells;
 #pragma unroll
@@ -246,15 +286,21 @@ __device__ __forceinline__ void look_up(const Grid& grid, const InputCodes& code
       entry = p == at ? label[p] : entry;
     }
   };
-  const auto answer = [&](int at, int found) {
+  const auto answer = [&](int at, const Nearest<kSecond>& found) {
 #pragma unroll
-    for (int p = 0; p < kLookupPixels; ++p) label[p] = p == at ? found : label[p];
+    for (int p = 0; p < kLookupPixels; ++p) {
+      label[p] = p == at ? static_cast<int>(found.label) : label[p];
+      if constexpr (kSecond) {
+        nearest[p] = p == at ? found.distance : nearest[p];
+        second[p] = p == at ? found.second : second[p];
+      }
+    }
   };
 #pragma unroll 1
   for (; pending; pending &= pending - 1) {
     const int at = __ffs(pending) - 1;
     take(at);
-    answer(at, search_list(grid, -1 - entry, point[0], point[1], point[2]));
+    answer(at, search_list<kSecond>(grid, -1 - entry, point[0], point[1], point[2]));
   }
 #pragma unroll 1
   while (const unsigned lanes = __ballot_sync(kAllLanes, outside)) {
@@ -262,10 +308,35 @@ __device__ __forceinline__ void look_up(const Grid& grid, const InputCodes& code
     take(at);
 #pragma unroll
     for (int c = 0; c < 3; ++c) point[c] = __shfl_sync(kAllLanes, point[c], lane);
-    const int found = search_all<kWords>(codes, rows, point[0], point[1], point[2]);
+    const auto found = search_all<kSecond, kWords>(codes, rows, point[0], point[1], point[2]);
     if (threadIdx.x % 32 == static_cast<unsigned>(lane)) {
       answer(at, found);
       outside &= outside - 1;
+    }
+  }
+}
+
+// The labels alone.
+template <bool kWords, class S>
+__device__ __forceinline__ void look_up(const Grid& grid, const InputCodes& codes, const GridCode* rows, const RawPixels<S>& x,
+                                        int (&label)[kLookupPixels]) {
+  float nearest[kLookupPixels], second[kLookupPixels];
+  look_up<false, kWords>(grid, codes, rows, x, label, nearest, second);
+}
+
+// The squared distances of pixels to the codes of their classes, NaN for class -1.
+template <bool kWords, class S>
+__device__ __forceinline__ void distances_to_classes(const InputCodes& codes, const GridCode* rows, const RawPixels<S>& x,
+                                                     const int (&label)[kLookupPixels], float (&nearest)[kLookupPixels]) {
+  const float* __restrict__ mu = static_cast<const float*>(codes.data);
+#pragma unroll
+  for (int p = 0; p < kLookupPixels; ++p) {
+    const int k = label[p] < 0 ? 0 : label[p];
+    if constexpr (kWords) {
+      const GridCode row = rows[k];
+      nearest[p] = squared_length(x(0, p) - row[0], x(1, p) - row[1], x(2, p) - row[2]);
+    } else {
+      nearest[p] = squared_length(x(0, p) - mu[3 * k], x(1, p) - mu[3 * k + 1], x(2, p) - mu[3 * k + 2]);
     }
   }
 }

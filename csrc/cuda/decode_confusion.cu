@@ -11,14 +11,15 @@ Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::vector<T
                         bool by_class, int64_t ignore_index) {
   const Image image = image_of(x, "x");
   const InputCodes codes = input_codes(centroids, image);
-  FLOWSEG_CHECK(!by_class, "by_class: wanted False; the kernel does not count by class yet");
-  Tensor counts = torch::stable::new_zeros(x, std::vector<int64_t>{codes.classes, codes.classes}, ScalarType::Long);
+  const std::vector<int64_t> shape{by_class ? 3 : codes.classes, codes.classes};
+  Tensor counts = torch::stable::new_zeros(x, shape, ScalarType::Long);
   if (x.numel() == 0) return counts;
   const ConfusionParams params{.x = input_image(image),
                                .target = input_labels(target, image, ignore_index, "target"),
                                .codes = codes,
                                .tables = tables_of(centroids, tables, grid_low, grid_scale),
-                               .counts = static_cast<unsigned long long*>(counts.data_ptr())};
+                               .counts = static_cast<unsigned long long*>(counts.data_ptr()),
+                               .by_class = by_class};
   launch_confusion(params, Launch(x));
   return counts;
 }

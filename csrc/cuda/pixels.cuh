@@ -46,14 +46,6 @@ __device__ __forceinline__ PixelRun run_of_block(int64_t pixels, unsigned blocks
   return run_in_batch<P>(pixels, blocks_per_image, blockIdx.x);
 }
 
-// A compiler barrier: values in memory are read again and values that follow from `tile` are computed again, instead of occupying
-// registers across the barrier.
-__device__ __forceinline__ void compiler_barrier([[maybe_unused]] unsigned& tile) {
-#ifdef __CUDACC__
-  asm volatile("" : "+r"(tile)::"memory");
-#endif
-}
-
 // A batch cut into tiles. Each block processes `tiles_per_block` consecutive tiles, which may belong to different images. 32 bits
 // are enough: 2^31 tiles would be more than a terabyte of pixels.
 struct Tiling {

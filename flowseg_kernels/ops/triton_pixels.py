@@ -149,16 +149,29 @@ def squared_norm(v, C: tl.constexpr):
 def load_row(at, N: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Load N consecutive floats with the widest loads that their alignment permits.
 
-    ASSEMBLY "ptx": 16-byte vectors (N a multiple of 4). Otherwise 8-byte pairs for even N. Triton alone never emits a load of more
-    than 8 bytes here.
+    Rows follow each other, so they are aligned to 16 bytes if N is a multiple of 4, and to 8 bytes if N is even. ASSEMBLY "ptx" can
+    load all 16 bytes at once; Triton alone never emits a load of more than 8 bytes here. Triton takes seconds to compile tens of
+    its own loads.
     """
     row = ()
-    if ASSEMBLY == "ptx":
+    if ASSEMBLY == "ptx" and N % 4 == 0:
         for i in tl.static_range(N // 4):
             row = row + tl.inline_asm_elementwise(
                 "ld.global.nc.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,l", [at.to(tl.int64) + 16 * i],
                 dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
             )  # fmt: skip
+    elif ASSEMBLY == "ptx" and N % 2 == 0:
+        for i in tl.static_range(N // 2):
+            row = row + tl.inline_asm_elementwise(
+                "ld.global.nc.v2.f32 {$0, $1}, [$2];", "=f,=f,l", [at.to(tl.int64) + 8 * i],
+                dtype=(tl.float32, tl.float32), is_pure=False, pack=1,
+            )  # fmt: skip
+    elif ASSEMBLY == "ptx":
+        for i in tl.static_range(N):
+            value = tl.inline_asm_elementwise(
+                "ld.global.nc.f32 $0, [$1];", "=f,l", [at.to(tl.int64) + 4 * i], dtype=tl.float32, is_pure=False, pack=1
+            )
+            row = row + (value,)
     elif N % 2 == 0 and at.dtype.element_ty == tl.float32:
         for i in tl.static_range(N // 2):
             pair = tl.load(at.to(tl.pointer_type(tl.int64)) + i)

@@ -89,6 +89,33 @@ def test_words_of_the_grid_name_what_its_lists_do(classes):
     )
 
 
+def test_lists_of_order_two_hold_both_nearest_codes():
+    codes = fk.kronecker_centroids(40, 3)
+    codes = torch.cat((codes, codes[:4], codes[:2]))
+    (cells, records, records_left), low, scale = decode_tables(codes, margin=True)
+    assert torch.equal(cells[0], cells[1]) and (cells < 0).all()
+    points = codes[torch.randint(0, len(codes), (2000,))] + 0.2 * torch.randn(2000, 3)
+    cell = ((points - low) * scale).long()
+    points, cell = points[(cell < cells.shape[-1]).all(1)], cell[(cell < cells.shape[-1]).all(1)]
+    first = -1 - cells[0][cell[:, 2], cell[:, 1], cell[:, 0]].long()
+    d = (points[:, None].double() - codes.double()).square().sum(2)
+    for record, nearest in zip(first.tolist(), d.sort(dim=1, stable=True).indices[:, :2].tolist()):
+        listed = records[record : record + records_left[record], 3].flatten()
+        listed = listed[listed >= 0].int().tolist()
+        assert listed == sorted(listed) and set(nearest) <= set(listed)
+        assert not {44, 45} & set(listed)  # two equal codes come before them
+
+
+def test_many_equal_codes_have_short_lists():
+    (_, records, _), _, _ = decode_tables(torch.ones(500, 3), margin=True)
+    assert len(records) == 1 and records[0, 3].tolist() == [0, 1, *[-1] * 6]
+
+
+def test_no_grid_where_squared_distances_would_overflow():
+    codes = 1e19 * fk.kronecker_centroids(20, 3)
+    assert not decode_tables(codes)[0] and not decode_tables(codes, margin=True)[0]
+
+
 @pytest.mark.parametrize("channels", [1, 2, 5, 8, 16, 20])
 def test_other_channels_decode_without_a_grid(channels):
     book = fk.Codebook(fk.kronecker_centroids(64, channels))

@@ -35,13 +35,14 @@
 #ifdef FLOWSEG_PLANTS
 namespace flowseg::host {
 // `race` to `list` are in the kernels of the loss and the decode, the others in kernels with asynchronous copies and products.
-enum class Fault { none, race, overrun, histogram, list, swizzle, proxy_fence, early_load, transposed, wait_group };
+enum class Fault { none, race, overrun, histogram, list, axes, members, swizzle, proxy_fence, early_load, transposed, wait_group };
 inline Fault planted = Fault::none;
 // The fault of a name; none for any other name.
 inline Fault fault_named(const std::string& name) {
   const std::pair<const char*, Fault> faults[] = {
       {"race", Fault::race},       {"overrun", Fault::overrun},         {"histogram", Fault::histogram},
-      {"list", Fault::list},       {"swizzle", Fault::swizzle},         {"proxy_fence", Fault::proxy_fence},
+      {"list", Fault::list},       {"axes", Fault::axes},               {"members", Fault::members},
+      {"swizzle", Fault::swizzle},         {"proxy_fence", Fault::proxy_fence},
       {"early_load", Fault::early_load}, {"transposed", Fault::transposed}, {"wait_group", Fault::wait_group}};
   for (const auto& [own, fault] : faults) {
     if (name == own) return fault;
@@ -153,6 +154,13 @@ inline int __syncthreads_and(int own) {
     bool all = true;
     for (unsigned i = 0; i < flowseg::host::block->threads; ++i) all = all && value(i);
     return static_cast<int>(all);
+  });
+}
+inline int __syncthreads_count(int own) {
+  return flowseg::host::exchange_in_block(own, [](auto value) {
+    int count = 0;
+    for (unsigned i = 0; i < flowseg::host::block->threads; ++i) count += value(i) != 0;
+    return count;
   });
 }
 inline void __syncwarp(unsigned = 0xffffffffu) { flowseg::host::block->warps[threadIdx.x / 32]->arrive_and_wait(); }

@@ -2,7 +2,7 @@
 // without Python: the sanitizer watches only the kernels.
 //
 // It runs them with odd sizes (partly filled blocks, rows with gaps, planes that do not start at 16 bytes, a codebook that takes
-// two parts), in each half precision with sizes that are read in 16-byte vectors, and with the decode grid.
+// two parts), in each half precision with sizes that are read in 16-byte vectors, with the decode grid, and with guesses.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -85,10 +85,11 @@ bool run_all(int64_t batch, int64_t height, int64_t width, int64_t gap, int64_t 
   flow_loss(x_array, source_array, label_array, time_array, code_array, 0, 0, 1, 0, 1, 1e-3, 0, kInfinite, ignore, 0, 0.05,
             array(loss, {}), array(residual, image), array(count, {}));
   flow_loss_bwd(array(one, {}), array(residual, image), array(count, {}), 0, array(back, image));
-  nearest_centroid(x_array, code_array, {}, {}, {}, 0, 1, found_array, array(distance, plane), array(margin, plane), ignore);
-  decode_confusion(x_array, label_array, code_array, {}, {}, {}, 0, 1, ignore, array(counts, {classes, classes}));
+  nearest_centroid(x_array, code_array, {}, {}, {}, {}, {}, 0, 1, found_array, array(distance, plane), array(margin, plane),
+                   ignore);
+  decode_confusion(x_array, label_array, code_array, {}, {}, {}, {}, {}, 0, 1, false, ignore, array(counts, {classes, classes}));
   std::vector<float> five(mu.begin(), mu.begin() + 15);
-  decode_confusion(x_array, found_array, array(five, {5, 3}), {}, {}, {}, 0, 1, ignore, array(few, {5, 5}));
+  decode_confusion(x_array, found_array, array(five, {5, 3}), {}, {}, {}, {}, {}, 0, 1, false, ignore, array(few, {5, 5}));
 
   int64_t counted = 0, valid = 0;
   for (const int64_t n : counts) counted += n;
@@ -135,6 +136,33 @@ struct Octants {
   }
 };
 
+// The squared distance from a pixel to a code.
+template <class S>
+float distance(const std::vector<S>& x, int64_t pixel, const std::vector<float>& mu, int64_t k, int64_t channels) {
+  const int64_t pixels = static_cast<int64_t>(x.size()) / channels;
+  float d = 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    const float diff = widen(x[c * pixels + pixel]) - mu[k * channels + c];
+    d = c ? d + diff * diff : diff * diff;
+  }
+  return d;
+}
+
+// The nearest code of every pixel; 255 for NaN.
+template <class S>
+std::vector<uint8_t> searched(const std::vector<S>& x, const std::vector<float>& mu, int64_t channels) {
+  const int64_t pixels = static_cast<int64_t>(x.size()) / channels, classes = static_cast<int64_t>(mu.size()) / channels;
+  std::vector<uint8_t> found(pixels, 255);
+  for (int64_t i = 0; i < pixels; ++i) {
+    float nearest = std::numeric_limits<float>::infinity();
+    for (int64_t k = 0; k < classes; ++k) {
+      const float d = distance(x, i, mu, k, channels);
+      if (d < nearest) nearest = d, found[i] = static_cast<uint8_t>(k);
+    }
+  }
+  return found;
+}
+
 template <class S>
 bool run_grid(int64_t height, int64_t width) {
   Octants grid;
@@ -142,20 +170,9 @@ bool run_grid(int64_t height, int64_t width) {
   const std::initializer_list<int64_t> plane{1, height, width};
   auto x = values<S>(3 * pixels, 6, 1.1f);  // some points lie outside the grid
   narrow(std::numeric_limits<float>::quiet_NaN(), x[3]);
-  std::vector<uint8_t> found(pixels), want(pixels);
+  std::vector<uint8_t> found(pixels);
+  const std::vector<uint8_t> want = searched(x, grid.mu, 3);
   std::vector<int64_t> counts(Octants::kClasses * Octants::kClasses);
-  for (int64_t i = 0; i < pixels; ++i) {
-    float nearest = std::numeric_limits<float>::infinity();
-    want[i] = 255;
-    for (int k = 0; k < Octants::kClasses; ++k) {
-      float d = 0;
-      for (int c = 0; c < 3; ++c) {
-        const float diff = widen(x[c * pixels + i]) - grid.mu[k * 3 + c];
-        d += diff * diff;
-      }
-      if (d < nearest) nearest = d, want[i] = static_cast<uint8_t>(k);
-    }
-  }
   const Array x_array = array(x, {1, 3, height, width}), found_array = array(found, plane);
   const Array code_array = array(grid.mu, {Octants::kClasses, 3}), cell_array = array(grid.cells, {2, 2, 2, 2});
   const Array record_array = array(grid.records, {4, 4, 8}), records_left_array = array(grid.records_left, {4});
@@ -166,6 +183,79 @@ bool run_grid(int64_t height, int64_t width) {
   for (int k = 0; k < Octants::kClasses; ++k) diagonal += counts[k * Octants::kClasses + k];
   for (const uint8_t label : want) known += label != 255;
   return found == want && diagonal == known && known < pixels;
+}
+
+// Guesses for codes with four channels, two of them equal: one axis with eight cells along the first channel, four rivals per code.
+struct FewRivals {
+  static constexpr int64_t kClasses = 40, kRivals = 4, kCells = 8;
+  std::vector<float> mu = values<float>(kClasses * 4, 7), projection{kCells / 2, 0, 0, 0, kCells / 2}, certain;
+  std::vector<int32_t> starts{0}, members, rivals;
+
+  FewRivals() {
+    std::copy_n(mu.begin(), 4, mu.end() - 4);
+    for (int64_t cell = 0; cell < kCells; ++cell) {
+      for (int64_t k = 0; k < kClasses; ++k) {
+        if (std::min<int64_t>(static_cast<int64_t>((mu[4 * k] + 1) * kCells / 2), kCells - 1) == cell) members.push_back(k);
+      }
+      starts.push_back(static_cast<int32_t>(members.size()));
+    }
+    members.shrink_to_fit();
+    for (int64_t k = 0; k < kClasses; ++k) {
+      const std::vector<float> own(mu.begin() + 4 * k, mu.begin() + 4 * k + 4);
+      std::vector<std::pair<float, int32_t>> others;
+      for (int32_t other = 0; other < kClasses; ++other) {
+        if (other != k) others.emplace_back(distance(own, 0, mu, other, 4), other);
+      }
+      std::sort(others.begin(), others.end());
+      for (int64_t j = 0; j <= kRivals; ++j) {
+        if (j < kRivals) rivals.push_back(others[j].second);
+        certain.push_back(0.25f * (1 - 1e-5f) * others[j].first);
+      }
+    }
+  }
+};
+
+// Decodes pixels near the codes, then noise: some pixels are guessed, some have a warp search for them, some a block.
+template <class S>
+bool run_guesses(int64_t height, int64_t width) {
+  FewRivals book;
+  constexpr int64_t kClasses = FewRivals::kClasses;
+  const int64_t pixels = height * width;
+  const std::initializer_list<int64_t> plane{1, height, width};
+  auto x = values<S>(4 * pixels, 8);
+  for (int64_t i = 0; i < 4 * pixels; ++i) {
+    const int64_t pixel = i % pixels, k = pixel * 37 % kClasses;
+    if (pixel < pixels * 3 / 4 && pixel % 23 > 0) narrow(book.mu[4 * k + i / pixels] + 0.02f * widen(x[i]), x[i]);
+  }
+  narrow(std::numeric_limits<float>::quiet_NaN(), x[3]);
+  const std::vector<uint8_t> want = searched(x, book.mu, 4);
+  std::vector<uint8_t> found(pixels), again(pixels);
+  std::vector<float> distances(pixels), margins(pixels);
+  std::vector<int64_t> counts(kClasses * kClasses), by_class(3 * kClasses);
+  const Array x_array = array(x, {1, 4, height, width}), code_array = array(book.mu, {kClasses, 4});
+  const Array tables[] = {array(book.projection, {1, 5}), array(book.starts, {FewRivals::kCells + 1}),
+                          array(book.members, {static_cast<int64_t>(book.members.size())}),
+                          array(book.rivals, {kClasses, FewRivals::kRivals}), array(book.certain, {kClasses, FewRivals::kRivals + 1})};
+  const auto decode = [&](std::vector<uint8_t>& to, const Array& distance, const Array& margin) {
+    nearest_centroid(x_array, code_array, tables[0], tables[1], tables[2], tables[3], tables[4], 0, 0, array(to, plane), distance,
+                     margin, 255);
+  };
+  const auto count = [&](bool is_by_class, const Array& to) {
+    decode_confusion(x_array, array(found, plane), code_array, tables[0], tables[1], tables[2], tables[3], tables[4], 0, 0,
+                     is_by_class, 255, to);
+  };
+  decode(found, {}, {});
+  decode(again, array(distances, plane), array(margins, plane));
+  count(false, array(counts, {kClasses, kClasses}));
+  count(true, array(by_class, {3, kClasses}));
+  bool counts_agree = true;
+  for (int64_t k = 0; k < kClasses; ++k) {
+    const int64_t hits = counts[k * kClasses + k];
+    counts_agree &= by_class[k] == hits && by_class[kClasses + k] == hits && by_class[2 * kClasses + k] == hits;
+    counts_agree &= hits == std::count(want.begin(), want.end(), static_cast<uint8_t>(k));
+  }
+  for (int64_t i = 0; i < pixels; ++i) counts_agree &= i == 3 || margins[i] >= 0;
+  return found == want && again == want && counts_agree;
 }
 
 // The sizes of a neural field on `patches` patches side by side.
@@ -236,13 +326,15 @@ int main(int arguments, char** words) {
   if (fault == Fault::none && !name.empty()) return std::puts("no such fault"), 2;
   const bool none = fault == Fault::none, in_field = fault >= Fault::swizzle;
   const bool in_grid = fault == Fault::histogram || fault == Fault::list;
+  const bool in_guesses = fault == Fault::axes || fault == Fault::members;
   bool fine = true;
   if (none || in_field) fine &= run_field(fault);
   planted = fault;
-  if (!in_grid && !in_field) fine &= run_all<float, int64_t>(2, 5, 61, 2, 1100, -1, {1.0, 2.0});
+  if (!in_grid && !in_guesses && !in_field) fine &= run_all<float, int64_t>(2, 5, 61, 2, 1100, -1, {1.0, 2.0});
   if (none) fine &= run_all<BFloat, uint8_t>(1, 4, 136, 0, 40, 255, {1.0});
   if (none) fine &= run_all<Half, int16_t>(1, 4, 136, 0, 40, -1, {2.0});
   if (none || in_grid) fine &= run_grid<float>(5, 61) && run_grid<BFloat>(4, 136);
+  if (none || in_guesses) fine &= run_guesses<float>(13, 61) && run_guesses<BFloat>(6, 136);
   std::puts(fine ? "every kernel ran" : "a kernel gave a wrong result");
   return fine ? 0 : 1;
 }

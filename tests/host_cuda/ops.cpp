@@ -3,7 +3,6 @@
 
 #include <memory>
 #include <string>
-#include <stdexcept>
 #include <utility>
 
 #include "cuda/decode_confusion.cuh"
@@ -214,7 +213,8 @@ void flow_loss_bwd(const Array& grad, const Array& residual, const Array& count,
 }
 
 void nearest_centroid(const Array& x, const Array& centroids, const Array& table0, const Array& table1, const Array& table2,
-                      const Array& table3, const Array& table4, double low, double scale, const Array& labels, const Array& distance, const Array& margin, int64_t ignore) {
+                      const Array& table3, const Array& table4, double low, double scale, const Array& labels,
+                      const Array& distance, const Array& margin, int64_t ignore) {
   const DecodeParams params{.x = image(x),
                             .codes = codes(centroids),
                             .tables = tables(table0, table1, table2, table3, table4, low, scale),
@@ -234,8 +234,8 @@ void decode_confusion(const Array& x, const Array& target, const Array& centroid
                                .target = label_map(target, ignore),
                                .codes = codes(centroids),
                                .tables = tables(table0, table1, table2, table3, table4, low, scale),
-                               .counts = static_cast<unsigned long long*>(counts.data)};
-  if (by_class) throw std::runtime_error("the kernel does not count by class yet");
+                               .counts = static_cast<unsigned long long*>(counts.data),
+                               .by_class = by_class != 0};
   launch_confusion(params, HostLaunch{});
 }
 

@@ -37,7 +37,8 @@ void flow_loss(const Array& prediction, const Array& source, const Array& labels
 void flow_loss_bwd(const Array& grad, const Array& residual, const Array& count, int64_t reduction, const Array& out);
 // The tables of decoding: a grid (three tables), guesses (five), or none. Absent arrays have no data.
 void nearest_centroid(const Array& x, const Array& centroids, const Array& table0, const Array& table1, const Array& table2,
-                      const Array& table3, const Array& table4, double low, double scale, const Array& labels, const Array& distance, const Array& margin, int64_t ignore);
+                      const Array& table3, const Array& table4, double low, double scale, const Array& labels,
+                      const Array& distance, const Array& margin, int64_t ignore);
 void decode_confusion(const Array& x, const Array& target, const Array& centroids, const Array& table0, const Array& table1,
                       const Array& table2, const Array& table3, const Array& table4, double low, double scale, int64_t by_class,
                       int64_t ignore, const Array& counts);

@@ -39,7 +39,7 @@ class Plant:
 PLANTS = (
     Plant(
         "off-by-one tail",
-        "flowseg_kernels/ops/nearest_centroid/triton_kernels.py",
+        "flowseg_kernels/ops/nearest_centroid/triton_search.py",
         (("for k in range(whole, classes):", "for k in range(whole, classes - 1):"),),
         "Triton",
         (f"{OPS}/test_nearest_centroid.py", "-k", "brute_force or one_class"),

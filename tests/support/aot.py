@@ -172,39 +172,52 @@ def _flow_loss() -> Iterator[Variant]:
         yield _pixel_variant(name, flow_loss._scale, pointers, constants, compile_options(4))
 
 
+_TABLES = {
+    "cells": "i32", "records": "fp32", "records_left": "i32", "projection": "fp32", "starts": "i32", "members": "i32",
+    "rivals": "i32", "certain": "fp32",
+}  # fmt: skip
+
+
+def _decoding(channels: int, tables: str) -> tuple[dict[str, object], bool]:
+    """The constants of a kernel that decodes with "grid", with "guesses" or without tables, and whether it has guesses."""
+    guesses, grid = tables == "guesses", tables == "grid"
+    constants = {
+        "X_LAYOUT": VECTOR, "C": channels, "GRID_SIZE": 64 if grid else 0, "AXES": min(channels, 6) if guesses else 0,
+        "LOG2_CELLS": 0 if not guesses else 4 if channels == 4 else 3,
+        "BLOCK": nearest_centroid.block_of(channels, grid, guesses),
+    }  # fmt: skip
+    return constants, guesses
+
+
 def _nearest_centroid() -> Iterator[Variant]:
-    for channels, grid, margin, dtype in (
-        (3, 64, False, "bf16"), (3, 64, False, "fp32"), (3, 0, False, "bf16"), (3, 0, True, "fp32"), (3, 0, True, "fp64"),
-        (4, 0, False, "fp32"), (8, 0, False, "bf16"), (16, 0, True, "bf16"),
+    for channels, tables, margin, dtype in (
+        (3, "grid", False, "bf16"), (3, "grid", False, "fp32"), (3, "grid", True, "bf16"), (3, "", False, "bf16"),
+        (3, "", True, "fp32"),
+        (3, "", True, "fp64"), (4, "", False, "fp32"), (8, "", False, "bf16"), (16, "", True, "bf16"),
+        *((c, "guesses", False, dtype) for c, dtype in ((4, "fp32"), (5, "bf16"), (8, "bf16"), (9, "fp32"), (16, "bf16"))),
     ):  # fmt: skip
         acc, torch_acc, assembly = _accumulator(dtype)
-        pointers = {
-            "x": dtype, "centroids": acc, "cells": "i32", "records": "fp32", "records_left": "i32", "labels": "u8",
-            "distance": acc, "margin": acc,
-        }  # fmt: skip
-        constants = {
-            "X_LAYOUT": VECTOR, "C": channels, "GRID_SIZE": grid, "DISTANCE": margin, "MARGIN": margin,
-            "ASSEMBLY": assembly, "BLOCK": nearest_centroid.block_of(channels, grid > 0),
-        }  # fmt: skip
-        name = f"nearest_centroid C={channels} {'grid ' * (grid > 0)}{'margin ' * margin}{dtype}"
-        yield _pixel_variant(
-            name, nearest_centroid._nearest_centroid, pointers, constants, nearest_centroid.options_of(torch_acc)
-        )
+        pointers = {"x": dtype, "centroids": acc, **_TABLES, "labels": "u8", "distance": acc, "margin": acc}
+        constants, guesses = _decoding(channels, tables)
+        distance = margin or (tables, channels, dtype) in (("grid", 3, "fp32"), ("guesses", 8, "bf16"))
+        constants |= {"DISTANCE": distance, "MARGIN": margin, "ASSEMBLY": assembly}
+        constants["BLOCK"] = nearest_centroid.block_of(channels, tables == "grid", guesses, margin)
+        name = f"nearest_centroid C={channels} {tables + ' ' * bool(tables)}{'margin ' * margin}{dtype}"
+        options = nearest_centroid.options_of(torch_acc, guesses)
+        yield _pixel_variant(name, nearest_centroid._nearest_centroid, pointers, constants, options)
 
 
 def _decode_confusion() -> Iterator[Variant]:
-    for channels, grid, dtype in ((3, 64, "bf16"), (3, 0, "fp64"), (8, 0, "fp32"), (16, 0, "bf16")):
+    for channels, tables, by_class, dtype in (
+        (3, "grid", False, "bf16"), (3, "", False, "fp64"), (8, "", False, "fp32"), (16, "", False, "bf16"),
+        (3, "grid", True, "bf16"), (8, "guesses", False, "bf16"), (16, "guesses", True, "bf16"),
+    ):  # fmt: skip
         acc, torch_acc, assembly = _accumulator(dtype)
-        pointers = {
-            "x": dtype, "target": "u8", "centroids": acc, "cells": "i32", "records": "fp32", "records_left": "i32",
-            "counts": "i64",
-        }  # fmt: skip
-        constants = {
-            "X_LAYOUT": VECTOR, "L_LAYOUT": VECTOR, "C": channels, "GRID_SIZE": grid, "ASSEMBLY": assembly,
-            "BLOCK": nearest_centroid.block_of(channels, grid > 0),
-        }  # fmt: skip
-        options = nearest_centroid.options_of(torch_acc, registers=128)
-        name = f"decode_confusion C={channels} {'grid ' * (grid > 0)}{dtype}"
+        pointers = {"x": dtype, "target": "u8", "centroids": acc, **_TABLES, "counts": "i64"}
+        constants, guesses = _decoding(channels, tables)
+        constants |= {"L_LAYOUT": VECTOR, "BY_CLASS": by_class, "ASSEMBLY": assembly}
+        options = nearest_centroid.options_of(torch_acc, guesses, registers=128)
+        name = f"decode_confusion C={channels} {tables + ' ' * bool(tables)}{'by class ' * by_class}{dtype}"
         yield _pixel_variant(name, decode_confusion._decode_confusion, pointers, constants, options)
 
 

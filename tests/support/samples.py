@@ -19,9 +19,9 @@ def image_batch(codes, batch=2, height=9, width=13, spread=0.3, dtype=torch.floa
     return x.to(dtype), source.to(dtype), labels, torch.rand(batch, dtype=torch.float64)
 
 
-def decode_tables(centroids):
+def decode_tables(centroids, margin=False):
     """The decoding tables of (K, C) codes as kernels take them: (tensors, low, scale)."""
-    return tables_on(derived_from(centroids), centroids.device)
+    return tables_on(derived_from(centroids), centroids.device, margin)
 
 
 def layouts(x):

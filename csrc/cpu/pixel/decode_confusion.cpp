@@ -8,13 +8,12 @@ void PixelKernels<kIsa>::confusion(const Confusion& a, int64_t chunk, int64_t* c
   const int64_t classes = a.decode.codes.classes;
   for_type_and_channels(a.decode.x, a.decode.codes.padded, [&]<class T, int C>() {
     PixelRanges ranges(chunk, a.decode.x.height * a.decode.x.width);
+    Recent recent(a.decode.x.width);
     for (PixelRange p; ranges.next(p);) {
-      Block<T, C> x;
       Nearest<T> nearest;
       Classes<typename Lanes<T>::Int> y;
-      load(a.decode.x, p, x);
       load_labels(a.target, classes, a.decode.x, p, y);
-      decode_block(a.decode, p, x, nearest);
+      decode_block<T, C>(a.decode, p, recent, nearest);
       const auto cell = [&](int i) { return counts + y.at[i] * classes + nearest.label[i]; };
       if (!shared) {
         for (int i = 0; i < p.length; ++i) {

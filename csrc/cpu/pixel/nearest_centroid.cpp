@@ -19,11 +19,10 @@ void PixelKernels<kIsa>::decode(const Decode& a, int64_t chunk) {
   for_type_and_channels(a.x, a.codes.padded, [&]<class T, int C>() {
     const int64_t pixels = a.x.height * a.x.width;
     PixelRanges ranges(chunk, pixels);
+    Recent recent(a.x.width);
     for (PixelRange p; ranges.next(p);) {
-      Block<T, C> x;
       Nearest<T> nearest;
-      load(a.x, p, x);
-      decode_block(a, p, x, nearest);
+      decode_block<T, C>(a, p, recent, nearest);
       const int64_t offset = p.image * pixels + p.start;
       switch (a.label_type) {
         case Integer::u8: store_labels<uint8_t>(nearest.label, a.labels, offset, p.length, a.ignore); break;

@@ -11,6 +11,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "cpu/params.h"
@@ -100,6 +102,32 @@ FLOWSEG_INLINE bool none(DI mask) {
   for (int i = 0; i < Lanes<double>::width; ++i) any |= mask[i];
   return !any;
 }
+
+// One bit per lane of a mask.
+FLOWSEG_INLINE unsigned bits_of(FI mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
+#else
+  return (mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8);
+#endif
+}
+
+// a b + c, rounded once where the instruction set can. The compiler may fuse the product of either side of a sum, so searches whose
+// results must agree bit for bit call this function.
+FLOWSEG_INLINE F multiply_add(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+FLOWSEG_INLINE D multiply_add(D a, D b, D c) { return a * b + c; }
 
 // A true division: the divider runs in parallel with the multipliers. An estimate with a Newton step would take two operations of
 // the multipliers, which are the bottleneck.

@@ -41,7 +41,7 @@ def _filled(kernel):
     def run(x, centroids, grid, *options):
         results = _empty(x, centroids, grid, *options)
         label = _checked_label(centroids, options[0], *options[-2:])
-        kernel(x, centroids, *tables_of(x, centroids, grid), *results, label)
+        kernel(x, centroids, *tables_of(x, centroids, grid, options[2]), *results, label)
         return results
 
     return run
@@ -52,7 +52,7 @@ def _returned(kernel, uses_grid):
 
     def run(x, centroids, grid, *options):
         label = _checked_label(centroids, options[0], *options[-2:])
-        return kernel(x, centroids, *tables_of(x, centroids, grid and uses_grid), *options[:-2], label)
+        return kernel(x, centroids, *tables_of(x, centroids, grid and uses_grid, options[2]), *options[:-2], label)
 
     return run
 

@@ -1,7 +1,8 @@
 """Triton kernels of decoding: label = argmin_k |x - mu_k|, ties to the lowest index.
 
-If the codebook has a decode grid and only labels are requested, a pixel reads its grid cell. The cell names one class that is
-nearest in the whole cell, or a list of the few candidates. Otherwise, and for pixels outside the grid, all centroids are searched.
+If the codebook has a decode grid, a pixel reads its grid cell. The cell names one class that is nearest in the whole cell, or a
+list of the few candidates. For a margin the grid is of order 2, so every list also has each candidate that can be second nearest.
+Without a grid, and for pixels outside it, all centroids are searched.
 """
 
 from __future__ import annotations
@@ -12,62 +13,40 @@ import triton.language as tl
 
 from ...runtime.checks import compute_dtype
 from ...runtime.triton import INTERPRETED, aligned, assembly_for, compile_options, on_device_of, over_blocks
-from ..triton_pixels import any_nan, block_of_program, load_code, load_pixels, load_row, squared_norm, subtract
+from ..triton_pixels import any_nan, block_of_program, gather_codes, load_pixels, load_row
+from .triton_guesses import decode_by_guesses, guess_arguments
+from .triton_search import search_all, squared_distance
 
 __all__ = ["block_of", "decode", "grid_arguments", "nearest_centroid", "options_of"]
 
-_UNROLLED: tl.constexpr = tl.constexpr(8)  # centroids per iteration of the search
 _RECORD: tl.constexpr = tl.constexpr(8)  # candidates per record of the decode grid
 
 
 @triton.jit
-def _keep_nearest(x, code, k, label, nearest, second, C: tl.constexpr, MARGIN: tl.constexpr):
-    d = squared_norm(subtract(x, code, C), C)
+def _keep_nearest_listed(x, code, j, place, nearest, second, MARGIN: tl.constexpr):
+    d = squared_distance(x, code, 3)
     closer = d < nearest
     if MARGIN:
-        second = tl.where(closer, nearest, tl.where(d < second, d, second))
-    return tl.where(closer, k, label), tl.where(closer, d, nearest), second
+        second = tl.maximum(nearest, tl.minimum(d, second))
+    return tl.where(closer, j, place), tl.where(closer, d, nearest), second
 
 
 @triton.jit
-def _search_all(x, centroids, classes, C: tl.constexpr, MARGIN: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Return the label, the smallest and (with MARGIN) the second smallest squared distance over all centroids.
+def _search_lists(x, first, records, records_left, listed, MARGIN: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Return the nearest of each pixel's candidates, and the smallest and (with MARGIN) second smallest squared distance.
 
-    Centroids are compared in the order of their index, so the lowest index wins a tie.
+    `first` is the first record of the pixel's list, 0 for pixels without one.
     """
-    label = tl.zeros(x[0].shape, tl.int32)
-    nearest = tl.full(x[0].shape, float("inf"), x[0].dtype)
-    second = nearest
-    whole = classes // _UNROLLED * _UNROLLED
-    centroid = centroids
-    for first in range(0, whole, _UNROLLED):
-        codes = ()
-        for j in tl.static_range(_UNROLLED):
-            code, codes = load_code(centroid, j, codes, C, ASSEMBLY)
-            label, nearest, second = _keep_nearest(x, code, first + j, label, nearest, second, C, MARGIN)
-        centroid += _UNROLLED * C
-    for k in range(whole, classes):
-        code = load_row(centroid, C, "plain")
-        label, nearest, second = _keep_nearest(x, code, k, label, nearest, second, C, MARGIN)
-        centroid += C
-    return label, nearest, second
-
-
-@triton.jit
-def _keep_nearest_listed(x, code, j, place, nearest):
-    d = squared_norm(subtract(x, code, 3), 3)
-    closer = d < nearest
-    return tl.where(closer, j, place), tl.where(closer, d, nearest)
-
-
-@triton.jit
-def _search_lists(x, first, records, records_left, listed, ASSEMBLY: tl.constexpr):
-    """Return the nearest of each pixel's candidates. `first` is the first record of the pixel's list, 0 for pixels without one."""
     length = tl.load(records_left + first, mask=listed, other=0)
     place = first * (4 * _RECORD)
     nearest = tl.full(first.shape, float("inf"), tl.float32)
+    second = nearest
+    point = x
     for r in range(0, tl.max(length, 0)):
-        # Pixels with a shorter list than the block's longest read their last record again, which changes nothing.
+        # Pixels with a shorter list than the block's longest read their last record again. That changes no minimum. A candidate
+        # must not be second to itself, so for a margin the pixel moves to infinity. Padding is at the other infinity.
+        if MARGIN:
+            point = (tl.where(r < length, x[0], float("-inf")), x[1], x[2])
         at = first + tl.maximum(tl.minimum(r, length - 1), 0)
         record = records + at * (4 * _RECORD)
         for half in tl.static_range(2):
@@ -77,15 +56,21 @@ def _search_lists(x, first, records, records_left, listed, ASSEMBLY: tl.constexp
             for j in tl.static_range(4):
                 # Keep the candidate's place and read its class once at the end. Lists are sorted by class, so ties stay right.
                 here = at * (4 * _RECORD) + 4 * half + j
-                place, nearest = _keep_nearest_listed(x, (a[j], b[j], c[j]), here, place, nearest)
-    return tl.load(records + 3 * _RECORD + place).to(tl.int32)
+                place, nearest, second = _keep_nearest_listed(
+                    point, (a[j], b[j], c[j]), here, place, nearest, second, MARGIN
+                )
+    return tl.load(records + 3 * _RECORD + place).to(tl.int32), nearest, second
 
 
 @triton.jit
 def _look_up(
-    x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale, SIZE: tl.constexpr, ASSEMBLY: tl.constexpr
+    x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale,
+    SIZE: tl.constexpr, MARGIN: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """Return labels from the decode grid. flowseg_kernels/decode_grid.py explains why they are exact."""
+    """Return labels from the decode grid and, with MARGIN, the two smallest squared distances.
+
+    flowseg_kernels/decode_grid.py explains why they are exact.
+    """
     a = (x[0] - grid_low) * grid_scale
     b = (x[1] - grid_low) * grid_scale
     c = (x[2] - grid_low) * grid_scale
@@ -96,40 +81,47 @@ def _look_up(
     c = tl.where(in_grid, c, 0.0).to(tl.int32)
     label = tl.load(cells + (c * SIZE + b) * SIZE + a)
     listed = in_grid & (label < 0)
+    nearest = x[0]
+    second = x[0]
     if tl.max(listed.to(tl.int32), 0) > 0:
-        label = tl.where(
-            listed, _search_lists(x, tl.where(listed, -1 - label, 0), records, records_left, listed, ASSEMBLY), label
-        )
+        first = tl.where(listed, -1 - label, 0)
+        found, nearest, second = _search_lists(x, first, records, records_left, listed, MARGIN, ASSEMBLY)
+        label = tl.where(listed, found, label)
     outside = inside & ~in_grid
     if tl.max(outside.to(tl.int32), 0) > 0:
-        found, _, _ = _search_all(x, centroids, classes, 3, False, ASSEMBLY)
+        found, smallest, second_smallest = search_all(x, centroids, classes, 3, MARGIN, ASSEMBLY)
         label = tl.where(outside, found, label)
-    return label
+        nearest = tl.where(outside, smallest, nearest)
+        second = tl.where(outside, second_smallest, second)
+    return label, nearest, second
 
 
 @triton.jit
 def decode(
-    x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale,
-    C: tl.constexpr, GRID_SIZE: tl.constexpr, MARGIN: tl.constexpr, ASSEMBLY: tl.constexpr,
+    x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale, guesses,
+    C: tl.constexpr, GRID_SIZE: tl.constexpr, AXES: tl.constexpr, LOG2_CELLS: tl.constexpr, MARGIN: tl.constexpr,
+    ASSEMBLY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return labels (-1 for NaN), smallest and second smallest squared distances. GRID_SIZE 0 searches all centroids.
+    """Return labels (-1 for NaN), smallest and second smallest squared distances.
 
-    With a grid the two distances are meaningless.
+    GRID_SIZE > 0 uses the decode grid, AXES > 0 the guesses; otherwise all centroids are searched. Without MARGIN the two distances
+    of a grid are meaningless. The second distance of guesses always is.
     """
     if GRID_SIZE > 0:
-        label = _look_up(
-            x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale, GRID_SIZE, ASSEMBLY
-        )
-        nearest = x[0]
-        second = x[0]
+        label, nearest, second = _look_up(
+            x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale, GRID_SIZE, MARGIN, ASSEMBLY
+        )  # fmt: skip
+    elif AXES > 0:
+        label, nearest = decode_by_guesses(x, inside, centroids, classes, guesses, AXES, LOG2_CELLS, C, ASSEMBLY, BLOCK)
+        second = nearest
     else:
-        label, nearest, second = _search_all(x, centroids, classes, C, MARGIN, ASSEMBLY)
+        label, nearest, second = search_all(x, centroids, classes, C, MARGIN, ASSEMBLY)
     return tl.where(any_nan(x, C), -1, label), nearest, second
 
 
 @triton.jit(
     do_not_specialize=[
-        "x_b", "x_c", "x_h", "x_w", "width", "pixels", "blocks", "classes", "ignore_index", "grid_low", "grid_scale",
+        "x_b", "x_c", "x_h", "x_w", "width", "pixels", "blocks", "rival_count", "classes", "ignore_index", "grid_low", "grid_scale",
     ]
 )  # fmt: skip
 def _nearest_centroid(
@@ -137,6 +129,8 @@ def _nearest_centroid(
     centroids,  # (K, C)
     # decode grid, as flowseg_kernels/decode_grid.py lays it out
     cells, records, records_left,
+    # guesses, as flowseg_kernels/decode_guesses.py lays them out
+    projection, starts, members, rivals, certain, rival_count,
     # results (B, H, W), contiguous
     labels, distance, margin,
     # strides of x
@@ -144,21 +138,24 @@ def _nearest_centroid(
     # sizes: pixels and blocks per image
     width, pixels, blocks, classes, ignore_index,
     grid_low, grid_scale,
-    X_LAYOUT: tl.constexpr, C: tl.constexpr, GRID_SIZE: tl.constexpr, DISTANCE: tl.constexpr, MARGIN: tl.constexpr,
-    ASSEMBLY: tl.constexpr, BLOCK: tl.constexpr,
+    X_LAYOUT: tl.constexpr, C: tl.constexpr, GRID_SIZE: tl.constexpr, AXES: tl.constexpr, LOG2_CELLS: tl.constexpr,
+    DISTANCE: tl.constexpr, MARGIN: tl.constexpr, ASSEMBLY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     classes = tl.cast(classes, tl.int32)
     image, start, inside = block_of_program(pixels, blocks, X_LAYOUT, BLOCK)
     acc: tl.constexpr = centroids.dtype.element_ty
     point = load_pixels(x, image, x_b, x_c, x_h, x_w, start, width, inside, X_LAYOUT, C, acc, BLOCK)
     label, nearest, second = decode(
-        point, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale, C, GRID_SIZE, MARGIN, ASSEMBLY
+        point, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale,
+        (projection, starts, members, rivals, certain, rival_count), C, GRID_SIZE, AXES, LOG2_CELLS, MARGIN, ASSEMBLY, BLOCK,
     )  # fmt: skip
     at = image * pixels + start + tl.arange(0, BLOCK)
     unknown = label < 0
     label_dtype: tl.constexpr = labels.dtype.element_ty
     tl.store(labels + at, tl.where(unknown, tl.cast(ignore_index, label_dtype), label.to(label_dtype)), mask=inside)
     if DISTANCE or MARGIN:
+        if GRID_SIZE > 0 and not MARGIN:
+            nearest = squared_distance(point, gather_codes(centroids, label, C), C)
         root = tl.where(unknown, float("nan"), tl.sqrt(nearest))
         if DISTANCE:
             tl.store(distance + at, root, mask=inside)
@@ -166,25 +163,29 @@ def _nearest_centroid(
             tl.store(margin + at, tl.sqrt(second) - root, mask=inside)
 
 
-def options_of(dtype: torch.dtype, registers: int = 96) -> dict[str, object]:
+def options_of(dtype: torch.dtype, uses_guesses: bool, registers: int = 96) -> dict[str, object]:
     """Return the compiler options. The bound on registers keeps ptxas from spilling in order to run more programs at once."""
-    return compile_options(4, registers=128 if dtype == torch.float64 else registers)
+    return compile_options(
+        1 if uses_guesses else 4, registers=128 if dtype == torch.float64 or uses_guesses else registers
+    )
 
 
-def block_of(channels: int, uses_grid: bool) -> int:
-    """Return the pixels per program of 128 threads.
+def block_of(channels: int, uses_grid: bool, uses_guesses: bool, margin: bool = False) -> int:
+    """Return the pixels per program, of 128 threads, or of 32 with guesses.
 
     The pixels of a thread share each centroid it loads: four pixels, fewer for many channels. A grid look-up always takes four,
-    to have many loads in flight.
+    to have many loads in flight, or two for a margin, as four would spill registers.
     """
     if INTERPRETED:
         return 4096
+    if uses_guesses:
+        return 128 if channels <= 8 else 64
+    if uses_grid and margin:
+        return 256
     return 512 if channels <= 4 or uses_grid else 256 if channels <= 8 else 128
 
 
-def grid_arguments(
-    centroids: torch.Tensor, tables: list[torch.Tensor]
-) -> tuple[tuple[torch.Tensor, ...], int]:
+def grid_arguments(centroids: torch.Tensor, tables: list[torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], int]:
     """Return the decode grid's tensors and its size. Without a grid the size is 0 and the tensors are placeholders."""
     if len(tables) != 3 or centroids.dtype != torch.float32 or centroids.shape[1] != 3:
         return (centroids, centroids, centroids), 0
@@ -214,14 +215,16 @@ def nearest_centroid(
         return labels, distance, margin
     centroids = aligned(centroids)
     grid, size = grid_arguments(centroids, tables)
-    if return_distance or return_margin:
-        size = 0
-    block = block_of(channels, size > 0)
+    # The guesses do not find the second nearest code.
+    guesses, axes = guess_arguments(centroids, [] if return_margin else tables)
+    uses_guesses = axes["AXES"] > 0
+    block = block_of(channels, size > 0, uses_guesses, return_margin)
     programs, sizes, layouts = over_blocks(block, X=x)
     with on_device_of(x):
         _nearest_centroid[programs](
-            x, centroids, *grid, labels, distance, margin, *sizes, centroids.shape[0], ignore_index, grid_low, grid_scale,
-            **layouts, C=channels, GRID_SIZE=size, DISTANCE=return_distance, MARGIN=return_margin,
-            ASSEMBLY=assembly_for(centroids.dtype), BLOCK=block, **options_of(centroids.dtype),
+            x, centroids, *grid, *guesses, labels, distance, margin, *sizes, centroids.shape[0], ignore_index,
+            grid_low, grid_scale, **layouts, C=channels, GRID_SIZE=size, **axes, DISTANCE=return_distance,
+            MARGIN=return_margin, ASSEMBLY=assembly_for(centroids.dtype), BLOCK=block,
+            **options_of(centroids.dtype, uses_guesses),
         )  # fmt: skip
     return labels, distance, margin

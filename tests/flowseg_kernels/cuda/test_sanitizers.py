@@ -1,7 +1,8 @@
 """The CUDA kernels on the host under ThreadSanitizer and AddressSanitizer, which must also find the faults planted for them.
 
-The loss and the decode run for three channels, fp32 arithmetic and neg_log only: the other kernels are instances of the same
-templates, and the tests of the ops run them without a sanitizer (`pytest -p tests.host_cuda.plugin tests/flowseg_kernels/ops`).
+The loss and the decode run for three channels (by guesses: four), fp32 arithmetic and neg_log only: the other kernels are instances
+of the same templates, and the tests of the ops run them without a sanitizer (`pytest -p tests.host_cuda.plugin
+tests/flowseg_kernels/ops`).
 test_field_forward.py and test_field_backward.py plant faults that need no sanitizer.
 """
 
@@ -13,9 +14,13 @@ import pytest
 from ...host_cuda import kernels as host_kernels
 
 OPTIONS = {"TSAN_OPTIONS": "exitcode=66:halt_on_error=1", "ASAN_OPTIONS": "exitcode=66:detect_leaks=0"}
-#: Planted faults by the code that contains them: reading pixels and staging codes, or reading the lists of the decode grid and
-#: counting its results. ThreadSanitizer looks for a missing barrier, AddressSanitizer for a read past the end of an array.
-FAULTS = {"thread": {"pixels": "race", "grid": "histogram"}, "address": {"pixels": "overrun", "grid": "list"}}
+#: Planted faults by the code that contains them: reading pixels and staging codes, reading the lists of the decode grid and counting
+#: its results, or staging the projection of guesses and reading their lists. ThreadSanitizer looks for a missing barrier,
+#: AddressSanitizer for a read past the end of an array.
+FAULTS = {
+    "thread": {"pixels": "race", "grid": "histogram", "guesses": "axes"},
+    "address": {"pixels": "overrun", "grid": "list", "guesses": "members"},
+}
 MESSAGES = {"thread": "data race", "address": "heap-buffer-overflow"}
 
 
@@ -39,7 +44,7 @@ def test_every_kernel_is_clean(driver):
     assert done.returncode == 0 and "every kernel ran" in done.stdout, done.stdout + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("place", ["pixels", "grid"])
+@pytest.mark.parametrize("place", ["pixels", "grid", "guesses"])
 def test_the_planted_fault_is_found(driver, place):
     sanitizer, run = driver
     done = run(FAULTS[sanitizer][place])

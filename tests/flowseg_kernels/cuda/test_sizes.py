@@ -83,7 +83,7 @@ def test_an_image_of_more_than_two_to_the_32_pixels(last_blocks):
     assert not out[:end].any()  # the first blocks did not run
 
 
-@pytest.mark.parametrize("channels, classes", [(3, 152), (3, 153), (4, 128), (4, 129)])
+@pytest.mark.parametrize("channels, classes", [(2, 128), (2, 129), (3, 152), (3, 153), (4, 127), (4, 128)])
 def test_the_histogram_moves_to_global_memory(backend, channels, classes):
     """The largest number of classes at which the histogram and the decoding fit into the 48 KiB of shared memory that the host
     build reports, and one class more."""

@@ -151,6 +151,64 @@ def test_distance_and_margin(backend, channels, dtype):
     assert len(only) == 2 and torch.equal(only[1], margin)
 
 
+def points_for(mu, low, scale, cells):
+    """Points (N, 3) where a look-up may go wrong: borders of cells, ties, near codes, and outside the grid."""
+    classes = len(mu)
+    borders = low + torch.arange(cells + 1) / scale
+    ticks = torch.cat((borders, borders.nextafter(torch.tensor(9.0)), borders.nextafter(torch.tensor(-9.0))))
+    corner = ticks[torch.randint(0, len(ticks), (1500, 3))]
+    pairs = mu[torch.randint(0, classes, (2, 1500))]
+    near = mu[torch.randint(0, classes, (2500,))] + torch.tensor([0.0, 1e-6, 0.05, 0.3])[
+        torch.randint(0, 4, (2500, 1))
+    ] * torch.randn(2500, 3)
+    points = torch.cat((corner, pairs.mean(dim=0), near))
+    cell = (points - low) * scale
+    inside = ((cell >= 0) & (cell < cells)).all(dim=1)
+    far = torch.randn(60, 3) * torch.tensor([3.0, 1e6, 1e15, 1e25])[torch.randint(0, 4, (60, 1))]
+    far[0, 1], far[1, 0], far[2, :2] = torch.nan, torch.inf, torch.tensor([torch.inf, -torch.inf])
+    # Points outside the grid last: a Triton block that has one of them searches all classes, which is slow in the interpreter.
+    return torch.cat((points[inside], points[~inside][:200], far))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 24, 150, 1030])
+def test_distance_and_margin_of_the_grids_are_those_of_a_full_search(backend, classes):
+    mu = fk.kronecker_centroids(classes, 3)
+    if classes == 24:  # powers of two make ties exact; some codes are there two or three times, far apart in the list
+        mu = (8 * mu).round() / 8
+        mu = torch.cat((mu, mu[:9], mu[3:9]))
+    (cells, *_), low, scale = decode_tables(mu, margin=True)
+    points = points_for(mu, low, scale, cells.shape[-1])
+    image, book = points.T.reshape(1, 3, 1, -1), fk.Codebook(mu, ignore_index=-1)
+    want = fk.nearest_centroid(image, mu, return_distance=True, return_margin=True, ignore_index=-1)
+    got = fk.nearest_centroid(image, book, return_distance=True, return_margin=True)
+    label, distance = fk.nearest_centroid(image, book, return_distance=True)
+    for name, a, b in zip(
+        ("label", "distance", "margin", "label beside distance", "distance alone"),
+        (*want, *want),
+        (*got, label, distance),
+    ):
+        torch.testing.assert_close(b, a, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+    assert (want[0] == -1).sum() == 1
+    good = points.isfinite().all(dim=1) & (points.abs().amax(dim=1) < 1e9)
+    _, best, second = two_smallest(points[good], mu)
+    torch.testing.assert_close(distance.flatten()[good].double(), best.sqrt(), rtol=1e-5, atol=1e-6)
+    if classes > 1:
+        # The margin is a difference of two rounded distances.
+        error = (got[2].flatten()[good].double() - (second.sqrt() - best.sqrt())).abs()
+        assert (error <= 1e-6 + 1e-6 * second.sqrt()).all()
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_distance_and_margin_of_the_grids_in_every_dtype_and_layout(backend, dtype, codes150):
+    x, _, _, _ = image_batch(codes150.centroids, 2, 9, 40, 0.1, dtype)
+    want = fk.nearest_centroid(x, codes150.centroids, return_distance=True, return_margin=True)
+    for name, view in list(layouts(x))[::2]:
+        both = fk.nearest_centroid(view, codes150, return_distance=True, return_margin=True, out_dtype=torch.int16)
+        distance = fk.nearest_centroid(view, codes150, return_distance=True)[1]
+        assert torch.equal(both[0].long(), want[0]), name
+        assert torch.equal(both[1], want[1]) and torch.equal(distance, want[1]) and torch.equal(both[2], want[2]), name
+
+
 def test_one_class_has_an_infinite_margin(backend):
     labels, margin = fk.nearest_centroid(torch.randn(1, 3, 4, 5), torch.zeros(1, 3), return_margin=True)
     assert not labels.any() and margin.isposinf().all()

@@ -24,9 +24,13 @@ THREADS, GRID_THREADS = 128, 512
 #: The kernels whose machine code is read, by short name.
 READ = (
     *("correct float 3", "correct float 8", "loss float 3", "loss float 8"),
-    *("decode_by_grid", "decode_by_search float 3"),
+    *("decode_by_grid", "decode_by_search float 3", "decode_by_guesses float 8"),
     *("interpolate float", "interpolate_backward float", "scale float"),
 )
+#: Kernels whose time per pixel does not follow from the cost per class.
+WITH_TABLES = ("decode_by_grid", "decode_by_guesses 8")
+#: Kernels by guesses, of which only the form for four channels is compiled where only three channels are.
+FEWEST_CHANNELS = ("decode_by_guesses float 4", "confusion_by_guesses float 4")
 #: Limits of a multiprocessor of sm_90, and the lane-instructions per second that we assume for an H200.
 REGISTERS, MAX_THREADS, LANE_INSTRUCTIONS = 65536, 2048, 33e12
 
@@ -82,9 +86,10 @@ def code() -> dict[str, list[sass.Instruction]]:
     return sass.disassemble(binary, [name for name in sass.resources(binary) if short_name(name) in READ])
 
 
-def _loops(kernel: str) -> list[sass.Loop]:
-    """The innermost loops of a kernel, given by its short name."""
-    return [loop for name, body in code().items() if short_name(name) == kernel for loop in sass.innermost_loops(body)]
+def _loops(kernel: str, template: str = "") -> list[sass.Loop]:
+    """The innermost loops of a kernel, given by its short name and a part of its mangled template arguments."""
+    bodies = [body for name, body in code().items() if short_name(name) == kernel and template in name]
+    return [loop for body in bodies for loop in sass.innermost_loops(body)]
 
 
 def instructions() -> dict[str, dict[str, float]]:
@@ -104,19 +109,50 @@ def instructions() -> dict[str, dict[str, float]]:
             found[name] = {"rivals": min(costs), "rivals and own class": max(costs)}
     # A list is read eight candidates at a time. For a point outside the grid each lane takes one centroid per iteration, from
     # shared memory or, with more than 1024 classes, from global memory.
-    loops = _loops("decode_by_grid")
-    listed = [loop for loop in loops if loop.opcodes()["FMUL"] == 8]
-    shared = [loop for loop in loops if loop.opcodes()["FMUL"] == 1]
-    assert len(listed) == len(shared) == 6, (len(listed), len(shared))  # three dtypes, with and without words
-    found["decode_by_grid"] = {
-        "listed candidate": max(len(loop) / 8 for loop in listed),
-        "32 centroids, for a point outside the grid": max(map(len, shared)),
-    }
+    # Three dtypes; with and without words, except for the margin. Measure is 0 for labels alone, 1 for distance, 2 for margin.
+    found["decode_by_grid"] = {}
+    for measures, forms, more in (("01", 12, ""), ("2", 3, ", with the second nearest")):
+        loops = [loop for measure in measures for loop in _loops("decode_by_grid", f"MeasureE{measure}E")]
+        listed = [loop for loop in loops if loop.opcodes()["FMUL"] == 8]
+        shared = [loop for loop in loops if loop.opcodes()["FMUL"] == 1]
+        assert len(listed) == len(shared) == forms, (len(listed), len(shared))
+        found["decode_by_grid"] |= {
+            f"listed candidate{more}": max(len(loop) / 8 for loop in listed),
+            f"32 centroids, for a point outside the grid{more}": max(map(len, shared)),
+        }
     loops = [loop for loop in _loops("decode_by_search float 3") if loop.opcodes()["FMUL"] == 16]
     costs = sorted({len(loop) / 16 for loop in loops})
     assert len(costs) == 2, costs
     found["decode_by_search"] = dict(zip(("centroid", "centroid, with the second nearest"), costs))
+    found["decode_by_guesses 8"] = _guesses(8, pixels_per_thread=2)
     return {kernel: {k: round(v, 2) for k, v in costs.items()} for kernel, costs in found.items()}
+
+
+def _guesses(channels: int, pixels_per_thread: int) -> dict[str, float]:
+    """Instructions of decoding by guesses, the maximum over the forms with and without the second nearest.
+
+    A pass guesses one pixel per thread. It contains the votes of the warp and the loop over the classes of a cell. All instructions
+    of a pass count, and those that nearly no pixel needs: a cell with one class, channels other than 8, NaN, the rivals.
+    """
+    passes, shared, searched = [], [], []
+    for name, body in code().items():
+        if short_name(name) != f"decode_by_guesses float {channels}":
+            continue
+        innermost = sass.innermost_loops(body)
+        products = {id(loop): loop.opcodes()["FMUL"] for loop in innermost}
+        (tried, *_) = [loop for loop in innermost if products[id(loop)] == 1]
+        passes.append(min(len(loop) for loop in sass.loops(body) if loop.first < tried.first and tried.last < loop.last))
+        # Two classes per iteration.
+        shared += [len(loop) / 2 for loop in innermost if products[id(loop)] == 2]
+        searched += [
+            len(loop) / (2 * pixels_per_thread) for loop in innermost if products[id(loop)] == 2 * pixels_per_thread
+        ]
+    assert len(passes) == 2 and shared and len(searched) == 2, (passes, shared, searched)
+    return {
+        "a pass: a pixel per thread guessed, its class tried on the others": max(passes),
+        "32 centroids, for a pixel without a proof": max(shared),
+        "centroid, where most guesses fail": min(searched),
+    }
 
 
 def table(budget: dict) -> str:
@@ -127,7 +163,8 @@ def table(budget: dict) -> str:
     ]
     titles = {"correct": "distance_correction, per pixel and class", "correct 8": "the same, `C = 8`",
               "loss": "flow_loss, per pixel and class", "loss 8": "the same, `C = 8`",
-              "decode_by_grid": "decoding by grid", "decode_by_search": "decoding by search"}  # fmt: skip
+              "decode_by_grid": "decoding by grid", "decode_by_search": "decoding by search",
+              "decode_by_guesses 8": "decoding by guesses, `C = 8`"}  # fmt: skip
     for kernel, costs in budget["instructions"].items():
         name, _, channels = kernel.partition(" ")
         used = budget["registers"].get(kernel) or budget["registers"][f"{name} float {channels or 3}"]
@@ -136,7 +173,7 @@ def table(budget: dict) -> str:
         blocks = REGISTERS // ((registers + 7) // 8 * 8 * threads)
         share = f"{blocks} blocks of {threads}: {100 * blocks * threads / MAX_THREADS:.0f} %"
         for i, (part, cost) in enumerate(costs.items()):
-            rate = f"{LANE_INSTRUCTIONS / 150 / cost / 1e9:.1f} Gpixel/s" if kernel != "decode_by_grid" else ""
+            rate = f"{LANE_INSTRUCTIONS / 150 / cost / 1e9:.1f} Gpixel/s" if kernel not in WITH_TABLES else ""
             first = (titles[kernel], registers, share) if i == 0 else ("", "", "")
             lines.append(f"| {first[0]} | {part} | {cost:g} | {first[1]} | {first[2]} | {rate} |")
     return "\n".join(lines)

@@ -25,7 +25,10 @@ COUNTED = {
     "flow_loss C=3 velocity 0 bf16": ("MUFU.RCP", "MUFU.RCP"),
     "flow_loss C=3 endpoint 0 bf16": ("MUFU.RCP", "MUFU.RCP"),
     "nearest_centroid C=3 grid bf16": ("FSETP", "LDG.E.128"),
+    "nearest_centroid C=3 grid margin bf16": ("FSETP", "LDG.E.128"),
     "nearest_centroid C=3 bf16": ("FSETP", "FSETP"),
+    "nearest_centroid C=8 guesses bf16": ("FSETP", "FSETP"),
+    "nearest_centroid C=16 guesses bf16": ("FSETP", "FSETP"),
 }
 
 
@@ -57,6 +60,14 @@ def _instructions_per_candidate(code, mark, loop_mark):
     return sorted((lengths - len(blocks[k])) / (counts - marks[k]) for k in ways)
 
 
+def _instructions_of_guesses(code, pixels_per_thread):
+    """Return the instructions per pixel before the first guess, and per guess. The loop over guesses is the first one."""
+    guesses = min(sass.loops(code), key=lambda loop: loop.first)
+    assert guesses.opcodes()["FMUL"] == pixels_per_thread and guesses.opcodes()["REDUX"] == 1, guesses.opcodes()
+    before = sum(i.address < guesses.first for i in code)
+    return {"load and find the cell": before / pixels_per_thread, "guess": len(guesses) / pixels_per_thread}
+
+
 def counted(name: str) -> dict[str, float]:
     """Registers per thread, threads per program, and instructions per pixel and centroid on the shorter and the longer way."""
     kernel = compiled(name, "sm_90")
@@ -65,7 +76,10 @@ def counted(name: str) -> dict[str, float]:
     shorter, longer = _instructions_per_candidate(code, *COUNTED[name])
     found = {"rivals": round(shorter, 2), "rivals and own class": round(longer, 2)}
     found = found if COUNTED[name][0] == "MUFU.RCP" else {"candidate": round(longer, 2)}
-    return {"registers": used["REG"], "threads": 32 * kernel.metadata.num_warps, "instructions": found}
+    threads = 32 * kernel.metadata.num_warps
+    if "guesses" in name:
+        found = {**_instructions_of_guesses(code, VARIANTS[name].constants["BLOCK"] // threads), **found}
+    return {"registers": used["REG"], "threads": threads, "instructions": found}
 
 
 def table(budget: dict) -> str:
