@@ -39,7 +39,7 @@ class Plant:
 PLANTS = (
     Plant(
         "off-by-one tail",
-        "flowseg_kernels/ops/nearest_centroid/triton_kernels.py",
+        "flowseg_kernels/ops/nearest_centroid/triton_search.py",
         (("for k in range(whole, classes):", "for k in range(whole, classes - 1):"),),
         "Triton",
         (f"{OPS}/test_nearest_centroid.py", "-k", "brute_force or one_class"),
@@ -102,7 +102,7 @@ PLANTS = (
     ),
     Plant(
         "tie order",
-        "csrc/cpu/pixel/decode.h",
+        "csrc/cpu/pixel/search.h",
         (("const I closer = d < best[u];", "const I closer = d <= best[u];"),),
         "C++",
         (f"{OPS}/test_nearest_centroid.py", "-k", "ties or one_class"),
