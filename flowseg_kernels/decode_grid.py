@@ -93,7 +93,7 @@ def build_decode_grid(centroids: Tensor, order: int = 1) -> DecodeGrid | None:
     """Build the decode grid of (K, 3) centroids on the CPU, refining from 1 to 2, 4, ..., 64 cells per axis.
 
     Args:
-        order: 1: lists hold each code that can be nearest. 2: each that can be nearest or second nearest, and no cell names a class.
+        order: 1: lists hold each code that can be nearest. 2: each that can be nearest or second nearest; no cell names a class.
 
     Return None if the lists would be long, as for codes that are close together for their extent, or if fp32 cannot tell the cells
     apart.

@@ -56,9 +56,8 @@ def _search_lists(x, first, records, records_left, listed, MARGIN: tl.constexpr,
             for j in tl.static_range(4):
                 # Keep the candidate's place and read its class once at the end. Lists are sorted by class, so ties stay right.
                 here = at * (4 * _RECORD) + 4 * half + j
-                place, nearest, second = _keep_nearest_listed(
-                    point, (a[j], b[j], c[j]), here, place, nearest, second, MARGIN
-                )
+                code = (a[j], b[j], c[j])
+                place, nearest, second = _keep_nearest_listed(point, code, here, place, nearest, second, MARGIN)
     return tl.load(records + 3 * _RECORD + place).to(tl.int32), nearest, second
 
 
@@ -109,7 +108,8 @@ def decode(
     """
     if GRID_SIZE > 0:
         label, nearest, second = _look_up(
-            x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale, GRID_SIZE, MARGIN, ASSEMBLY
+            x, inside, centroids, classes, cells, records, records_left, grid_low, grid_scale,
+            GRID_SIZE, MARGIN, ASSEMBLY,
         )  # fmt: skip
     elif AXES > 0:
         label, nearest = decode_by_guesses(x, inside, centroids, classes, guesses, AXES, LOG2_CELLS, C, ASSEMBLY, BLOCK)
