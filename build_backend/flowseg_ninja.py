@@ -18,7 +18,8 @@ ISA_FLAGS = {
 }
 #: csrc/cpu/NAME.cpp
 CPU_OPS = (
-    "flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion", "neural_field",
+    "flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion", "class_probabilities",
+    "top_classes", "neural_field",
 )  # fmt: skip
 #: Sources in csrc/cpu that are compiled once per instruction set, with the flags of each.
 CPU_KERNELS = {
