@@ -370,9 +370,16 @@ def evaluate(
             # The scores are shown before the command fails.
             unwritten = error.strerror or str(error)
     table = Table("class", "IoU %")
-    for name, value in zip(data.labels.classes, scores.iou):
-        table.add_row(printable(name), "absent" if value is None else f"{value:.2f}")
-    table.add_section()
+    names, groups = data.labels.classes, {"": range(len(scores.iou))}
+    if len(names) > 255:
+        # All classes are in the JSON file and in the report.
+        groups = scores.notable(10)
+    for title, classes in groups.items():
+        if title:
+            table.add_row(f"[italic]{title} of {len(names)}[/]", "")
+        for k in classes:
+            table.add_row(printable(names[k]), "absent" if scores.iou[k] is None else f"{scores.iou[k]:.2f}")
+        table.add_section()
     table.add_row("mIoU", f"{scores.miou:.2f}")
     table.add_row("pixel accuracy", f"{scores.pixel_accuracy:.2f}")
     output = make_console(stderr=False)

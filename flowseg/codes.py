@@ -6,13 +6,14 @@ import torch
 
 from flowseg.config import CodesConfig
 from flowseg.errors import UserError
+from flowseg.label_kinds import label_kind
 from flowseg_kernels import Codebook, grid_centroids, kronecker_centroids
-
-IGNORE_INDEX = 255
 
 
 def build_codebook(codes: CodesConfig, num_classes: int) -> Codebook:
-    """Make the centroids ``(num_classes, C)`` in [-1, 1] by the configured sequence, with ignore index 255.
+    """Make the centroids ``(num_classes, C)`` in [-1, 1] by the configured sequence.
+
+    The ignored label is that of :func:`flowseg.label_kinds.label_kind`: 255 up to 255 classes, else 65535.
 
     Raises:
         UserError: a one-hot code with another number of channels than classes.
@@ -28,4 +29,4 @@ def build_codebook(codes: CodesConfig, num_classes: int) -> Codebook:
         centroids = grid_centroids(num_classes, codes.channels)
     else:
         centroids = kronecker_centroids(num_classes, codes.channels, sequence=codes.sequence)
-    return Codebook(centroids, ignore_index=IGNORE_INDEX)
+    return Codebook(centroids, ignore_index=label_kind(num_classes).ignore)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,6 +18,8 @@ from flowseg.runs.terminal import decoded
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+LARGEST_LABEL_VALUE = 65535
+"""Largest label value in files, which have at most 16 bits."""
 
 
 Parsed = TypeVar("Parsed", bound="Section")
@@ -134,11 +137,15 @@ class DataConfig(Section):
     """Check of the files before training: label values (``full``), sizes (``headers``) or nothing. ``None``: ``full`` for up
     to 6000 pairs, else ``headers``."""
     classes: list[str] | None = None
+    """Names of up to 65,535 classes, or the path of a text file with one name a line, which is read at once: a run keeps the
+    names, not the path."""
     palette: list[tuple[int, int, int]] | None = None
-    values: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
-    """Label value of each class in the files, such as ``[0, 255]``. ``None``: those of the data set, or 0, 1, 2, ..."""
-    ignore: list[Annotated[int, Field(ge=0, le=65535)]] | None = None
-    """Label values to ignore. 255 is always ignored unless it is the value of a class. ``None``: those of the data set."""
+    values: list[Annotated[int, Field(ge=0, le=LARGEST_LABEL_VALUE)]] | None = None
+    """Label value of each class in the files, such as ``[0, 255]`` or ``[1-1203]``. ``None``: those of the data set, or
+    0, 1, 2, ..."""
+    ignore: list[Annotated[int, Field(ge=0, le=LARGEST_LABEL_VALUE)]] | None = None
+    """Label values to ignore, such as ``[0, 1204-65534]``. 255, or 65535 with more than 255 classes, is always ignored unless
+    it is the value of a class. ``None``: those of the data set."""
     exif: Literal["upright", "stored"] = "upright"
     """How label maps were drawn: on the image as a viewer shows it (``upright``) or on its stored pixels (``stored``).
     Images are always turned by their EXIF orientation. With ``stored`` label maps are turned too, and ``predict`` writes
@@ -164,11 +171,52 @@ class DataConfig(Section):
     """Number of scenes per epoch of generated data (digits, paints)."""
     scenes_val: Count = 200
 
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _names_of_file(cls, value: Any) -> Any:
+        return _read_names(Path(value)) if isinstance(value, str | Path) else value
+
+    @field_validator("values", "ignore", mode="before")
+    @classmethod
+    def _without_ranges(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple) or not any(isinstance(item, str) for item in value):
+            return value
+        return [number for item in value for number in (_numbers(item) if isinstance(item, str) else [item])]
+
     @model_validator(mode="after")
     def _scales(self) -> DataConfig:
         if self.scale_min > self.scale_max:
             raise ValueError(f"scale_min ({self.scale_min:g}) must not exceed scale_max ({self.scale_max:g})")
         return self
+
+
+def _read_names(path: Path) -> list[str]:
+    """Class names from a text file in UTF-8, one a line; empty lines may only follow the last name."""
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(
+            f"data.classes: wanted a list of names or a text file with one name a line; {str(path)!r} cannot be read as text "
+            f"({reason}); write a list, such as data.classes=[{path}], or give the path of a file"
+        ) from None
+    names = [line.strip() for line in lines]
+    while names and not names[-1]:
+        names.pop()
+    if not names or "" in names:
+        line = names.index("") + 1 if names else 1
+        raise ValueError(f"data.classes: {path}, line {line} is empty; wanted one class name a line")
+    return names
+
+
+def _numbers(text: str) -> list[int | str]:
+    """The whole numbers of a range such as ``1-1203``; any other text as it is."""
+    first, dash, last = text.partition("-")
+    if not (dash and first.strip().isdecimal() and last.strip().isdecimal()):
+        return [text]
+    first, last = int(first), int(last)
+    # Validation of the ends suffices to refuse the range.
+    return [text] if first > last else [first, last] if last > LARGEST_LABEL_VALUE else list(range(first, last + 1))
 
 
 class OptimConfig(Section):
@@ -328,7 +376,9 @@ class Config(Section):
 
     def at_step(self, step: int) -> Config:
         """A copy with the size, batch size and learning rate of the stage that contains ``step``."""
-        config = self.model_copy(deep=True)
+        # Class names and label values are shared, not copied: thousands of them would take longer than a small step.
+        shared = (self.data.classes, self.data.palette, self.data.values, self.data.ignore)
+        config = copy.deepcopy(self, {id(part): part for part in shared if part is not None})
         for stage in self.train.stages:
             if stage.at <= step:
                 config.data.height, config.data.width = stage.height, stage.width
@@ -426,7 +476,7 @@ def save_config(config: Config, path: Path) -> None:
     write_whole(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-class _OnceLoader(yaml.SafeLoader):
+class _OnceLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """YAML loader that rejects a repeated key: PyYAML would silently keep the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -501,6 +551,13 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
         return message if not key or "." in message.split(" ")[0] else f"{key}: {message}"
     hint = f"; write a list, such as {key}=[{first['input']}]" if first["type"] == "list_type" else ""
     return f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}{hint}"
+
+
+def shortened(value: Any) -> Any:
+    """A value of a setting to show: a list of more than 255 items becomes a text with its first ones."""
+    if not isinstance(value, list) or len(value) <= 255:
+        return value
+    return f"{len(value)} items: {', '.join(map(str, value[:20]))}, ..."
 
 
 def known_keys() -> list[str]:

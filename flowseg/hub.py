@@ -14,9 +14,12 @@ from flowseg.checkpoint import load_weights, save_weights
 from flowseg.config import config_from_tree, override
 from flowseg.data.datasets import resolve_labels
 from flowseg.errors import UserError
+from flowseg.label_kinds import label_kind
 from flowseg.runs.terminal import printable
 from flowseg.segment import Segmenter, default_device
 
+# Number of classes to list in the model card.
+_LISTED = 255
 WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"
 
 
@@ -113,6 +116,8 @@ def model_card(segmenter: Segmenter, scores: dict | None = None, license: str | 
         )
     else:
         measured = "Not measured: no scores were given when this card was written."
+    dtype = str(label_kind(len(labels.classes)).dtype).removeprefix("torch.")
+    more = f" and {len(labels.classes) - _LISTED} more, in `{SETTINGS}`" if len(labels.classes) > _LISTED else ""
     loss = "plain flow matching" if config.loss.correction_weight == 0 else "flow matching with the FlowSeg correction"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -130,7 +135,7 @@ Semantic segmentation by a flow from the image to a colour-coded label map (arXi
 from flowseg.hub import from_pretrained
 
 segmenter = from_pretrained("this folder, or its name on the hub")
-labels = segmenter.labels("photo.jpg")  # (H, W) uint8
+labels = segmenter.labels("photo.jpg")  # (H, W) {dtype}
 ```
 
 ## Measured
@@ -145,7 +150,7 @@ a probability.
 
 ## Classes
 
-{", ".join(map(_in_markdown, labels.classes))}
+{", ".join(map(_in_markdown, labels.classes[:_LISTED]))}{more}
 """
 
 

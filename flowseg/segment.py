@@ -32,6 +32,7 @@ from flowseg.inference.views import (
     resize_labels,
     windows,
 )
+from flowseg.label_kinds import LabelKind, label_kind
 from flowseg.model import FlowSegModel
 from flowseg_kernels import Codebook, nearest_centroid
 
@@ -66,6 +67,10 @@ class Segmenter:
         self.model, self.codebook, self.config = model.to(self.device), codebook.to(self.device), config
         self.compiled = compiled
         self._network, self._graphs = SamplingNetwork(), Graphs()
+
+    @property
+    def _kind(self) -> LabelKind:
+        return label_kind(self.codebook.num_classes)
 
     @classmethod
     def from_run(
@@ -217,9 +222,10 @@ class Segmenter:
     def native_labels(
         self, images: Sequence[Image.Image], native: tuple[int, int], *, with_margin: bool = False
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield labels ``(H, W)`` uint8 and, with ``with_margin``, margins ``(H, W)`` float32 at native size.
+        """Yield labels ``(H, W)`` and, with ``with_margin``, margins ``(H, W)`` float32 at native size.
 
-        Pixels that decode to no class (NaN) are 255. Apart from the results, memory does not grow with the native size:
+        Labels are uint8, and pixels that decode to no class (NaN) are 255; with more than 255 classes they are int32 and
+        65535. Apart from the results, memory does not grow with the native size:
         labels are decoded before they are enlarged if ``sample.upsample`` is ``"labels"``, and in parts otherwise.
 
         Args:
@@ -247,9 +253,9 @@ class Segmenter:
             labels, margin = self._decode(field, with_margin)
             return enlarge_labels(labels, native), margin if margin is None else enlarge_labels(margin, native)
         if upsample == "probabilities":
-            labels = resize_labels(self._probabilities(field[None])[0], native, dtype=torch.uint8)
+            labels = resize_labels(self._probabilities(field[None])[0], native, dtype=self._kind.dtype)
             return labels, self._margin_of_codes(labels) if with_margin else None
-        labels = torch.empty(native, dtype=torch.uint8, device=field.device)
+        labels = torch.empty(native, dtype=self._kind.dtype, device=field.device)
         margin = torch.empty(native, device=field.device) if with_margin else None
         for columns, part in interpolated_columns(field, native):
             labels[:, columns], found = self._decode(part, with_margin)
@@ -258,21 +264,21 @@ class Segmenter:
         return labels, margin
 
     def _decode(self, field: Tensor, with_margin: bool) -> tuple[Tensor, Tensor | None]:
-        found = nearest_centroid(field[None], self.codebook, out_dtype=torch.uint8, return_margin=with_margin)
+        found = nearest_centroid(field[None], self.codebook, out_dtype=self._kind.dtype, return_margin=with_margin)
         return (found[0][0], found[1][0]) if with_margin else (found[0], None)
 
     def _margin_of_codes(self, labels: Tensor) -> Tensor:
-        """Margins of pixels that lie exactly on the codes of their labels; NaN for label 255."""
+        """Margins of pixels that lie exactly on the codes of their labels; NaN for the ignored label."""
         codes = self.codebook.centroids.float().T[:, None]
         margins = self._decode(codes, True)[1][0]
-        margins = torch.cat([margins, margins.new_full((256 - len(margins),), torch.nan)])
+        margins = torch.cat([margins, margins.new_full((self._kind.ignore + 1 - len(margins),), torch.nan)])
         result = torch.empty(labels.shape, device=labels.device)
         for source, target in zip(labels.split(1024), result.split(1024)):
             target.copy_(margins[source.int()])
         return result
 
     def _labels_of_views(self, image: Image.Image, native: tuple[int, int]) -> Tensor:
-        """Labels ``(H, W)`` uint8 from the mean of all views."""
+        """Labels ``(H, W)`` from the mean of all views."""
         sample = self.config.sample
         size = model_size(native, self.config.data, sample.resize, sample.scales[0])
         maps = self.codebook.num_classes * size[0] * size[1]
@@ -282,16 +288,16 @@ class Segmenter:
         else:
             probabilities = self._averaged(image)
             if not at_once:
-                return resize_labels(probabilities, native, dtype=torch.uint8)
+                return resize_labels(probabilities, native, dtype=self._kind.dtype)
             labels = likeliest(probabilities)
         return labels if size == native else enlarge_labels(labels, native)
 
     def _labels_of_windows(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
-        """Labels ``(h, w)`` uint8 from overlapping windows over the image at ``size``, one band of rows after the other."""
+        """Labels ``(h, w)`` from overlapping windows over the image at ``size``, one band of rows after the other."""
         image = resized(image, size)
         mirrors = (False, True) if self.config.sample.flip else (False,)
         views = [WindowRows(self._window_fields(image, mirrored), size[0], self._probabilities) for mirrored in mirrors]
-        labels = torch.empty(size, dtype=torch.uint8, device=self.device)
+        labels = torch.empty(size, dtype=self._kind.dtype, device=self.device)
         while True:
             bands = [view.advance() for view in views]
             rows = bands[0]
@@ -381,9 +387,9 @@ class Segmenter:
         if self.config.sample.upsample == "labels":
             labels = enlarge_labels(likeliest(probabilities), native)
         else:
-            labels = resize_labels(probabilities, native, dtype=torch.uint8)
+            labels = resize_labels(probabilities, native, dtype=self._kind.dtype)
         codes = self.codebook.centroids
-        nothing = codes.new_full((256 - len(codes), codes.shape[1]), torch.nan)
+        nothing = codes.new_full((self._kind.ignore + 1 - len(codes), codes.shape[1]), torch.nan)
         return torch.cat([codes, nothing])[labels.long()].movedim(-1, 0)
 
     def labels(self, image: Image.Image | np.ndarray | Path | str, *, with_margin: bool = False):
@@ -395,7 +401,8 @@ class Segmenter:
             with_margin: also return the margin: the second smallest distance to a code minus the smallest.
 
         Returns:
-            Label map ``(H, W)`` uint8 on the CPU; with ``with_margin`` also the margin ``(H, W)`` float32.
+            Label map ``(H, W)`` on the CPU, uint8 or with more than 255 classes int32; with ``with_margin`` also the margin
+            ``(H, W)`` float32.
 
         Raises:
             UserError: the image has another type, or its file cannot be read.

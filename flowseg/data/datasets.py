@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,10 +16,11 @@ from flowseg.data.layouts import find_pairs
 from flowseg.data.pictures import Reading
 from flowseg.data.presets import Labels, spread_palette
 from flowseg.errors import UserError
+from flowseg.label_kinds import MOST_CLASSES
 
 
 class Pairs(Protocol):
-    """A sequence of RGB images with their 8-bit label maps."""
+    """A sequence of RGB images with their label maps: of mode ``L``, or of mode ``I`` with more than 255 classes."""
 
     names: Sequence[str]
 
@@ -56,19 +58,20 @@ def resolve_labels(config: DataConfig) -> Labels:
     if not classes:
         raise UserError(
             "data.classes is missing: list the class names in the order of the label values 0, 1, 2, ..., "
-            "such as --set 'data.classes=[background, object]'"
+            "such as --set 'data.classes=[background, object]', or name a text file with one name a line"
         )
-    if len(set(classes)) != len(classes):
-        repeated = next(name for name in classes if list(classes).count(name) > 1)
+    repeated = _first_repeated(classes)
+    if repeated is not None:
         raise UserError(f"data.classes: {repeated!r} is listed twice")
-    if not 2 <= len(classes) <= 255:
-        raise UserError(f"data.classes must list 2 to 255 names, got {len(classes)}")
+    if not 2 <= len(classes) <= MOST_CLASSES:
+        raise UserError(f"data.classes must list 2 to {MOST_CLASSES} names, got {len(classes)}")
     ignore = config.ignore if config.ignore is not None else (preset.ignore if preset else ())
     values = preset.values if preset and preset.values and len(preset.values) == len(classes) else None
     if config.values is not None:
         values = _checked_values(config.values, len(classes))
         # These settings may use a value as a class that the preset ignores.
-        ignore = ignore if config.ignore is not None else [value for value in ignore if value not in values]
+        used = set(values)
+        ignore = ignore if config.ignore is not None else [value for value in ignore if value not in used]
     class_of = dict(zip(values or range(len(classes)), classes))
     taken = [value for value in ignore if value in class_of]
     if taken:
@@ -84,10 +87,16 @@ def resolve_labels(config: DataConfig) -> Labels:
 def _checked_values(values: list[int], classes: int) -> tuple[int, ...]:
     if len(values) != classes:
         raise UserError(f"data.values must list one label value for each of {classes} classes, got {len(values)}")
-    repeated = [value for value in values if values.count(value) > 1]
-    if repeated:
-        raise UserError(f"data.values: {repeated[0]} is listed twice; a label value can only mean one class")
+    repeated = _first_repeated(values)
+    if repeated is not None:
+        raise UserError(f"data.values: {repeated} is listed twice; a label value can only mean one class")
     return tuple(values)
+
+
+def _first_repeated(items: Sequence) -> object | None:
+    """The first item that occurs more than once, or ``None``."""
+    counts = collections.Counter(items)
+    return next((item for item in items if counts[item] > 1), None)
 
 
 def open_data(

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flowseg.codes import IGNORE_INDEX
 from flowseg.data.files import IMAGE_SUFFIXES
 from flowseg.data.layouts import Pair
 from flowseg.data.pictures import (
@@ -31,6 +30,7 @@ from flowseg.data.pictures import (
 )
 from flowseg.data.presets import Labels
 from flowseg.errors import DataWarning, UserError
+from flowseg.label_kinds import BYTES, label_kind
 from flowseg.runs.machine import usable_cores
 
 __all__ = ["IMAGE_SUFFIXES", "FolderPairs", "read_image"]
@@ -44,8 +44,8 @@ class FolderPairs:
 
     Args:
         pairs: image and label map of each example.
-        labels: meaning of the label values. 255 and the values in ``labels.ignore`` become 255, unless they are the value
-            of a class.
+        labels: meaning of the label values. 255 (65535 with more than 255 classes) and the values in ``labels.ignore``
+            become the ignored label, unless they are the value of a class.
         check: what to read now, so that training does not fail at the last file of an epoch: ``"full"`` decodes every label
             map, ``"headers"`` reads the sizes, ``"none"`` nothing. ``None``: full up to ``FULL_CHECK`` pairs, else headers.
         reading: how files are read.
@@ -67,7 +67,9 @@ class FolderPairs:
         self.meaning = labels
         self.counts: np.ndarray | None = None
         self._reading = reading or Reading()
+        self._kind = label_kind(len(labels.classes))
         self._table = _value_table(labels)
+        self._labels = self._table.astype(self._kind.array)
         # Tables of bytes for label maps of 8 bits: Pillow applies them in a quarter of the time of NumPy's indexing.
         self._classes = self._table[:256].astype(np.uint8).tolist()
         self._unknown = (self._table[:256] < 0).tolist()
@@ -80,19 +82,21 @@ class FolderPairs:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """Return an RGB image and an 8-bit label map with values in ``[0, K)`` or 255, at native size and upright."""
+        """Return an RGB image and its label map, at native size and upright.
+
+        The label map has values in ``[0, K)`` or the ignored value. Its mode is ``L``, or ``I`` with more than 255 classes.
+        """
         image, shape = read_picture(self.images[index], self._reading)
         values = self._values(index, shape)
-        if values.dtype == np.uint8:
+        if values.dtype == np.uint8 and self._kind is BYTES:
             picture = Image.fromarray(values)
             if np.asarray(picture.point(self._unknown)).any():
                 self._check_values(index, value_counts(values))
             return image, picture.point(self._classes)
         self._check_values(index, value_counts(values))
-        classes = np.empty(values.shape, np.uint8)
-        table = self._table.astype(np.uint8)
+        classes = np.empty(values.shape, self._kind.array)
         for source, target in zip(bands(values), bands(classes)):
-            target[:] = table[source]
+            target[:] = self._labels[source]
         return image, Image.fromarray(classes)
 
     def pixels(self, index: int) -> int:
@@ -114,10 +118,14 @@ class FolderPairs:
         present = np.flatnonzero(counts)
         unknown = present[self._table[present] < 0].tolist()
         if unknown:
+            last = len(self.meaning.classes)
+            from_one = (
+                f" (if 0 means no class, data.values=[1-{last}] and data.ignore=[0])" if unknown == [last] else ""
+            )
             raise UserError(
                 f"{self.labels[index]}: label values {', '.join(map(str, unknown[:8]))} are neither a class "
                 f"({self._wanted}) nor ignored; name more classes in data.classes, give each class its value with "
-                "data.values, or list values in data.ignore"
+                f"data.values{from_one}, or list values in data.ignore"
             )
 
     def _check_all(self) -> None:
@@ -180,9 +188,10 @@ def read_image(path: Path, *, upright: bool = False, reading: Reading | None = N
 
 
 def _value_table(labels: Labels) -> np.ndarray:
-    """Table from label value (0..65535) to class index; 255 for ignored values, -1 for unknown ones."""
-    table = np.full(65536, -1, np.int16)
-    table[[IGNORE_INDEX, *labels.ignore]] = IGNORE_INDEX
+    """Table from label value (0..65535) to class index; the ignored label for ignored values, -1 for unknown ones."""
+    ignored = label_kind(len(labels.classes)).ignore
+    table = np.full(65536, -1, np.int32)
+    table[[ignored, *labels.ignore]] = ignored
     values = labels.values or range(len(labels.classes))
     table[list(values)] = np.arange(len(labels.classes))
     return table

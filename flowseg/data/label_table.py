@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flowseg.codes import IGNORE_INDEX
 from flowseg.data.class_names import COCO_STUFF_UNUSED
 from flowseg.data.datasets import SegmentationData
 from flowseg.data.folder import FolderPairs
 from flowseg.data.presets import Labels
 from flowseg.errors import DataWarning, UserError
+from flowseg.label_kinds import BYTES, label_kind
 
 # If the check did not decode every label map, count values in at most this many of them, for at most this long.
 SAMPLE, SECONDS = 200, 20.0
@@ -129,13 +129,17 @@ def looks_like(labels: Labels, name: str, one: SplitCounts) -> str:
     """A hint that the labels follow another convention, with the setting for it; an empty text if nothing is suspicious."""
     seen = set(np.flatnonzero(one.counts).tolist())
     classes = set(_values(labels))
-    others = seen - {IGNORE_INDEX}
+    if label_kind(len(classes)) is not BYTES:
+        # The conventions below are those of label maps of 8 bits.
+        return ""
+    ignored = BYTES.ignore
+    others = seen - {ignored}
     if name == "cityscapes" and labels.values and max(classes) > 18 and others and max(others) <= 18:
         return (
             "; this looks like trainIds (0..18) instead of labelIds, which would mix up the classes; give the "
             f"*_labelIds.png files, or add --set {_consecutive(19)}"
         )
-    if name == "ade20k" and 0 not in classes and IGNORE_INDEX in seen and max(others, default=0) <= 149:
+    if name == "ade20k" and 0 not in classes and ignored in seen and max(others, default=0) <= 149:
         return (
             "; this looks like labels that are already reduced (0..149, and 255 for none): the first class would be ignored "
             f"and every other class shifted by one; give the original files, or add --set {_consecutive(150)}"
@@ -145,8 +149,8 @@ def looks_like(labels: Labels, name: str, one: SplitCounts) -> str:
             "; this looks like labels that are already reduced (0..170): the original files never contain "
             f"{min(others & set(COCO_STUFF_UNUSED))}; give the original files, or add --set {_consecutive(171)}"
         )
-    if IGNORE_INDEX in seen and IGNORE_INDEX not in classes and any(not one.counts[value] for value in classes):
-        share = f"{one.share([IGNORE_INDEX]):.1f} % of the pixels are 255"
+    if ignored in seen and ignored not in classes and any(not one.counts[value] for value in classes):
+        share = f"{one.share([ignored]):.1f} % of the pixels are 255"
         if len(classes) == 2 and len(others) <= 1:
             first = min(others, default=0)
             return (
@@ -166,7 +170,7 @@ def _values(labels: Labels) -> list[int]:
 
 
 def _ignored(labels: Labels) -> list[int]:
-    return sorted({IGNORE_INDEX, *labels.ignore} - set(_values(labels)))
+    return sorted({label_kind(len(labels.classes)).ignore, *labels.ignore} - set(_values(labels)))
 
 
 def _unknown(labels: Labels, counts: np.ndarray) -> np.ndarray:

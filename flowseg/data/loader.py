@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from flowseg.codes import IGNORE_INDEX
 from flowseg.config import Config, DataConfig, TrainConfig
 from flowseg.data.datasets import Pairs
 from flowseg.data.draws import draw_time_and_noise
@@ -20,6 +19,7 @@ from flowseg.data.transforms import augment, normalised
 from flowseg.data.workers import BATCHES_AHEAD, lost_worker, start_method, worker_count
 from flowseg.devices import host_may_go_on
 from flowseg.errors import UserError
+from flowseg.label_kinds import kind_of
 
 
 class Batch(NamedTuple):
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: ``(B, 3, H, W)`` uint8; the device makes them float (:func:`flowseg.data.transforms.normalised`).
-        labels: ``(B, H, W)`` uint8, 255 is ignored.
+        labels: ``(B, H, W)`` uint8, 255 is ignored; with more than 255 classes int32, 65535 is ignored.
         t: ``(B,)`` float32, the times on the path of the flow.
         noise: ``(B, C, H, W)`` float32, the source with ``flow.source=noise``; else ``None``.
         draws: ``(B,)`` int64, the numbers of the examples in the run; always in host memory.
@@ -69,7 +69,7 @@ def _collate(examples: list[tuple[Tensor, Tensor, Tensor, Tensor | None, int]]) 
     # In a worker default_collate writes to shared memory, which spares a copy.
     images, labels, t = default_collate(images), default_collate(labels), torch.cat(t)
     noise = default_collate(noise) if noise[0] is not None else None
-    return Batch(images, labels, t, noise, torch.tensor(draws), int((labels != IGNORE_INDEX).sum()))
+    return Batch(images, labels, t, noise, torch.tensor(draws), int((labels != kind_of(labels).ignore).sum()))
 
 
 class _Draws:
@@ -170,7 +170,8 @@ def training_batches(
         UserError: a file cannot be used (the message names it), or a worker process was killed.
 
     Yields:
-        images ``(B, 3, H, W)`` float32 in [-1, 1], labels ``(B, H, W)`` uint8, and the numbers ``(B,)`` of the draws.
+        images ``(B, 3, H, W)`` float32 in [-1, 1], labels ``(B, H, W)`` as in :class:`Batch`, and the numbers ``(B,)`` of the
+        draws.
     """
     settings = Config(data=config, train=TrainConfig(batch_size=batch_size, seed=seed))
     options = {"first_draw": first_draw, "rank": rank, "world": world}

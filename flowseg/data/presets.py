@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import colorsys
 import dataclasses
+import functools
 
 from flowseg.data import class_names
 from flowseg.data.paints import PAINTS as PAINT_NAMES
+
+# Up to this number, colours are the same as in earlier versions.
+_PLAIN_COLORS = 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Labels:
     Attributes:
         classes: names in the order of the class indices.
         palette: one RGB colour (0..255) per class.
-        ignore: ignored values in addition to 255.
+        ignore: ignored values in addition to 255, or to 65535 with more than 255 classes.
         values: label value of each class in the files; ``None``: 0, 1, 2, ...
     """
 
@@ -26,12 +30,24 @@ class Labels:
     values: tuple[int, ...] | None = None
 
 
+@functools.lru_cache(maxsize=8)
 def spread_palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """``count`` distinct colours: hues spaced by the golden ratio, three alternating levels of brightness."""
-    colors = []
+    """``count`` distinct colours, none of them black, which marks ignored pixels.
+
+    Hues are spaced by the golden ratio. The first 255 colours alternate between three levels of brightness. Later colours
+    also vary in saturation, and one that is taken already moves to the next free colour.
+    """
+    colors: dict[tuple[int, int, int], None] = {}
     for k in range(count):
-        rgb = colorsys.hsv_to_rgb(k * 0.61803398875 % 1.0, 0.75, (1.0, 0.8, 0.6)[k % 3])
-        colors.append(tuple(round(255 * value) for value in rgb))
+        # Multiples of 1 / r and 1 / r^2 fill the square evenly (Roberts' sequence, r^3 = r + 1).
+        level = (0.75, (1.0, 0.8, 0.6)[k % 3])
+        if k >= _PLAIN_COLORS:
+            level = 0.3 + 0.7 * (k * 0.75487766625 % 1.0), 0.4 + 0.6 * (k * 0.56984029099 % 1.0)
+        color = tuple(round(255 * value) for value in colorsys.hsv_to_rgb(k * 0.61803398875 % 1.0, *level))
+        while color in colors:
+            number = (color[0] * 256 + color[1]) * 256 + color[2] + 1
+            color = number >> 16 & 255, number >> 8 & 255, number & 255
+        colors[color] = None
     return tuple(colors)
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from flowseg.codes import IGNORE_INDEX
 from flowseg.config import DataConfig
+from flowseg.label_kinds import BYTES, WORDS, LabelKind, kind_of
 
 # Number of crops to try if one class covers too much of each.
 CROP_TRIES = 10
@@ -19,6 +19,15 @@ BILINEAR, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an RGB image to ``(3, H, W)`` float32 in [-1, 1]."""
     return normalised(torch.from_numpy(np.array(image, np.uint8)).permute(2, 0, 1))
+
+
+def labels_tensor(labels: Image.Image) -> Tensor:
+    """Convert a label map to a tensor ``(H, W)``: int32 from mode ``I`` or ``I;16``, uint8 from the modes of 8 bits."""
+    return torch.from_numpy(np.array(labels, _kind_of_picture(labels).array))
+
+
+def _kind_of_picture(labels: Image.Image) -> LabelKind:
+    return WORDS if labels.mode.startswith(WORDS.mode) else BYTES
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -37,8 +46,10 @@ def augment(
     times at most. Labels are resampled by nearest neighbour.
 
     Returns:
-        image ``(3, h, w)`` and labels ``(h, w)``, both uint8.
+        image ``(3, h, w)`` uint8 and labels ``(h, w)`` of :func:`labels_tensor`.
     """
+    if labels.mode.startswith("I;16"):
+        labels = labels.convert(WORDS.mode)
     width, height = image.size
     out_w, out_h = config.width, config.height
     # Log-uniform: halving and doubling are equally likely.
@@ -64,10 +75,11 @@ def augment(
     if (paste_w, paste_h) != (out_w, out_h):
         canvas = Image.new("RGB", (out_w, out_h), (128, 128, 128))
         canvas.paste(image, (left, top))
-        canvas_labels = Image.new("L", (out_w, out_h), IGNORE_INDEX)
+        kind = _kind_of_picture(labels)
+        canvas_labels = Image.new(kind.mode, (out_w, out_h), kind.ignore)
         canvas_labels.paste(labels, (left, top))
         image, labels = canvas, canvas_labels
-    pixels, target = (torch.from_numpy(np.array(part, np.uint8)) for part in (image, labels))
+    pixels, target = torch.from_numpy(np.array(image, np.uint8)), labels_tensor(labels)
     pixels = pixels.permute(2, 0, 1)
     if config.flip and flip:
         pixels, target = pixels.flip(-1), target.flip(-1)
@@ -106,7 +118,9 @@ def _picture(pixels: np.ndarray) -> Image.Image:
 
 
 def _largest_share(labels: Image.Image) -> float:
-    counts = np.bincount(np.asarray(labels).ravel(), minlength=256)[:IGNORE_INDEX]
+    values = np.asarray(labels)
+    ignore = kind_of(values).ignore
+    counts = np.bincount(values.ravel(), minlength=ignore + 1)[:ignore]
     return counts.max() / max(counts.sum(), 1)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from flowseg.data.files import IMAGE_SUFFIXES, counts_by_suffix, list_files, warn_of_other_suffixes
 from flowseg.data.pictures import Reading, read_picture, turn_back
 from flowseg.errors import DataWarning, UserError
+from flowseg.label_kinds import BYTES, kind_of, label_kind
 from flowseg.runs.files import replacing
 from flowseg.runs.memory import is_out_of_memory
 
@@ -104,7 +105,8 @@ def predict(
 ) -> Predictions:
     """Segment each image at its own size and write PNG files to ``out``.
 
-    ``NAME.mask.png``: class indices with the palette. ``NAME.overlay.png``: the colours blended over the image.
+    ``NAME.mask.png``: class indices with the palette, in 8 bits; with more than 255 classes in 16 bits, grey, and 65535 for no
+    class. ``NAME.overlay.png``: the colours blended over the image.
     ``NAME.margin.png``: 8-bit grey, how much farther the second nearest code is than the nearest, as a share of the
     smallest distance between two codes; dark pixels are uncertain. :func:`output_names` chooses NAME.
 
@@ -122,6 +124,7 @@ def predict(
         opacity: opacity of the colours in overlays.
         on_image: called with the path of each finished image.
     """
+    palette = np.asarray(palette, np.uint8)
     inputs = [image if isinstance(image, Input) else Input(Path(image)) for image in images]
     result = Predictions([], [])
     out.mkdir(parents=True, exist_ok=True)
@@ -190,16 +193,14 @@ def _distinct(inputs: Sequence[Input], used: set[str]) -> list[Path]:
     return names
 
 
-def colorize(labels: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
+def colorize(labels: np.ndarray, palette: Sequence[tuple[int, int, int]] | np.ndarray) -> np.ndarray:
     """Convert labels ``(H, W)`` to RGB ``(H, W, 3)`` uint8; labels without a colour become black."""
-    table = np.zeros((256, 3), np.uint8)
+    table = np.zeros((label_kind(len(palette)).ignore + 1, 3), np.uint8)
     table[: len(palette)] = palette
     return table[labels]
 
 
-def _pictures(
-    segmenter: Segmenter, path: Path, outputs: Sequence[str], palette: Sequence[tuple[int, int, int]], opacity: float
-):
+def _pictures(segmenter: Segmenter, path: Path, outputs: Sequence[str], palette: np.ndarray, opacity: float):
     """Generate ``(output, picture)`` for each requested output of one file."""
     reading = Reading.of(segmenter.config.data)
     image, shape = read_picture(path, reading)
@@ -217,15 +218,16 @@ def _pictures(
         yield kind, turn_back(picture, shape.orientation) if reading.exif == "stored" else picture
 
 
-def _mask(labels: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
-    picture = Image.fromarray(labels).convert("P")
-    picture.putpalette([value for color in palette for value in color])
+def _mask(labels: np.ndarray, palette: np.ndarray) -> Image.Image:
+    kind = kind_of(labels)
+    picture = Image.fromarray(labels.astype(kind.stored, copy=False))
+    if kind is BYTES:
+        picture = picture.convert("P")
+        picture.putpalette(palette.flatten().tolist())
     return picture
 
 
-def _paint_over(
-    image: Image.Image, labels: np.ndarray, palette: Sequence[tuple[int, int, int]], opacity: float
-) -> None:
+def _paint_over(image: Image.Image, labels: np.ndarray, palette: np.ndarray, opacity: float) -> None:
     """Blend the colours of the labels into the image, in place: an aerial image may not fit into memory twice."""
     for top in range(0, image.height, _ROWS):
         box = (0, top, image.width, min(top + _ROWS, image.height))

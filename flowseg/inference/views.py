@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowseg.devices import to_device
+from flowseg.label_kinds import label_kind
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -145,12 +146,23 @@ def interpolated_columns(field: Tensor, size: tuple[int, int], numbers: int = 2*
 
 def enlarge_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize labels ``(h, w)`` to ``size`` ``(H, W)`` by nearest neighbour; the dtype stays."""
+    if labels.dtype == torch.int32:
+        # F.interpolate takes no int32: it gives the place of each row and column instead.
+        places = (torch.arange(side, dtype=torch.float32)[None, None] for side in labels.shape)
+        rows, columns = (
+            F.interpolate(old, size=new, mode="nearest-exact")[0, 0].int() for old, new in zip(places, size)
+        )
+        return labels[to_device(rows, labels.device)][:, to_device(columns, labels.device)]
     return F.interpolate(labels[None, None], size=size, mode="nearest-exact")[0, 0]
 
 
 def likeliest(probabilities: Tensor) -> Tensor:
-    """The most probable class ``(h, w)`` uint8 of probabilities ``(K, h, w)``; 255 if they are NaN."""
-    return probabilities.argmax(0).to(torch.uint8).masked_fill_(probabilities[0].isnan(), 255)
+    """The most probable class ``(h, w)`` of probabilities ``(K, h, w)``, in the dtype for K classes.
+
+    Pixels whose probabilities are NaN have the ignored label.
+    """
+    kind = label_kind(len(probabilities))
+    return probabilities.argmax(0).to(kind.dtype).masked_fill_(probabilities[0].isnan(), kind.ignore)
 
 
 def resize_labels(
@@ -165,7 +177,7 @@ def resize_labels(
         dtype: dtype of the result.
 
     Returns:
-        Classes; 255 where the probabilities are NaN.
+        Classes; the ignored label where the probabilities are NaN.
     """
     classes, rows, columns = probabilities.shape
     height, width = size

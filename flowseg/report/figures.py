@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowseg.data.presets import Labels
 from flowseg.inference.predict import colorize
+from flowseg.label_kinds import label_kind
 from flowseg.report.names import drawable, font_families
 from flowseg_kernels import Codebook, distance_correction, kronecker_centroids
 
@@ -45,7 +46,7 @@ def flow_figure(
         left = [("image", _as_picture(image)), ("truth", colorize(truth, palette))]
         panels = [left[row] if row < 2 else ("", None)]
         panels += [(f"t = {t:g}", _as_picture(x)) for t, x in path]
-        wrong = (masks[name] != truth) & (truth != 255)
+        wrong = (masks[name] != truth) & (truth != label_kind(len(palette)).ignore)
         panels += [("decoded", colorize(masks[name], palette))]
         for column, axis in enumerate(axes[row]):
             axis.set_xticks([])
@@ -115,9 +116,22 @@ def curve_figure(
     return figure
 
 
-def iou_figure(classes: Sequence[str], iou: Sequence[float | None], palette: Sequence[tuple[int, int, int]]) -> Figure:
-    """IoU of each class that occurs, the best first, in the colours of the masks."""
+def iou_figure(
+    classes: Sequence[str],
+    iou: Sequence[float | None],
+    palette: Sequence[tuple[int, int, int]],
+    chosen: Sequence[int] | None = None,
+) -> Figure:
+    """IoU of classes in the colours of the masks.
+
+    Args:
+        classes: names.
+        iou: IoU of each class, ``None`` for a class that does not occur.
+        palette: class colours.
+        chosen: the classes to show, in this order; ``None``: each class that occurs, the best first.
+    """
     present = sorted((k for k, value in enumerate(iou) if value is not None), key=lambda k: -iou[k])
+    present = present if chosen is None else list(chosen)
     figure = Figure(figsize=(9, 0.6 + 0.2 * len(present)), layout="constrained")
     axis = figure.subplots()
     axis.barh(
@@ -127,6 +141,16 @@ def iou_figure(classes: Sequence[str], iou: Sequence[float | None], palette: Seq
     names = drawable(classes)
     axis.set_yticks(range(len(present)), [names[k] for k in present], fontproperties=_font(8))
     axis.set(xlabel="IoU, %", xlim=(0, 100), ylim=(len(present) - 0.4, -0.6))
+    _tidy(axis)
+    return figure
+
+
+def iou_histogram(iou: Sequence[float | None]) -> Figure:
+    """Number of classes by IoU, in steps of five percent, for classes that occur."""
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    axis = figure.subplots()
+    axis.hist([value for value in iou if value is not None], bins=20, range=(0, 100), color=COLORS["run"])
+    axis.set(xlabel="IoU, %", ylabel="classes", xlim=(0, 100))
     _tidy(axis)
     return figure
 
@@ -168,7 +192,7 @@ def grid_figure(rows: Sequence[dict], palette: Sequence[tuple[int, int, int]]) -
     figure = Figure(figsize=(12.5, 2.5 * sum(tallest) + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False, height_ratios=tallest)
     for number, (line, row) in enumerate(zip(axes, rows)):
-        labelled = row["truth"] != 255
+        labelled = row["truth"] != label_kind(len(palette)).ignore
         wrong = np.repeat((row["image"].mean(-1, keepdims=True) * 0.5 + 110).astype(np.uint8), 3, -1)
         wrong[labelled & (row["labels"] != row["truth"])] = (200, 30, 30)
         wrong[~labelled] = 0
@@ -201,7 +225,7 @@ def trajectory_figure(
     plane = axes[:2].T if codes.shape[1] > 1 else np.array([[1.0, 0.0]])
     figure = Figure(figsize=(7.5, 6.2), layout="constrained")
     axis = figure.subplots()
-    present = [k for k in np.unique(truth) if k != 255]
+    present = [k for k in np.unique(truth) if k != label_kind(len(palette)).ignore]
     for k in present:
         places = np.argwhere(truth == k)
         # Evenly spread pixels rather than random ones: the picture is reproducible.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,33 @@ td.number, th.number { text-align: right; }
 pre { background: #f4f5f7; border-radius: 8px; padding: .9rem 1rem; overflow-x: auto;
       font-size: .84rem; line-height: 1.45; }
 summary { cursor: pointer; color: #1f5fa8; }
+input[type=search] { font: inherit; padding: .3rem .6rem; border: 1px solid #c9ced6; border-radius: 6px; min-width: 16rem; }
 footer { color: #6b7585; font-size: .85rem; }
+"""
+
+# Shows the rows whose first cell contains the text of the search box, at most %d of them.
+_SEARCH = """
+(() => {
+  const data = document.currentScript.previousElementSibling, box = data.parentElement, most = %d;
+  const rows = JSON.parse(data.textContent), input = box.querySelector('input');
+  const body = box.querySelector('tbody'), note = box.querySelector('span');
+  const line = (cells) => {
+    const row = document.createElement('tr');
+    cells.forEach((text, place) => {
+      const cell = document.createElement('td');
+      if (place) cell.className = 'number';
+      cell.textContent = text;
+      row.append(cell);
+    });
+    return row;
+  };
+  input.addEventListener('input', () => {
+    const word = input.value.trim().toLowerCase();
+    const found = rows.filter((row) => row[0].toLowerCase().includes(word));
+    body.replaceChildren(...found.slice(0, most).map(line));
+    note.textContent = Math.min(most, found.length) + ' of ' + found.length;
+  });
+})();
 """
 
 
@@ -93,6 +120,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "<tr>" + "".join(f"<td{k}>{html.escape(cell)}</td>" for k, cell in zip(kind, row)) + "</tr>" for row in rows
     )
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def search_table(header: Sequence[str], rows: Sequence[Sequence[str]], shown: int = 100) -> str:
+    """A table with a search box for the first column.
+
+    The page contains all rows, and shows the first ``shown`` of those that contain the text in the box. Without JavaScript it
+    shows the first rows.
+    """
+    # In a script element only "<" could end the data.
+    data = json.dumps(list(map(list, rows)), separators=(",", ":")).replace("<", "\\u003c")
+    word = html.escape(header[0], quote=True)
+    return (
+        f"<div><p><input type='search' placeholder='{word}' aria-label='{word}'> "
+        f"<span>{min(shown, len(rows))} of {len(rows)}</span></p>{table(header, rows[:shown])}"
+        f"<script type='application/json'>{data}</script><script>{_SEARCH % shown}</script></div>"
+    )
 
 
 def folded(summary: str, text: str) -> str:

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
 from matplotlib.figure import Figure
 
-from flowseg.config import Config
+from flowseg.config import Config, shortened
 from flowseg.data import SegmentationData, open_data
 from flowseg.data.presets import Labels
 from flowseg.errors import UserError
@@ -18,13 +17,17 @@ from flowseg.inference.evaluate import Scores, chosen_indices, evaluate
 from flowseg.report import figures
 from flowseg.report.blocks import environment, speed_blocks
 from flowseg.report.names import captioned
-from flowseg.report.page import Page, folded, paragraph, picture, table
+from flowseg.report.page import Page, folded, paragraph, picture, search_table, table
 from flowseg.report.speed import measure_kernels
 from flowseg.runs.metrics import read_metrics
 from flowseg.segment import Segmenter
 
 # A legend of more classes does not fit into one line.
 _MOST_IN_LEGEND = 25
+
+# Pictures of all classes and pairs of classes have at most this many; above, the report has tables and selections.
+_MOST_IN_PICTURES = 255
+_MOST_NOTABLE, _MOST_CONFUSED = 20, 50
 
 # Cards about training: name in the metrics, format, how the lines become one number, meaning.
 _SPEEDS = (
@@ -78,10 +81,16 @@ def write_report(
     page.section(
         "Settings and versions",
         paragraph("; ".join(f"{key} {value}" for key, value in environment().items())),
-        folded("All settings", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)),
+        folded("All settings", yaml.safe_dump(_settings(config), sort_keys=False)),
     )
     page.write(out)
     return scores
+
+
+def _settings(config: Config) -> dict:
+    """All settings as plain values; lists of many classes are shortened."""
+    tree = config.model_dump(mode="json")
+    return {section: {key: shortened(value) for key, value in fields.items()} for section, fields in tree.items()}
 
 
 def _read_metrics(path: Path) -> list[dict]:
@@ -128,6 +137,9 @@ def _convergence(config: Config, training: list[dict], curve: list[tuple[int, fl
 
 
 def _add_scores(page: Page, scores: Scores, labels: Labels) -> None:
+    if len(labels.classes) > _MOST_IN_PICTURES:
+        _add_scores_of_many(page, scores, labels)
+        return
     page.section(
         "Scores by class",
         picture(figures.iou_figure(labels.classes, scores.iou, labels.palette), "IoU by class"),
@@ -140,24 +152,61 @@ def _add_scores(page: Page, scores: Scores, labels: Labels) -> None:
     )
 
 
+def _add_scores_of_many(page: Page, scores: Scores, labels: Labels) -> None:
+    """Scores and confusions of more classes than pictures can show: some classes, a search box, and the most confused pairs."""
+    names = labels.classes
+    blocks = [
+        paragraph("Number of classes by IoU, then the most frequent, the best and the worst classes."),
+        picture(figures.iou_histogram(scores.iou), "number of classes by IoU"),
+    ]
+    for title, chosen in scores.notable(_MOST_NOTABLE).items():
+        shown = figures.iou_figure(names, scores.iou, labels.palette, chosen)
+        blocks += [paragraph(f"{title.capitalize()} classes:"), picture(shown, f"IoU of the {title} classes")]
+    frequent = scores.counts[1].argsort(descending=True, stable=True).tolist()
+    rows = _class_rows(scores, names)
+    blocks += [paragraph("All classes, the most frequent first:"), search_table(_COLUMNS, [rows[k] for k in frequent])]
+    page.section("Scores by class", *blocks)
+    missing = scores.missing_pixels
+    exact = f"A count may lack up to {missing} pixels." if missing else "The counts are exact."
+    captions, truths = captioned(names), scores.counts[1].tolist()
+    confused = [
+        [captions[true], captions[found], f"{pixels}", f"{100 * pixels / truths[true]:.1f}"]
+        for true, found, pixels in scores.most_confused(_MOST_CONFUSED)
+    ]
+    page.section(
+        "Confusion of classes",
+        paragraph(
+            f"The most frequent pairs of a true class and another class that was predicted for its pixels. {exact}"
+        ),
+        table(["truth", "prediction", "pixels", "of the true class, %"], confused),
+    )
+
+
+_COLUMNS = ["class", "IoU, %", "found (recall), %", "predictions right (precision), %", "of all pixels, %"]
+
+
 def _class_table(scores: Scores, classes: tuple[str, ...]) -> str:
-    counts = scores.confusion.double()
-    truth, predicted, hit = counts.sum(1), counts.sum(0), counts.diagonal()
+    return table(_COLUMNS, _class_rows(scores, classes))
 
-    def percent(part: torch.Tensor, of: torch.Tensor) -> str:
-        return f"{100 * float(part / of):.1f}" if of > 0 else "absent"
 
-    rows = [
+def _class_rows(scores: Scores, classes: tuple[str, ...]) -> list[list[str]]:
+    """A row of ``_COLUMNS`` for each class."""
+    hits, truths, predictions = scores.counts.tolist()
+    total = sum(truths)
+
+    def percent(part: int, of: int) -> str:
+        return f"{100 * (part / of):.1f}" if of > 0 else "absent"
+
+    return [
         [
             name,
             "absent" if scores.iou[k] is None else f"{scores.iou[k]:.1f}",
-            percent(hit[k], truth[k]),
-            percent(hit[k], predicted[k]),
-            percent(truth[k], truth.sum()),
+            percent(hits[k], truths[k]),
+            percent(hits[k], predictions[k]),
+            percent(truths[k], total),
         ]
         for k, name in enumerate(captioned(classes))
     ]
-    return table(["class", "IoU, %", "found (recall), %", "predictions right (precision), %", "of all pixels, %"], rows)
 
 
 def _examples(segmenter: Segmenter, data: SegmentationData, indices: list[int]) -> list[str]:

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowseg.codes import IGNORE_INDEX
 from flowseg.config import Config
 from flowseg.data.loader import Batch
 from flowseg.data.transforms import normalised
 from flowseg.flow import make_source
+from flowseg.label_kinds import label_kind
 from flowseg.training.alignment import ImageFeatures, alignment_loss
 from flowseg_kernels import Codebook, flow_interpolate, flow_loss
 
@@ -68,7 +68,8 @@ def flow_step(
     # The loss is computed in float32, also under autocast: the correction depends on small distances to codes.
     prediction = prediction.float()
     if loss.kind == "cross_entropy":
-        value = F.cross_entropy(prediction, labels.long(), ignore_index=IGNORE_INDEX, reduction="sum")
+        ignored = label_kind(codebook.num_classes).ignore
+        value = F.cross_entropy(prediction, labels.long(), ignore_index=ignored, reduction="sum")
         return Objective(value, align, prediction.detach(), source, labels, t)
     value = flow_loss(
         prediction,

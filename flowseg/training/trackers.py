@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from flowseg.config import Config
+from flowseg.config import Config, shortened
 from flowseg.errors import UserError
 from flowseg.runs.metrics import log_to_trackers, read_metrics
 from flowseg.runs.terminal import printable
@@ -57,4 +57,5 @@ def _settings(config: Config) -> dict[str, bool | int | float | str]:
 def _as_tracked(value: Any) -> bool | int | float | str:
     if isinstance(value, bool | int | float):
         return value
+    value = shortened(value)
     return printable(value) if isinstance(value, str) else json.dumps(value)

@@ -44,7 +44,7 @@ def test_saved_settings_read_back(tmp_path):
         ("sample.method=rk4", ["sample.method", "euler", "rk4"]),
         ("codes.channels=2", ["codes.channels", "flow.source=noise"]),
         ("data.scale_min=3", ["scale_min", "scale_max"]),
-        ("data.classes=background", ["valid list", "write a list, such as data.classes=[background]"]),
+        ("data.classes=background", ["list of names", "write a list, such as data.classes=[background]", "file"]),
         ("nonsense", ["KEY=VALUE"]),
     ],
 )

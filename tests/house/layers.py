@@ -26,7 +26,7 @@ LAYERS: dict[str, list[set[str]]] = {
     ],
     "flowseg": [
         {"devices"},
-        {"", "data_names", "errors", "flow"},
+        {"", "data_names", "errors", "flow", "label_kinds"},
         {"runs"},
         {"config", "shards"},
         {"codes", "model"},
