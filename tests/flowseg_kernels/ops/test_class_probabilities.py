@@ -15,7 +15,9 @@ def plain(x, mu, eps, tau=1.0, transform="neg_log", form="probabilities", dtype=
     """The formula in plain PyTorch, in `dtype`."""
     d = (x.to(dtype)[:, None] - mu.to(dtype)[None, :, :, None, None]).square().sum(2)
     logits = logits_and_slope(d, eps, transform)[0] / tau
-    return {"probabilities": torch.softmax, "log_probabilities": torch.log_softmax, "logits": lambda v, _: v}[form](logits, 1)
+    return {"probabilities": torch.softmax, "log_probabilities": torch.log_softmax, "logits": lambda v, _: v}[form](
+        logits, 1
+    )
 
 
 def test_two_classes_on_a_line_by_hand(backend):
@@ -120,7 +122,9 @@ def test_dtypes_strides_and_label_dtypes(backend, dtype, codes19):
     x, _, _, _ = image_batch(codes19.centroids, 2, 7, 24, dtype=dtype)
     everything, (labels, p) = fk.class_probabilities(x, codes19), fk.top_classes(x, codes19, 3)
     assert everything.dtype == p.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(everything.double(), plain(x, codes19.centroids, codes19.default_eps), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        everything.double(), plain(x, codes19.centroids, codes19.default_eps), rtol=1e-5, atol=1e-7
+    )
     for out_dtype in LABEL_DTYPES:
         found = fk.top_classes(x, codes19, 3, out_dtype=out_dtype)
         assert found[0].dtype == out_dtype and torch.equal(found[0].long(), labels) and torch.equal(found[1], p)
@@ -154,7 +158,9 @@ def test_nan_and_infinity_stay_in_their_pixel(backend, transform, tau, codes19):
     assert labels[0, :, 4, 59].tolist() == labels[0, :, 3, 3].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("scale, eps", [(1e-30, 1e-2), (1e3, 1e-2), (1e6, 1e-2), (1e12, 1.0), (1.0, 1e-14), (1.0, 1e-30)])
+@pytest.mark.parametrize(
+    "scale, eps", [(1e-30, 1e-2), (1e3, 1e-2), (1e6, 1e-2), (1e12, 1.0), (1.0, 1e-14), (1.0, 1e-30)]
+)
 def test_far_points_and_tiny_eps(backend, scale, eps):
     mu = fk.kronecker_centroids(40, 3)
     x = torch.randn(1, 3, 12, 15) * scale
@@ -169,7 +175,9 @@ def test_numbers_may_be_tensors(backend, codes19):
     x, _, _, _ = image_batch(codes19.centroids)
     tau, eps = torch.tensor(0.5), torch.tensor(0.03)
     for call in (fk.class_probabilities, lambda *a, **o: fk.top_classes(*a, 2, **o)[1]):
-        assert torch.equal(call(x, codes19, temperature=tau, eps=eps), call(x, codes19, temperature=0.5, eps=float(eps)))
+        assert torch.equal(
+            call(x, codes19, temperature=tau, eps=eps), call(x, codes19, temperature=0.5, eps=float(eps))
+        )
 
 
 def test_gradients_raise_by_name(backend, codes19):
