@@ -28,7 +28,8 @@ CPU_KERNELS = {
 }
 #: csrc/cuda/NAME.cu. The slowest to compile come first, so that no core waits for one at the end.
 CUDA_OPS = (
-    "neural_field", "flow_loss", "distance_correction", "decode_confusion", "nearest_centroid", "flow_interpolate",
+    "neural_field", "flow_loss", "distance_correction", "decode_confusion", "nearest_centroid", "top_classes",
+    "class_probabilities", "flow_interpolate",
 )  # fmt: skip
 #: Those of CUDA_OPS that are compiled for sm_90a only.
 HOPPER_OPS = ("neural_field",)

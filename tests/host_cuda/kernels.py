@@ -152,6 +152,16 @@ def decode_confusion(x, target, centroids, cells, records, records_left, low, sc
     return counts
 
 
+def class_probabilities(x, centroids, *arguments):
+    if x.numel():  # the CUDA launcher too has nothing to write for an empty image
+        call("class_probabilities", x, centroids, *arguments)
+
+
+def top_classes(x, centroids, *arguments):
+    if x.numel():
+        call("top_classes", x, centroids, *arguments)
+
+
 def neural_field(x, *arguments):
     out = _poisoned(x.shape, x.dtype)
     call("neural_field", x, *arguments, out)
@@ -176,6 +186,8 @@ OPS = (
     flow_loss_bwd_,
     nearest_centroid,
     decode_confusion,
+    class_probabilities,
+    top_classes,
     neural_field,
     neural_field_bwd,
 )

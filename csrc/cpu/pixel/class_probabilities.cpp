@@ -27,21 +27,17 @@ void write_reciprocals(const Probabilities& a, const PixelRange& p, const Block<
   const auto* mu = static_cast<const T(*)[C]>(a.codes.data);
   const T eps = static_cast<T>(a.correction.eps);
   alignas(64) T share[kBlock];
-  const auto weight = [&](int64_t k, int i) {
-    V point[C];
-    point_at(x, i, point);
-    return reciprocal(squared_distance<C>(point, mu[k]) + eps);
-  };
   for (int i = 0; i < p.length; i += Lanes<T>::width) {
-    V total{};
-    for (int64_t first = 0; first < a.codes.classes; first += kRun) {
-      V run{};
-      for (int64_t k = first; k < std::min(first + kRun, a.codes.classes); ++k) run += weight(k, i);
-      total += run;
-    }
+    V point[C], total{};
+    point_at(x, i, point);
+    add_weights<C>(point, mu, a.codes.classes, eps, total);
     lanes(&share[i]) = reciprocal(total);
   }
-  write_classes<T>(a, p, [&](int64_t k, int i) { return weight(k, i) * lanes(&share[i]); });
+  write_classes<T>(a, p, [&](int64_t k, int i) {
+    V point[C];
+    point_at(x, i, point);
+    return reciprocal(squared_distance<C>(point, mu[k]) + eps) * lanes(&share[i]);
+  });
 }
 
 template <Transform transform, class T, int C>
@@ -90,7 +86,7 @@ void PixelKernels<kIsa>::probabilities(const Probabilities& a, int64_t chunk) {
     for (PixelRange p; ranges.next(p);) {
       Block<T, C> x;
       load(a.x, p, x);
-      if (a.form == static_cast<int>(Form::probabilities) && takes_reciprocals(a.correction, a.codes, x)) {
+      if (a.form == static_cast<int>(Form::probabilities) && takes_reciprocals(a.correction)) {
         write_reciprocals(a, p, x);
       } else {
         for_transform(a.correction.transform, [&]<Transform transform>() { write_exponentials<transform>(a, p, x); });

@@ -34,14 +34,6 @@ bool is_moderate(const Block<T, C>& x, double max_abs) {
   return moderate;
 }
 
-// Whether the fast formula may compute a block. The bound on eps keeps the weights 1 / (d + eps) at 1e12 or less, so their squares
-// stay in the range of fp32. With is_moderate no weight is more than 1.3e15 times another.
-template <class T, int C>
-bool takes_reciprocals(const Correction& options, const Codes& codes, const Block<T, C>& x) {
-  return options.transform == static_cast<int>(Transform::neg_log) && options.temperature == 1 &&
-         options.eps >= 1e-12 * std::max(1.0, codes.max_abs * codes.max_abs) && is_moderate(x, codes.max_abs);
-}
-
 template <class T, int C, class Step>
 FLOWSEG_INLINE void for_each_vector(const Block<T, C>& x, const Classes<typename Lanes<T>::Int>& classes,
                                     const Block<T, C>& own, T max_norm, const Prefetcher& prefetch, Block<T, C>& grad, Step step) {
@@ -92,7 +84,10 @@ void correct_block(const Correction& options, const Codes& codes, const Block<T,
   const T eps = static_cast<T>(options.eps), max_norm = static_cast<T>(options.max_norm);
   const T inverse_temperature = static_cast<T>(1 / options.temperature);
   const auto transform = static_cast<Transform>(options.transform);
-  if (takes_reciprocals(options, codes, x)) {
+  // The bound on eps keeps the weights 1 / (d + eps) at 1e12 or less, so their squares stay in the range of fp32. With is_moderate
+  // no weight is more than 1.3e15 times another.
+  if (transform == Transform::neg_log && options.temperature == 1 &&
+      options.eps >= 1e-12 * std::max(1.0, codes.max_abs * codes.max_abs) && is_moderate(x, codes.max_abs)) {
     // If the own weight dominates in one vector, it may do so in the rest of the block. With few classes subtracting saves nothing.
     bool may_subtract_own = codes.classes > kRun;
     return for_each_vector(x, classes, own, max_norm, prefetch, grad, [&](const V(&p)[C], const I& y, const V(&m)[C], V(&g)[C]) {

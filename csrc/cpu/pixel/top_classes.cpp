@@ -68,7 +68,7 @@ void top_block(const TopClasses& a, const PixelRange& p, const Block<T, C>& x, T
   using I = typename Lanes<T>::I;
   const auto* mu = static_cast<const T(*)[C]>(a.codes.data);
   const T eps = static_cast<T>(a.correction.eps), inverse_temperature = static_cast<T>(1 / a.correction.temperature);
-  const bool fast = takes_reciprocals(a.correction, a.codes, x);
+  const bool fast = takes_reciprocals(a.correction);
   const int count = static_cast<int>(a.kept);
   for (int i = 0; i < p.length; i += Lanes<T>::width) {
     V point[C], total{};

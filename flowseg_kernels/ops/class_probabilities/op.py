@@ -6,7 +6,7 @@ import torch
 
 from ...derived import eps_of
 from ...runtime.checks import compute_dtype, unpack
-from ...runtime.registry import cpu_kernel, define_op, no_second_derivative
+from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative
 from ..distance_correction.reference import TRANSFORMS
 from . import reference
 
@@ -47,6 +47,7 @@ define_op(
     "Tensor? numbers) -> Tensor",
     fake=_empty,
     backends={
+        "cuda": _filled(cuda_kernel(_KERNEL)),
         "cpu": _filled(cpu_kernel(_KERNEL)),
         "reference": _resolved(reference.class_probabilities),
     },

@@ -6,7 +6,7 @@ import torch
 
 from ...derived import eps_of
 from ...runtime.checks import compute_dtype, unpack
-from ...runtime.registry import Limited, cpu_kernel, define_op, no_second_derivative
+from ...runtime.registry import Limited, cpu_kernel, cuda_kernel, define_op, no_second_derivative
 from ..distance_correction.reference import TRANSFORMS
 from ..nearest_centroid.op import checked_label
 from . import reference
@@ -63,6 +63,7 @@ define_op(
     "Tensor? ignored, int ignore_index, Tensor? numbers) -> (Tensor, Tensor)",
     fake=_empty,
     backends={
+        "cuda": _filled(cuda_kernel(_KERNEL)),
         "cpu": _filled(cpu_kernel(_KERNEL)),
         "reference": _resolved(reference.top_classes),
     },
