@@ -92,7 +92,9 @@ def test_labels_are_those_of_the_mean_of_all_maps(name, classes):
     image = speckled(45, 58)
     # The program resizes with its own filter: use the same images in both.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flowseg.segment.resized", lambda picture, size: picture.resize(size[::-1], Image.Resampling.BILINEAR))
+        patch.setattr(
+            "flowseg.segment.resized", lambda picture, size: picture.resize(size[::-1], Image.Resampling.BILINEAR)
+        )
         if segmenter.several_views:
             found = segmenter._labels_of_views(image, (45, 58))
             wanted = plain_mean(segmenter, image)
@@ -129,7 +131,9 @@ def test_probabilities_are_computed_only_where_views_differ(monkeypatch):
     segmenter = segmenter_of(300, flip=True)
     pixels = []
     original = views.class_probabilities
-    monkeypatch.setattr(views, "class_probabilities", lambda x, *a, **o: pixels.append(x.shape[-1]) or original(x, *a, **o))
+    monkeypatch.setattr(
+        views, "class_probabilities", lambda x, *a, **o: pixels.append(x.shape[-1]) or original(x, *a, **o)
+    )
     field = segmenter.codebook.encode(torch.randint(0, 300, (1, 20, 30)))[0]
     other = field.clone()
     other[:, 3, 4:9] = segmenter.codebook.centroids[7, :, None]
@@ -149,9 +153,7 @@ def test_many_classes_need_no_map_of_all_classes():
     sizes = []
     with pytest.MonkeyPatch.context() as patch:
         original = views.class_probabilities
-        patch.setattr(
-            views, "class_probabilities", lambda *a, **o: sizes.append(original(*a, **o)) or sizes.pop()
-        )
+        patch.setattr(views, "class_probabilities", lambda *a, **o: sizes.append(original(*a, **o)) or sizes.pop())
         mean = Views.mean
         patch.setattr(Views, "mean", lambda *a: sizes.append(mean(*a).numel()) or mean(*a))
         fields = [0.3 * torch.randn(8, 16, 24) for _ in range(2)]

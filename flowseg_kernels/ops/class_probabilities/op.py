@@ -6,7 +6,7 @@ import torch
 
 from ...derived import eps_of
 from ...runtime.checks import compute_dtype, unpack
-from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative
+from ...runtime.registry import cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from ..distance_correction.reference import TRANSFORMS
 from . import reference
 
@@ -49,6 +49,7 @@ define_op(
     backends={
         "cuda": _filled(cuda_kernel(_KERNEL)),
         "cpu": _filled(cpu_kernel(_KERNEL)),
+        "triton": _resolved(triton_kernel(__package__, "class_probabilities")),
         "reference": _resolved(reference.class_probabilities),
     },
     channels=lambda x, *args: x.shape[1],

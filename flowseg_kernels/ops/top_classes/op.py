@@ -6,7 +6,7 @@ import torch
 
 from ...derived import eps_of
 from ...runtime.checks import compute_dtype, unpack
-from ...runtime.registry import Limited, cpu_kernel, cuda_kernel, define_op, no_second_derivative
+from ...runtime.registry import Limited, cpu_kernel, cuda_kernel, define_op, no_second_derivative, triton_kernel
 from ..distance_correction.reference import TRANSFORMS
 from ..nearest_centroid.op import checked_label
 from . import reference
@@ -65,6 +65,7 @@ define_op(
     backends={
         "cuda": _filled(cuda_kernel(_KERNEL)),
         "cpu": _filled(cpu_kernel(_KERNEL)),
+        "triton": _few(triton_kernel(__package__, "top_classes")),
         "reference": _resolved(reference.top_classes),
     },
     channels=lambda x, *args: x.shape[1],

@@ -20,6 +20,12 @@ def plain(x, mu, eps, tau=1.0, transform="neg_log", form="probabilities", dtype=
     )
 
 
+def number_of_classes(backend, request, classes, few):
+    """A number of classes, but `few` for interpreted Triton kernels: the interpreter takes milliseconds per class."""
+    slow = backend == "triton" and INTERPRETED and not request.config.getoption("--every-variant")
+    return few if slow else classes
+
+
 def test_two_classes_on_a_line_by_hand(backend):
     # x = 0.5 between codes 0 and 2, eps = 0.75: d = (0.25, 2.25), 1 / (d + eps) = (1, 1/3), p = (3/4, 1/4).
     x, mu = torch.tensor([[[[0.5]]]]), torch.tensor([[0.0], [2.0]])
@@ -50,13 +56,13 @@ def test_equals_the_formula(backend, transform, tau, channels):
     torch.testing.assert_close(p, want.values[:, :5], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.many_forms(5)
+@pytest.mark.many_forms(7)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("tau", [1.0, 2.0])
 @pytest.mark.parametrize("spread", [0.3, 1e-2, 1e-5])
 @pytest.mark.parametrize("channels", [3, 8])
-def test_fp32_error_is_at_most_twice_plain_pytorch(backend, transform, tau, spread, channels):
-    book = fk.Codebook(fk.kronecker_centroids(150, channels))
+def test_fp32_error_is_at_most_twice_plain_pytorch(backend, transform, tau, spread, channels, request):
+    book = fk.Codebook(fk.kronecker_centroids(number_of_classes(backend, request, 150, 20), channels))
     x, _, _, _ = image_batch(book.centroids, 1, 17, 31, spread)
     options = {"eps": book.default_eps, "tau": tau, "transform": transform}
     for form in FORMS:
@@ -71,9 +77,11 @@ def test_fp32_error_is_at_most_twice_plain_pytorch(backend, transform, tau, spre
     assert largest_error(p, exact.gather(1, labels)) <= max(2 * largest_error(single, exact), floor)
 
 
+@pytest.mark.many_forms(5)
 @pytest.mark.parametrize("classes", [1, 2, 15, 16, 17, 31, 33, 300])
 @pytest.mark.parametrize("k", [1, 3, 4, 5, 8, 9, 16, 17])
-def test_the_kept_classes_are_the_nearest_ones(backend, classes, k):
+def test_the_kept_classes_are_the_nearest_ones(backend, classes, k, request):
+    classes = number_of_classes(backend, request, classes, min(classes, 35))
     if k > classes:
         with pytest.raises(ValueError, match=rf"k: wanted 1 to {classes}, the number of classes; got {k}"):
             fk.top_classes(torch.zeros(1, 3, 2, 2), torch.zeros(classes, 3), k, eps=1.0, ignore_index=-1)
@@ -107,8 +115,7 @@ def test_ties_go_to_the_lowest_index(backend, transform, tau):
 
 @pytest.mark.parametrize("classes", [257, 3000])
 def test_sums_stay_accurate_for_many_classes(backend, classes, request):
-    if backend == "triton" and INTERPRETED and not request.config.getoption("--every-variant"):
-        classes = min(classes, 300)  # the interpreter is slow
+    classes = number_of_classes(backend, request, classes, 70)
     book = fk.Codebook(fk.kronecker_centroids(classes, 8), ignore_index=-1)
     x = book.encode(torch.randint(0, classes, (1, 4, 17))) + 0.05 * torch.randn(1, 8, 4, 17)
     exact = plain(x, book.centroids, book.default_eps)
@@ -117,6 +124,7 @@ def test_sums_stay_accurate_for_many_classes(backend, classes, request):
     torch.testing.assert_close(p.double(), exact.gather(1, labels), rtol=4e-6, atol=0)
 
 
+@pytest.mark.many_forms(3)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_dtypes_strides_and_label_dtypes(backend, dtype, codes19):
     x, _, _, _ = image_batch(codes19.centroids, 2, 7, 24, dtype=dtype)
@@ -137,6 +145,7 @@ def test_dtypes_strides_and_label_dtypes(backend, dtype, codes19):
     assert torch.equal(fk.class_probabilities(expanded, codes19), fk.class_probabilities(repeated, codes19))
 
 
+@pytest.mark.many_forms(2)
 @pytest.mark.parametrize("transform, tau", [("neg_log", 1.0), ("neg_log", 2.0), ("neg_sq", 1.0), ("inverse", 1.0)])
 def test_nan_and_infinity_stay_in_their_pixel(backend, transform, tau, codes19):
     x, _, _, _ = image_batch(codes19.centroids, 1, 5, 60)
