@@ -92,46 +92,41 @@ __device__ __forceinline__ void find_nearest(const TopParams& a, const CodeTile<
   });
 }
 
-// Stores each kept class with probability(squared distance).
-template <class T, int C, int N, int P, class Probability>
-__device__ __forceinline__ void store_kept(const TopParams& a, const PixelRun& run, const Pack<T, P> (&x)[C],
-                                           const Kept<T, N> (&kept)[P], Probability probability) {
-  bool unknown[P] = {};
-#pragma unroll
-  for (int c = 0; c < C; ++c) {
-    FLOWSEG_EACH(P) unknown[p] |= x[c].at[p] != x[c].at[p];
-  }
+// Replaces the squared distances of the kept classes by probability(squared distance).
+template <int N, class T, int P, class Probability>
+__device__ __forceinline__ void replace_distances(Kept<T, N> (&kept)[P], Probability probability) {
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    if (j < a.kept) {
-      Pack<T, P> d;
-      int label[P];
-      FLOWSEG_EACH(P) {
-        d.at[p] = kept[p].squared[j];
-        label[p] = unknown[p] ? -1 : kept[p].label[j];
-      }
-      store_rank(a, run, j, label);
-      store_plane(a.probabilities, j, run, probability(d).at);
-    }
+    Pack<T, P> d;
+    FLOWSEG_EACH(P) d.at[p] = kept[p].squared[j];
+    d = probability(d);
+    FLOWSEG_EACH(P) kept[p].squared[j] = d.at[p];
   }
 }
 
 template <class T, int C, int N>
-__global__ void __launch_bounds__(kThreads) keep_top_classes(const TopParams a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 4) keep_top_classes(const TopParams a) {
   constexpr int P = kTopPixels<T, C, N>;
   using V = Pack<T, P>;
   FLOWSEG_CODE_TILE(T, C, tile);
   const PixelRun run = run_of_block<P>(a.probabilities.pixels, a.blocks_per_image);
   V x[C], total{};
   load_packs(a.x, a.codes.channels, run, x);
+  // NaN for a pixel that is not finite or whose square overflows.
+  const V poison = squared_norm<C>(x) * T(0);
+  bool unknown[P] = {};
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    FLOWSEG_EACH(P) unknown[p] |= x[c].at[p] != x[c].at[p];
+  }
   Kept<T, N> kept[P];
   const T eps = static_cast<T>(a.correction.eps), inverse_temperature = static_cast<T>(1 / a.correction.temperature);
   bool staged = false;
   if (a.fast) {
     find_nearest<true>(a, tile, x, eps, staged, kept, total);
     // A true division: the sum of far points may lie beyond the range of the fast reciprocal.
-    const V share = T(1) / total;
-    store_kept(a, run, x, kept, [&](const V& d) { return reciprocal(d + eps) * share; });
+    const V share = T(1) / total + poison;
+    replace_distances(kept, [&](const V& d) { return reciprocal(d + eps) * share; });
   } else {
     find_nearest<false>(a, tile, x, eps, staged, kept, total);
     for_transform_of(a.correction, [&]<Transform transform>() {
@@ -141,12 +136,24 @@ __global__ void __launch_bounds__(kThreads) keep_top_classes(const TopParams a) 
       for_each_part(a.codes, tile, staged, [&](int, int count) {
         add_exponentials<transform, C>(x, tile, count, eps, inverse_temperature, largest, total);
       });
-      // NaN for a pixel that is not finite or whose square overflows.
-      const V share = T(1) / total + squared_norm<C>(x) * T(0);
-      store_kept(a, run, x, kept, [&](const V& d) {
+      const V share = T(1) / total + poison;
+      replace_distances(kept, [&](const V& d) {
         return exponential(logit_of<transform>(d, eps, inverse_temperature) - largest) * share;
       });
     });
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    if (j < a.kept) {
+      T probability[P];
+      int label[P];
+      FLOWSEG_EACH(P) {
+        probability[p] = kept[p].squared[j];
+        label[p] = unknown[p] ? -1 : kept[p].label[j];
+      }
+      store_rank(a, run, j, label);
+      store_plane(a.probabilities, j, run, probability);
+    }
   }
 }
 

@@ -1,7 +1,7 @@
 """Triton kernels of class probabilities. A program takes one block of pixels and loops over the centroids.
 
-The first passes find the normaliser, the last one writes a row of the block for each class. TRANSFORM is an index of TRANSFORMS, FORM
-an index of FORMS. FAST: neg_log at temperature 1, where p_k is proportional to 1 / (d_k + eps).
+The first passes find the normaliser, the last one writes a row of the block for each class. TRANSFORM and FORM are indices of
+TRANSFORMS and FORMS. FAST: neg_log at temperature 1, where p_k is proportional to 1 / (d_k + eps).
 """
 
 from __future__ import annotations

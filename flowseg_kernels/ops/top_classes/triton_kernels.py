@@ -134,6 +134,11 @@ def block_of(channels: int, entries: int, dtype: torch.dtype) -> int:
     return 256 if channels <= 8 and entries <= 8 and dtype == torch.float32 else 128
 
 
+def options_of(dtype: torch.dtype) -> dict[str, object]:
+    """Return the compiler options. The bound on registers keeps ptxas from spilling in order to run more programs at once."""
+    return compile_options(4, registers=232 if dtype == torch.float64 else 128)
+
+
 def top_classes(
     x: torch.Tensor,
     centroids: torch.Tensor,
@@ -159,6 +164,6 @@ def top_classes(
             *two_floats(eps), *two_floats(1 / temperature),
             **layouts, C=channels, N=entries, TRANSFORM=TRANSFORMS.index(transform),
             FAST=takes_reciprocals(temperature, eps, transform),
-            ASSEMBLY=assembly_for(centroids.dtype), BLOCK=block, **compile_options(4),
+            ASSEMBLY=assembly_for(centroids.dtype), BLOCK=block, **options_of(centroids.dtype),
         )  # fmt: skip
     return labels, probabilities
