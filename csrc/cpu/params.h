@@ -23,7 +23,7 @@ struct Codes {
 // chunks, so results do not depend on the number of threads.
 constexpr int64_t kChunkPixels = 4096;
 
-// Pixels per task of the ops on probabilities. They have no sums over pixels, and their callers may pass few pixels with many classes.
+// Pixels per task of the ops on probabilities. They have no sums over pixels, and callers may pass few pixels with many classes.
 constexpr int64_t kSmallChunkPixels = 256;
 
 struct Interpolate {

@@ -1,5 +1,5 @@
-// Class probabilities of one pixel, or of one vector of pixels: what the compiled backends share for class_probabilities and
-// top_classes. V and mu are as in shared/correction.h, whose functions of V this header uses.
+// Class probabilities of one pixel, or of one vector of pixels: the formulas that every compiled backend
+// shares for class_probabilities and top_classes. V and mu are as in shared/correction.h, whose functions of V this header uses.
 #pragma once
 
 #include "shared/correction.h"

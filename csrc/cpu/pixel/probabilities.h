@@ -1,4 +1,4 @@
-// What class_probabilities and top_classes share: the choice of the transform, and the test for pixels that have no probabilities.
+// Functions that class_probabilities and top_classes share: the choice of the transform, and loads of points.
 #pragma once
 
 #include <type_traits>

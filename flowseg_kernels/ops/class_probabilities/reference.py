@@ -10,7 +10,7 @@ from ..distance_correction.reference import squared_distances, transform_distanc
 
 __all__ = ["FORMS", "class_probabilities", "logits"]
 
-#: What class_probabilities returns. Compiled kernels use the position as the form's number.
+#: Results that class_probabilities can return. Compiled kernels use the position as the form's number.
 FORMS = ("probabilities", "log_probabilities", "logits")
 
 
