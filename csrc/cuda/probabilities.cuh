@@ -1,4 +1,5 @@
-// Functions that class_probabilities and top_classes share on a GPU. P pixels of one thread are one value (Pack of cuda/correction.cuh).
+// Functions that class_probabilities and top_classes share on a GPU. P pixels of one thread are one value, a Pack of
+// cuda/correction.cuh.
 #pragma once
 
 #include "cuda/correction.cuh"

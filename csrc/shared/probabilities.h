@@ -12,8 +12,8 @@ enum class Form : int { probabilities = 0, log_probabilities = 1, logits = 2 };
 // The most classes per pixel that top_classes keeps.
 constexpr int kMostKept = 16;
 
-// Whether p_k is computed as r_k / sum r with r_k = 1 / (d_k + eps), in one pass over the classes without exponentials. The bound on
-// eps keeps the sum of 65536 weights in the range of fp32.
+// Whether p_k is computed as r_k / sum r with r_k = 1 / (d_k + eps), in one pass over the classes without exponentials. The
+// bound on eps keeps the sum of 65536 weights in the range of fp32.
 inline bool takes_reciprocals(const Correction& options) {
   return options.transform == static_cast<int>(Transform::neg_log) && options.temperature == 1 && options.eps >= 1e-30;
 }

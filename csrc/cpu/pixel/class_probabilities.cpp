@@ -1,7 +1,7 @@
 // class_probabilities for one chunk of pixels. all.cpp compiles it once per instruction set.
 //
-// A block's normaliser comes first. A second pass over the classes then writes one row of the block per class. Keeping the distances
-// of the first pass would need K numbers per pixel, which do not fit in the cache for many classes.
+// A block's normaliser comes first. A second pass over the classes then writes one row of the block per class. Keeping the
+// distances of the first pass would need K numbers per pixel, which do not fit in the cache for many classes.
 #include "cpu/pixel/probabilities.h"
 
 namespace flowseg::cpu {

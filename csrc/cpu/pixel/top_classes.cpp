@@ -1,7 +1,8 @@
 // top_classes for one chunk of pixels. all.cpp compiles it once per instruction set.
 //
-// One pass over the classes keeps the N nearest ones of each pixel, sorted, in registers. With neg_log at temperature 1 that pass also
-// adds up the weights 1 / (d + eps). Every other transform and temperature needs the smallest distance first, and a second pass.
+// One pass over the classes keeps the N nearest ones of each pixel, sorted, in registers. With neg_log at temperature 1 that pass
+// also adds up the weights 1 / (d + eps). Every other transform and temperature needs the smallest distance first, and a second
+// pass.
 #include "cpu/pixel/decode.h"
 #include "cpu/pixel/probabilities.h"
 
@@ -9,8 +10,8 @@ namespace flowseg::cpu {
 
 namespace {
 
-// The N nearest classes of a vector of pixels. NaN marks an entry that is still empty: every distance then comes before it, infinity
-// too.
+// The N nearest classes of a vector of pixels. NaN marks an entry that is still empty: every distance then comes before it,
+// infinity too.
 template <class T, int N>
 struct Kept {
   typename Lanes<T>::V squared[N];
