@@ -56,7 +56,7 @@ __device__ __forceinline__ void write_exponentials(const ProbabilityParams& a, c
 }
 
 template <class T, int C>
-__global__ void __launch_bounds__(kThreads) write_probabilities(const ProbabilityParams a) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 4) write_probabilities(const ProbabilityParams a) {
   constexpr int P = kCorrectionPixels<T, C>;
   using V = Pack<T, P>;
   FLOWSEG_CODE_TILE(T, C, tile);
