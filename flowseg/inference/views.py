@@ -36,7 +36,7 @@ def windows(height: int, width: int, window: tuple[int, int], stride: tuple[int,
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
-    """The positions of a source that each position of a result reads along one axis: ``result[i] = sum_t weight[i, t] source[index[i, t]]``.
+    """The positions that a result reads along one axis: ``result[i] = sum_t weight[i, t] source[index[i, t]]``.
 
     A tap without weight reads the position of another tap of its row.
     """
