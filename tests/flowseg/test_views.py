@@ -140,22 +140,27 @@ def test_probabilities_are_computed_only_where_views_differ(monkeypatch):
     sides = [(slice(0, side), Taps(torch.arange(side)[:, None], torch.ones(side, 1))) for side in (20, 30)]
     parts = [iter([Part.of(part, *sides)]) for part in (field, other)]
     found = segmenter._views.labels(parts, (20, 30))
-    assert sum(pixels) <= 2 * 5 and torch.equal(found, segmenter.codebook.decode(field[None])[0].int()) is not None
+    # Five pixels of two views; none for the others.
+    assert 0 < sum(pixels) <= 2 * 5
     same = torch.ones(20, 30, dtype=torch.bool)
     same[3, 4:9] = False
     assert torch.equal(found.long()[same], segmenter.codebook.decode(field[None])[0][same])
 
 
 def test_many_classes_need_no_map_of_all_classes():
-    """At 4000 classes one map of all classes at this size would be 98 MB; the largest array must stay far below."""
+    """The maps of all classes of this image would have 1.5 million numbers; no array has more than a million."""
     segmenter = segmenter_of(4000, channels=8, flip=True)
     views_of = Views(segmenter.codebook, None, 2**20)
     sizes = []
+    original = views.class_probabilities
+
+    def measured(*arguments, **options):
+        found = original(*arguments, **options)
+        sizes.append(found.numel())
+        return found
+
     with pytest.MonkeyPatch.context() as patch:
-        original = views.class_probabilities
-        patch.setattr(views, "class_probabilities", lambda *a, **o: sizes.append(original(*a, **o)) or sizes.pop())
-        mean = Views.mean
-        patch.setattr(Views, "mean", lambda *a: sizes.append(mean(*a).numel()) or mean(*a))
+        patch.setattr(views, "class_probabilities", measured)
         fields = [0.3 * torch.randn(8, 16, 24) for _ in range(2)]
         sides = [(slice(0, side), Taps(torch.arange(side)[:, None], torch.ones(side, 1))) for side in (16, 24)]
         found = views_of.labels([iter([Part.of(field, *sides)]) for field in fields], (16, 24))
