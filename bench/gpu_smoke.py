@@ -140,6 +140,14 @@ def pixel_results(codebook, x, source, labels, t):
             "nearest_centroid without grid": fk.nearest_centroid(x, codebook.centroids),
             "nearest_centroid with margin": label,
             "decode_confusion": fk.decode_confusion(x, labels, codebook),
+            "class_probabilities": fk.class_probabilities(x, codebook),
+            "class_probabilities of neg_sq": fk.class_probabilities(
+                x, codebook, transform="neg_sq", form="log_probabilities"
+            ),
+            "top_classes probabilities": fk.top_classes(x, codebook, min(5, codebook.num_classes))[1],
+            "top_classes at temperature 0.5": fk.top_classes(
+                x, codebook, min(16, codebook.num_classes), temperature=0.5
+            )[1],
         }
 
 

@@ -37,7 +37,7 @@ COUNTS = {
     "nearest_centroid": _CANDIDATE,
     "decode_confusion": _CANDIDATE,
 }
-OPS = ("flow_interpolate", *COUNTS, "neural_field")
+OPS = ("flow_interpolate", *COUNTS, "class_probabilities", "top_classes", "neural_field")
 
 
 def _entry(order, because):
@@ -50,6 +50,12 @@ def static(op):
     if op == "neural_field":
         because = "no GPU has measured it: its kernels in CUDA C++ have not run on a GPU yet, those in Triton have"
         return _entry(("triton", "cuda"), because)
+    if op == "top_classes":
+        because = f"no GPU has measured it: a warp skips classes that none of its pixels keeps; Triton skips eight at once; {ahead}"
+        return _entry(BACKENDS, because)
+    if op == "class_probabilities":
+        because = f"no GPU has measured it: both are bound by writing K numbers per pixel; {ahead}"
+        return _entry(BACKENDS, because)
     if op not in COUNTS:
         return _entry(BACKENDS, f"no GPU has measured it: both read and write 16 bytes at a time; {ahead}")
     unit, loops, kernel, forms = COUNTS[op]

@@ -18,7 +18,8 @@ ISA_FLAGS = {
 }
 #: csrc/cpu/NAME.cpp
 CPU_OPS = (
-    "flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion", "neural_field",
+    "flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion", "class_probabilities",
+    "top_classes", "neural_field",
 )  # fmt: skip
 #: Sources in csrc/cpu that are compiled once per instruction set, with the flags of each.
 CPU_KERNELS = {
@@ -27,7 +28,8 @@ CPU_KERNELS = {
 }
 #: csrc/cuda/NAME.cu. The slowest to compile come first, so that no core waits for one at the end.
 CUDA_OPS = (
-    "neural_field", "flow_loss", "distance_correction", "decode_confusion", "nearest_centroid", "flow_interpolate",
+    "neural_field", "flow_loss", "distance_correction", "decode_confusion", "nearest_centroid", "top_classes",
+    "class_probabilities", "flow_interpolate",
 )  # fmt: skip
 #: Those of CUDA_OPS that are compiled for sm_90a only.
 HOPPER_OPS = ("neural_field",)

@@ -64,6 +64,8 @@ NAVIGATION = {
         "ops/flow_loss",
         "ops/nearest_centroid",
         "ops/decode_confusion",
+        "ops/top_classes",
+        "ops/class_probabilities",
         "ops/neural_field",
     ],
     "Reference": ["api/flowseg_kernels", "api/flowseg", "api/command_line", "environment", "troubleshooting"],

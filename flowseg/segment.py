@@ -23,13 +23,14 @@ from flowseg.flow import integrate, make_source
 from flowseg.inference.graphs import Graphs
 from flowseg.inference.network import SamplingNetwork
 from flowseg.inference.views import (
-    WindowRows,
-    class_probabilities,
+    Part,
+    Taps,
+    Views,
+    after,
     enlarge_labels,
     interpolated_columns,
-    likeliest,
-    mean_over_windows,
-    resize_labels,
+    part_of,
+    resizing,
     windows,
 )
 from flowseg.label_kinds import LabelKind, label_kind
@@ -50,9 +51,6 @@ class Segmenter:
     Sampling in bf16 keeps a copy of the network's weights in bf16, two bytes per number, which follows ``model``:
     :class:`flowseg.inference.network.SamplingNetwork`.
     """
-
-    # Largest number of class probabilities to keep in memory (256 MB), if there is a way to keep fewer.
-    MOST_NUMBERS = 2**26
 
     def __init__(
         self,
@@ -195,7 +193,7 @@ class Segmenter:
         sample = self.config.sample
         native = images[0].size[::-1]
         if self.several_views:
-            return torch.stack([self._as_codes(self._averaged(image), native) for image in images])
+            return torch.stack([self._as_codes(self._labels_of_views(image, native)) for image in images])
         height, width = size = model_size(native, self.config.data, sample.resize)
         field = self.sample(self._patched([resized(image, size) for image in images]))[..., :height, :width]
         if field.shape[-2:] == native:
@@ -204,7 +202,7 @@ class Segmenter:
             return F.interpolate(field, size=native, mode="bilinear", align_corners=False)
         if sample.upsample == "labels":
             return F.interpolate(field, size=native, mode="nearest-exact")
-        return torch.stack([self._as_codes(self._probabilities(one[None])[0], native) for one in field])
+        return torch.stack([self._as_codes(self._resized_labels(one, native)) for one in field])
 
     @property
     def several_views(self) -> bool:
@@ -253,7 +251,7 @@ class Segmenter:
             labels, margin = self._decode(field, with_margin)
             return enlarge_labels(labels, native), margin if margin is None else enlarge_labels(margin, native)
         if upsample == "probabilities":
-            labels = resize_labels(self._probabilities(field[None])[0], native, dtype=self._kind.dtype)
+            labels = self._resized_labels(field, native)
             return labels, self._margin_of_codes(labels) if with_margin else None
         labels = torch.empty(native, dtype=self._kind.dtype, device=field.device)
         margin = torch.empty(native, device=field.device) if with_margin else None
@@ -262,6 +260,11 @@ class Segmenter:
             if margin is not None:
                 margin[:, columns] = found
         return labels, margin
+
+    def _resized_labels(self, field: Tensor, native: tuple[int, int]) -> Tensor:
+        """Labels ``(H, W)`` after bilinear interpolation of the class probabilities of a field ``(C, h, w)``."""
+        sides = [(slice(0, new), resizing(old, new)) for old, new in zip(field.shape[1:], native)]
+        return self._views.labels([iter([Part.of(field, *sides)])], native)
 
     def _decode(self, field: Tensor, with_margin: bool) -> tuple[Tensor, Tensor | None]:
         if self.config.codes.sequence == "one_hot" and not with_margin:
@@ -285,35 +288,52 @@ class Segmenter:
         """Labels ``(H, W)`` from the mean of all views."""
         sample = self.config.sample
         size = model_size(native, self.config.data, sample.resize, sample.scales[0])
-        maps = self.codebook.num_classes * size[0] * size[1]
-        at_once = sample.upsample == "labels" or size == native
-        if maps > self.MOST_NUMBERS and sample.window == "slide" and len(sample.scales) == 1 and at_once:
-            labels = self._labels_of_windows(image, size)
-        else:
-            probabilities = self._averaged(image)
-            if not at_once:
-                return resize_labels(probabilities, native, dtype=self._kind.dtype)
-            labels = likeliest(probabilities)
-        return labels if size == native else enlarge_labels(labels, native)
+        result = size if sample.upsample == "labels" else native
+        mirrors = (False, True) if sample.flip else (False,)
+        views = [self._parts(image, scale, mirrored, size, result) for scale in sample.scales for mirrored in mirrors]
+        labels = self._views.labels(views, result)
+        return labels if result == native else enlarge_labels(labels, native)
 
-    def _labels_of_windows(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
-        """Labels ``(h, w)`` from overlapping windows over the image at ``size``, one band of rows after the other."""
-        image = resized(image, size)
-        mirrors = (False, True) if self.config.sample.flip else (False,)
-        views = [WindowRows(self._window_fields(image, mirrored), size[0], self._probabilities) for mirrored in mirrors]
-        labels = torch.empty(size, dtype=self._kind.dtype, device=self.device)
-        while True:
-            bands = [view.advance() for view in views]
-            rows = bands[0]
-            if rows is None:
-                return labels
-            step = max(1, self.MOST_NUMBERS // 8 // (self.codebook.num_classes * (rows.stop - rows.start)))
-            for first in range(0, size[1], step):
-                columns = slice(first, min(first + step, size[1]))
-                mean = views[0].mean(rows, columns)
-                if self.config.sample.flip:
-                    mean = mean + views[1].mean(rows, slice(size[1] - columns.stop, size[1] - columns.start)).flip(-1)
-                labels[rows, columns] = likeliest(mean)
+    @property
+    def _views(self) -> Views:
+        return Views(self.codebook, self.config.loss.eps)
+
+    def _parts(
+        self, image: Image.Image, scale: float, mirrored: bool, size: tuple[int, int], result: tuple[int, int]
+    ) -> Iterator[Part]:
+        """Yield the parts of one view by their rows: its windows, or the whole image.
+
+        Args:
+            image: the image at its own size.
+            scale: multiple of the size to segment at.
+            mirrored: whether the network sees the mirror image.
+            size: ``(h, w)``, to which probabilities of another scale are resized.
+            result: ``(H, W)``, to which probabilities are resized then.
+        """
+        own = model_size(image.size[::-1], self.config.data, self.config.sample.resize, scale)
+        image = resized(image, own)
+        rows, columns = (
+            after(resizing(old, middle, antialias=True), resizing(middle, new))
+            for old, middle, new in zip(own, size, result)
+        )
+        if mirrored:
+            columns = Taps(own[1] - 1 - columns.index, columns.weight)
+        if self.config.sample.window == "slide":
+            shares = [1 / overlaps for overlaps in self._overlaps(own)]
+            fields = self._window_fields(image, mirrored)
+        else:
+            shares = [torch.ones(side) for side in own]
+            fields = iter([((slice(0, own[0]), slice(0, own[1])), self._whole_field(image, mirrored))])
+        for (top, left), field in fields:
+            place = (slice(top.start, top.start + field.shape[1]), slice(left.start, left.start + field.shape[2]))
+            yield Part.of(field, *(part_of(*part) for part in zip((rows, columns), place, shares)))
+
+    def _whole_field(self, image: Image.Image, mirrored: bool) -> Tensor:
+        """The field ``(C, h, w)`` of an image or of its mirror image."""
+        pixels = self._pixels([image])
+        # Mirror before padding, to keep the padding on the same sides.
+        pixels = pad_to_patches(pixels.flip(-1) if mirrored else pixels, self.model.size.patch_size)
+        return self.sample(pixels)[0, :, : image.height, : image.width]
 
     def _window_fields(self, image: Image.Image, mirrored: bool) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
         """Yield the slices and the field ``(C, h, w)`` of each window of an image or of its mirror image.
@@ -344,54 +364,17 @@ class Segmenter:
         stride = tuple(max(1, round(side * self.config.sample.stride)) for side in window)
         return windows(max(size[0], window[0]), max(size[1], window[1]), window, stride)
 
-    def _probabilities(self, field: Tensor) -> Tensor:
-        return class_probabilities(field, self.codebook.centroids, self.config.loss.eps or self.codebook.default_eps)
+    def _overlaps(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The number of windows over each row and over each column of an image of ``size``."""
+        places = self._places(size)
+        counts = torch.zeros(max(size[0], places[-1][0].stop)), torch.zeros(max(size[1], places[-1][1].stop))
+        for count, starts in zip(counts, zip(*places)):
+            for start, stop in {(side.start, side.stop) for side in starts}:
+                count[start:stop] += 1
+        return counts[0][: size[0]], counts[1][: size[1]]
 
-    def _averaged(self, image: Image.Image) -> Tensor:
-        """Mean class probabilities ``(K, h, w)`` of all views of an image, at the size of the first scale."""
-        sample = self.config.sample
-        total: Tensor | None = None
-        for scale in sample.scales:
-            height, width = size = model_size(image.size[::-1], self.config.data, sample.resize, scale)
-            pixels = self._patched([resized(image, size)])
-            for mirrored in (False, True) if sample.flip else (False,):
-                # Mirror before padding, to keep the padding on the same sides.
-                seen = pixels[0, :, :height, :width].flip(-1) if mirrored else pixels[0]
-                if sample.window == "slide":
-                    part = self._slide(seen[:, :height, :width])
-                else:
-                    seen = pad_to(seen, *pixels.shape[-2:])
-                    part = self._probabilities(self.sample(seen[None])[..., :height, :width])[0]
-                part = part.flip(-1) if mirrored else part
-                if total is None:
-                    total = part
-                elif part.shape == total.shape:
-                    total = total + part
-                else:
-                    total = total + F.interpolate(part[None], size=total.shape[-2:], mode="bilinear", antialias=True)[0]
-        return total / (len(sample.scales) * (1 + sample.flip))
-
-    def _slide(self, pixels: Tensor) -> Tensor:
-        """Mean class probabilities ``(K, h, w)`` of windows over ``pixels`` ``(3, h, w)``."""
-        data, sample = self.config.data, self.config.sample
-        height, width = pixels.shape[-2:]
-        padded = pad_to(pixels, data.height, data.width)
-        places = self._places((height, width))
-
-        def parts():
-            for first in range(0, len(places), sample.batch_size):
-                some = places[first : first + sample.batch_size]
-                batch = torch.stack([padded[:, rows, columns] for rows, columns in some])
-                yield from zip(some, self._probabilities(self.sample(batch)))
-
-        return mean_over_windows(parts(), *padded.shape[-2:])[:, :height, :width]
-
-    def _as_codes(self, probabilities: Tensor, native: tuple[int, int]) -> Tensor:
-        """Codes ``(C, H, W)`` of the most probable classes at native size; NaN where the probabilities are NaN."""
-        if self.config.sample.upsample == "labels":
-            labels = enlarge_labels(likeliest(probabilities), native)
-        else:
-            labels = resize_labels(probabilities, native, dtype=self._kind.dtype)
+    def _as_codes(self, labels: Tensor) -> Tensor:
+        """Codes ``(C, H, W)`` of labels; NaN for the ignored label."""
         codes = self.codebook.centroids
         nothing = codes.new_full((self._kind.ignore + 1 - len(codes), codes.shape[1]), torch.nan)
         return torch.cat([codes, nothing])[labels.long()].movedim(-1, 0)

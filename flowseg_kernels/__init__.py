@@ -4,6 +4,7 @@ from . import codes as _codes
 from .codebook import Codebook
 from .codes import grid_centroids, kronecker_centroids
 from .functional import (
+    class_probabilities,
     decode_confusion,
     distance_correction,
     encode_labels,
@@ -11,6 +12,7 @@ from .functional import (
     flow_loss,
     nearest_centroid,
     neural_field,
+    top_classes,
 )
 from .nn import CentroidDecoder, FlowLoss, NeuralFieldDecoder
 from .runtime import extension as _extension
@@ -25,6 +27,7 @@ __all__ = [
     "FlowLoss",
     "NeuralFieldDecoder",
     "available_backends",
+    "class_probabilities",
     "decode_confusion",
     "distance_correction",
     "encode_labels",
@@ -35,6 +38,7 @@ __all__ = [
     "nearest_centroid",
     "neural_field",
     "requested_backend",
+    "top_classes",
     "use_backend",
 ]
 

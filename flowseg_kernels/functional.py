@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  registers torch.ops.flowseg
 from .derived import derived_from, label_of
+from .ops.class_probabilities.reference import FORMS
 from .ops.distance_correction.reference import TRANSFORMS
 from .ops.flow_loss.reference import REDUCTIONS, SCHEDULES, SPACES
 from .ops.neural_field.checks import checked_arguments
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from .codebook import Codebook
 
 __all__ = [
+    "class_probabilities",
     "decode_confusion",
     "distance_correction",
     "encode_labels",
@@ -47,6 +49,7 @@ __all__ = [
     "flow_loss",
     "nearest_centroid",
     "neural_field",
+    "top_classes",
 ]
 
 #: The default ignored label of bare centroids. It is no class of 255 or fewer centroids, whose classes end at 254.
@@ -384,6 +387,107 @@ def nearest_centroid(
     if not (return_distance or return_margin):
         return found[0]
     return (found[0], *((found[1],) if return_distance else ()), *((found[2],) if return_margin else ()))
+
+
+def class_probabilities(
+    x: Tensor,
+    codebook: Tensor | Codebook,
+    *,
+    temperature: float | Tensor = 1.0,
+    eps: float | Tensor | None = None,
+    transform: str = "neg_log",
+    form: str = "probabilities",
+) -> Tensor:
+    """The probability of every class: p_k = softmax_k(T(d_k) / tau), d_k = |x - mu_k|^2.
+
+    These are the probabilities of distance_correction and flow_loss. With the defaults p_k is proportional to 1 / (d_k + eps).
+    The result has K numbers per pixel; top_classes returns the largest ones without it.
+
+    Args:
+        x: (B, C, H, W).
+        codebook: a Codebook, or (K, C) centroids.
+        temperature, eps, transform: as in distance_correction.
+        form: "probabilities" (default), "log_probabilities" log p_k, or "logits" T(d_k) / tau.
+
+    Returns:
+        (B, K, H, W) in fp32 (fp64 for fp64 inputs), contiguous. A pixel with NaN or infinity, or whose squared norm overflows, gets
+        NaN.
+
+    Not differentiable: a derivative raises NotImplementedError.
+    Cost: two passes over the classes (logits one; probabilities with another transform or temperature three) of about 2 C + 3
+    instructions per pixel and class, and the K numbers written once.
+
+    Raises:
+        TypeError, ValueError: as flow_interpolate.
+    """
+    mu, _ = _resolve("x", x, codebook, "codebook")
+    check_choice("transform", transform, TRANSFORMS)
+    check_choice("form", form, FORMS)
+    _check_eps(eps, codebook)
+    check_no_forward_mode("class_probabilities", x)
+    (temperature, eps), numbers = pack(temperature=temperature, eps=eps)
+    return call("class_probabilities", x, mu, temperature, eps, transform, form, numbers)
+
+
+def top_classes(
+    x: Tensor,
+    codebook: Tensor | Codebook,
+    k: int,
+    *,
+    temperature: float | Tensor = 1.0,
+    eps: float | Tensor | None = None,
+    transform: str = "neg_log",
+    out_dtype: torch.dtype = torch.int64,
+    ignore_index: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k most probable classes and their probabilities: the first k of class_probabilities in order, without its array.
+
+    The probabilities are exact: each is divided by the sum over all K classes. They decrease, and add up to 1 for k = K. As T
+    decreases, the most probable classes are the nearest ones; the first is that of nearest_centroid.
+
+    Args:
+        x: (B, C, H, W).
+        codebook: a Codebook, or (K, C) centroids.
+        k: from 1 to K. Compiled kernels keep at most 16; plain PyTorch runs calls for more.
+        temperature, eps, transform: as in distance_correction.
+        out_dtype: dtype of the labels: uint8, int16, int32 or int64 (default).
+        ignore_index: label of a pixel with NaN, as in nearest_centroid.
+
+    Returns:
+        labels (B, k, H, W) and probabilities (B, k, H, W), the nearest class first, ties to the lowest index. Probabilities are in
+        fp32 (fp64 for fp64 inputs). A pixel with NaN gets the label ignore_index and NaN k times. A pixel with infinity, or whose
+        squared norm overflows, gets NaN probabilities.
+
+    Not differentiable: a derivative of the probabilities raises NotImplementedError.
+    Cost: one pass over the classes with the default transform and temperature, else two; reads x once, writes k labels and
+    probabilities once.
+
+    Raises:
+        TypeError, ValueError: as flow_interpolate; ValueError when k is not in [1, K] or out_dtype cannot hold the labels.
+    """
+    mu, ignored = _resolve("x", x, codebook, "codebook")
+    k = check_index("k", k)
+    if not 1 <= k <= mu.shape[0]:
+        raise ValueError(f"k: wanted 1 to {mu.shape[0]}, the number of classes; got {k}")
+    check_choice("transform", transform, TRANSFORMS)
+    check_label_dtype("out_dtype", out_dtype)
+    _check_eps(eps, codebook)
+    check_no_forward_mode("top_classes", x)
+    if ignore_index is None and ignored is None:
+        ignore_index = _IGNORE_INDEX if mu.shape[0] <= _IGNORE_INDEX else -1
+    (temperature, eps), numbers = pack(temperature=temperature, eps=eps)
+    return call(
+        "top_classes",
+        x,
+        mu,
+        k,
+        temperature,
+        eps,
+        transform,
+        str(out_dtype).removeprefix("torch."),
+        *_ignored_label_arguments(ignore_index, ignored, mu.shape[0]),
+        numbers,
+    )
 
 
 def decode_confusion(

@@ -32,16 +32,18 @@ inline Image image_of(const Tensor& t, const char* name) {
   return view_of(t, name);
 }
 
-inline int64_t chunks_per_image(const Image& image) {
-  return (image.height * image.width + kChunkPixels - 1) / kChunkPixels;
+inline int64_t chunks_per_image(const Image& image, int64_t chunk_pixels = kChunkPixels) {
+  return (image.height * image.width + chunk_pixels - 1) / chunk_pixels;
 }
-inline int64_t chunks_of(const Image& image) { return image.batch * chunks_per_image(image); }
+inline int64_t chunks_of(const Image& image, int64_t chunk_pixels = kChunkPixels) {
+  return image.batch * chunks_per_image(image, chunk_pixels);
+}
 
 // Calls step(kernels, chunk) for every chunk of a batch. A thread takes the next chunk that no thread has: if it starts late or
 // shares its core, the others wait for one chunk at most.
 template <class Step>
-void for_each_chunk(const Image& image, Step step) {
-  const int64_t chunks = chunks_of(image);
+void for_each_chunk(const Image& image, Step step, int64_t chunk_pixels = kChunkPixels) {
+  const int64_t chunks = chunks_of(image, chunk_pixels);
   with_kernels([&](auto kernels) {
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, chunks, 1, [&](int64_t, int64_t) {

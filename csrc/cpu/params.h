@@ -23,6 +23,9 @@ struct Codes {
 // chunks, so results do not depend on the number of threads.
 constexpr int64_t kChunkPixels = 4096;
 
+// Pixels per task of the ops on probabilities. They have no sums over pixels, and callers may pass few pixels with many classes.
+constexpr int64_t kSmallChunkPixels = 256;
+
 struct Interpolate {
   Image source;
   Labels labels;
@@ -94,6 +97,25 @@ struct Confusion {
   Labels target;
 };
 
+struct Probabilities {
+  Image x;
+  Codes codes;
+  Correction correction;
+  int form;   // a Form
+  void* out;  // contiguous (B, K, H, W) in the compute type
+};
+
+struct TopClasses {
+  Image x;
+  Codes codes;
+  Correction correction;
+  int64_t kept;  // classes per pixel, from 1 to kMostKept
+  int64_t ignore;
+  void* labels;  // contiguous (B, kept, H, W)
+  Integer label_type;
+  void* probabilities;  // contiguous (B, kept, H, W) in the compute type
+};
+
 enum class Isa : int { baseline, avx2, avx512, avx512bf16 };
 
 // The kernels of one instruction set. csrc/cpu/pixel defines them, and is compiled for baseline, avx2 and avx512. `chunk` counts
@@ -107,6 +129,8 @@ struct PixelKernels {
   static void count(const Count&, int64_t chunk);
   static void scale(const Scale&, int64_t chunk);
   static void decode(const Decode&, int64_t chunk);
+  static void probabilities(const Probabilities&, int64_t chunk);  // of kSmallChunkPixels
+  static void top_classes(const TopClasses&, int64_t chunk);        // of kSmallChunkPixels
   // Adds to counts (K, K). `shared`: other threads add to the same counts.
   static void confusion(const Confusion&, int64_t chunk, int64_t* counts, bool shared);
 };

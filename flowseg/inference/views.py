@@ -1,8 +1,13 @@
-"""Class probabilities of several views of an image (scales, mirror images, overlapping windows), their mean, and resizing."""
+"""Labels of several views of an image (scales, mirror images, overlapping windows), and resizing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +15,7 @@ from torch import Tensor
 
 from flowseg.devices import to_device
 from flowseg.label_kinds import label_kind
+from flowseg_kernels import Codebook, class_probabilities, nearest_centroid
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -28,97 +34,217 @@ def windows(height: int, width: int, window: tuple[int, int], stride: tuple[int,
     return [(row, column) for row in rows for column in columns]
 
 
-def class_probabilities(field: Tensor, centroids: Tensor, eps: float) -> Tensor:
-    """Class probabilities ``p_k`` proportional to ``1 / (d_k + eps)``, with ``d_k`` the squared distance to code k.
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """The positions that a result reads along one axis: ``result[i] = sum_t weight[i, t] source[index[i, t]]``.
 
-    Args:
-        field: ``(B, C, H, W)``.
-        centroids: ``(K, C)``.
-        eps: added to the squared distances.
-
-    Returns:
-        ``(B, K, H, W)`` float32.
-    """
-    distance = field.new_zeros(field.shape[0], len(centroids), *field.shape[-2:])
-    for channel, codes in zip(field.unbind(1), centroids.unbind(1)):
-        distance += (channel[:, None] - codes[:, None, None]).square()
-    weight = distance.add_(eps).reciprocal_()
-    return weight.div_(weight.sum(1, keepdim=True))
-
-
-def mean_over_windows(parts: Iterator[tuple[tuple[slice, slice], Tensor]], height: int, width: int) -> Tensor:
-    """Mean ``(K, H, W)`` over windows ``(K, h, w)`` that may overlap."""
-    total: Tensor | None = None
-    for (rows, columns), part in parts:
-        if total is None:
-            total = part.new_zeros(part.shape[0], height, width)
-            count = part.new_zeros(height, width)
-        total[:, rows, columns] += part
-        count[rows, columns] += 1
-    return total.div_(count)
-
-
-class WindowRows:
-    """Mean class probabilities of overlapping windows, one band of rows after the other.
-
-    :func:`mean_over_windows` needs memory for K maps of the whole image. This class keeps only the fields of windows that
-    overlap the current or a later band.
-
-    Args:
-        fields: slices and field ``(C, h, w)`` of each window, in the order of :func:`windows`.
-        height: number of rows of the image.
-        probabilities: converts fields ``(1, C, h, w)`` to probabilities ``(1, K, h, w)``.
+    A tap without weight reads the position of another tap of its row.
     """
 
-    def __init__(
-        self,
-        fields: Iterator[tuple[tuple[slice, slice], Tensor]],
-        height: int,
-        probabilities: Callable[[Tensor], Tensor],
-    ):
-        self._fields, self._height, self._probabilities = fields, height, probabilities
-        self._next = next(fields, None)
-        self._active: list[tuple[int, slice, Tensor]] = []
-        self._done = 0
+    index: Tensor
+    weight: Tensor
 
-    def advance(self) -> slice | None:
-        """Move to the next band: the rows that no later window overlaps. Return ``None`` after the last band."""
-        # Drop finished rows. The clone matters: a view would keep the memory of the whole window.
-        self._active = [
-            (self._done, columns, field[:, self._done - top :].clone())
-            for top, columns, field in self._active
-            if top + field.shape[1] > self._done
-        ]
-        if self._next is None:
+    def on(self, device: torch.device) -> Taps:
+        return Taps(to_device(self.index, device), to_device(self.weight, device))
+
+    def __getitem__(self, some: slice) -> Taps:
+        return Taps(self.index[some], self.weight[some])
+
+
+def resizing(old: int, new: int, *, antialias: bool = False) -> Taps:
+    """The taps of bilinear interpolation from ``old`` to ``new`` positions, as ``F.interpolate`` has them."""
+    place = (torch.arange(new, dtype=torch.float64) + 0.5) * (old / new)
+    if not antialias or old <= new:
+        place = (place - 0.5).clamp(0, old - 1)
+        first = place.floor().long()
+        share = place - first
+        return Taps(torch.stack([first, (first + 1).clamp_max(old - 1)], 1), torch.stack([1 - share, share], 1).float())
+    # A triangle as wide as two positions of the result, cut off at the borders.
+    reach = old / new
+    first = (place - reach + 0.5).long().clamp_min(0)
+    index = first[:, None] + torch.arange(math.ceil(2 * reach) + 1)
+    weight = (1 - ((index + 0.5 - place[:, None]) / reach).abs()).clamp_min(0) * (index < old)
+    return Taps(index.clamp_max(old - 1), (weight / weight.sum(1, keepdim=True)).float())
+
+
+def after(first: Taps, then: Taps) -> Taps:
+    """The taps of two resizings, one after the other."""
+    index = first.index[then.index].flatten(1)
+    weight = (then.weight[..., None] * first.weight[then.index]).flatten(1)
+    lowest = index.amin(1, keepdim=True)
+    total = weight.new_zeros(len(index), int((index - lowest).max()) + 1).scatter_add_(1, index - lowest, weight)
+    return Taps((lowest + torch.arange(total.shape[1])).clamp_max(int(index.max())), total)
+
+
+def part_of(taps: Taps, source: slice, share: Tensor) -> tuple[slice, Taps]:
+    """The positions that read a part of the source, and their taps relative to that part.
+
+    Args:
+        taps: of the whole axis.
+        source: the part.
+        share: weight of each position of the source in this part, ``(old,)``.
+    """
+    inside = (taps.index >= source.start) & (taps.index < source.stop)
+    weight = torch.where(inside, taps.weight * share[taps.index.clamp_max(len(share) - 1)], 0)
+    reading = (weight > 0).any(1).nonzero()[:, 0]
+    rows = slice(int(reading[0]), int(reading[-1]) + 1)
+    weight = weight[rows]
+    used = (weight > 0).any(0)
+    index, weight = taps.index[rows][:, used] - source.start, weight[:, used]
+    index = torch.where(weight > 0, index, index.gather(1, weight.argmax(1, keepdim=True)))
+    return rows, Taps(index, weight)
+
+
+class Part(NamedTuple):
+    """A view of a part of an image: the field of a window, or of the whole image.
+
+    Attributes:
+        field: ``(C, h, w)``.
+        rows, columns: the part of the result that reads it.
+        across_rows, across_columns: how each row and column of that part reads it, on the device of the field.
+    """
+
+    field: Tensor
+    rows: slice
+    columns: slice
+    across_rows: Taps
+    across_columns: Taps
+
+    @classmethod
+    def of(cls, field: Tensor, rows: tuple[slice, Taps], columns: tuple[slice, Taps]) -> Part:
+        return cls(field, rows[0], columns[0], rows[1].on(field.device), columns[1].on(field.device))
+
+    def taps(self, rows: slice, columns: slice) -> tuple[Taps, Taps]:
+        """The taps of a part of the result."""
+        top, left = self.rows.start, self.columns.start
+        return (
+            self.across_rows[rows.start - top : rows.stop - top],
+            self.across_columns[columns.start - left : columns.stop - left],
+        )
+
+
+class Views:
+    """The most probable classes of the mean of several views, without maps of all classes.
+
+    The mean is that of the class probabilities ``p_k``, proportional to ``1 / (d_k + eps)``, of every view and every tap. A pixel
+    whose views and taps all have the same nearest code has that class, as its probability is the largest in each of them. So
+    probabilities are needed only where they differ. There the mean is computed for all classes, a bounded number of pixels at a
+    time: the classes are exactly those of the mean of all maps, up to rounding where two classes are equally probable. Finding
+    those pixels would make a GPU wait, so other devices than the CPU compute the mean of all pixels.
+
+    Args:
+        codebook: codes of the classes.
+        eps: added to squared distances; ``None``: the codebook's default.
+        numbers: largest number of class probabilities in memory; ``None``: 2**22 on a CPU, where they stay in the cache, else
+            2**25.
+    """
+
+    def __init__(self, codebook: Codebook, eps: float | None, numbers: int | None = None):
+        self.codebook, self.eps, self.numbers = codebook, eps, numbers
+
+    def labels(self, views: Sequence[Iterator[Part]], size: tuple[int, int]) -> Tensor:
+        """Labels ``(H, W)`` of the mean of views; the ignored label where the mean is NaN.
+
+        Only the parts that overlap the current rows are kept.
+
+        Args:
+            views: the parts of each view, by their first row. The parts of one view add up to weight 1 at every pixel.
+            size: ``(H, W)``.
+        """
+        kind = label_kind(self.codebook.num_classes)
+        labels = torch.empty(size, dtype=kind.dtype, device=self.codebook.centroids.device)
+        waiting = [next(view, None) for view in views]
+        active: list[tuple[Part, Tensor | None]] = []
+        done = 0
+        while done < size[0]:
+            for at, view in enumerate(views):
+                while (part := waiting[at]) is not None and part.rows.start <= done:
+                    active.append((part, self._decoded(part.field)))
+                    waiting[at] = next(view, None)
+            stop = min((part.rows.start for part in waiting if part is not None), default=size[0])
+            for rows, columns in cells([part for part, _ in active], slice(done, stop), size[1]):
+                some = [(p, found) for p, found in active if covers(p.rows, rows) and covers(p.columns, columns)]
+                labels[rows, columns] = self._labels_of_cell(some, rows, columns)
+            active = [(part, found) for part, found in active if part.rows.stop > stop]
+            done = stop
+        return labels
+
+    def _decoded(self, field: Tensor) -> Tensor | None:
+        """The nearest codes of a field; ``None`` where the pixels that need no probabilities are not looked for."""
+        if field.device.type != "cpu":
             return None
-        first = self._next[0][0].start
-        while self._next is not None and self._next[0][0].start == first:
-            (rows, columns), field = self._next
-            self._active.append((rows.start, columns, field))
-            self._next = next(self._fields, None)
-        begin, self._done = self._done, self._height if self._next is None else self._next[0][0].start
-        return slice(begin, self._done)
+        kind = label_kind(self.codebook.num_classes)
+        return nearest_centroid(field[None], self.codebook, out_dtype=kind.dtype, ignore_index=kind.ignore)[0]
 
-    def mean(self, rows: slice, columns: slice) -> Tensor:
-        """Mean probabilities ``(K, rows, columns)`` of a part of the current band."""
+    def _labels_of_cell(self, parts: list[tuple[Part, Tensor | None]], rows: slice, columns: slice) -> Tensor:
+        """Labels of a rectangle all of whose pixels have the same parts."""
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        device = parts[0][0].field.device
+        taps = [(part.field, *part.taps(rows, columns)) for part, _ in parts]
+        if parts[0][1] is None:
+            kind = label_kind(self.codebook.num_classes)
+            labels = torch.empty(shape[0] * shape[1], dtype=kind.dtype, device=device)
+            places: Tensor | None = None
+            count = len(labels)
+        else:
+            ranges = [smallest_and_largest(found, *across) for (_, found), (_, *across) in zip(parts, taps)]
+            low, high = ranges[0]
+            for smallest, largest in ranges[1:]:
+                low, high = torch.minimum(low, smallest), torch.maximum(high, largest)
+            labels, places = low.flatten(), (low != high).flatten().nonzero()[:, 0]
+            count = len(places)
+        numbers = self.numbers or (2**22 if device.type == "cpu" else 2**25)
+        step = max(1, numbers // self.codebook.num_classes)
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            some = torch.arange(first, last, device=device) if places is None else places[first:last]
+            found = likeliest(self.mean(taps, some // shape[1], some % shape[1]))
+            if places is None:
+                labels[first:last] = found
+            else:
+                labels[some] = found
+        return labels.view(shape)
+
+    def mean(self, taps: list[tuple[Tensor, Taps, Taps]], rows: Tensor, columns: Tensor) -> Tensor:
+        """Sum of class probabilities ``(K, N)`` over views and taps, at N pixels."""
         total: Tensor | None = None
-        for top, across, field in self._active:
-            left, right = max(columns.start, across.start), min(columns.stop, across.stop)
-            upper, lower = max(rows.start, top), min(rows.stop, top + field.shape[1])
-            if left >= right or upper >= lower:
-                continue
-            part = field[:, upper - top : lower - top, left - across.start : right - across.start]
-            part = self._probabilities(part[None])[0]
-            if total is None:
-                total = part.new_zeros(len(part), rows.stop - rows.start, columns.stop - columns.start)
-                count = part.new_zeros(total.shape[1:])
-            place = (
-                slice(upper - rows.start, lower - rows.start),
-                slice(left - columns.start, right - columns.start),
-            )
-            total[(slice(None), *place)] += part
-            count[place] += 1
-        return total.div_(count)
+        for field, across_rows, across_columns in taps:
+            ys, row_weights = across_rows.index[rows], across_rows.weight[rows]
+            xs, column_weights = across_columns.index[columns], across_columns.weight[columns]
+            for (y, row_weight), (x, column_weight) in itertools.product(
+                zip(ys.unbind(1), row_weights.unbind(1)), zip(xs.unbind(1), column_weights.unbind(1))
+            ):
+                p = class_probabilities(field[:, y, x][None, :, None], self.codebook, eps=self.eps)[0, :, 0]
+                weight = row_weight * column_weight
+                total = p.mul_(weight) if total is None else total.addcmul_(p, weight)
+        return total
+
+
+def smallest_and_largest(labels: Tensor, rows: Taps, columns: Taps) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest label that each pixel of a result reads."""
+    low = high = labels
+    for dim, taps in enumerate((rows, columns)):
+        lows, highs = ([v.index_select(dim, at) for at in taps.index.unbind(1)] for v in (low, high))
+        low, high = functools.reduce(torch.minimum, lows), functools.reduce(torch.maximum, highs)
+    return low, high
+
+
+def covers(outer: slice, inner: slice) -> bool:
+    return outer.start <= inner.start and inner.stop <= outer.stop
+
+
+def cells(parts: list[Part], rows: slice, width: int) -> Iterator[tuple[slice, slice]]:
+    """Cut rows of a result into rectangles at the borders of parts: all pixels of a rectangle have the same parts."""
+    edges = [
+        sorted({first, last, *(e for s in sides for e in (s.start, s.stop) if first < e < last)})
+        for first, last, sides in (
+            (rows.start, rows.stop, [part.rows for part in parts]),
+            (0, width, [part.columns for part in parts]),
+        )
+    ]
+    for top, bottom in itertools.pairwise(edges[0]):
+        for left, right in itertools.pairwise(edges[1]):
+            yield slice(top, bottom), slice(left, right)
 
 
 def interpolated_columns(field: Tensor, size: tuple[int, int], numbers: int = 2**24) -> Iterator[tuple[slice, Tensor]]:
@@ -163,39 +289,3 @@ def likeliest(probabilities: Tensor) -> Tensor:
     """
     kind = label_kind(len(probabilities))
     return probabilities.argmax(0).to(kind.dtype).masked_fill_(probabilities[0].isnan(), kind.ignore)
-
-
-def resize_labels(
-    probabilities: Tensor, size: tuple[int, int], strip: int = 2**24, dtype: torch.dtype = torch.int64
-) -> Tensor:
-    """The most probable class ``(H, W)`` after bilinear interpolation of probabilities, a strip of rows at a time.
-
-    Args:
-        probabilities: ``(K, h, w)``.
-        size: ``(H, W)``.
-        strip: largest number of values in a strip; K maps at native size would be the largest arrays of the program.
-        dtype: dtype of the result.
-
-    Returns:
-        Classes; the ignored label where the probabilities are NaN.
-    """
-    classes, rows, columns = probabilities.shape
-    height, width = size
-    options = {"mode": "bilinear", "align_corners": False}
-    # These rows are computed on the CPU: reading them from the device would wait for it at each strip.
-    place = ((torch.arange(height) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1)
-    above = place.floor().long()
-    below = (above + 1).clamp_max(rows - 1)
-    share = to_device((place - above).to(probabilities.dtype), probabilities.device)
-    upper, lower = to_device(above, share.device), to_device(below, share.device)
-    result = []
-    step = max(1, strip // (classes * width))
-    for start in range(0, height, step):
-        some = slice(start, min(start + step, height))
-        first, last = int(above[some.start]), int(below[some.stop - 1]) + 1
-        across = probabilities[:, first:last]
-        if columns != width:
-            across = F.interpolate(across[None], size=(last - first, width), **options)[0]
-        part = torch.lerp(across[:, upper[some] - first], across[:, lower[some] - first], share[some][:, None])
-        result.append(likeliest(part if rows != height else across[:, start - first : some.stop - first]).to(dtype))
-    return torch.cat(result)

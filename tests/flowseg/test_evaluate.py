@@ -9,7 +9,7 @@ from torch import nn
 from flowseg.data.transforms import to_tensor
 from flowseg.errors import UserError
 from flowseg.inference.evaluate import chosen_indices, evaluate, scores_from_confusion
-from flowseg.inference.views import WindowRows, interpolated_columns, resize_labels, window_starts
+from flowseg.inference.views import interpolated_columns, window_starts
 from flowseg.model.sizes import resolve_size
 from flowseg_kernels import decode_confusion, nearest_centroid
 
@@ -220,7 +220,7 @@ def test_windows_cover_the_axis_and_the_last_one_ends_with_it():
 
 def test_views_are_averaged_as_probabilities():
     segmenter = oracle_segmenter(sample={"flip": True})
-    codes, eps = segmenter.codebook.centroids, segmenter.codebook.default_eps
+    codes = segmenter.codebook.centroids
 
     class TwoMinds(Oracle):
         # Certain of class 2 for the image, nearly undecided between 5 and 2 for the mirror image.
@@ -233,16 +233,6 @@ def test_views_are_averaged_as_probabilities():
     pixels[:, 16:, 0] = 255
     image = Image.fromarray(pixels)
     assert (segmenter.labels(image) == 2).all()
-    mean = segmenter._averaged(image)[:, 0, 0]
-    parts = [1 / ((codes - point).square().sum(1) + eps) for point in (codes[2], 0.55 * codes[5] + 0.45 * codes[2])]
-    torch.testing.assert_close(mean, sum(part / part.sum() for part in parts) / 2)
-
-
-def test_labels_do_not_depend_on_the_size_of_the_strips():
-    probabilities = torch.rand(5, 9, 7)
-    whole = torch.nn.functional.interpolate(probabilities[None], size=(31, 20), mode="bilinear")[0].argmax(0)
-    for strip in (1, 5 * 20 * 4, 10**9):
-        assert torch.equal(resize_labels(probabilities, (31, 20), strip), whole)
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
@@ -274,24 +264,6 @@ def test_labels_and_scores_equal_those_of_the_native_field(channels, upsample, v
     scores = evaluate(segmenter, Pairs([(image, Image.fromarray(target))]))
     counts = decode_confusion(field, torch.from_numpy(target)[None], segmenter.codebook, ignore_index=255)
     assert torch.equal(scores.confusion, counts)
-
-
-@pytest.mark.parametrize("size", [(97, 150), (33, 20), (32, 32), (20, 300)])
-@pytest.mark.parametrize("sample", [{}, {"flip": True}, {"stride": 1.0}, {"stride": 0.3, "flip": True}])
-def test_windows_in_bands_give_the_same_labels_as_all_windows_at_once(size, sample):
-    segmenter = oracle_segmenter(sample={"window": "slide", "resize": "native", **sample})
-    segmenter.model = Waves()
-    image = speckled(*size)
-    whole = segmenter.labels(image)
-    sizes = []
-    mean = WindowRows.mean
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WindowRows, "mean", lambda *part: sizes.append(mean(*part)) or sizes[-1])
-        segmenter.MOST_NUMBERS = 11 * 64 * 30
-        found = segmenter.labels(image)
-    assert torch.equal(found, whole) and len(whole.unique()) > 5
-    large = 11 * size[0] * size[1] > segmenter.MOST_NUMBERS
-    assert bool(sizes) == large and max((part.numel() for part in sizes), default=0) <= segmenter.MOST_NUMBERS // 8
 
 
 def test_interpolating_some_columns_at_a_time_gives_the_same_field():

@@ -17,7 +17,15 @@ from flowseg_kernels.runtime.backend import OPS
 from ..support.neural_field import dtype_for, field_inputs
 from ..support.samples import image_batch, layouts
 
-OPS_ON_IMAGES = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
+OPS_ON_IMAGES = (
+    "flow_interpolate",
+    "distance_correction",
+    "flow_loss",
+    "nearest_centroid",
+    "decode_confusion",
+    "class_probabilities",
+    "top_classes",
+)
 
 
 def op_arguments(name, codes, x, source, labels, t):
@@ -32,6 +40,8 @@ def op_arguments(name, codes, x, source, labels, t):
         ),
         "nearest_centroid": (x.detach(), mu, True, "int64", True, True, codes.ignored, 0),
         "decode_confusion": (x.detach(), labels, mu, True, None, 255),
+        "class_probabilities": (x.detach(), mu, 1.0, None, "neg_log", "probabilities", None),
+        "top_classes": (x.detach(), mu, 3, 0.5, 0.01, "neg_sq", "int32", codes.ignored, 0, None),
     }[name]  # fmt: skip
 
 
@@ -91,7 +101,9 @@ def step(x, source, labels, t, codes):
     loss = fk.flow_loss(x * 0.5 + xt, source, labels, t, codes)
     extra = fk.distance_correction(x, labels, codes).square().mean()
     decoded = fk.nearest_centroid(x, codes, return_margin=True)
-    return loss + extra, decoded[0], decoded[1], fk.decode_confusion(x, labels, codes)
+    counts = fk.decode_confusion(x, labels, codes)
+    best = fk.top_classes(x.detach(), codes, 2)
+    return loss + extra, *decoded, counts, *best, fk.class_probabilities(x.detach(), codes, form="logits")
 
 
 @pytest.fixture
@@ -202,6 +214,8 @@ def test_forward_mode_raises_by_name(codes150):
         "flow_loss": (lambda v: fk.flow_loss(v, source, labels, t, codes150), x),
         "flow_interpolate": (lambda v: fk.flow_interpolate(v, labels, t, codes150), source),
         "distance_correction": (lambda v: fk.distance_correction(v, labels, codes150), x),
+        "class_probabilities": (lambda v: fk.class_probabilities(v, codes150), x),
+        "top_classes": (lambda v: fk.top_classes(v, codes150, 2)[1], x),
     }
     for name, (call, value) in calls.items():
         with torch.autograd.forward_ad.dual_level():
@@ -223,7 +237,7 @@ def test_zero_size_inputs_give_empty_or_zero(backend, codes150):
     for batch, height in ((0, 4), (2, 0)):
         x = torch.zeros(batch, 3, height, 5, requires_grad=True)
         labels = torch.zeros(batch, height, 5, dtype=torch.uint8)
-        _, decoded, margin, counts = step(x, torch.zeros_like(x), labels, torch.zeros(batch), codes150)
+        _, decoded, margin, counts, *_ = step(x, torch.zeros_like(x), labels, torch.zeros(batch), codes150)
         assert decoded.shape == margin.shape == labels.shape and not counts.any()
         vanilla = fk.flow_loss(x, torch.zeros_like(x), labels, torch.zeros(batch), codes150)
         assert vanilla.item() == 0 and torch.autograd.grad(vanilla, x)[0].shape == x.shape

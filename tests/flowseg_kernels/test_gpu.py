@@ -16,7 +16,15 @@ from ..support.neural_field import dtype_for
 from ..support.samples import image_batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
+OPS = (
+    "flow_interpolate",
+    "distance_correction",
+    "flow_loss",
+    "nearest_centroid",
+    "decode_confusion",
+    "class_probabilities",
+    "top_classes",
+)
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -51,6 +59,8 @@ def run_all(book, x, source, labels, t):
             fk.nearest_centroid(x, book),
             *fk.nearest_centroid(x, book, return_distance=True, return_margin=True),
             fk.decode_confusion(x, labels, book),
+            fk.class_probabilities(x, book),
+            *fk.top_classes(x, book, 5, temperature=0.5),
             *run_field(x, source),
         )
 

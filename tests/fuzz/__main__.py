@@ -54,6 +54,8 @@ SHARES = {
     "flow_loss": 5,
     "nearest_centroid": 4,
     "decode_confusion": 2,
+    "class_probabilities": 2,
+    "top_classes": 2,
     "neural_field": 1,
 }
 

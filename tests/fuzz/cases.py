@@ -154,6 +154,18 @@ def pixels(draw, op: str, *, slow: bool = False):
             "reduction": pick("mean", "sum", "none"),
             "t_min": pick(0.05, 1e-3, 0.5),
         }
+    if op in ("class_probabilities", "top_classes"):
+        options = {
+            "temperature": pick(1.0, 1.0, 1.0, 0.5, 2.0, 1.3),
+            "eps": pick(*EPS),
+            "transform": pick("neg_log", *TRANSFORMS),
+        }
+        if options["transform"] == "inverse":
+            options["eps"] = max(options["eps"] or 0.1, 1e-3)
+    if op == "class_probabilities":
+        options["form"] = pick("probabilities", "log_probabilities", "logits")
+    if op == "top_classes":
+        options["k"] = pick(1, 2, 3, 4, 5, 8, 9, 16)
     if op == "nearest_centroid":
         options = {
             "out_dtype": label_dtype,
@@ -234,7 +246,15 @@ def with_changed_codebook(case: Pixels) -> Pixels:
     return dataclasses.replace(case, bare=False, change=CHANGES[case.seed % len(CHANGES)])
 
 
-PIXEL_OPS = ("flow_interpolate", "distance_correction", "flow_loss", "nearest_centroid", "decode_confusion")
+PIXEL_OPS = (
+    "flow_interpolate",
+    "distance_correction",
+    "flow_loss",
+    "nearest_centroid",
+    "decode_confusion",
+    "class_probabilities",
+    "top_classes",
+)
 
 
 def cases(op: str, *, slow: bool = False, cuda: bool = False):

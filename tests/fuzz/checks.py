@@ -278,6 +278,51 @@ def check_nearest_centroid(case: Pixels, backend: str) -> None:
         agree("margin", more[-1], Answer(value, bound, free.any(1) & ~unknown))
 
 
+def check_class_probabilities(case: Pixels, backend: str) -> None:
+    c = _Call(case, backend, "x")
+    options = {**case.options, "eps": c.eps if case.bare else case.options["eps"]}
+    if c.is_refused(lambda: fk.class_probabilities(c.x, c.codes, **options)):
+        return
+    got = fk.class_probabilities(c.x, c.codes, **options)
+    unchanged((c.x,), c.before)
+    if got.dtype != compute_dtype(c.x.dtype) or not got.is_contiguous():
+        raise Wrong("dtype or layout of the probabilities")
+    agree("probabilities", got, exact.probabilities(c.x.double(), c.mu, u=c.u, **{**options, "eps": c.eps}))
+
+
+def check_top_classes(case: Pixels, backend: str) -> None:
+    c = _Call(case, backend, "x")
+    options = {**case.options, "eps": c.eps if case.bare else case.options["eps"]}
+    k = min(options.pop("k"), case.classes)
+    call = lambda: fk.top_classes(c.x, c.codes, k, ignore_index=case.ignore, **options)  # noqa: E731
+    if c.is_refused(call):
+        return
+    labels, got = call()
+    unchanged((c.x,), c.before)
+    x = c.x.double()
+    wanted = exact.probabilities(x, c.mu, u=c.u, form="probabilities", **{**options, "eps": c.eps})
+    unknown = x.isnan().any(1)
+    _, d = exact.distances(x, c.mu)
+    # The first class is that of nearest_centroid, and all are different.
+    first = torch.where(unknown, 0, labels[:, 0])
+    right = torch.where(unknown, (labels == case.ignore).all(1), _allowed(c, d).gather(1, first[:, None])[:, 0])
+    known = labels.masked_fill(unknown[:, None], 0)
+    different = (known.sort(1).values.diff(dim=1) > 0).all(1) | unknown
+    inside = ((known >= 0) & (known < case.classes)).all(1)
+    seen["numbers"] += labels.numel()
+    if not bool((right & different & inside).all()):
+        at = tuple((~(right & different & inside)).nonzero()[0].tolist())
+        raise Wrong(f"classes at {at}: got {labels[at[0], :, at[1], at[2]].tolist()}")
+    agree("probabilities", got, Answer(*(v.gather(1, known) for v in (wanted.value, wanted.bound, wanted.free))))
+    # The j-th class is not farther than the j-th smallest distance, beyond rounding.
+    nearest = d.nan_to_num(nan=torch.inf).sort(1).values[:, :k]
+    chosen = d.gather(1, known)
+    off = 2 * (case.channels + 3) * c.u * nearest + 16 * case.channels * exact.SMALLEST
+    late = (chosen > nearest + off) & ~unknown[:, None] & (nearest < exact.HUGE * 0.9)
+    if bool(late.any()):
+        raise Wrong(f"classes at {tuple(late.nonzero()[0].tolist())}: one that is farther than another is kept")
+
+
 def check_decode_confusion(case: Pixels, backend: str) -> None:
     c = _Call(case, backend, "x")
     counts = c.run(lambda: fk.decode_confusion(c.x, c.labels, c.codes, ignore_index=case.ignore))

@@ -112,6 +112,44 @@ def correction(
     return Answer(torch.where(inside, grad, 0), torch.where(inside, bound, 0), (free & valid)[:, None].expand_as(grad))
 
 
+def probabilities(
+    x: Tensor, mu: Tensor, *, temperature: float, eps: float, transform: str, form: str, u: float
+) -> Answer:
+    """Probabilities of all classes, their logarithms or logits, (B, K, H, W), as `form` says."""
+    classes, channels = mu.shape
+    single = u > 1e-10
+    _, d = distances(x, mu)
+    logits, slope = logits_and_slope(d, eps, transform)
+    logits = logits / temperature
+    d_off = (channels + 3) * u * d + (SMALLEST if single else 0)
+    # The distance plus eps is rounded, then the transform, then the product with 1 / temperature.
+    off = (slope.abs() * (d_off + u * (d + eps)) + 3 * u * logits.abs() * temperature + 2 * u) / temperature
+    off = off + 2 * u * logits.abs()
+    p = torch.softmax(logits, 1)
+    gap = logits.amax(1, keepdim=True) - logits
+    sums = (min(classes, 32 + classes // 32) + 4) * u
+    mean = (p * off).sum(1, keepdim=True) + (p * gap).sum(1, keepdim=True) * 2 * u
+    relative = off + mean + 2 * u * gap + 12 * u + sums
+    if form == "logits":
+        value, bound = logits, off
+    elif form == "log_probabilities":
+        value = torch.log_softmax(logits, 1)
+        # The largest logit is added to the logarithm of the sum, and the sum is subtracted from the logit.
+        bound = relative + 3 * u * (logits.abs() + logits.abs().amax(1, keepdim=True) + value.abs())
+    else:
+        # Exponentials below exp(-87) are 0 in fp32.
+        value, bound = p, p * torch.expm1(relative.clamp_max(10)) + (2e-38 if single else 0)
+    norm = x.square().sum(1)
+    lost = x.isnan().any(1) | norm.isinf() | (norm > HUGE if single else norm.isnan())
+    free = (relative > 0.5).any(1) if form != "logits" else torch.zeros_like(lost)
+    if single:
+        # Near the largest fp32 number a square, a sum or a reciprocal may or may not overflow.
+        free = free | (d.amax(1) > 1e37) | (logits.abs().amax(1) > 1e37) | (norm > 1e37)
+    free = free & ~(lost & (norm > 2 * HUGE if single else lost)) & ~x.isnan().any(1)
+    value = value.masked_fill(lost[:, None], torch.nan)
+    return Answer(value, bound.nan_to_num(posinf=0), free[:, None].expand_as(value))
+
+
 def interpolate(x0: Tensor, labels: Tensor, t: Tensor, mu: Tensor, ignore: int, u: float) -> Answer:
     valid, y = split_labels(labels, mu.shape[0], ignore)
     code = mu[y].movedim(-1, 1)

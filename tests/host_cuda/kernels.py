@@ -154,6 +154,16 @@ def decode_confusion(x, target, centroids, tables, low, scale, by_class, ignore_
     return counts
 
 
+def class_probabilities(x, centroids, *arguments):
+    if x.numel():  # the CUDA launcher too has nothing to write for an empty image
+        call("class_probabilities", x, centroids, *arguments)
+
+
+def top_classes(x, centroids, *arguments):
+    if x.numel():
+        call("top_classes", x, centroids, *arguments)
+
+
 def neural_field(x, *arguments):
     out = _poisoned(x.shape, x.dtype)
     call("neural_field", x, *arguments, out)
@@ -178,6 +188,8 @@ OPS = (
     flow_loss_bwd_,
     nearest_centroid,
     decode_confusion,
+    class_probabilities,
+    top_classes,
     neural_field,
     neural_field_bwd,
 )

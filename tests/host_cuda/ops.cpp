@@ -5,12 +5,14 @@
 #include <string>
 #include <utility>
 
+#include "cuda/class_probabilities.cuh"
 #include "cuda/decode_confusion.cuh"
 #include "cuda/distance_correction.cuh"
 #include "cuda/field/launch.cuh"
 #include "cuda/flow_interpolate.cuh"
 #include "cuda/flow_loss.cuh"
 #include "cuda/nearest_centroid.cuh"
+#include "cuda/top_classes.cuh"
 
 namespace flowseg::host {
 
@@ -237,6 +239,30 @@ void decode_confusion(const Array& x, const Array& target, const Array& centroid
                                .counts = static_cast<unsigned long long*>(counts.data),
                                .by_class = by_class != 0};
   launch_confusion(params, HostLaunch{});
+}
+
+void class_probabilities(const Array& x, const Array& centroids, double temperature, double eps, int64_t transform, int64_t form,
+                         const Array& out) {
+  const ProbabilityParams params{.x = image(x),
+                                 .codes = codes(centroids),
+                                 .correction = correction(temperature, eps, 0, transform),
+                                 .form = static_cast<int>(form),
+                                 .out = output(out)};
+  launch_probabilities(params, HostLaunch{});
+}
+
+void top_classes(const Array& x, const Array& centroids, double temperature, double eps, int64_t transform, const Array& labels,
+                 const Array& probabilities, int64_t ignore) {
+  const TopParams params{.x = image(x),
+                         .codes = codes(centroids),
+                         .correction = correction(temperature, eps, 0, transform),
+                         .kept = static_cast<int>(labels.shape[1]),
+                         .ignore = ignore,
+                         .labels = labels.data,
+                         .label_type = integer_of(labels),
+                         .label_vector = starts_at_16_bytes(labels.data, x.shape[2] * x.shape[3], labels.itemsize),
+                         .probabilities = output(probabilities)};
+  launch_top_classes(params, HostLaunch{});
 }
 
 void neural_field(const Array& x, const Array& weights, const Array& embed, const Array& embed_bias, const Array& norm,

@@ -42,6 +42,10 @@ void nearest_centroid(const Array& x, const Array& centroids, const Array& table
 void decode_confusion(const Array& x, const Array& target, const Array& centroids, const Array& table0, const Array& table1,
                       const Array& table2, const Array& table3, const Array& table4, double low, double scale, int64_t by_class,
                       int64_t ignore, const Array& counts);
+void class_probabilities(const Array& x, const Array& centroids, double temperature, double eps, int64_t transform, int64_t form,
+                         const Array& out);
+void top_classes(const Array& x, const Array& centroids, double temperature, double eps, int64_t transform, const Array& labels,
+                 const Array& probabilities, int64_t ignore);
 
 void neural_field(const Array& x, const Array& weights, const Array& embed, const Array& embed_bias, const Array& norm,
                   const Array& out_norm, const Array& out_weight, const Array& out_bias, int64_t patch_size, int64_t mlp_ratio,

@@ -81,8 +81,8 @@ PLANTS = (
         "missing max subtraction",
         "flowseg_kernels/ops/distance_correction/triton_kernels.py",
         (
-            ("_exponential(own_logit - largest, TRANSFORM)", "_exponential(own_logit, TRANSFORM)"),
-            ("_exponential(logit - largest, TRANSFORM)", "_exponential(logit, TRANSFORM)"),
+            ("exponential_of(own_logit - largest, TRANSFORM)", "exponential_of(own_logit, TRANSFORM)"),
+            ("exponential_of(logit - largest, TRANSFORM)", "exponential_of(logit, TRANSFORM)"),
         ),
         "Triton",
         (f"{OPS}/test_distance_correction.py", "-k", "far_points or half_precision"),

@@ -16,6 +16,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from flowseg_kernels.ops.class_probabilities import triton_kernels as class_probabilities
+from flowseg_kernels.ops.class_probabilities.reference import FORMS
 from flowseg_kernels.ops.decode_confusion import triton_kernels as decode_confusion
 from flowseg_kernels.ops.distance_correction import triton_kernels as distance_correction
 from flowseg_kernels.ops.distance_correction.reference import TRANSFORMS
@@ -24,6 +26,7 @@ from flowseg_kernels.ops.flow_loss import triton_kernels as flow_loss
 from flowseg_kernels.ops.nearest_centroid import triton_kernels as nearest_centroid
 from flowseg_kernels.ops.neural_field import triton_launch as field
 from flowseg_kernels.ops.neural_field import triton_settings as field_settings
+from flowseg_kernels.ops.top_classes import triton_kernels as top_classes
 from flowseg_kernels.runtime.triton import VECTOR, compile_options, elementwise_block
 
 __all__ = [
@@ -221,6 +224,37 @@ def _decode_confusion() -> Iterator[Variant]:
         yield _pixel_variant(name, decode_confusion._decode_confusion, pointers, constants, options)
 
 
+def _class_probabilities() -> Iterator[Variant]:
+    for channels, transform, form, dtype in (
+        (3, 0, 0, "bf16"),
+        (8, 0, 0, "fp32"),
+        (3, 1, 1, "fp32"),
+        (16, 3, 2, "fp64"),
+    ):
+        acc, torch_acc, assembly = _accumulator(dtype)
+        constants = {
+            "X_LAYOUT": VECTOR, "C": channels, "TRANSFORM": transform, "FORM": form, "FAST": transform == 0,
+            "ASSEMBLY": assembly, "BLOCK": class_probabilities.block_of(channels, torch_acc),
+        }  # fmt: skip
+        name = f"class_probabilities C={channels} {TRANSFORMS[transform]} {FORMS[form]} {dtype}"
+        pointers = {"x": dtype, "centroids": acc, "out": acc}
+        yield _pixel_variant(name, class_probabilities._class_probabilities, pointers, constants, compile_options(4))
+
+
+def _top_classes() -> Iterator[Variant]:
+    for channels, entries, transform, dtype in (
+        (3, 4, 0, "bf16"), (8, 8, 0, "fp32"), (8, 16, 0, "bf16"), (16, 8, 2, "fp32"), (3, 8, 0, "fp64"),
+    ):  # fmt: skip
+        acc, torch_acc, assembly = _accumulator(dtype)
+        constants = {
+            "X_LAYOUT": VECTOR, "C": channels, "N": entries, "TRANSFORM": transform, "FAST": transform == 0,
+            "ASSEMBLY": assembly, "BLOCK": top_classes.block_of(channels, entries, torch_acc),
+        }  # fmt: skip
+        name = f"top_classes C={channels} N={entries} {TRANSFORMS[transform]} {dtype}"
+        pointers = {"x": dtype, "centroids": acc, "labels": "u8", "probabilities": acc}
+        yield _pixel_variant(name, top_classes._top_classes, pointers, constants, top_classes.options_of(torch_acc))
+
+
 #: Variants of each per-pixel op, by name.
 PIXEL_OPS = {
     "flow_interpolate": _flow_interpolate,
@@ -228,6 +262,8 @@ PIXEL_OPS = {
     "flow_loss": _flow_loss,
     "nearest_centroid": _nearest_centroid,
     "decode_confusion": _decode_confusion,
+    "class_probabilities": _class_probabilities,
+    "top_classes": _top_classes,
 }
 
 

@@ -5,3 +5,5 @@
 #include "cpu/pixel/flow_loss.cpp"
 #include "cpu/pixel/nearest_centroid.cpp"
 #include "cpu/pixel/decode_confusion.cpp"
+#include "cpu/pixel/class_probabilities.cpp"
+#include "cpu/pixel/top_classes.cpp"

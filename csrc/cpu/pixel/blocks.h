@@ -24,11 +24,11 @@ struct PixelRange {
 // The blocks of a chunk in order: for (PixelRange p; ranges.next(p);)
 class PixelRanges {
  public:
-  PixelRanges(int64_t chunk, int64_t pixels) {
-    const int64_t chunks_per_image = (pixels + kChunkPixels - 1) / kChunkPixels;
+  PixelRanges(int64_t chunk, int64_t pixels, int64_t chunk_pixels = kChunkPixels) {
+    const int64_t chunks_per_image = (pixels + chunk_pixels - 1) / chunk_pixels;
     image_ = chunk / chunks_per_image;
-    at_ = (chunk - image_ * chunks_per_image) * kChunkPixels;
-    end_ = at_ + kChunkPixels < pixels ? at_ + kChunkPixels : pixels;
+    at_ = (chunk - image_ * chunks_per_image) * chunk_pixels;
+    end_ = at_ + chunk_pixels < pixels ? at_ + chunk_pixels : pixels;
   }
   bool next(PixelRange& p) {
     if (at_ >= end_) return false;

@@ -22,6 +22,14 @@
 namespace flowseg::cpu {
 namespace {
 
+// Stores the classes of a block: `ignore` where they are negative.
+template <class S, class Int>
+void store_labels(const Int* FLOWSEG_RESTRICT from, void* to, int64_t offset, int length, int64_t ignore) {
+  S* FLOWSEG_RESTRICT out = static_cast<S*>(to) + offset;
+  const S unknown = static_cast<S>(ignore);
+  for (int i = 0; i < length; ++i) out[i] = from[i] < 0 ? unknown : static_cast<S>(from[i]);
+}
+
 // Distance of the prefetch of list records, in pixels.
 constexpr int kPrefetchPixels = 10;
 // Slack behind the collected pixels: stores write whole vectors, and the prefetch reads past the end.

@@ -3,17 +3,6 @@
 
 namespace flowseg::cpu {
 
-namespace {
-
-template <class S, class Int>
-void store_labels(const Int* FLOWSEG_RESTRICT from, void* to, int64_t offset, int length, int64_t ignore) {
-  S* FLOWSEG_RESTRICT out = static_cast<S*>(to) + offset;
-  const S unknown = static_cast<S>(ignore);
-  for (int i = 0; i < length; ++i) out[i] = from[i] < 0 ? unknown : static_cast<S>(from[i]);
-}
-
-}  // namespace
-
 template <>
 void PixelKernels<kIsa>::decode(const Decode& a, int64_t chunk) {
   for_type_and_channels(a.x, a.codes.padded, [&]<class T, int C>() {

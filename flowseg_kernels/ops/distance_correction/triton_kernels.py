@@ -41,11 +41,20 @@ from ..triton_pixels import (
 )
 from .reference import TRANSFORMS
 
-__all__ = ["LaunchSettings", "correct", "correction_arguments", "distance_correction", "launch_settings"]
+__all__ = [
+    "LaunchSettings",
+    "correct",
+    "correction_arguments",
+    "distance_correction",
+    "exponential_of",
+    "launch_settings",
+    "reciprocal_of",
+    "transformed",
+]
 
 
 @triton.jit
-def _reciprocal(d, ASSEMBLY: tl.constexpr):
+def reciprocal_of(d, ASSEMBLY: tl.constexpr):
     # Triton's division guards the range of d, which costs more than the reciprocal itself. Here d = squared distance + eps is a
     # normal number, so the hardware instruction is accurate to 1 ulp.
     if ASSEMBLY == "ptx":
@@ -80,7 +89,7 @@ def _rival(x, code, eps, C: tl.constexpr, ASSEMBLY: tl.constexpr):
     d = diff[0] * diff[0] + eps
     for c in tl.static_range(1, C):
         d += diff[c] * diff[c]
-    return _reciprocal(d, ASSEMBLY), diff
+    return reciprocal_of(d, ASSEMBLY), diff
 
 
 @triton.jit
@@ -159,8 +168,8 @@ def _by_reciprocals(
     pull = add(pull, run_pull, C)
     # Gathered after the loop: codes that live through the loop would cost C registers per pixel.
     diff = subtract(x, gather_codes(centroids, y, C), C)
-    r = _reciprocal(squared_norm(diff, C) + eps, ASSEMBLY)
-    reciprocal_total = _reciprocal(rivals + r, ASSEMBLY)
+    r = reciprocal_of(squared_norm(diff, C) + eps, ASSEMBLY)
+    reciprocal_total = reciprocal_of(rivals + r, ASSEMBLY)
     grad = ()
     for c in tl.static_range(C):
         grad = grad + (2.0 * (diff[c] * (r * (rivals * reciprocal_total)) - pull[c] * reciprocal_total),)
@@ -168,8 +177,8 @@ def _by_reciprocals(
 
 
 @triton.jit
-def _transform(d, eps, inverse_temperature, TRANSFORM: tl.constexpr):
-    """Return the logit T(d) / tau and the slope T'(d). For neg_log the logit uses log2, as `_exponential` uses exp2."""
+def transformed(d, eps, inverse_temperature, TRANSFORM: tl.constexpr):
+    """Return the logit T(d) / tau and the slope T'(d). For neg_log the logit uses log2, as `exponential_of` uses exp2."""
     if TRANSFORM == 0:
         return -tl.log2(d + eps) * inverse_temperature, -1.0 / (d + eps)
     elif TRANSFORM == 1:
@@ -188,8 +197,8 @@ def _transform(d, eps, inverse_temperature, TRANSFORM: tl.constexpr):
 
 
 @triton.jit
-def _exponential(logit, TRANSFORM: tl.constexpr):
-    """Undo `_transform`'s logarithm. The hardware exponential has base 2; base e costs one more rounding of the argument."""
+def exponential_of(logit, TRANSFORM: tl.constexpr):
+    """Undo `transformed`'s logarithm. The hardware exponential has base 2; base e costs one more rounding of the argument."""
     if TRANSFORM == 0:
         return tl.exp2(logit)
     else:
@@ -209,21 +218,21 @@ def _by_softmax(
     for k in range(0, classes):
         d = squared_norm(difference_from(x, centroids + k * C, C), C)
         smallest = tl.where(d < smallest, d, smallest)
-    largest, _ = _transform(smallest, eps, inverse_temperature, TRANSFORM)
+    largest, _ = transformed(smallest, eps, inverse_temperature, TRANSFORM)
     diff = subtract(x, gather_codes(centroids, y, C), C)
-    own_logit, own_slope = _transform(squared_norm(diff, C), eps, inverse_temperature, TRANSFORM)
+    own_logit, own_slope = transformed(squared_norm(diff, C), eps, inverse_temperature, TRANSFORM)
     own_term = ()
     for c in tl.static_range(C):
         own_term = own_term + (own_slope * diff[c],)
-    total = _exponential(own_logit - largest, TRANSFORM)
+    total = exponential_of(own_logit - largest, TRANSFORM)
     push = zeros_like(x, C)
     for first in range(0, classes, RUN):
         run = tl.zeros_like(x[0])
         run_push = zeros_like(x, C)
         for k in range(first, min(first + RUN, classes)):
             diff = difference_from(x, centroids + k * C, C)
-            logit, slope = _transform(squared_norm(diff, C), eps, inverse_temperature, TRANSFORM)
-            e = tl.where(y == k, 0.0, _exponential(logit - largest, TRANSFORM))
+            logit, slope = transformed(squared_norm(diff, C), eps, inverse_temperature, TRANSFORM)
+            e = tl.where(y == k, 0.0, exponential_of(logit - largest, TRANSFORM))
             run += e
             new = ()
             for c in tl.static_range(C):

@@ -26,7 +26,7 @@ def _empty(x, centroids, grid, out_dtype, return_distance, return_margin, ignore
     )
 
 
-def _checked_label(centroids, out_dtype, ignored, ignore_index):
+def checked_label(centroids, out_dtype, ignored, ignore_index):
     """Return the ignored label. Raise ValueError if the results' dtype cannot represent this label or a class."""
     label, dtype, last = label_of(ignored, ignore_index), getattr(torch, out_dtype), centroids.shape[0] - 1
     limits = torch.iinfo(dtype)
@@ -40,7 +40,7 @@ def _filled(kernel):
 
     def run(x, centroids, grid, *options):
         results = _empty(x, centroids, grid, *options)
-        label = _checked_label(centroids, options[0], *options[-2:])
+        label = checked_label(centroids, options[0], *options[-2:])
         kernel(x, centroids, *tables_of(x, centroids, grid, options[2]), *results, label)
         return results
 
@@ -51,7 +51,7 @@ def _returned(kernel, uses_grid):
     """Wrap an implementation in Python, which returns its results."""
 
     def run(x, centroids, grid, *options):
-        label = _checked_label(centroids, options[0], *options[-2:])
+        label = checked_label(centroids, options[0], *options[-2:])
         return kernel(x, centroids, *tables_of(x, centroids, grid and uses_grid, options[2]), *options[:-2], label)
 
     return run

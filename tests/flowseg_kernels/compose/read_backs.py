@@ -49,6 +49,8 @@ CALLS = {
         image, codes, return_distance=True, return_margin=True
     ),
     "decode_confusion": lambda codes, image, source, labels, t: fk.decode_confusion(image, labels, codes),
+    "class_probabilities": lambda codes, image, source, labels, t: fk.class_probabilities(image, codes),
+    "top_classes": lambda codes, image, source, labels, t: fk.top_classes(image, codes, 5, transform="neg_sq"),
 }
 
 
@@ -78,6 +80,7 @@ def test_ops_do_not_read(device, name, channels):
 
 def test_the_host_code_of_cuda_ran(device):
     names = ("flow_interpolate", "flow_loss", "distance_correction", "nearest_centroid", "decode_confusion")
+    names += ("class_probabilities", "top_classes")
     assert all(ops_that_ran[name, "cuda"] for name in names)
 
 

@@ -32,6 +32,8 @@ def test_offsets_beyond_32_bits(backend, codes19):
             fk.distance_correction(x, labels, codes19),
             fk.nearest_centroid(x, codes19),
             fk.decode_confusion(x, labels, codes19),
+            fk.class_probabilities(x.detach(), codes19),
+            *fk.top_classes(x.detach(), codes19, 3),
         )
 
     want = every_op(x, source, labels)

@@ -1,9 +1,11 @@
 // Instantiates every kernel of csrc/cuda, without torch: for disassembly and register counts.
+#include "cuda/class_probabilities.cuh"
 #include "cuda/decode_confusion.cuh"
 #include "cuda/distance_correction.cuh"
 #include "cuda/flow_interpolate.cuh"
 #include "cuda/flow_loss.cuh"
 #include "cuda/nearest_centroid.cuh"
+#include "cuda/top_classes.cuh"
 
 namespace flowseg::cuda {
 
@@ -25,7 +27,8 @@ struct Instantiate {
 };
 
 void instantiate(const CorrectionParams& correction, const InterpolateParams& interpolate, const InterpolateBackwardParams& backward,
-                 const LossParams& loss, const ScaleParams& scale, const DecodeParams& decode, const ConfusionParams& confusion) {
+                 const LossParams& loss, const ScaleParams& scale, const DecodeParams& decode, const ConfusionParams& confusion,
+                 const ProbabilityParams& probabilities, const TopParams& top) {
   const Instantiate launch;
   launch_correction(correction, launch);
   launch_interpolate(interpolate, launch);
@@ -34,6 +37,8 @@ void instantiate(const CorrectionParams& correction, const InterpolateParams& in
   launch_scale(scale, launch);
   launch_decode(decode, launch);
   launch_confusion(confusion, launch);
+  launch_probabilities(probabilities, launch);
+  launch_top_classes(top, launch);
 }
 
 }  // namespace flowseg::cuda

@@ -95,6 +95,16 @@ def count(image, bare=False, ignore_index=None):
     fk.decode_confusion(v.x, v.labels, v.codes.centroids if bare else v.codes, ignore_index=ignore_index)
 
 
+def probabilities(image, **options):
+    v = inputs(**image)
+    fk.class_probabilities(v.x, v.codes, **options)
+
+
+def top(image, k=2, out="int64", **options):
+    v = inputs(**image)
+    fk.top_classes(v.x, v.codes, k, out_dtype=INTEGERS[out], **options)
+
+
 def field(
     dtype="bf16", shape=(1, 3, 32, 32), p=16, hidden=64, ratio=2, depth=2, normalise="both", form="residual",
     shared=None, layout="contiguous", needs=range(8), autocast=False, precision="none",
@@ -200,10 +210,28 @@ GROUPS = {
     "decode_confusion, options": (
         1, per_pixel(count, ["_decode_confusion"], [{"labels": "int64"}], every(bare=(False, True), ignore_index=(None, -1))),
     ),
+    "class_probabilities": (2, per_pixel(probabilities, ["_class_probabilities"])),
+    "class_probabilities, options": (
+        5,
+        per_pixel(
+            probabilities, ["_class_probabilities"], [{}],
+            every(transform=("neg_log", "neg_sq", "neg_dist", "inverse"), temperature=(1.0, 0.3),
+                  form=("probabilities", "log_probabilities", "logits")),
+        ),
+    ),
+    "top_classes": (2, per_pixel(top, ["_top_classes"])),
+    "top_classes, options": (
+        5,
+        per_pixel(
+            top, ["_top_classes"], [{}],
+            every(transform=("neg_log", "neg_sq", "neg_dist", "inverse"), temperature=(1.0, 0.3), k=(1, 5, 16), out=("uint8",)),
+        ),
+    ),
     "empty images": (
         1,
         itertools.chain(
-            *(per_pixel(run, [], EMPTY) for run in (interpolate, correct, decode, count)), per_pixel(lose, ["_finish"], EMPTY)
+            *(per_pixel(run, [], EMPTY) for run in (interpolate, correct, decode, count, probabilities, top)),
+            per_pixel(lose, ["_finish"], EMPTY),
         ),
     ),
     "neural_field": (

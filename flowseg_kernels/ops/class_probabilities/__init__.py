@@ -1,0 +1,1 @@
+"""Class probabilities, their logarithms or the logits of every class."""

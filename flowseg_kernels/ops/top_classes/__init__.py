@@ -1,0 +1,1 @@
+"""The k nearest classes of each pixel with their probabilities."""
