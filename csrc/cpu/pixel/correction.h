@@ -56,22 +56,33 @@ FLOWSEG_INLINE void for_each_vector(const Block<T, C>& x, const Classes<typename
 template <int C>
 constexpr int kGroup = C > 8 ? 8 : C;
 
-// add_reciprocals_of_run for up to kRun classes, with equal results. With more than eight channels its one loop would spill: here
-// the weights of the run come first, then the pull of each group of channels.
+// |x - row|^2 + eps. With more than four channels in partial sums: one sum would be a chain of dependent additions that takes longer
+// than the arithmetic.
+template <int C, class V, class R, class T>
+FLOWSEG_INLINE V distance_plus(const V (&x)[C], const R& row, T eps) {
+  constexpr int kParts = C <= 4 ? 1 : C / 4;
+  V part[kParts]{};
+  part[0] += eps;
+  for (int c = 0; c < C; ++c) {
+    const V diff = x[c] - row[c];
+    part[c % kParts] += diff * diff;
+  }
+  for (int n = kParts / 2; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) part[i] += part[i + n];
+  }
+  return part[0];
+}
+
+// add_reciprocals_of_run for up to kRun classes. With more than four channels the weights of the run come first, then the pull of
+// each group of channels: in one loop, sixteen channels would spill.
 template <bool kOwn, int C, class V, class I, class M, class T>
 FLOWSEG_INLINE void add_run(const V (&x)[C], const I& y, const M& mu, int64_t first, int64_t last, T eps, Rivals<C, V>& total) {
-  if constexpr (C <= 8) {
+  if constexpr (C <= 4) {
     add_reciprocals_of_run<kOwn, C>(x, y, mu, first, last, eps, total);
   } else {
     V square[kRun], weight{};
     for (int64_t k = first; k < last; ++k) {
-      const auto& row = mu[k];
-      V d = V{} + eps;
-      for (int c = 0; c < C; ++c) {
-        const V diff = x[c] - row[c];
-        d += diff * diff;
-      }
-      V r = reciprocal(d);
+      V r = reciprocal(distance_plus<C>(x, mu[k], eps));
       if constexpr (kOwn) r = zero_where_equal(r, y, k);
       weight += r;
       square[k - first] = r * r;
@@ -95,15 +106,9 @@ FLOWSEG_INLINE void add_all_but_own(const V (&x)[C], const V (&own)[C], const M&
   for (int64_t first = 0; first < classes; first += kRun) {
     add_run<false, C>(x, V{}, mu, first, std::min(first + kRun, classes), eps, total);
   }
-  V diff[C];
-  V d = V{} + eps;
-  for (int c = 0; c < C; ++c) {
-    diff[c] = x[c] - own[c];
-    d += diff[c] * diff[c];
-  }
-  own_weight = reciprocal(d);
+  own_weight = reciprocal(distance_plus<C>(x, own, eps));
   total.weight -= own_weight;
-  for (int c = 0; c < C; ++c) total.pull[c] -= own_weight * own_weight * diff[c];
+  for (int c = 0; c < C; ++c) total.pull[c] -= own_weight * own_weight * (x[c] - own[c]);
 }
 
 // The own weight may be subtracted from the sum over all classes if it is at most kMaxOwnToRivals times the sum of the rivals. The
@@ -123,7 +128,7 @@ void add_softmax_of_runs(const V (&x)[C], const V (&own)[C], const I& y, const M
                          V& smallest, Softmax<C, V>& state) {
   V diff[C], own_logit, slope;
   for (int c = 0; c < C; ++c) diff[c] = x[c] - own[c];
-  smallest = squared_norm<C>(diff);
+  smallest = distance_plus<C>(x, own, T(0));
   transform_distance<transform>(smallest, eps, inverse_temperature, own_logit, slope);
   state.largest = own_logit;
   for (int c = 0; c < C; ++c) state.own_pull[c] = slope * diff[c];
@@ -133,12 +138,7 @@ void add_softmax_of_runs(const V (&x)[C], const V (&own)[C], const I& y, const M
     int64_t kept[kRun];
     V low = V{} + infinity<T>();
     for (int i = 0; i < count; ++i) {
-      const auto& row = mu[first + i];
-      V d{};
-      for (int c = 0; c < C; ++c) {
-        const V v = x[c] - row[c];
-        d += v * v;
-      }
+      const V d = distance_plus<C>(x, mu[first + i], T(0));
       distance[i] = d;
       low = choose(d < low, d, low);
     }
