@@ -56,8 +56,8 @@ FLOWSEG_INLINE void for_each_vector(const Block<T, C>& x, const Classes<typename
 template <int C>
 constexpr int kGroup = C > 8 ? 8 : C;
 
-// |x - row|^2 + eps. With more than four channels in partial sums: one sum would be a chain of dependent additions that takes longer
-// than the arithmetic.
+// |x - row|^2 + eps. With more than four channels in partial sums: one sum would be a chain of dependent additions that takes
+// longer than the arithmetic.
 template <int C, class V, class R, class T>
 FLOWSEG_INLINE V distance_plus(const V (&x)[C], const R& row, T eps) {
   constexpr int kParts = C <= 4 ? 1 : C / 4;
@@ -119,9 +119,9 @@ constexpr int kMaxOwnToRivals = 4;
 template <class T>
 constexpr T kVanishes = sizeof(T) == 4 ? T(-87) : T(-745);
 
-// The softmax of the rivals in one pass over the classes, in runs of kRun. A run first computes its distances. If one of them is the
-// smallest so far, the sums are scaled down to it. Then come the weights of the run, and the pull of the classes whose weight is not
-// 0 in all lanes. Each of the three steps needs fewer registers than one loop over the classes with all of them. With up to four
+// The softmax of the rivals in one pass over the classes, in runs of kRun. A run first computes its distances. If one of them is
+// the smallest so far, the sums are scaled down to it. Then come the weights of the run, and the pull of the classes whose weight
+// is not 0 in all lanes. Each of the three steps needs fewer registers than one loop over the classes with all of them. With up to four
 // channels one loop fits the registers, and the two passes of add_softmax are as fast.
 template <Transform transform, int C, class V, class I, class M, class T>
 void add_softmax_of_runs(const V (&x)[C], const V (&own)[C], const I& y, const M& mu, int64_t classes, T eps, T inverse_temperature,
