@@ -121,8 +121,8 @@ constexpr T kVanishes = sizeof(T) == 4 ? T(-87) : T(-745);
 
 // The softmax of the rivals in one pass over the classes, in runs of kRun. A run first computes its distances. If one of them is
 // the smallest so far, the sums are scaled down to it. Then come the weights of the run, and the pull of the classes whose weight
-// is not 0 in all lanes. Each of the three steps needs fewer registers than one loop over the classes with all of them. With up to four
-// channels one loop fits the registers, and the two passes of add_softmax are as fast.
+// is not 0 in all lanes. Each of the three steps needs fewer registers than one loop over the classes with all of them. With up to
+// four channels one loop fits the registers, and the two passes of add_softmax are as fast.
 template <Transform transform, int C, class V, class I, class M, class T>
 void add_softmax_of_runs(const V (&x)[C], const V (&own)[C], const I& y, const M& mu, int64_t classes, T eps, T inverse_temperature,
                          V& smallest, Softmax<C, V>& state) {
