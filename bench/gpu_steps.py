@@ -172,6 +172,12 @@ def _rest(dry):
     )
     chosen, short = "ours or eager or cdist", "search_by_classes and ours"
     yield _bench("scaling", "rest", "test_scaling.py", chosen, 300, 150, "estimate: 70 entries of 1 s", dry, short)
+    chosen, basis = "(ours and cuda) or eager or chunks", "estimate: 50 entries of 1.5 s"
+    short = "training and 1000 and not 10000 and (ours or eager)"
+    yield _bench("vocabulary", "rest", "test_vocabulary.py", chosen, 180, 75, basis, dry, short)
+    chosen, basis = "ours or faiss", "estimate: 54 entries of 1.5 s"
+    short = "150 and squares and ours"
+    yield _bench("many channels", "rest", "test_decode_channels.py", chosen, 180, 80, basis, dry, short)
     files, basis = "ops test_gpu.py test_contract.py", "estimate: 400 kernels of 4 s each in 12 processes"
     yield _tests("tests triton", "rest", "triton", files, 400, 200, basis, dry, processes=12)
     yield _checker("memcheck", "triton", "rest", 120, 60, dry)

@@ -17,6 +17,8 @@ PEERS = (
     "cdist+argmin",
     "cdist+argmin compiled",
     "Pillow quantize",
+    "in chunks",
+    "in chunks bf16",
 )
 SCALING = re.compile(r"(.*) by (classes|channels|pixels)$")
 

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 
+from . import vocabulary
 from .groups import PEERS, SCALING, has_peer, main_groups, table_groups
 from .results import best_of_ours, is_ours, times_longer
 
@@ -11,6 +12,7 @@ PICTURES = {
     "roofline": "Our ops against the machine's limits",
     "scaling": "Time against classes, code channels and pixels",
     "memory": "Peak memory of a call in addition to its inputs",
+    "vocabulary": "Time and peak memory of a training step of the last layer against the number of classes",
 }
 _OURS_COLOUR = "#1f5fa8"
 _COLOURS = (
@@ -25,6 +27,8 @@ _COLOURS = (
     "#999999",
     "#7d5a3c",
     "#b48ead",
+    "#d08770",
+    "#5e81ac",
 )
 _COLOUR_OF = dict(zip(PEERS, _COLOURS, strict=True))
 
@@ -158,4 +162,36 @@ def draw_memory(rows):
     return figure
 
 
-DRAW = {"speedup": draw_speedup, "roofline": draw_roofline, "scaling": draw_scaling, "memory": draw_memory}
+def draw_vocabulary(rows):
+    """Time and peak memory of a training step of the last layer over the classes. Hollow marks: memory that an entry would need."""
+    series = vocabulary.series(rows, "training")
+    if not series:
+        return None
+    figure, ((left, right),) = _figure(2, size=(4.6, 3.6))
+    for entry, points in series.items():
+        mine = entry.startswith("ours")
+        colour = _OURS_COLOUR if mine else _COLOUR_OF[entry]
+        style = {"color": colour, "linestyle": "-" if mine else "--", "marker": "s" if "8 channels" in entry else "o"}
+        style |= {"markersize": 4, "label": vocabulary.LABELS.get(entry, entry)}
+        for axis, values in ((left, [(k, row["ms"] / 1e3) for k, row in points]), (right, vocabulary.peaks(points))):
+            axis.plot(*zip(*values), **style)
+        missing = vocabulary.missing(entry, [k for k, _ in points], series)
+        if missing:
+            right.plot(*zip(*missing), linestyle=":", marker="o", markersize=5, fillstyle="none", color=colour)
+    for axis, name in ((left, "seconds of a step"), (right, "peak memory, MB")):
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.set_xlabel("classes", fontsize=9)
+        axis.set_ylabel(name, fontsize=9)
+    left.legend(fontsize=6, frameon=False)
+    return figure
+
+
+DRAW = {
+    "speedup": draw_speedup,
+    "roofline": draw_roofline,
+    "scaling": draw_scaling,
+    "memory": draw_memory,
+    "vocabulary": draw_vocabulary,
+}

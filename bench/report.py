@@ -6,13 +6,14 @@ import argparse
 import pathlib
 import sys
 
-from . import targets
+from . import targets, vocabulary
 from .groups import PEERS, main_groups, table_groups
 from .pictures import DRAW, PICTURES
 from .results import RESULTS, ROOT, best_of_ours, groups_of, is_ours, load, times_longer
 
 REPOSITORY = ROOT.parent
 BEGIN, END = "<!-- bench table begin -->", "<!-- bench table end -->"
+VOCABULARY_BEGIN, VOCABULARY_END = "<!-- vocabulary table begin -->", "<!-- vocabulary table end -->"
 
 
 def _milliseconds(ours):
@@ -103,6 +104,8 @@ def details(stored, folder):
         lines.append([name, _milliseconds(ours), _spread(ours), _rate(ours), _share(ours), *cells])
     head = ("op and workload", "ours, ms", "spread", "rate", "share of peak", *peers)
     text = [where(stored), "", *_table(head, lines), "", *_sentences(stored["rows"])]
+    many = vocabulary.table(stored["rows"])
+    text += ["", vocabulary.EXPLANATION, "", *many] if many else []
     text += ["", *targets.table(stored["machine"], groups_of(stored["rows"]))]
     for name, caption in PICTURES.items():
         if (REPOSITORY / "docs" / "images" / f"bench-{folder}-{name}.png").exists():
@@ -174,11 +177,31 @@ def section(results=RESULTS):
     return "\n\n".join(text)
 
 
+def vocabulary_section(results=RESULTS):
+    """The text between README's markers of the last layer with many classes: table and picture of every machine."""
+    text = []
+    for folder, stored in _machines(results):
+        lines = vocabulary.table(stored["rows"])
+        if not lines:
+            continue
+        rows = [row for row in stored["rows"] if row["op"].startswith("vocabulary")]
+        text += [where({**stored, "rows": rows}), "\n".join(lines)]
+        if (REPOSITORY / "docs" / "images" / f"bench-{folder}-vocabulary.png").exists():
+            text.append(f"![{PICTURES['vocabulary']}](docs/images/bench-{folder}-vocabulary.png)")
+    return "\n\n".join([vocabulary.EXPLANATION, *text]) if text else ""
+
+
 def page(results=RESULTS):
     """The text of docs/results/bench.md."""
     source = "`python -m bench report` renders this page from `bench/results/`; `make bench` measures again."
     text = ["# Speed and memory", source, _WORKLOADS, _COLUMNS]
     return "\n\n".join([*text, *("\n".join(details(stored, folder)) for folder, stored in _machines(results))]) + "\n"
+
+
+def _between(text, begin, end, inserted):
+    """The text with everything between two markers replaced."""
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{inserted}\n{end}{rest.split(end)[1]}"
 
 
 def write(readme, results=RESULTS, images=REPOSITORY / "docs" / "images"):
@@ -191,8 +214,10 @@ def write(readme, results=RESULTS, images=REPOSITORY / "docs" / "images"):
     text = readme.read_text()
     if BEGIN not in text or END not in text:
         sys.exit(f"{readme}: wanted the markers {BEGIN} and {END} around the section; add them")
-    head, rest = text.split(BEGIN)
-    readme.write_text(head + BEGIN + "\n" + section(results) + "\n" + END + rest.split(END)[1])
+    text = _between(text, BEGIN, END, section(results))
+    if VOCABULARY_BEGIN in text:
+        text = _between(text, VOCABULARY_BEGIN, VOCABULARY_END, vocabulary_section(results))
+    readme.write_text(text)
     target = readme.parent / "docs" / "results" / "bench.md"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page(results))

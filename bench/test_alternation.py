@@ -16,7 +16,7 @@ import flowseg_kernels as fk
 from .cases.correction import assert_corrects, correction_entry
 from .cases.decoding import assert_counts, assert_finds, search_entry
 from .cases.field import Field, assert_agrees, field_call
-from .cases.workloads import with_converted_inputs
+from .cases.workloads import CHANNELS_CLASSES, CHANNELS_MAPS, Workload, channels_workload, with_converted_inputs
 from .settings import DEVICE, QUICK
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="no GPU target is a ratio of two of our calls")
@@ -36,6 +36,24 @@ def search(work, entry="ours"):
 
 def many_against_few(spread, workloads):
     return search(workloads("many", spread)), search(workloads("ade512", spread))
+
+
+def more_classes(channels, kind, workloads):
+    return tuple(search(channels_workload(channels, classes, kind)) for classes in (1000, 150))
+
+
+def margin(classes, workloads):
+    """Decoding in three channels with the margin, and without."""
+    # The grid of 20,000 codes takes seconds to build.
+    few = min(classes, 1000) if QUICK else classes
+    factor = (150 / few) ** (1 / 3)
+    work = Workload(f"C=3 K={classes}", few, 0.1, spread_factor=factor, batch=1)
+
+    def run(i):
+        return fk.nearest_centroid(i["x"], work.codebook, out_dtype=work.label_dtype, return_margin=True)[0]
+
+    assert_finds(run, "ours", work)
+    return rotating(run, work), search(work)
 
 
 def bf16_search(spread, workloads):
@@ -102,6 +120,12 @@ SPREADS = (0.05, 0.1, 0.3)
 #: half the spread of the arguments, because its codes lie closer together.
 PAIRS = {
     **{f"nearest_centroid spread {s}: K = 1000 against K = 150": (many_against_few, s) for s in SPREADS},
+    **{
+        f"nearest_centroid C = {channels} {kind}: K = 1000 against K = 150": (more_classes, channels, kind)
+        for channels in (8, 16)
+        for kind in CHANNELS_MAPS
+    },
+    **{f"nearest_centroid C = 3 K = {k}: with margin against without": (margin, k) for k in CHANNELS_CLASSES},
     **{f"nearest_centroid ade512 spread {s}: bf16 against fp32": (bf16_search, s) for s in SPREADS},
     "distance_correction ade512: bf16 against fp32": (bf16_correction,),
     "decode_confusion ade512 spread 0.1: against nearest_centroid": (confusion, "ade512", 0.1),

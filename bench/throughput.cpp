@@ -1,5 +1,6 @@
 // Throughput of a CPU's arithmetic units on its widest vectors: fused multiply-adds per second, and pairs of a pixel and a class per
 // second of the distance-aware correction's arithmetic, without the loop around it.
+#include <algorithm>
 #include <chrono>
 #include <thread>
 #include <vector>
@@ -55,22 +56,33 @@ struct Newton {
 #endif
 
 // The arithmetic that every direct algorithm needs: sum_k r_k and sum_k r_k^2 (x - mu_k) with r_k = 1 / (|x - mu_k|^2 + eps). All
-// operands stay in registers: no loads, no pixel loop, no class loop, no special case for the pixel's own class.
-template <int C, class Division>
+// operands stay in registers: no loads, no pixel loop, no class loop, no special case for the pixel's own class. kTwice: subtract
+// again for the sums. That takes fewer registers, and is faster where the differences of 16 channels would spill.
+template <int C, class Division, bool kTwice>
 struct Pair {
   static constexpr int kUnroll = 8;
+  // Partial sums of the distance, as in the kernels: one sum of 16 channels is a chain that takes longer than the arithmetic.
+  static constexpr int kParts = C <= 4 ? 1 : C / 4;
   V x = V{} + 0.2f, mu{}, eps = V{} + 1e-3f, pull[C]{}, weight{};
 
   void step(int) {
-    V diff[C], d = eps;
+    V diff[C], part[kParts]{};
+    part[0] = eps;
     for (int c = 0; c < C; ++c) {
       FORGET(mu);
       diff[c] = x - mu;
-      d += diff[c] * diff[c];
+      part[c % kParts] += diff[c] * diff[c];
     }
-    const V r = Division::reciprocal(d), square = r * r;
+    for (int i = 1; i < kParts; ++i) part[0] += part[i];
+    const V r = Division::reciprocal(part[0]), square = r * r;
     weight += r;
-    for (int c = 0; c < C; ++c) pull[c] += square * diff[c];
+    for (int c = 0; c < C; ++c) {
+      if (kTwice) {
+        FORGET(mu);
+        diff[c] = x - mu;
+      }
+      pull[c] += square * diff[c];
+    }
   }
   V sum() const {
     V all = weight;
@@ -108,13 +120,17 @@ double rate(int threads, long rounds) {
   return best;
 }
 
-// Uses the reciprocal that is faster on this CPU.
+// Uses the form and the reciprocal that are faster on this CPU.
+template <int C, class Division>
+double pair_rate_by(int threads, long rounds) {
+  const double once = rate<Pair<C, Division, false>>(threads, rounds);
+  return C > 8 ? std::max(once, rate<Pair<C, Division, true>>(threads, rounds)) : once;
+}
 template <int C>
 double pair_rate(int threads, long rounds) {
-  const double divided = rate<Pair<C, Divide>>(threads, rounds);
+  const double divided = pair_rate_by<C, Divide>(threads, rounds);
 #if defined(__AVX512F__)
-  const double stepped = rate<Pair<C, Newton>>(threads, rounds);
-  return stepped > divided ? stepped : divided;
+  return std::max(divided, pair_rate_by<C, Newton>(threads, rounds));
 #else
   return divided;
 #endif

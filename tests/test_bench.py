@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bench import __main__ as main
-from bench import compare, evaluation, report, results, run, targets
+from bench import compare, evaluation, report, results, run, targets, vocabulary
+from bench.cases.vocabulary import ChunkedHead, head_loss, why_too_large
 
 from .house import closure
 
@@ -57,6 +59,7 @@ def test_the_short_form_measures_every_op_and_finds_no_wrong_pixel(quick):
     for op in ("distance_correction", "flow_loss forward+backward", "flow_interpolate"):
         assert {f"{op} {workload}" for workload in ("ade512", "coco512", "many")} <= groups
     assert {"nearest_centroid", "decode_confusion", "training step", "sampling"} <= ops
+    assert {"vocabulary training", "vocabulary decoding"} <= ops
     for what in ("forward", "forward+backward"):
         models = {group.split()[2] for group in groups if group.startswith(f"neural_field {what} ")}
         assert models == {"L", "XL"}
@@ -117,6 +120,9 @@ def test_comparing_fails_on_a_slow_down_and_when_nothing_is_stored(tmp_path, cap
 def test_readme_and_page_show_the_stored_results():
     text = (ROOT / "README.md").read_text()
     assert text.split(report.BEGIN)[1].split(report.END)[0].strip() == report.section().strip()
+    if report.VOCABULARY_BEGIN in text:
+        shown = text.split(report.VOCABULARY_BEGIN)[1].split(report.VOCABULARY_END)[0]
+        assert shown.strip() == report.vocabulary_section().strip()
     assert (ROOT / "docs" / "results" / "bench.md").read_text() == report.page()
 
 
@@ -168,6 +174,48 @@ def test_the_evaluation_of_photographs_is_timed_and_counts_the_same_again(tmp_pa
     evaluation.make_photographs(tmp_path, 64, 64, 2)
     first, again = evaluation.measure(tmp_path, "no"), evaluation.measure(tmp_path, "no")
     assert first["images_per_second"] > 0 and first["confusion"] == again["confusion"]
+
+
+class TestVocabulary:
+    def rows(self, **milliseconds):
+        """One row per entry at K = 1000, with a peak of as many MiB."""
+        row = {"op": "vocabulary training", "workload": "K=1000", "classes": 1000, "pixels": 512 * 512}
+        return [{**row, "entry": name, "ms": ms, "peak_mib": ms} for name, ms in milliseconds.items()]
+
+    def test_the_table_has_times_memory_and_what_an_entry_would_need(self):
+        rows = self.rows(ours=100.0, eager=2000.0)
+        many = {**rows[0], "classes": 10_000, "workload": "K=10000"}
+        head, _, few, more = vocabulary.table([*rows, many])
+        assert head == "| | classes | K scores, PyTorch | 16 code channels, ours |"
+        assert few == "| training step | 1,000 | 2 s, 2.1 GB | 100 ms, 105 MB |"
+        assert more == "| training step | 10,000 | needs 31.5 GB | 100 ms, 105 MB |"
+        assert vocabulary.table([]) == []
+
+    def test_of_two_gpu_backends_the_faster_one_is_shown(self):
+        (row,) = vocabulary.series(self.rows(**{"ours (cuda)": 3.0, "ours (triton)": 2.0}), "training")["ours"]
+        assert row[1]["entry"] == "ours (triton)"
+
+    def test_an_entry_that_does_not_fit_is_refused_with_its_bytes(self):
+        assert why_too_large("training", "eager", 1000, 512 * 512, 8 * 2**30) == ""
+        reason = why_too_large("training", "eager", 10_000, 512 * 512, 20 * 2**30)
+        assert reason.startswith("31,457,280,000 bytes") and "19,327,352,832 are free" in reason
+        assert why_too_large("training", "ours", 65_536, 512 * 512, 3 * 2**30) == ""
+
+    def test_the_memory_targets_compare_the_peaks(self):
+        groups = {"vocabulary training K=1000": {row["entry"]: row for row in self.rows(ours=10.0, eager=1500.0)}}
+        target = targets.times_the_memory("vocabulary training K=1000", "ours", "eager", 150)
+        assert target.judge(groups) == (150.0, True)
+        assert targets.peak_megabytes("vocabulary training K=1000", 10).judge(groups) == (10.48576, False)
+
+    def test_a_chunked_head_has_the_loss_and_gradients_of_the_plain_one(self):
+        leaves = [
+            torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((200, 64), (5000, 64), (5000,))
+        ]
+        labels = torch.randint(0, 5000, (200,))
+        losses = head_loss(*leaves, labels), ChunkedHead.apply(*leaves, labels, torch.float64)
+        for want, got in zip(*(torch.autograd.grad(3 * loss, leaves) for loss in losses)):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
 
 
 class TestRunInParts:

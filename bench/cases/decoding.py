@@ -23,8 +23,8 @@ ENTRIES = (
     "cdist+argmin compiled",
     "Pillow quantize",
 )
-#: Pixels that the check looks at.
-CHECKED = 1 << 18
+#: Pixels that the check looks at, fewer among many classes: at most so many pairs of a pixel and a class.
+CHECKED, CHECKED_PAIRS = 1 << 18, 1 << 30
 
 
 def point_rows(inputs):
@@ -111,16 +111,20 @@ def search_entry(entry, work):
     return peers[entry.split()[0]](mu)
 
 
+def checked_pixels(classes):
+    return min(CHECKED, CHECKED_PAIRS // classes)
+
+
 def smallest_distances(rows, mu):
     """Squared distances to the nearest centroids, in fp64 and without expanding the squares."""
-    parts = rows[:CHECKED].double().split(max(1, (1 << 24) // len(mu)))
+    parts = rows[: checked_pixels(len(mu))].double().split(max(1, (1 << 24) // len(mu)))
     exact = "donot_use_mm_for_euclid_dist"
     return torch.cat([torch.cdist(part, mu.double(), compute_mode=exact).min(1).values.square() for part in parts])
 
 
 def wrong_pixels(labels, rows, mu, smallest):
     """The number of pixels with a label farther than the nearest centroid by more than fp32 rounding."""
-    rows, labels = rows[:CHECKED], labels.flatten()[:CHECKED]
+    rows, labels = rows[: len(smallest)], labels.flatten()[: len(smallest)]
     found = (rows.double() - mu[labels.to(mu.device).long()].double()).square().sum(1)
     return int((found - smallest > 1e-6 * smallest + 1e-12).sum())
 

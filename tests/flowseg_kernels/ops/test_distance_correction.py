@@ -12,6 +12,7 @@ from ...support.samples import (
     image_batch,
     largest_error,
     layouts,
+    logits_and_slope,
     naive_correction,
 )
 
@@ -119,6 +120,31 @@ def test_far_points_and_tiny_eps_give_finite_and_accurate_results(backend, scale
     got = fk.distance_correction(x, labels, mu, eps=eps)
     assert torch.isfinite(got).all()
     assert largest_error(got, exact) <= max(2 * largest_error(plain, exact), 1e-6 * float(exact.abs().max()))
+
+
+@pytest.mark.many_forms(2)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("tau", [1.0, 0.05])
+@pytest.mark.parametrize("channels", [8, 16])
+def test_the_nearest_code_may_come_at_any_place(backend, transform, tau, channels):
+    """Kernels may leave out classes whose weight is 0 beside that of the nearest code, which may be the first or the last."""
+    book = fk.Codebook(fk.kronecker_centroids(100, channels))
+    labels = torch.randint(0, 100, (1, 10, 30))
+    near = book.encode(torch.arange(100).view(1, 10, 10))
+    # Each code once, points between two codes, and points far from all codes.
+    x = torch.cat([near, (near + near.flip(2, 3)) / 2, 30 * near], 3) + 0.02 * torch.randn(1, channels, 10, 30)
+    options = {"eps": book.default_eps, "transform": transform}
+    exact = exact_correction(x, labels, book.centroids, tau=tau, **options)
+    plain = naive_correction(x, labels, book.centroids, tau=tau, **options)
+    got = fk.distance_correction(x, labels, book, temperature=tau, **options)
+    distance = (x.double()[:, None] - book.centroids.double()[None, :, :, None, None]).square().sum(2)
+    # A share is as inexact as its logit, whose rounding grows with the logit.
+    logits = logits_and_slope(distance, **options)[0] / tau
+    rounding = torch.finfo(torch.float32).eps * (torch.softmax(logits, 1) * logits.abs()).sum(1)
+    for part in (slice(10), slice(10, 20), slice(20, 30)):
+        want, bound = exact[..., part], 2 * largest_error(plain[..., part], exact[..., part])
+        floor = 1e-30 + float(want.abs().max()) * (5e-7 + 4 * float(rounding[..., part].max()))
+        assert largest_error(got[..., part], want) <= max(bound, floor)
 
 
 @pytest.mark.parametrize("dtype", LABEL_DTYPES)
