@@ -92,6 +92,7 @@ struct Decode {
 struct Confusion {
   Decode decode;
   Labels target;
+  bool by_class;
 };
 
 enum class Isa : int { baseline, avx2, avx512, avx512bf16 };
@@ -107,7 +108,7 @@ struct PixelKernels {
   static void count(const Count&, int64_t chunk);
   static void scale(const Scale&, int64_t chunk);
   static void decode(const Decode&, int64_t chunk);
-  // Adds to counts (K, K). `shared`: other threads add to the same counts.
+  // Adds to counts[truth, prediction] (K, K), or by_class to hits, truths and predictions (3, K). `shared`: other threads add to the same counts.
   static void confusion(const Confusion&, int64_t chunk, int64_t* counts, bool shared);
 };
 
