@@ -21,6 +21,8 @@ namespace {
 
 // A pixel without a proof after this many guesses is compared with the rivals of the best one.
 constexpr int kMostGuesses = 12;
+// Few classes are searched if most pixels of a block have no proof after this many guesses.
+constexpr int kFewGuesses = 2;
 // Blocks without guesses from neighbours, after a block in which they decided few pixels.
 constexpr int kRestBlocks = 7;
 
@@ -376,6 +378,7 @@ FLOWSEG_INLINE Pixels<C> pixels_of(const Image& image, const PixelRange& p, Bloc
   return x;
 }
 
+// Decodes a block.
 template <int C>
 void guess_block(const Decode& a, const PixelRange& p, Recent& recent, Nearest<float>& nearest) {
   const GuessTables g(a);
@@ -385,10 +388,14 @@ void guess_block(const Decode& a, const PixelRange& p, Recent& recent, Nearest<f
   guess_neighbours(g, x, p.length, recent, nearest, pending);
   if (pending.count) {
     find_cells(g, pending);
-    for (int tried = 1; pending.count; ++tried) guess_members(g, tried == kMostGuesses, pending, rest, nearest);
+    // A search of few classes is faster than many guesses, or a comparison with the rivals of each pixel.
+    const bool few_classes = g.classes <= 256;
+    for (int tried = 1; pending.count; ++tried) {
+      const bool fail = few_classes && tried == kFewGuesses && 2 * pending.count > p.length;
+      guess_members(g, fail || tried == kMostGuesses, pending, rest, nearest);
+    }
     int left = 0;
-    // A search of few classes is faster than a comparison with the rivals of each pixel.
-    const bool search_all = g.classes <= 256 && rest.count >= 16;
+    const bool search_all = few_classes && rest.count >= 16;
     for (int j = 0; j < rest.count; ++j) {
       if (!search_all && compare_rivals(g, rest, j)) {
         nearest.label[rest.pixel[j]] = rest.label[j];
