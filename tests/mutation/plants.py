@@ -102,7 +102,7 @@ PLANTS = (
     ),
     Plant(
         "tie order",
-        "csrc/cpu/pixel/decode.h",
+        "csrc/cpu/pixel/search.h",
         (("const I closer = d < best[u];", "const I closer = d <= best[u];"),),
         "C++",
         (f"{OPS}/test_nearest_centroid.py", "-k", "ties or one_class"),

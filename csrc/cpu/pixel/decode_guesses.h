@@ -411,7 +411,7 @@ void guess_block(const Decode& a, const PixelRange& p, Recent& recent, Nearest<f
       nearest.label[at] = label;
       nearest.squared[at] = squared;
     });
-    if (2 * left > p.length) recent.guesses_fail = true;
+    if ((few_classes ? 3 : 2) * left > p.length) recent.guesses_fail = true;
   }
   if (a.margin) find_seconds(g, x, p.length, nearest);
 }
