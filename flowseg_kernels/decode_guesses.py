@@ -43,8 +43,8 @@ _SLACK = 1e-5
 class DecodeGuesses:
     """The tables of a codebook of K codes with C channels.
 
-    projection: (A, C + 1) fp32, A axes. The position along axis a, in cells, is projection[a, :C] . x + projection[a, C]. Its integral
-             part, limited to 0..G - 1, is the cell's index along a.
+    projection: (A, C + 1) fp32, A axes. The position along axis a, in cells, is projection[a, :C] . x + projection[a, C]. Its
+             integral part, limited to 0..G - 1, is the cell's index along a.
     starts:  (G^A + 1,) int32, G a power of two: the list of cell (i_0, ..., i_(A-1)) is members[starts[n] : starts[n + 1]] with
              n = i_0 + G (i_1 + G (i_2 + ...)).
     members: (E,) int32 classes, the most probable first.
@@ -112,7 +112,9 @@ def _smallest(d: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if blocks.shape[2] < 2 * count:
         return tuple(d.topk(count, largest=False, sorted=False))
     chosen = blocks.amin(dim=1).topk(count, largest=False, sorted=False).indices
-    values, place = blocks.gather(2, chosen[:, None].expand(-1, _BLOCK, -1)).flatten(1).topk(count, largest=False, sorted=False)
+    values, place = (
+        blocks.gather(2, chosen[:, None].expand(-1, _BLOCK, -1)).flatten(1).topk(count, largest=False, sorted=False)
+    )
     return values, place // count * blocks.shape[2] + chosen.gather(1, place % count)
 
 
@@ -126,13 +128,13 @@ def _projection(mu: Tensor, axes: int, cells: int) -> Tensor:
     """The axes of the largest variance, scaled to cells: (axes, C + 1)."""
     centred = mu.double() - mu.double().mean(dim=0)
     covariance = centred.T @ centred / mu.shape[0]
-    # Codes such as the corners of a cube have no preferred axes. An axis of the cube would see two values only, a mixture sees many.
+    # Codes such as the corners of a cube have no preferred axes. An axis of the cube would see two values, a mixture sees many.
     generator = torch.Generator(device="cpu").manual_seed(0)
     mixture = torch.randn(mu.shape[1], mu.shape[1], dtype=torch.float64, generator=generator)
     largest = covariance.diagonal().max().clamp_min(1e-60)
     directions = torch.linalg.eigh(covariance / largest + 1e-3 * (mixture + mixture.T)).eigenvectors[:, -axes:].T
     along = mu.double() @ directions.T
-    # The outer cells also take what lies beyond them. A sum of many channels has long, thin tails, which need no cells of their own.
+    # The outer cells also take what lies beyond them. A sum of many channels has long, thin tails, which need no own cells.
     order = along.sort(dim=0).values
     low, high = order[len(mu) // 20], order[-1 - len(mu) // 20]
     scale = (cells - 2) / (high - low).clamp_min(1e-30)
@@ -192,7 +194,9 @@ def build_decode_guesses(centroids: Tensor) -> DecodeGuesses | None:
     rivals, distances = _rivals(mu, min(_RIVALS, classes - 1))
     projection = _projection(mu, axes, cells)
     starts, members = _cell_lists(mu.double() @ projection[:, :-1].T + projection[:, -1], cells)
-    return DecodeGuesses(projection.float().contiguous(), starts, members, rivals.int().contiguous(), _certain(distances))
+    return DecodeGuesses(
+        projection.float().contiguous(), starts, members, rivals.int().contiguous(), _certain(distances)
+    )
 
 
 def decode_guesses(derived: Derived) -> DecodeGuesses | None:

@@ -108,7 +108,8 @@ struct PixelKernels {
   static void count(const Count&, int64_t chunk);
   static void scale(const Scale&, int64_t chunk);
   static void decode(const Decode&, int64_t chunk);
-  // Adds to counts[truth, prediction] (K, K), or by_class to hits, truths and predictions (3, K). `shared`: other threads add to the same counts.
+  // Adds to counts[truth, prediction] (K, K), or by_class to hits, truths and predictions (3, K). `shared`: other threads add to
+  // the same counts.
   static void confusion(const Confusion&, int64_t chunk, int64_t* counts, bool shared);
 };
 

@@ -231,7 +231,8 @@ FLOWSEG_INLINE void move_to(Pending<C>& to, const Pending<C>& from, int j) {
 
 // Tries one guess per pending pixel. A decided pixel leaves the list. A pixel without further members moves to `rest`.
 template <int C>
-FLOWSEG_INLINE void guess_members(const GuessTables& g, bool is_last, Pending<C>& pending, Pending<C>& rest, Nearest<float>& nearest) {
+FLOWSEG_INLINE void guess_members(const GuessTables& g, bool is_last, Pending<C>& pending, Pending<C>& rest,
+                                  Nearest<float>& nearest) {
   constexpr int W = Lanes<float>::width;
   int kept = 0;
   for (int j = 0; j < pending.count; j += W) {
@@ -317,9 +318,9 @@ FLOWSEG_INLINE void search_pending(const GuessTables& g, const Pending<C>& pendi
   }
 }
 
-// Second smallest distances: those to the rivals of each pixel's class, the nearest rival first. A code at distance D from the class
-// is at least D - d from a pixel at distance d from the class. So the search ends where D - d exceeds the second smallest distance.
-// `certain` has D with enough slack for the rounding of d and of the second distance.
+// Second smallest distances: those to the rivals of each pixel's class, the nearest rival first. A code at distance D from the
+// class is at least D - d from a pixel at distance d from the class. So the search ends where D - d exceeds the second smallest
+// distance. `certain` has D with enough slack for the rounding of d and of the second distance.
 template <int C>
 FLOWSEG_INLINE void find_seconds(const GuessTables& g, const Pixels<C>& x, int length, Nearest<float>& nearest) {
   constexpr int W = Lanes<float>::width, kStep = 2;
