@@ -18,7 +18,6 @@ lists the codes whose projections are near. A guess cannot make a result wrong: 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import torch
 from torch import Tensor
@@ -34,6 +33,8 @@ _FEWEST_CLASSES = 24
 _RIVALS = 32
 #: Number of (cell, code) pairs: the lists take at most 4 MiB, or 128 bytes per class.
 _MOST_PAIRS = 1 << 20
+#: Values per block of a search for the smallest ones.
+_BLOCK = 32
 #: fp32 distances are off by at most (C + 3) 2^-24 of their size, and so are the distances between codes. See `certain`.
 _SLACK = 1e-5
 
@@ -42,8 +43,8 @@ _SLACK = 1e-5
 class DecodeGuesses:
     """The tables of a codebook of K codes with C channels.
 
-    projection: (A, C + 1) fp32, A axes. The position along axis a, in cells, is projection[a, :C] . x + projection[a, C]. Its integral
-             part, limited to 0..G - 1, is the cell's index along a.
+    projection: (A, C + 1) fp32, A axes. The position along axis a, in cells, is projection[a, :C] . x + projection[a, C]. Its
+             integral part, limited to 0..G - 1, is the cell's index along a.
     starts:  (G^A + 1,) int32, G a power of two: the list of cell (i_0, ..., i_(A-1)) is members[starts[n] : starts[n + 1]] with
              n = i_0 + G (i_1 + G (i_2 + ...)).
     members: (E,) int32 classes, the most probable first.
@@ -65,25 +66,35 @@ class DecodeGuesses:
 def _rivals(mu: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Rows (K, count) of the nearest other codes, the nearest first, and their distances D (K, count + 1), in fp64.
 
-    A fast fp32 product selects a few more codes than wanted, and fp64 distances order them. No code that was not selected is nearer
-    than the smallest distance that the product allows for it. D is cut at that bound.
+    A product selects a few more codes than wanted, and exact distances order them. No code that was not selected is nearer than the
+    smallest distance that the rounding of the product allows for it. D is cut at that bound. The product is in fp64, which autocast
+    and the precision of fp32 products leave alone.
     """
-    centred = (mu.double() - mu.double().mean(dim=0)).float()
-    norms = centred.square().sum(dim=1)
-    # The product, the norms and their sum round by at most (C + 4) 2^-23 of the largest norms.
-    error = (mu.shape[1] + 4) * 2.0**-22 * float(norms.max())
-    others = mu.shape[0] - 1
-    selected = min(count + 9, others)
     exact = mu.double()
+    centred = exact - exact.mean(dim=0)
+    norms = centred.square().sum(dim=1)
+    # Centring, the product, the norms and their sum round by at most (C + 5) 2^-51 of the largest norm.
+    error = (mu.shape[1] + 5) * 2.0**-51 * float(norms.max())
+    others = mu.shape[0] - 1
+    selected = min(count + 1, others)
+    # Whole blocks of columns; codes that fill the last block are infinitely far.
+    columns = -(-mu.shape[0] // _BLOCK) * _BLOCK
+    doubled = torch.zeros(mu.shape[1], columns, dtype=torch.float64)
+    doubled[:, : mu.shape[0]] = -2 * centred.T
+    others_norms = torch.full((columns,), float("inf"), dtype=torch.float64)
+    others_norms[: mu.shape[0]] = norms
     rows, distances = [], []
-    for part in torch.arange(mu.shape[0]).split(max(1, (1 << 23) // mu.shape[0])):
-        d = norms[part, None] + norms - 2 * centred[part] @ centred.T
+    parts = torch.arange(mu.shape[0]).split(max(1, (1 << 20) // columns))
+    # New memory for each part would take longer than the arithmetic.
+    memory = torch.empty(len(parts[0]), columns, dtype=torch.float64)
+    for part in parts:
+        d = torch.mm(centred[part], doubled, out=memory[: len(part)]).add_(others_norms)
         d[torch.arange(len(part)), part] = float("inf")
         values, near = _smallest(d, selected)
         distance = (exact[part, None] - exact[near]).square().sum(dim=2).sqrt()
         if selected < others:
-            bound = (values[:, -1:].double() - 2 * error).clamp_min(0).sqrt()
-            distance = distance.minimum(bound)
+            last = values.amax(dim=1, keepdim=True) + norms[part, None]
+            distance = distance.minimum((last - 2 * error).clamp_min(0).sqrt())
         else:
             distance = torch.cat((distance, torch.full((len(part), 1), float("inf"), dtype=torch.float64)), dim=1)
         distance, order = distance.sort(dim=1, stable=True)
@@ -93,17 +104,18 @@ def _rivals(mu: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _smallest(d: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` smallest values of each row in order, and their places: d.topk(count, largest=False), faster for long rows.
+    """The `count` smallest values of each row and their places: d.topk(count, largest=False), faster for long rows.
 
-    The smallest values are in the blocks with the smallest minima.
+    The smallest values are in the blocks with the smallest minima. Block b of n holds every n-th value from b on.
     """
-    length = d.shape[1]
-    if length < 64 * count:
-        return tuple(d.topk(count, largest=False))
-    blocks = torch.nn.functional.pad(d, (0, -length % 32), value=float("inf")).view(len(d), -1, 32)
-    chosen = blocks.amin(dim=2).topk(count, largest=False, sorted=False).indices
-    values, place = blocks.gather(1, chosen[..., None].expand(-1, -1, 32)).flatten(1).topk(count, largest=False)
-    return values, 32 * chosen.gather(1, place // 32) + place % 32
+    blocks = d.view(len(d), _BLOCK, -1)
+    if blocks.shape[2] < 2 * count:
+        return tuple(d.topk(count, largest=False, sorted=False))
+    chosen = blocks.amin(dim=1).topk(count, largest=False, sorted=False).indices
+    values, place = (
+        blocks.gather(2, chosen[:, None].expand(-1, _BLOCK, -1)).flatten(1).topk(count, largest=False, sorted=False)
+    )
+    return values, place // count * blocks.shape[2] + chosen.gather(1, place % count)
 
 
 def _certain(distances: Tensor) -> Tensor:
@@ -116,13 +128,13 @@ def _projection(mu: Tensor, axes: int, cells: int) -> Tensor:
     """The axes of the largest variance, scaled to cells: (axes, C + 1)."""
     centred = mu.double() - mu.double().mean(dim=0)
     covariance = centred.T @ centred / mu.shape[0]
-    # Codes such as the corners of a cube have no preferred axes. An axis of the cube would see two values only, a mixture sees many.
+    # Codes such as the corners of a cube have no preferred axes. An axis of the cube would see two values, a mixture sees many.
     generator = torch.Generator(device="cpu").manual_seed(0)
     mixture = torch.randn(mu.shape[1], mu.shape[1], dtype=torch.float64, generator=generator)
     largest = covariance.diagonal().max().clamp_min(1e-60)
     directions = torch.linalg.eigh(covariance / largest + 1e-3 * (mixture + mixture.T)).eigenvectors[:, -axes:].T
     along = mu.double() @ directions.T
-    # The outer cells also take what lies beyond them. A sum of many channels has long, thin tails, which need no cells of their own.
+    # The outer cells also take what lies beyond them. A sum of many channels has long, thin tails, which need no own cells.
     order = along.sort(dim=0).values
     low, high = order[len(mu) // 20], order[-1 - len(mu) // 20]
     scale = (cells - 2) / (high - low).clamp_min(1e-30)
@@ -146,28 +158,25 @@ def _cell_lists(position: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     window = torch.arange(width)
     # Squared distance from the code to each cell of its window along one axis; the sum over axes follows.
     low = first[:, :, None] + window
-    gap = (low - position[:, :, None]).clamp_min(0) + (position[:, :, None] - low - 1).clamp_min(0)
-    gap = gap.square().float()
-    places = torch.tensor(list(itertools.product(range(width), repeat=axes)))
-    stride = cells ** torch.arange(axes)
-    found_cells, found_codes, found_gaps = [], [], []
-    for part in torch.arange(classes).split(max(1, (1 << 22) // len(places))):
-        d = torch.zeros(len(part), len(places))
-        index = torch.zeros(len(part), len(places), dtype=torch.int64)
+    gaps = (low - position[:, :, None]).clamp_min(0) + (position[:, :, None] - low - 1).clamp_min(0)
+    gaps = gaps.square().float()
+    found = []
+    for part in torch.arange(classes).split(max(1, (1 << 20) // width**axes)):
+        cell, code, gap = torch.zeros_like(part), part, torch.zeros(len(part))
         for axis in range(axes):
-            d += gap[part, axis][:, places[:, axis]]
-            index += (first[part, axis, None] + places[:, axis]) * stride[axis]
-        # A window of `width` cells covers every cell within (width - 1) / 2 of the code.
-        near = d <= ((width - 1) / 2) ** 2
-        found_cells.append(index[near])
-        found_codes.append(part[:, None].expand(-1, len(places))[near])
-        found_gaps.append(d[near])
-    cell, code, gap = torch.cat(found_cells), torch.cat(found_codes), torch.cat(found_gaps)
+            gap = gap[:, None] + gaps[code, axis]
+            # A window of `width` cells covers every cell within (width - 1) / 2 of the code.
+            near = gap <= ((width - 1) / 2) ** 2
+            cell = (cell[:, None] + low[code, axis] * cells**axis)[near]
+            code = code[:, None].expand(-1, width)[near]
+            gap = gap[near]
+        found.append((cell, code, gap))
+    cell, code, gap = (torch.cat(parts) for parts in zip(*found))
     if len(cell) > most:
         kept = (gap <= gap.kthvalue(most).values).nonzero()[:most, 0]
         cell, code, gap = cell[kept], code[kept], gap[kept]
-    order = gap.argsort(stable=True)
-    order = order[cell[order].argsort(stable=True)]
+    # The bits of floats that are not negative have the order of the floats.
+    order = (cell << 32 | gap.view(torch.int32)).argsort(stable=True)
     starts = torch.zeros(cells**axes + 1, dtype=torch.int64)
     starts[1:] = torch.bincount(cell, minlength=cells**axes).cumsum(0)
     return starts.int(), code[order].int()
@@ -185,7 +194,9 @@ def build_decode_guesses(centroids: Tensor) -> DecodeGuesses | None:
     rivals, distances = _rivals(mu, min(_RIVALS, classes - 1))
     projection = _projection(mu, axes, cells)
     starts, members = _cell_lists(mu.double() @ projection[:, :-1].T + projection[:, -1], cells)
-    return DecodeGuesses(projection.float().contiguous(), starts, members, rivals.int().contiguous(), _certain(distances))
+    return DecodeGuesses(
+        projection.float().contiguous(), starts, members, rivals.int().contiguous(), _certain(distances)
+    )
 
 
 def decode_guesses(derived: Derived) -> DecodeGuesses | None:

@@ -353,7 +353,8 @@ def nearest_centroid(
 
     Args:
         x: (B, C, H, W).
-        codebook: a Codebook, or (K, C) centroids. For C = 3 a Codebook's decode grid makes the cost nearly independent of K.
+        codebook: a Codebook, or (K, C) centroids. A Codebook's decode grid (C = 3) or guesses (C from 4 to 16) make the cost nearly
+            independent of K.
         out_dtype: uint8, int16, int32 or int64 (default).
         return_distance: also return the Euclidean distance to the nearest centroid.
         return_margin: also return the margin, a confidence: second smallest minus smallest distance (inf for K = 1).

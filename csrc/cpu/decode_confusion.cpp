@@ -3,21 +3,24 @@
 
 namespace flowseg::cpu {
 
-// Each thread counts in its own K x K table if K^2 is at most kLargestTablePerThread (8 MiB) and at most the number of pixels of
-// the batch: clearing and adding up the tables costs K^2 per thread. Otherwise all threads add to one table with integer atomics.
-// The result does not depend on the order of the additions in either case.
+// Each thread counts in its own table if the table has at most kLargestTablePerThread cells (8 MiB) and at most as many cells as
+// the batch has pixels: clearing and adding up the tables costs that much per thread. Otherwise all threads add to one table with
+// integer atomics. The result does not depend on the order of the additions in either case.
 constexpr int64_t kLargestTablePerThread = int64_t{1} << 20;
 
 Tensor decode_confusion(Tensor x, Tensor target, Tensor centroids, std::vector<Tensor> tables, double grid_low, double grid_scale,
                         bool by_class, int64_t ignore_index) {
   const Image image = image_of(x, "x");
   const PaddedCodes codes(centroids, image);
-  FLOWSEG_CHECK(!by_class, "by_class: wanted False; the kernel does not count by class yet");
-  const int64_t classes = codes.codes.classes, size = classes * classes;
+  const int64_t classes = codes.codes.classes, rows = by_class ? 3 : classes, size = rows * classes;
   const CheckedLabels y(target, image, classes, ignore_index, "target");
   const Tables decode_tables = tables_of(centroids, tables, grid_low, grid_scale);
-  const Confusion a{.decode = {.x = image, .codes = codes.codes, .tables = decode_tables}, .target = y.labels};
-  Tensor counts = torch::stable::new_zeros(x, std::vector<int64_t>{classes, classes}, ScalarType::Long);
+  const Confusion a{
+      .decode = {.x = image, .codes = codes.codes, .tables = decode_tables},
+      .target = y.labels,
+      .by_class = by_class,
+  };
+  Tensor counts = torch::stable::new_zeros(x, std::vector<int64_t>{rows, classes}, ScalarType::Long);
   int64_t* out = static_cast<int64_t*>(counts.data_ptr());
 
   const int64_t chunks = chunks_of(image);

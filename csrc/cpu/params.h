@@ -95,6 +95,7 @@ struct Decode {
 struct Confusion {
   Decode decode;
   Labels target;
+  bool by_class;
 };
 
 struct Probabilities {
@@ -131,7 +132,8 @@ struct PixelKernels {
   static void decode(const Decode&, int64_t chunk);
   static void probabilities(const Probabilities&, int64_t chunk);  // of kSmallChunkPixels
   static void top_classes(const TopClasses&, int64_t chunk);        // of kSmallChunkPixels
-  // Adds to counts (K, K). `shared`: other threads add to the same counts.
+  // Adds to counts[truth, prediction] (K, K), or by_class to hits, truths and predictions (3, K). `shared`: other threads add to
+  // the same counts.
   static void confusion(const Confusion&, int64_t chunk, int64_t* counts, bool shared);
 };
 

@@ -134,7 +134,8 @@ inline Guesses guesses_of(const Tensor& centroids, const std::vector<Tensor>& ta
   };
 }
 
-// The tables of a call. They are for fp32 codes: three tensors are a decode grid, for three channels, and five are guesses, for more.
+// The tables of a call. They are for fp32 codes: three tensors are a decode grid, for three channels, and five are guesses, for
+// more channels.
 inline Tables tables_of(const Tensor& centroids, const std::vector<Tensor>& tables, double low, double scale) {
   if (tables.empty() || centroids.scalar_type() != ScalarType::Float) return {};
   const int64_t channels = centroids.size(1);

@@ -116,6 +116,45 @@ def test_no_grid_where_squared_distances_would_overflow():
     assert not decode_tables(codes)[0] and not decode_tables(codes, margin=True)[0]
 
 
+@pytest.mark.parametrize("codes", ["kronecker", "lattice", "doubled", "far", "tiny"])
+@pytest.mark.parametrize("classes, channels", [(24, 4), (33, 8), (34, 8), (500, 5), (2500, 16)])
+def test_certain_distances_of_guesses_are_lower_bounds(codes, classes, channels):
+    mu = fk.kronecker_centroids(classes, channels)
+    mu = {
+        "kronecker": mu,
+        "lattice": torch.randint(-2, 3, (classes, channels)).float(),
+        "doubled": mu[: classes // 2].repeat(3, 1)[:classes],
+        "far": 1000 + mu,
+        "tiny": 1e-17 * mu,
+    }[codes]
+    _, _, _, rivals, certain = decode_tables(mu)[0]
+    d = torch.cdist(mu.double(), mu.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    d.fill_diagonal_(math.inf)
+    assert rivals.shape == (classes, min(32, classes - 1)) and certain.shape == (classes, rivals.shape[1] + 1)
+    for j in range(certain.shape[1]):
+        nearest_other = d.amin(1) / 4
+        # The slack covers the rounding of a squared fp32 distance, (C + 3) 2^-24, on both sides.
+        assert (certain[:, j].double() <= nearest_other * (1 - 2 * (channels + 3) * 2.0**-24)).all()
+        if codes == "kronecker":
+            assert (certain[:, j].double() >= nearest_other.nan_to_num(posinf=0) * (1 - 1e-4)).all()
+        if j < rivals.shape[1]:
+            d.scatter_(1, rivals[:, j : j + 1].long(), math.inf)
+
+
+@pytest.mark.parametrize("classes, channels", [(24, 4), (150, 5), (1000, 8), (5000, 16)])
+def test_cells_of_guesses_list_their_codes(classes, channels):
+    mu = fk.kronecker_centroids(classes, channels)
+    projection, starts, members = decode_tables(mu)[0][:3]
+    axes = len(projection)
+    cells = round((len(starts) - 1) ** (1 / axes))
+    assert cells**axes == len(starts) - 1 and starts[0] == 0 and starts[-1] == len(members)
+    assert (starts.diff() >= 0).all() and members.min() >= 0 and members.max() < classes
+    position = (mu @ projection[:, :-1].T + projection[:, -1]).clamp(0, cells - 1).long()
+    own = (position * cells ** torch.arange(axes)).sum(1)
+    found = [k in members[starts[n] : starts[n + 1]].tolist() for k, n in enumerate(own.tolist())]
+    assert sum(found) > 0.99 * classes
+
+
 @pytest.mark.parametrize("channels", [1, 2, 5, 8, 16, 20])
 def test_other_channels_decode_without_a_grid(channels):
     book = fk.Codebook(fk.kronecker_centroids(64, channels))

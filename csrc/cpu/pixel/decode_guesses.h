@@ -21,6 +21,8 @@ namespace {
 
 // A pixel without a proof after this many guesses is compared with the rivals of the best one.
 constexpr int kMostGuesses = 12;
+// Few classes are searched if most pixels of a block have no proof after this many guesses.
+constexpr int kFewGuesses = 2;
 // Blocks without guesses from neighbours, after a block in which they decided few pixels.
 constexpr int kRestBlocks = 7;
 
@@ -229,7 +231,8 @@ FLOWSEG_INLINE void move_to(Pending<C>& to, const Pending<C>& from, int j) {
 
 // Tries one guess per pending pixel. A decided pixel leaves the list. A pixel without further members moves to `rest`.
 template <int C>
-FLOWSEG_INLINE void guess_members(const GuessTables& g, bool is_last, Pending<C>& pending, Pending<C>& rest, Nearest<float>& nearest) {
+FLOWSEG_INLINE void guess_members(const GuessTables& g, bool is_last, Pending<C>& pending, Pending<C>& rest,
+                                  Nearest<float>& nearest) {
   constexpr int W = Lanes<float>::width;
   int kept = 0;
   for (int j = 0; j < pending.count; j += W) {
@@ -315,9 +318,9 @@ FLOWSEG_INLINE void search_pending(const GuessTables& g, const Pending<C>& pendi
   }
 }
 
-// Second smallest distances: those to the rivals of each pixel's class, the nearest rival first. A code at distance D from the class
-// is at least D - d from a pixel at distance d from the class. So the search ends where D - d exceeds the second smallest distance.
-// `certain` has D with enough slack for the rounding of d and of the second distance.
+// Second smallest distances: those to the rivals of each pixel's class, the nearest rival first. A code at distance D from the
+// class is at least D - d from a pixel at distance d from the class. So the search ends where D - d exceeds the second smallest
+// distance. `certain` has D with enough slack for the rounding of d and of the second distance.
 template <int C>
 FLOWSEG_INLINE void find_seconds(const GuessTables& g, const Pixels<C>& x, int length, Nearest<float>& nearest) {
   constexpr int W = Lanes<float>::width, kStep = 2;
@@ -376,6 +379,7 @@ FLOWSEG_INLINE Pixels<C> pixels_of(const Image& image, const PixelRange& p, Bloc
   return x;
 }
 
+// Decodes a block.
 template <int C>
 void guess_block(const Decode& a, const PixelRange& p, Recent& recent, Nearest<float>& nearest) {
   const GuessTables g(a);
@@ -385,10 +389,14 @@ void guess_block(const Decode& a, const PixelRange& p, Recent& recent, Nearest<f
   guess_neighbours(g, x, p.length, recent, nearest, pending);
   if (pending.count) {
     find_cells(g, pending);
-    for (int tried = 1; pending.count; ++tried) guess_members(g, tried == kMostGuesses, pending, rest, nearest);
+    // A search of few classes is faster than many guesses, or a comparison with the rivals of each pixel.
+    const bool few_classes = g.classes <= 256;
+    for (int tried = 1; pending.count; ++tried) {
+      const bool fail = few_classes && tried == kFewGuesses && 2 * pending.count > p.length;
+      guess_members(g, fail || tried == kMostGuesses, pending, rest, nearest);
+    }
     int left = 0;
-    // A search of few classes is faster than a comparison with the rivals of each pixel.
-    const bool search_all = g.classes <= 256 && rest.count >= 16;
+    const bool search_all = few_classes && rest.count >= 16;
     for (int j = 0; j < rest.count; ++j) {
       if (!search_all && compare_rivals(g, rest, j)) {
         nearest.label[rest.pixel[j]] = rest.label[j];
@@ -404,7 +412,7 @@ void guess_block(const Decode& a, const PixelRange& p, Recent& recent, Nearest<f
       nearest.label[at] = label;
       nearest.squared[at] = squared;
     });
-    if (2 * left > p.length) recent.guesses_fail = true;
+    if ((few_classes ? 3 : 2) * left > p.length) recent.guesses_fail = true;
   }
   if (a.margin) find_seconds(g, x, p.length, nearest);
 }

@@ -50,6 +50,28 @@ def test_threads_count_every_pixel_once(backend, classes, side):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("classes, channels", [(19, 3), (300, 3), (60, 8)])
+@pytest.mark.parametrize("side", [1, 15], ids=["single_pixels", "areas"])
+def test_counts_by_class_are_the_sums_of_the_pairs(backend, classes, channels, side):
+    book = fk.Codebook(fk.kronecker_centroids(classes, channels), ignore_index=-1)
+    target = torch.randint(0, classes, (1, 2, 3)) if side > 1 else torch.randint(0, classes, (1, 30, 45))
+    target = target.repeat_interleave(side, 1).repeat_interleave(side, 2).contiguous()
+    x = book.encode(torch.where(torch.rand(target.shape) < 0.3, target.flip(1), target))
+    target[0, 1, :5] = book.ignore_index
+    x[0, 1, 2, :4] = torch.nan
+    pairs = fk.decode_confusion(x, target, book)
+    want = torch.stack((pairs.diagonal(), pairs.sum(1), pairs.sum(0)))
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for codes in (book, book.centroids):
+                got = fk.decode_confusion(x, target, codes, ignore_index=None if codes is book else -1, by_class=True)
+                assert got.dtype == torch.int64 and torch.equal(got, want)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_many_classes(backend):
     book = fk.Codebook(fk.kronecker_centroids(1100, 3), ignore_index=-1)
     target = torch.randint(0, 1100, (1, 80, 90))

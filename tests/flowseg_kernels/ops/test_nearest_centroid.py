@@ -70,6 +70,90 @@ def test_ten_million_random_points(codes):
         assert_exact(points, fk.Codebook(mu), mu)
 
 
+@pytest.mark.parametrize("classes, channels", [(150, 8), (1000, 16)])
+def test_ten_million_points_by_guesses(classes, channels, request):
+    """A hundred thousand points, or with --every-variant ten million: 3 minutes of one core."""
+    if "cpu" not in fk.available_backends("nearest_centroid"):
+        pytest.skip("the C++ kernels are not built, and the reference is itself such a search")
+    mu = fk.kronecker_centroids(classes, channels)
+    book = fk.Codebook(mu, ignore_index=-1)
+    spreads = torch.tensor([0.02, 0.05, 0.1, 0.2, 0.4])
+    count = 10_000_000 if request.config.getoption("--every-variant") else 100_000
+    with fk.use_backend("cpu"):
+        for start in range(0, count, 1_000_000):
+            n = min(1_000_000, count - start)
+            points = mu[torch.randint(0, classes, (n,))]
+            # A thousand points in a row have the same spread: guesses are given up where most of them fail.
+            spread = spreads[torch.randint(0, 5, (-(-n // 1000), 1))].expand(-1, 1000).reshape(-1, 1)[:n]
+            assert_exact(points + spread * torch.randn(n, channels), book, mu)
+
+
+def assert_equals_search(x, mu):
+    """Assert that a codebook gives the bits of a search through all codes, for every combination of results."""
+    book = fk.Codebook(mu, ignore_index=-1)
+    for wanted in ({}, {"return_distance": True}, {"return_margin": True, "return_distance": True}):
+        got = fk.nearest_centroid(x, book, **wanted)
+        want = fk.nearest_centroid(x, mu, ignore_index=-1, **wanted)
+        for g, w in zip(got if wanted else [got], want if wanted else [want]):
+            assert torch.equal(g.nan_to_num(nan=-7.0), w.nan_to_num(nan=-7.0)), wanted
+
+
+@pytest.mark.many_forms(2)
+@pytest.mark.parametrize("channels", [4, 5, 8, 16])
+@pytest.mark.parametrize("classes", [24, 33, 34, 300, 1100])
+def test_guesses_equal_a_search_near_codes(backend, channels, classes):
+    mu = fk.kronecker_centroids(classes, channels)
+    height, width = (48, 75) if backend == "cpu" else (12, 40)
+    for side, spread in ((1, 0.02), (1, 0.1), (1, 0.4), (16, 0.05), (16, 0.2)):
+        labels = torch.randint(0, classes, (1, -(-height // side), -(-width // side)))
+        labels = labels.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width]
+        x = mu[labels].movedim(-1, 1) + spread * torch.randn(1, channels, height, width)
+        assert_equals_search(x, mu)
+    x[0, 1, 3, 5:9] = torch.nan
+    x[0, :, 4, :2] = torch.tensor([torch.inf, -torch.inf])
+    x[0, :, 5] *= 1e3
+    x[0, :, 6] *= 1e20
+    assert_equals_search(x, mu)
+
+
+@pytest.mark.parametrize("channels", [4, 8, 16])
+def test_guesses_on_ties_cell_borders_and_duplicates(backend, channels):
+    # Distances between points of a lattice are exact, so ties are real ties.
+    lattice = torch.randint(-2, 3, (300, channels)).float()
+    assert_equals_search(torch.randint(-6, 7, (1, channels, 20, 30)) / 2, lattice)
+    doubled = fk.kronecker_centroids(150, channels).repeat(2, 1)
+    assert_equals_search(doubled[torch.randint(0, 300, (600,))].T.reshape(1, channels, 20, 30), doubled)
+    assert_equals_search(torch.randn(1, channels, 8, 9), torch.full((40, channels), 0.25))
+    for mu in (fk.grid_centroids(300, channels), fk.kronecker_centroids(300, channels)):
+        a, b = mu[torch.randint(0, 300, (2, 600))]
+        assert_equals_search(((a + b) / 2).T.reshape(1, channels, 20, 30), mu)
+        projection = decode_tables(mu)[0][0].double()
+        points = torch.randn(600, channels, dtype=torch.float64)
+        axis = projection[torch.randint(0, len(projection), (600,))]
+        position = (points * axis[:, :-1]).sum(1) + axis[:, -1]
+        # Move each point along the axis to the nearest border of cells.
+        step = (position.round() - position) / axis[:, :-1].square().sum(1)
+        on_border = (points + step[:, None] * axis[:, :-1]).float()
+        assert_equals_search(on_border.T.reshape(1, channels, 20, 30), mu)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_guesses_for_input_dtypes_and_strides(backend, dtype):
+    book = fk.Codebook(fk.kronecker_centroids(100, 8))
+    x, _, _, _ = image_batch(book.centroids, 2, 17, 40, 0.05, dtype)
+    want = fk.nearest_centroid(x, book)
+    assert torch.equal(want, fk.nearest_centroid(x, book.centroids))
+    for name, view in layouts(x):
+        assert torch.equal(fk.nearest_centroid(view, book), want), name
+
+
+@pytest.mark.parametrize("scale, offset", [(1e-3, 0.0), (1e6, 0.0), (1.0, 1000.0), (1e-18, 0.0), (1e14, 0.0)])
+def test_guesses_for_codes_of_any_place_and_size(backend, scale, offset):
+    mu = offset + scale * fk.kronecker_centroids(60, 8)
+    points = mu[torch.randint(0, 60, (600,))] + 0.2 * scale * torch.randn(600, 8)
+    assert_equals_search(points.T.reshape(1, 8, 20, 30), mu)
+
+
 @pytest.mark.parametrize("offset, span", [(1000.0, 1.0), (-30.0, 1e-2), (0.0, 1e-5), (0.0, 1e6), (5.0, 255.0)])
 def test_codes_of_any_place_and_size(backend, offset, span):
     mu = offset + span * fk.kronecker_centroids(60, 3)
