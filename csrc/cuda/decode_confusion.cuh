@@ -165,6 +165,7 @@ __global__ void __launch_bounds__(kThreads, 4) confusion_by_guesses(const Confus
   const GuessTables<C> tables{a.codes, a.tables.guesses, axes};
   count_all<kThreads, kShared>(a, counts, [&](auto use) {
     for_each_run<kThreads, kGuessPixels<C>>(a.tiling, a.x.height * a.x.width, [&](const PixelRun& tile_run) {
+      prefetch_labels(a.target, tile_run);
       decode_tile<false, true>(tables, a.x, tile, tile_run, [&]<int P>(const PixelRun& run, const int (&label)[P], auto&, auto&) {
         int y[P];
         load_labels(a.target, a.codes.classes, run, y);
