@@ -7,8 +7,8 @@ field   the neural field at PixNerd's sizes against fp64, output and all eight g
 calls   call every op once, for a memory checker; with --large at the size of the benchmarks, for a profiler
 
 `ops` and `field` print one line per check: our error, plain PyTorch's error in the same dtype, and whether ours is at most twice
-as large. `guesses` prints the number of pixels that differ. All checks run; the exit status is 1 if one failed. On a GPU the cases run in several processes, because they spend their
-time importing torch and compiling Triton kernels.
+as large. `guesses` prints the number of pixels that differ. All checks run; the exit status is 1 if one failed. On a GPU the cases
+run in several processes, because they spend their time importing torch and compiling Triton kernels.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 // The nearest centroids of the pixels of a block by guesses (flowseg_kernels/decode_guesses.py, which contains the proof).
 //
-// A thread guesses the class of its first pixel, proves the guess by one distance, and tries the same class on its other pixels. The
-// lanes of a warp share the work for a pixel whose guesses are not proved: they go from the nearest guess to its nearest rival, and
-// so on. If many pixels of a block are not proved, as in noise, the block compares all its pixels with all centroids.
+// A thread guesses the class of its first pixel, proves the guess by one distance, and tries the same class on its other pixels.
+// The lanes of a warp share the work for a pixel whose guesses are not proved: they go from the nearest guess to its nearest rival,
+// and so on. If many pixels of a block are not proved, as in noise, the block compares all its pixels with all centroids.
 #pragma once
 
 #include "cuda/decode.cuh"
@@ -14,7 +14,7 @@ template <int C>
 constexpr int kGuessPixels = C <= 8 ? 4 : 2;
 template <int C>
 constexpr int kGuessAxes = C <= 4 ? 4 : 6;
-// With fewer classes, a warp compares a pixel with all of them as fast as with the rivals of a few.
+// A warp compares a pixel with all of fewer classes as fast as with the rivals of a few of them.
 constexpr int kManyClasses = 512;
 // Classes of a cell that a pixel tries. A warp waits for its lane with the most; with many classes a further try saves more.
 constexpr int kMostTries = 8, kMostTriesOfMany = 16;
@@ -169,8 +169,8 @@ __device__ __forceinline__ bool guess(const GuessTables<C>& tables, const float 
   return false;
 }
 
-// Whether the classes that `certain` of the nearest class is about are farther than the second nearest so far. The factor covers the
-// rounding of all distances.
+// Whether the classes that `certain` of the nearest class is about are farther than the second nearest so far. The factor covers
+// the rounding of all distances.
 __device__ __forceinline__ bool are_farther(float certain, float nearest_root, float second) {
   return 2 * std::sqrt(certain) - nearest_root > 1.00001f * std::sqrt(second);
 }
@@ -280,7 +280,7 @@ __device__ __forceinline__ void take(const float (&x)[C][P], int at, float (&poi
   }
 }
 
-// The pixels of a run that are not decided, bit p for pixel p, and those of them that the rivals of the nearest guess do not decide.
+// The pixels of a run that are not decided, bit p for pixel p. `far` has those that the rivals of the nearest guess do not decide.
 struct Undecided {
   int any = 0, far = 0;
 };
@@ -288,7 +288,8 @@ struct Undecided {
 // Guesses the classes of a run. Every thread of the warp calls it. Each pass guesses one pixel per lane. The warp makes as many
 // passes as its lane with the most.
 template <int C, int P>
-__device__ __forceinline__ Undecided guess_run(const GuessTables<C>& tables, const float (&x)[C][P], int count, RunResults<P>& found) {
+__device__ __forceinline__ Undecided guess_run(const GuessTables<C>& tables, const float (&x)[C][P], int count,
+                                               RunResults<P>& found) {
   Undecided undecided;
   unsigned pending = (1u << count) - 1;
   bool tries_others = true;  // a proved class on the lane's other pixels

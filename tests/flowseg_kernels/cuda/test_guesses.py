@@ -14,7 +14,7 @@ from ...support.samples import decode_tables, layouts
 
 
 def tiles(mu, spreads, pixels=300):
-    """(1, C, 2, N) pixels: for each spread a run of pixels near codes, then points halfway between codes, far away, and the codes."""
+    """(1, C, 2, N) pixels: a run near codes for each spread, then points halfway between codes, far away, special, and the codes."""
     classes, channels = mu.shape
     near = [mu[torch.randint(0, classes, (pixels,))] + s * torch.randn(pixels, channels) for s in spreads]
     halfway = (mu[torch.randint(0, classes, (pixels,))] + mu[torch.randint(0, classes, (pixels,))]) / 2
@@ -28,7 +28,9 @@ def tiles(mu, spreads, pixels=300):
 
 def assert_equals_search(x, book):
     """Labels, distances and margins of a codebook equal those of its bare codes, which are searched, bit for bit."""
-    search = fk.nearest_centroid(x, book.centroids, return_distance=True, return_margin=True, ignore_index=book.ignore_index)
+    search = fk.nearest_centroid(
+        x, book.centroids, return_distance=True, return_margin=True, ignore_index=book.ignore_index
+    )
     everything = fk.nearest_centroid(x, book, return_distance=True, return_margin=True)
     for got, want in zip(everything, search):
         assert torch.equal(got.nan_to_num(-7.0) if got.is_floating_point() else got, want.nan_to_num(-7.0))
@@ -46,7 +48,9 @@ def test_equals_the_search_bit_for_bit(backend, channels, classes):
     shuffled = x.flatten(2)[:, :, torch.randperm(x[0, 0].numel())].view(x.shape)
     assert_equals_search(shuffled.half(), book)
     for name, view in layouts(shuffled[..., :150].bfloat16()):
-        assert torch.equal(fk.nearest_centroid(view, book), fk.nearest_centroid(view, book.centroids, ignore_index=-1)), name
+        assert torch.equal(
+            fk.nearest_centroid(view, book), fk.nearest_centroid(view, book.centroids, ignore_index=-1)
+        ), name
 
 
 def test_the_tables_decide(backend):
