@@ -14,7 +14,7 @@ from ...support.samples import decode_tables, layouts
 
 
 def tiles(mu, spreads, pixels=300):
-    """(1, C, 2, N) pixels: a run near codes for each spread, then points halfway between codes, far away, special, and the codes."""
+    """(1, C, 2, N) pixels: a run near codes per spread, then points halfway between codes, far away, special, and the codes."""
     classes, channels = mu.shape
     near = [mu[torch.randint(0, classes, (pixels,))] + s * torch.randn(pixels, channels) for s in spreads]
     halfway = (mu[torch.randint(0, classes, (pixels,))] + mu[torch.randint(0, classes, (pixels,))]) / 2
