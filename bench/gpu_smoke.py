@@ -2,12 +2,13 @@
 
 load    show this machine, and load the compiled library; build it in place if it does not load
 ops     every op and gradient on one backend against fp64, in fp32, bf16 and fp16, for 3, 8 and 16 channels
+guesses decoding by guesses of up to 20,000 classes against a search of all codes, bit for bit, and counts by class
 field   the neural field at PixNerd's sizes against fp64, output and all eight gradients
 calls   call every op once, for a memory checker; with --large at the size of the benchmarks, for a profiler
 
 `ops` and `field` print one line per check: our error, plain PyTorch's error in the same dtype, and whether ours is at most twice
-as large. All checks run; the exit status is 1 if one failed. On a GPU the cases run in several processes, because they spend their
-time importing torch and compiling Triton kernels.
+as large. `guesses` prints the number of pixels that differ. All checks run; the exit status is 1 if one failed. On a GPU the cases
+run in several processes, because they spend their time importing torch and compiling Triton kernels.
 """
 
 import argparse
@@ -167,6 +168,36 @@ def check_pixels(checks, backend, device, dtype, classes, channels):
             checks.equal(title, dtype, value, want[name])
 
 
+def check_guesses(checks, backend, device, dtype, classes, channels):
+    """Decoding by guesses equals the same backend's search of all codes bit for bit: near codes, in noise, and for duplicates.
+
+    Squares of 32 pixels, then a random class per pixel. Counts by class equal counts of the labels.
+    """
+    generator = torch.Generator(device).manual_seed(classes)
+    mu = fk.kronecker_centroids(classes, channels)
+    codebook = fk.Codebook(torch.cat((mu[:-5], mu[:5])), ignore_index=-1).to(device)
+    for square, spread in ((32, 0.05), (1, 0.05), (1, 0.3)):
+        few = torch.randint(0, classes, (2, 128 // square, 160 // square), generator=generator, device=device)
+        labels = few.repeat_interleave(square, 1).repeat_interleave(square, 2).contiguous()
+        x = codebook.encode(labels)
+        x = (x + spread * torch.randn(x.shape, generator=generator, device=device)).to(DTYPES[dtype])
+        x[0, 0, 0, :3] = torch.tensor([torch.nan, torch.inf, 1e4], device=device)
+        title = f"K={classes} C={channels} squares of {square}, spread {spread}"
+        with fk.use_backend(backend):
+            search = fk.nearest_centroid(
+                x, codebook.centroids, return_distance=True, return_margin=True, ignore_index=codebook.ignore_index
+            )
+            found = fk.nearest_centroid(x, codebook, return_distance=True, return_margin=True)
+            counts = fk.decode_confusion(x, labels, codebook, by_class=True)
+            checks.equal(f"guesses {title}", dtype, fk.nearest_centroid(x, codebook), search[0])
+        for name, got, want in zip(("labels", "distance", "margin"), found, search):
+            checks.say(torch.equal(got[got == got], want[want == want]), f"guesses {title} {dtype}: {name} as searched")
+        decoded = search[0].long()
+        rows = [v[decoded >= 0].bincount(minlength=classes) for v in (labels, decoded)]
+        hits = labels[labels == decoded].bincount(minlength=classes)
+        checks.equal(f"counts by class {title}", dtype, counts, torch.stack((hits, *rows)))
+
+
 FIELD_NAMES = (
     "output", "of x", "of weights", "of embed_weight", "of embed_bias", "of norm_weight", "of out_norm_weight",
     "of out_weight", "of out_bias",
@@ -214,7 +245,7 @@ def plain_field_results(inputs, grad):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
-CHECKS = {"pixels": check_pixels, "field": check_field}
+CHECKS = {"pixels": check_pixels, "guesses": check_guesses, "field": check_field}
 
 
 def op_cases(backend, device):
@@ -226,6 +257,14 @@ def op_cases(backend, device):
     if backend == "triton":  # the step `field cuda` checks the other one
         cases.append(("field", (backend, device, "bf16", 4, 2, {})))
     return cases
+
+
+def guess_cases(backend, device):
+    """The cases of `guesses`."""
+    if device == "cpu":
+        return [("guesses", (backend, device, "bf16", 150, 8))]
+    sizes = {"fp32": ((20_000, 8), (1000, 16)), "bf16": ((150, 8), (20_000, 16)), "fp16": ((1000, 5),)}
+    return [("guesses", (backend, device, dtype, *size)) for dtype, found in sizes.items() for size in found]
 
 
 def field_cases(backend, device):
@@ -283,7 +322,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m bench gpu-smoke", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("load", "ops", "field", "calls"))
+    parser.add_argument("what", choices=("load", "ops", "guesses", "field", "calls"))
     parser.add_argument("--backend", default="triton")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--large", action="store_true", help="calls: at the size of the benchmarks")
@@ -292,6 +331,6 @@ def main(arguments=None):
         return load(given.device)
     if given.what == "calls":
         return calls(given.backend, given.device, given.large)
-    cases = {"ops": op_cases, "field": field_cases}[given.what](given.backend, given.device)
+    cases = {"ops": op_cases, "guesses": guess_cases, "field": field_cases}[given.what](given.backend, given.device)
     processes = min(8, os.cpu_count() or 1) if given.device == "cuda" and given.backend == "triton" else 1
     return 1 if run_cases(cases, processes) else 0

@@ -158,6 +158,10 @@ def _second(dry):
 
 
 def _rest(dry):
+    basis = "estimate: tables of 20,000 codes take 4 s on the CPU, twice"
+    yield _smoke("guesses cuda", "rest", "guesses", "cuda", 60, 25, basis, dry)
+    basis = "estimate: each of 5 cases compiles for 30 s, in parallel"
+    yield _smoke("guesses triton", "rest", "guesses", "triton", 120, 60, basis, dry)
     yield _smoke("field triton", "rest", "field", "triton", 60, 25, "measured: 32 s in one process", dry)
     files = ("tests/flowseg/test_no_stall.py", "tests/flowseg_kernels/compose/test_no_read_back.py")
     basis = "estimate: two processes import torch for 5 s each, small kernels compile for 15 s"

@@ -156,8 +156,11 @@ __global__ void __launch_bounds__(kThreads, 4) confusion_by_search(const Confusi
   });
 }
 
+template <int C>
+constexpr int kGuessBlocks = C > 8 ? 3 : 4;  // per multiprocessor, as above
+
 template <class T, int C, bool kShared>
-__global__ void __launch_bounds__(kThreads, 4) confusion_by_guesses(const ConfusionParams a) {
+__global__ void __launch_bounds__(kThreads, kGuessBlocks<C>) confusion_by_guesses(const ConfusionParams a) {
   FLOWSEG_CODE_TILE(T, C, tile);
   FLOWSEG_AXES(C, axes);
   FLOWSEG_DYNAMIC_SHARED(unsigned, counts);
@@ -165,6 +168,7 @@ __global__ void __launch_bounds__(kThreads, 4) confusion_by_guesses(const Confus
   const GuessTables<C> tables{a.codes, a.tables.guesses, axes};
   count_all<kThreads, kShared>(a, counts, [&](auto use) {
     for_each_run<kThreads, kGuessPixels<C>>(a.tiling, a.x.height * a.x.width, [&](const PixelRun& tile_run) {
+      prefetch_labels(a.target, tile_run);
       decode_tile<false, true>(tables, a.x, tile, tile_run, [&]<int P>(const PixelRun& run, const int (&label)[P], auto&, auto&) {
         int y[P];
         load_labels(a.target, a.codes.classes, run, y);
@@ -184,10 +188,10 @@ void launch_confusion(ConfusionParams a, const Launch& launch) {
   const int64_t tile_bytes = by_grid ? 0 : kCodeTileBytes + (by_guesses ? kMostAxisBytes : 0);  // static
   const int64_t block_bytes = dynamic_bytes + tile_bytes;
   const bool shared = counters_fit(a, code_bytes + tile_bytes, device) && (words || !by_grid);
-  const auto launch_kernel = [&](auto kernel, int64_t threads, int64_t pixels_per_thread) {
+  const auto launch_kernel = [&](auto kernel, int64_t threads, int64_t pixels_per_thread, int64_t most_blocks = INT32_MAX) {
     // The system reserves 1 KiB of shared memory per block. A search needs up to 128 registers per thread, twice those of Device.
     const int64_t by_memory = shared ? device.shared_multiprocessor / (block_bytes + 1024) : device.threads;
-    const int64_t by_registers = device.threads / (by_grid ? threads : 2 * threads);
+    const int64_t by_registers = std::min(most_blocks, device.threads / (by_grid ? threads : 2 * threads));
     const int64_t resident_blocks = std::max<int64_t>(1, std::min(by_memory, by_registers)) * device.multiprocessors;
     const int64_t pixels_per_tile = threads * pixels_per_thread;
     a.tiling = tiling_of(a.x.batch, a.x.height * a.x.width, pixels_per_tile, resident_blocks, kMaxPixelsPerBlock / pixels_per_tile);
@@ -203,7 +207,8 @@ void launch_confusion(ConfusionParams a, const Launch& launch) {
   }
   if (by_guesses) {
     return for_guessed_channels(a.codes.channels, [&]<class T, int C>() {
-      launch_kernel(shared ? confusion_by_guesses<T, C, true> : confusion_by_guesses<T, C, false>, kThreads, kGuessPixels<C>);
+      launch_kernel(shared ? confusion_by_guesses<T, C, true> : confusion_by_guesses<T, C, false>, kThreads, kGuessPixels<C>,
+                    kGuessBlocks<C>);
     });
   }
   for_type_and_channels(a.x.type, a.codes.channels, [&]<class T, int C>() {

@@ -1,20 +1,23 @@
 // The nearest centroids of the pixels of a block by guesses (flowseg_kernels/decode_guesses.py, which contains the proof).
 //
-// A thread guesses the class of its first pixel, proves the guess by one distance, and tries the same class on its other pixels. The
-// lanes of a warp share the work for a pixel whose guesses are not proved. If many pixels of a block are not proved, as in noise, the
-// block compares all its pixels with all centroids.
+// A thread guesses the class of its first pixel, proves the guess by one distance, and tries the same class on its other pixels.
+// The lanes of a warp share the work for a pixel whose guesses are not proved: they go from the nearest guess to its nearest rival,
+// and so on. If many pixels of a block are not proved, as in noise, the block compares all its pixels with all centroids.
 #pragma once
 
 #include "cuda/decode.cuh"
 
 namespace flowseg::cuda {
 
-// Pixels per thread, axes of the projection that are compiled, and classes of a cell that a pixel tries.
+// Pixels per thread, and axes of the projection that are compiled.
 template <int C>
 constexpr int kGuessPixels = C <= 8 ? 4 : 2;
 template <int C>
 constexpr int kGuessAxes = C <= 4 ? 4 : 6;
-constexpr int kMostTries = 8;
+// A warp compares a pixel with all of fewer classes as fast as with the rivals of a few of them.
+constexpr int kManyClasses = 512;
+// Classes of a cell that a pixel tries. A warp waits for its lane with the most; with many classes a further try saves more.
+constexpr int kMostTries = 8, kMostTriesOfMany = 16;
 
 // Whether the kernels can use the guesses of a call.
 inline bool has_guesses(const Guesses& guesses, const InputImage& x) {
@@ -152,7 +155,8 @@ __device__ __forceinline__ bool guess(const GuessTables<C>& tables, const float 
                                       float& certain) {
   const int32_t* __restrict__ starts = tables.guesses.starts + tables.cell(x);
   int first = starts[0], left = starts[1] - first;
-  left = (left < kMostTries ? left : kMostTries) + FLOWSEG_PLANTED(members);
+  const int most = tables.codes.classes < kManyClasses ? kMostTries : kMostTriesOfMany;
+  left = (left < most ? left : most) + FLOWSEG_PLANTED(members);
 #pragma unroll 1
   for (const int32_t* __restrict__ member = tables.guesses.members + first; left > 0; --left, ++member) {
     const int k = *member;
@@ -165,8 +169,8 @@ __device__ __forceinline__ bool guess(const GuessTables<C>& tables, const float 
   return false;
 }
 
-// Whether the classes that `certain` of the nearest class is about are farther than the second nearest so far. The factor covers the
-// rounding of all distances.
+// Whether the classes that `certain` of the nearest class is about are farther than the second nearest so far. The factor covers
+// the rounding of all distances.
 __device__ __forceinline__ bool are_farther(float certain, float nearest_root, float second) {
   return 2 * std::sqrt(certain) - nearest_root > 1.00001f * std::sqrt(second);
 }
@@ -195,7 +199,7 @@ __device__ __forceinline__ Guessed search_by_lanes(const GuessTables<C>& tables,
                                                    const int32_t* __restrict__ list, int count, Guessed found) {
   const int lane = threadIdx.x % 32;
   if (lane > 0) found = {};
-#pragma unroll 2
+#pragma unroll (C <= 8 ? 2 : 1)
   for (int i = lane; i < count; i += 32) {
     const int k = list ? list[i] : i;
     found.offer(k, squared_distance(x, 0, tables.code(k)));
@@ -212,23 +216,33 @@ __device__ __forceinline__ Guessed search_by_lanes(const GuessTables<C>& tables,
   return found;
 }
 
-// Decides a point that is not proved. If `found` has a label, the nearest class is that or one of its rivals.
+// Decides a point that is not proved, from the nearest class so far. Compares the rivals of that class, then those of the nearest
+// rival, until a class and its rivals decide or no rival is nearer. Only then it compares all classes.
 template <bool kSecond, int C>
 __device__ __forceinline__ Guessed decide(const GuessTables<C>& tables, const float (&x)[C][1], Guessed found) {
-  const int rivals = tables.guesses.rival_count;
-  if (!kSecond) {
-    const bool few = found.label >= 0;
-    return search_by_lanes<false>(tables, x, few ? tables.rivals(found.label) : nullptr, few ? rivals : tables.codes.classes, found);
+  const int rivals = tables.guesses.rival_count, classes = tables.codes.classes;
+#pragma unroll 1
+  while (true) {
+    const bool decides = found.label >= 0 && found.nearest < tables.certain(found.label)[rivals];
+    const bool asks_rivals = decides || (found.label >= 0 && classes >= kManyClasses);
+    if (!asks_rivals) found = {};
+    const int32_t* list = asks_rivals ? tables.rivals(found.label) : nullptr;
+    const Guessed next = search_by_lanes<kSecond>(tables, x, list, asks_rivals ? rivals : classes, found);
+    if (!asks_rivals) return next;
+    const bool is_same = next.label == found.label;
+    found = next;
+    if (decides) break;
+    if (is_same) found.label = -1;
+    found.second = infinity<float>();
   }
-  if (found.label >= 0) {
-    found = search_by_lanes<false>(tables, x, tables.rivals(found.label), rivals, found);
+  if constexpr (kSecond) {
     const float second = search_by_lanes<false>(tables, x, tables.rivals(found.label), rivals, {}).nearest;
-    if (are_farther(tables.certain(found.label)[rivals], std::sqrt(found.nearest), second)) {
-      found.second = second;
-      return found;
+    if (!are_farther(tables.certain(found.label)[rivals], std::sqrt(found.nearest), second)) {
+      return search_by_lanes<true>(tables, x, nullptr, classes, {});
     }
+    found.second = second;
   }
-  return search_by_lanes<true>(tables, x, nullptr, tables.codes.classes, {});
+  return found;
 }
 
 // The results of a run of pixels: classes (-1 for NaN) and squared distances.
@@ -266,15 +280,16 @@ __device__ __forceinline__ void take(const float (&x)[C][P], int at, float (&poi
   }
 }
 
-// The pixels of a run that are not decided, bit p for pixel p: all classes, or only the rivals of a known one, may be the nearest.
+// The pixels of a run that are not decided, bit p for pixel p. `far` has those that the rivals of the nearest guess do not decide.
 struct Undecided {
-  int all = 0, rivals = 0;
+  int any = 0, far = 0;
 };
 
 // Guesses the classes of a run. Every thread of the warp calls it. Each pass guesses one pixel per lane. The warp makes as many
 // passes as its lane with the most.
 template <int C, int P>
-__device__ __forceinline__ Undecided guess_run(const GuessTables<C>& tables, const float (&x)[C][P], int count, RunResults<P>& found) {
+__device__ __forceinline__ Undecided guess_run(const GuessTables<C>& tables, const float (&x)[C][P], int count,
+                                               RunResults<P>& found) {
   Undecided undecided;
   unsigned pending = (1u << count) - 1;
   bool tries_others = true;  // a proved class on the lane's other pixels
@@ -311,10 +326,10 @@ __device__ __forceinline__ Undecided guess_run(const GuessTables<C>& tables, con
         for (int c = 0; c < C; ++c) is_nan |= point[c][0] != point[c][0];
         if (is_nan) {
           found.set(at, {-1, static_cast<float>(NAN), static_cast<float>(NAN)});
-        } else if (own.label >= 0 && own.nearest < tables.certain(own.label)[tables.guesses.rival_count]) {
-          undecided.rivals |= 1 << at;
         } else {
-          undecided.all |= 1 << at;
+          const bool is_near = own.label >= 0 && own.nearest < tables.certain(own.label)[tables.guesses.rival_count];
+          undecided.any |= 1 << at;
+          undecided.far |= is_near ? 0 : 1 << at;
         }
       }
     }
@@ -323,8 +338,9 @@ __device__ __forceinline__ Undecided guess_run(const GuessTables<C>& tables, con
       // guesses fail, as in noise, more of them would fail too.
       const int tried = __popc(lanes);
       tries_others = 4 * __popc(__ballot_sync(kAllLanes, helped)) >= tried;
-      if (2 * __popc(__ballot_sync(kAllLanes, undecided.all)) > tried) {
-        undecided.all |= static_cast<int>(pending);
+      if (2 * __popc(__ballot_sync(kAllLanes, undecided.far)) > tried) {
+        undecided.any |= static_cast<int>(pending);
+        undecided.far |= static_cast<int>(pending);
         pending = 0;
       }
       is_first = false;
@@ -337,7 +353,7 @@ __device__ __forceinline__ Undecided guess_run(const GuessTables<C>& tables, con
 template <int C, int P>
 __device__ __forceinline__ void find_second(const GuessTables<C>& tables, const float (&x)[C][P], int count, RunResults<P>& found,
                                             Undecided& undecided) {
-  int left = ((1 << count) - 1) & ~(undecided.all | undecided.rivals);
+  int left = ((1 << count) - 1) & ~undecided.any;
 #pragma unroll 1
   for (; left; left &= left - 1) {
     const int at = __ffs(left) - 1;
@@ -346,7 +362,7 @@ __device__ __forceinline__ void find_second(const GuessTables<C>& tables, const 
     Guessed own = found.get(at);
     if (own.label < 0) continue;  // NaN
     own.second = second_among_rivals(tables, point, own.label, own.nearest);
-    if (own.second < 0) undecided.all |= 1 << at;
+    if (own.second < 0) undecided.any |= 1 << at;
     found.set(at, own);
   }
 }
@@ -359,28 +375,26 @@ __device__ __forceinline__ bool decode_run(const GuessTables<C>& tables, const I
   float x[C][P];
   load_all(image, tables.codes.channels, run, x);
 #pragma unroll
-  for (int p = 0; p < P; ++p) found.label[p] = 0, found.nearest[p] = found.second[p] = 0;
+  for (int p = 0; p < P; ++p) found.label[p] = -1, found.nearest[p] = found.second[p] = 0;
   Undecided undecided = guess_run(tables, x, run.count, found);
   if constexpr (kSecond) find_second(tables, x, run.count, found, undecided);
   // A warp that searches for one pixel reads all codes for it alone.
-  if (8 * __syncthreads_count(2 * __popc(static_cast<unsigned>(undecided.all)) >= P) >= kThreads) return false;
+  if (8 * __syncthreads_count(2 * __popc(static_cast<unsigned>(undecided.far)) >= P) >= kThreads) return false;
 #pragma unroll 1
-  while (const unsigned lanes = __ballot_sync(kAllLanes, undecided.all | undecided.rivals)) {
-    const int lane = __ffs(static_cast<int>(lanes)) - 1, at = __ffs(undecided.all | undecided.rivals) - 1;
+  while (const unsigned lanes = __ballot_sync(kAllLanes, undecided.any)) {
+    const int lane = __ffs(static_cast<int>(lanes)) - 1, at = __ffs(undecided.any) - 1;
     float point[C][1];
     take(x, at, point);
 #pragma unroll
     for (int c = 0; c < C; ++c) point[c][0] = __shfl_sync(kAllLanes, point[c][0], lane);
     Guessed own = found.get(at);
-    if (undecided.all >> (at & 31) & 1) own = {};
     own.label = __shfl_sync(kAllLanes, own.label, lane);
     own.nearest = __shfl_sync(kAllLanes, own.nearest, lane);
     own.second = infinity<float>();
     own = decide<kSecond>(tables, point, own);
     if (threadIdx.x % 32 == static_cast<unsigned>(lane)) {
       found.set(at, own);
-      undecided.all &= ~(1 << at);
-      undecided.rivals &= ~(1 << at);
+      undecided.any &= ~(1 << at);
     }
   }
   return true;

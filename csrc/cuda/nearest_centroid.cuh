@@ -95,9 +95,9 @@ __global__ void __launch_bounds__(kThreads) decode_by_search(const DecodeParams 
   store_results<kSecond>(a, run, label, nearest, second);
 }
 
-// Up to 96 registers per thread, or 128 with the second nearest: ptxas would spill to fit more blocks.
+// ptxas would spill to fit more blocks: a thread takes up to 96 registers, more with the second nearest or with 16 channels.
 template <class T, int C, bool kSecond>
-__global__ void __launch_bounds__(kThreads, kSecond ? 4 : 5) decode_by_guesses(const DecodeParams a) {
+__global__ void __launch_bounds__(kThreads, C > 8 ? 3 : kSecond ? 4 : 5) decode_by_guesses(const DecodeParams a) {
   FLOWSEG_CODE_TILE(T, C, tile);
   FLOWSEG_AXES(C, axes);
   stage_axes<C>(a.tables.guesses, a.codes.channels, axes);

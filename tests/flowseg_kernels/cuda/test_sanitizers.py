@@ -14,8 +14,8 @@ import pytest
 from ...host_cuda import kernels as host_kernels
 
 OPTIONS = {"TSAN_OPTIONS": "exitcode=66:halt_on_error=1", "ASAN_OPTIONS": "exitcode=66:detect_leaks=0"}
-#: Planted faults by the code that contains them: reading pixels and staging codes, reading the lists of the decode grid and counting
-#: its results, or staging the projection of guesses and reading their lists. ThreadSanitizer looks for a missing barrier,
+#: Planted faults by the code that contains them: reading pixels and staging codes, reading the lists of the decode grid and
+#: counting its results, or staging the projection of guesses and reading their lists. ThreadSanitizer looks for a missing barrier,
 #: AddressSanitizer for a read past the end of an array.
 FAULTS = {
     "thread": {"pixels": "race", "grid": "histogram", "guesses": "axes"},

@@ -141,7 +141,9 @@ def _guesses(channels: int, pixels_per_thread: int) -> dict[str, float]:
         innermost = sass.innermost_loops(body)
         products = {id(loop): loop.opcodes()["FMUL"] for loop in innermost}
         (tried, *_) = [loop for loop in innermost if products[id(loop)] == 1]
-        passes.append(min(len(loop) for loop in sass.loops(body) if loop.first < tried.first and tried.last < loop.last))
+        passes.append(
+            min(len(loop) for loop in sass.loops(body) if loop.first < tried.first and tried.last < loop.last)
+        )
         # Two classes per iteration.
         shared += [len(loop) / 2 for loop in innermost if products[id(loop)] == 2]
         searched += [
