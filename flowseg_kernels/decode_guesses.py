@@ -28,7 +28,7 @@ __all__ = ["DecodeGuesses", "build_decode_guesses", "decode_guesses"]
 
 #: Channels with guesses. Below, the decode grid answers or a full search is as fast.
 CHANNELS = range(4, 17)
-#: With fewer classes a full search is as fast.
+#: A full search of fewer classes is as fast.
 _FEWEST_CLASSES = 24
 _RIVALS = 32
 #: Number of (cell, code) pairs: the lists take at most 4 MiB, or 128 bytes per class.

@@ -365,8 +365,8 @@ def nearest_centroid(
         requested. Distance and margin are in fp32 (fp64 for fp64 inputs). A pixel with NaN gets the label ignore_index, and NaN as
         distance and margin.
 
-    Not differentiable. Cost: reads x once, writes the labels once. For C = 3 the first call with return_margin builds a second decode
-    grid (a second at K = 150, ten at K = 65,536).
+    Not differentiable. Cost: reads x once, writes the labels once. For C = 3 the first call with return_margin builds a second
+    decode grid (a second at K = 150, ten at K = 65,536).
 
     Raises:
         TypeError, ValueError: as flow_interpolate; ValueError when out_dtype cannot hold the labels.

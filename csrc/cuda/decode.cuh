@@ -249,8 +249,8 @@ __device__ __forceinline__ int cell_at(const Grid& grid, float x, float y, float
 // Each thread searches the lists of its pending pixels one by one. A warp makes as many passes as its thread with the most. The
 // lanes of a warp share the search for a point outside the grid, which takes longer than all else. Every thread calls it.
 //
-// kSecond: the grid is of order 2, and its cells have no words. Then every pixel is pending or outside, and the two smallest squared
-// distances are set too.
+// kSecond: the grid is of order 2, and its cells have no words. Then every pixel is pending or outside, and the two smallest
+// squared distances are set too.
 template <bool kSecond, bool kWords, class S>
 __device__ __forceinline__ void look_up(const Grid& grid, const InputCodes& codes, const GridCode* rows, const RawPixels<S>& x,
                                         int (&label)[kLookupPixels], [[maybe_unused]] float (&nearest)[kLookupPixels],

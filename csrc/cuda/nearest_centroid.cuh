@@ -55,7 +55,7 @@ __device__ __forceinline__ void store_results(const DecodeParams& a, const Pixel
   if constexpr (kSecond) store_plane(a.margin, 0, run, second);
 }
 
-// What decoding by grid finds beside the label.
+// The results of decoding by grid, besides the label.
 enum class Measure { none, distance, margin };
 
 // A thread that measures needs some more registers than two blocks of kGridThreads have.

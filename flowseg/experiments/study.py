@@ -61,7 +61,7 @@ class Study(Section):
 
 
 class Cost(NamedTuple):
-    """What training took.
+    """Time and memory of training.
 
     Attributes:
         step_ms: milliseconds per training step, the median of the logged lines: making the scenes or reading the images is
