@@ -63,7 +63,8 @@ template <Measure kMeasure>
 constexpr int kDecodeThreads = kMeasure == Measure::none ? kGridThreads : kMeasuredThreads;
 
 template <Measure kMeasure, bool kWords, class S>
-__global__ void __launch_bounds__(kDecodeThreads<kMeasure>, kMeasure == Measure::none ? 2 : 3) decode_by_grid(const DecodeParams a) {
+__global__ void __launch_bounds__(kDecodeThreads<kMeasure>, kMeasure == Measure::none ? 2 : 3)
+    decode_by_grid(const DecodeParams a) {
   constexpr bool kSecond = kMeasure == Measure::margin;
   constexpr int kBlock = kDecodeThreads<kMeasure>;
   FLOWSEG_DYNAMIC_CODES(rows);
