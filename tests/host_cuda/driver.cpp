@@ -235,7 +235,8 @@ bool run_guesses(int64_t height, int64_t width) {
   const Array x_array = array(x, {1, 4, height, width}), code_array = array(book.mu, {kClasses, 4});
   const Array tables[] = {array(book.projection, {1, 5}), array(book.starts, {FewRivals::kCells + 1}),
                           array(book.members, {static_cast<int64_t>(book.members.size())}),
-                          array(book.rivals, {kClasses, FewRivals::kRivals}), array(book.certain, {kClasses, FewRivals::kRivals + 1})};
+                          array(book.rivals, {kClasses, FewRivals::kRivals}),
+                          array(book.certain, {kClasses, FewRivals::kRivals + 1})};
   const auto decode = [&](std::vector<uint8_t>& to, const Array& distance, const Array& margin) {
     nearest_centroid(x_array, code_array, tables[0], tables[1], tables[2], tables[3], tables[4], 0, 0, array(to, plane), distance,
                      margin, 255);
