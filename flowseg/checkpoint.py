@@ -443,6 +443,10 @@ def check_meaning(before: Config, after: Config, run: Path) -> None:
         UserError: naming the setting.
     """
     keys = ["codes.channels", "codes.sequence", "flow.predicts", "flow.source", "loss.kind", "model.condition_on_image"]
+    keys.append("model.head_features")
+    if before.data.name == after.data.name:
+        # The codes depend on the number of classes.
+        keys.append("data.num_classes")
     # Equal sizes may be written in two ways, such as L and L/16.
     if resolve_size(before.model) != resolve_size(after.model):
         keys += ["model.size", *(f"model.{field.name}" for field in dataclasses.fields(ModelSize))]

@@ -197,12 +197,13 @@ class DataConfig(Section):
 
 def _read_names(path: Path) -> list[str]:
     """Class names from a text file in UTF-8, one a line; empty lines may only follow the last name."""
-    path = path.expanduser()
     try:
+        path = path.expanduser()
         if path.exists() and not path.is_file():
             raise ValueError("not a regular file")
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
+        # RuntimeError: no home folder of a user.
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(
             f"data.classes: wanted a list of names or a text file with one name per line; {str(path)!r} cannot be read as text "

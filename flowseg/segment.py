@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowseg.build import build
 from flowseg.checkpoint import find_weights, load_weights
+from flowseg.codes import MOST_CHANNELS, decode_one_hot
 from flowseg.config import Config
 from flowseg.data.datasets import resolve_labels
 from flowseg.data.pictures import Reading, as_picture, stored_values
@@ -263,15 +264,19 @@ class Segmenter:
 
     def _resized_labels(self, field: Tensor, native: tuple[int, int]) -> Tensor:
         """Labels ``(H, W)`` after bilinear interpolation of the class probabilities of a field ``(C, h, w)``."""
-        sides = [(slice(0, new), resizing(old, new)) for old, new in zip(field.shape[1:], native)]
+        sides = [
+            part_of(resizing(old, new), slice(0, old), torch.ones(old)) for old, new in zip(field.shape[1:], native)
+        ]
         return self._views.labels([iter([Part.of(field, *sides)])], native)
 
     def _decode(self, field: Tensor, with_margin: bool) -> tuple[Tensor, Tensor | None]:
-        if self.config.codes.sequence == "one_hot" and not with_margin:
-            # The nearest code is the largest channel: K instead of K x K operations per pixel.
-            labels = field.argmax(0).to(self._kind.dtype)
-            return labels.masked_fill_(field.isnan().any(0), self._kind.ignore), None
-        found = nearest_centroid(field[None], self.codebook, out_dtype=self._kind.dtype, return_margin=with_margin)
+        kind = self._kind
+        if self.config.codes.sequence == "one_hot" and len(field) > MOST_CHANNELS:
+            labels, margin = decode_one_hot(field, with_margin=with_margin)
+            return labels.to(kind.dtype), margin
+        # A codebook that a caller made may have another ignored label.
+        options = {"out_dtype": kind.dtype, "ignore_index": kind.ignore, "return_margin": with_margin}
+        found = nearest_centroid(field[None], self.codebook, **options)
         return (found[0][0], found[1][0]) if with_margin else (found[0], None)
 
     def _margin_of_codes(self, labels: Tensor) -> Tensor:

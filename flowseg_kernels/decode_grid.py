@@ -161,7 +161,7 @@ def _pack(cell: Tensor, candidate: Tensor, mu: Tensor, low: float, scale: float,
         all_records_left.append(torch.arange(length, 0, -1).repeat(lists.shape[0]))
         cells[where] = (-1 - base - which * length).to(torch.int32)
         base += lists.shape[0] * length
-    records = torch.cat(all_records) if all_records else torch.empty(0, 4, LANES)
+    records = torch.cat(all_records) if all_records else torch.empty(0, 4, LANES, dtype=torch.float32)
     records_left = (
         torch.cat(all_records_left).to(torch.int32) if all_records_left else torch.empty(0, dtype=torch.int32)
     )

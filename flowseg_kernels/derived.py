@@ -1,4 +1,4 @@
-"""A cache of values derived from codes: their smallest distance, the default eps and the decode grid.
+"""A cache of values derived from codes: their smallest distance, the default eps and the tables of decoding.
 
 Frameworks fill, cast, average, broadcast and offload the tensors of a module. Derived values stored in the module would be
 changed too, or would go out of date. So they are stored here, and the values of the codes are the key: at every call `derived_from`
@@ -74,6 +74,9 @@ def _rows_with_close_neighbours(mu: Tensor) -> Tensor:
 #: Number of decodes without a grid after codes were written into a buffer. An average may change such codes at each step, and
 #: building a grid takes as long as many decodes.
 _USES_WITHOUT_GRID = 2
+#: With more codes than this, building the tables takes up to ten seconds. So it waits until as many pixels were decoded as there are
+#: codes: a search of so few pixels takes less.
+_MANY_CODES = 2048
 
 
 class Derived:
@@ -88,9 +91,9 @@ class Derived:
     def __init__(self, codes: Tensor):
         self.codes = codes
         self._cached: dict[object, object] = {}
-        #: Whether these codes were given on purpose (made or loaded). Then the decode grid is built at the first decode.
+        #: Whether these codes were given on purpose (made or loaded). Then their tables are built at the first decode.
         self.settled = False
-        self._uses = 0
+        self._uses = self._pixels = 0
         self._warned = False
 
     # The codes of this object never change, so copies of a module share it.
@@ -133,9 +136,13 @@ class Derived:
         """Whether `codes`, of any dtype and device, are these codes cast to that dtype."""
         return torch.equal(self.codes.to(codes.dtype), _on_cpu(codes))
 
-    def count_decode(self) -> bool:
-        """Count a decode. Return whether it should use the grid, which is then built if necessary."""
+    def count_decode(self, pixels: int) -> bool:
+        """Count a decode of some pixels. Return whether it should use tables, which are then built if necessary."""
         self._uses += 1
+        self._pixels += pixels
+        classes = self.codes.shape[0]
+        if classes > _MANY_CODES and self._pixels < classes:
+            return False
         return self.settled or self._uses > _USES_WITHOUT_GRID
 
 

@@ -43,6 +43,16 @@ FLOWSEG_INLINE T infinity() {
   return static_cast<T>(__builtin_huge_valf());
 }
 
+// a b + c, in fp32 rounded once on a GPU. The compiler may fuse the product of either side of a sum, so searches whose results must
+// agree bit for bit call this function. No tables are in fp64, where the compiler's choice needs fewer registers.
+template <class T>
+FLOWSEG_INLINE T multiply_add(T a, T b, T c) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(T) == sizeof(float)) return fmaf(a, b, c);
+#endif
+  return a * b + c;
+}
+
 // A compiler barrier: values in memory are read again and values that follow from `from` are computed again, instead of occupying
 // registers across the barrier.
 __device__ __forceinline__ void compiler_barrier([[maybe_unused]] unsigned& from) {

@@ -56,6 +56,13 @@ FLOWSEG_INLINE Pack<T, P> operator-(const Pack<T, P>& a) {
 }
 
 template <class T, int P>
+FLOWSEG_INLINE Pack<T, P> multiply_add(const Pack<T, P>& a, const Pack<T, P>& b, const Pack<T, P>& c) {
+  Pack<T, P> r;
+  FLOWSEG_EACH(P) r.at[p] = cuda::multiply_add(a.at[p], b.at[p], c.at[p]);
+  return r;
+}
+
+template <class T, int P>
 FLOWSEG_INLINE Pack<bool, P> operator<(const Pack<T, P>& a, const Pack<T, P>& b) {
   Pack<bool, P> r;
   FLOWSEG_EACH(P) r.at[p] = a.at[p] < b.at[p];

@@ -29,16 +29,6 @@ __device__ __forceinline__ void load_points(const InputImage& from, int channels
   }
 }
 
-// a b + c, in fp32 rounded once on a GPU. The compiler may fuse the product of either side of a sum, so searches whose results must
-// agree bit for bit call this function. No tables are in fp64, where the compiler's choice needs fewer registers.
-template <class T>
-__device__ __forceinline__ T multiply_add(T a, T b, T c) {
-#ifdef __CUDACC__
-  if constexpr (sizeof(T) == sizeof(float)) return fmaf(a, b, c);
-#endif
-  return a * b + c;
-}
-
 // The squared distance from pixel p to a centroid. Every search uses it, so equal distances are equal bit for bit.
 template <class T, int C, int P>
 __device__ __forceinline__ T squared_distance(const T (&x)[C][P], int p, const CodeRow<T, C>& row) {

@@ -216,10 +216,20 @@ __device__ __forceinline__ Guessed search_by_lanes(const GuessTables<C>& tables,
   return found;
 }
 
+template <int C>
+__device__ __forceinline__ bool has_nan(const float (&x)[C][1]) {
+  bool found = false;
+#pragma unroll
+  for (int c = 0; c < C; ++c) found |= x[c][0] != x[c][0];
+  return found;
+}
+
 // Decides a point that is not proved, from the nearest class so far. Compares the rivals of that class, then those of the nearest
 // rival, until a class and its rivals decide or no rival is nearer. Only then it compares all classes.
 template <bool kSecond, int C>
 __device__ __forceinline__ Guessed decide(const GuessTables<C>& tables, const float (&x)[C][1], Guessed found) {
+  // A point that was not guessed, because most guesses of its warp failed, may be NaN.
+  if (has_nan(x)) return {-1, static_cast<float>(NAN), static_cast<float>(NAN)};
   const int rivals = tables.guesses.rival_count, classes = tables.codes.classes;
 #pragma unroll 1
   while (true) {
@@ -321,10 +331,7 @@ __device__ __forceinline__ Undecided guess_run(const GuessTables<C>& tables, con
           }
         }
       } else {
-        bool is_nan = false;
-#pragma unroll
-        for (int c = 0; c < C; ++c) is_nan |= point[c][0] != point[c][0];
-        if (is_nan) {
+        if (has_nan(point)) {
           found.set(at, {-1, static_cast<float>(NAN), static_cast<float>(NAN)});
         } else {
           const bool is_near = own.label >= 0 && own.nearest < tables.certain(own.label)[tables.guesses.rival_count];

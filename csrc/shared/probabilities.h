@@ -1,5 +1,6 @@
-// Class probabilities of one pixel, or of one vector of pixels: the formulas that every compiled backend
-// shares for class_probabilities and top_classes. V and mu are as in shared/correction.h, whose functions of V this header uses.
+// Class probabilities of one pixel, or of one vector of pixels: the formulas that every compiled backend shares for
+// class_probabilities and top_classes. V and mu are as in shared/correction.h. This header uses the same functions of V, and
+// multiply_add.
 #pragma once
 
 #include "shared/correction.h"
@@ -18,13 +19,14 @@ inline bool takes_reciprocals(const Correction& options) {
   return options.transform == static_cast<int>(Transform::neg_log) && options.temperature == 1 && options.eps >= 1e-30;
 }
 
-// The squared distance, by the operations of nearest_centroid: the nearest class is then the same.
+// The squared distance, by the operations of nearest_centroid: the nearest class is then the same. The multiply-adds are explicit,
+// because a compiler may fuse the product of either side of a sum.
 template <int C, class V, class Row>
 FLOWSEG_INLINE V squared_distance(const V (&x)[C], const Row& row) {
   V d{};
   for (int c = 0; c < C; ++c) {
     const V diff = x[c] - row[c];
-    d = c ? d + diff * diff : diff * diff;
+    d = c ? multiply_add(diff, diff, d) : diff * diff;
   }
   return d;
 }

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from flowseg.config import Config, DataConfig
-from flowseg.data.datasets import resolve_labels
 from flowseg.errors import UserError
 from flowseg.label_kinds import label_kind
 from flowseg.runs.machine import cores_per_process, local_processes
@@ -47,7 +46,8 @@ def worker_count(config: Config) -> int:
 
 def _batch_bytes(config: Config) -> int:
     """Memory of a batch: an image of three bytes per pixel, a label, and the noise of a noise source."""
-    label = label_kind(len(resolve_labels(config.data).classes)).dtype.itemsize
+    # No preset has more than 255 classes.
+    label = label_kind(config.data.num_classes or len(config.data.classes or ())).dtype.itemsize
     pixel = 3 + label + (4 * config.codes.channels if config.flow.source == "noise" else 0)
     return config.train.batch_size * config.data.height * config.data.width * pixel
 

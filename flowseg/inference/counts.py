@@ -114,6 +114,7 @@ class ConfusedPairs:
         self._table: tuple[Tensor, Tensor] | None = None
         self._missing: Tensor | int = 0
         self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._entries_waiting = 0
 
     @property
     def missing(self) -> int:
@@ -154,17 +155,21 @@ class ConfusedPairs:
         return [(*divmod(code, self.classes), pixels) for code, pixels in rows if pixels]
 
     def _queue(self, codes: Tensor, counts: Tensor) -> None:
+        if len(codes) == 0:
+            return
         self._waiting.append((codes, counts))
+        self._entries_waiting += len(codes)
         # A merge sorts the whole table: wait for as many new entries.
-        if sum(len(codes) for codes, _ in self._waiting) >= self.capacity:
+        if self._entries_waiting >= self.capacity:
             self._merge()
 
     def _merge(self) -> None:
         """Add up the waiting entries and the table, and keep the most frequent pairs."""
-        parts = [*self._waiting, *([] if self._table is None else [self._table])]
         if not self._waiting:
             return
+        parts = [*self._waiting, *([] if self._table is None else [self._table])]
         self._waiting.clear()
+        self._entries_waiting = 0
         codes, order = torch.cat([codes for codes, _ in parts]).sort()
         counts = torch.cat([counts for _, counts in parts])[order]
         # Equal codes are neighbours now. Sum each group into the place of its number.

@@ -36,10 +36,7 @@ def windows(height: int, width: int, window: tuple[int, int], stride: tuple[int,
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
-    """The positions that a result reads along one axis: ``result[i] = sum_t weight[i, t] source[index[i, t]]``.
-
-    A tap without weight reads the position of another tap of its row.
-    """
+    """The positions that a result reads along one axis: ``result[i] = sum_t weight[i, t] source[index[i, t]]``."""
 
     index: Tensor
     weight: Tensor
@@ -78,6 +75,8 @@ def after(first: Taps, then: Taps) -> Taps:
 
 def part_of(taps: Taps, source: slice, share: Tensor) -> tuple[slice, Taps]:
     """The positions that read a part of the source, and their taps relative to that part.
+
+    A tap without weight reads the position of another tap of its row, so that its value changes nothing.
 
     Args:
         taps: of the whole axis.

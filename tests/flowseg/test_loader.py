@@ -276,6 +276,8 @@ def test_the_automatic_number_of_workers_follows_the_cores_of_each_process(prete
         pretend_gpu.setattr(machine, "usable_cores", lambda cores=cores: cores)
         pretend_gpu.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert worker_count(config) == wanted, (cores, processes)
+    # A caller with their own pairs gives no classes.
+    assert worker_count(tiny_config(data={"name": "folder"})) == 8
     for given in (0, 3, 20):
         assert worker_count(tiny_config(data={"workers": given})) == given
 

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from flowseg.checkpoint import list_checkpoints, read_run_config, trained_steps
-from flowseg.codes import build_codebook
+from flowseg.codes import build_codebook, decode_one_hot
 from flowseg.config import load_config, override, save_config
 from flowseg.data import open_data
 from flowseg.data.loader import example_batches
@@ -212,6 +212,9 @@ def test_a_head_may_have_a_linear_layer_after_the_field(folder_data, tmp_path):
     assert evaluate(segmenter, open_data(config.data, ("val",)).val).images == 2
     narrow = override(config.model_dump(mode="json"), ["model.head_features=3"])
     assert count_flops(narrow).forward < count_flops(config).forward
+    for pair in ("model.head_features=3", "data.num_classes=5"):
+        with pytest.raises(UserError, match=rf"{pair.split('=')[0]}: .* was trained with .*; train another run"):
+            read_run_config(run, [pair])
     with pytest.raises(UserError, match=r"at least as many classes.*got 6 with cross_entropy and 5"):
         override(config.model_dump(mode="json"), ["model.head_features=6"])
     with pytest.raises(UserError, match=r"model.head_features is for a softmax head"):
@@ -250,6 +253,21 @@ class _Fixed(torch.nn.Module):
         return self.output
 
 
+def test_one_hot_codes_of_many_classes_decode_to_the_largest_channel_with_the_margin_of_the_codes():
+    config = load_config(None, [*HEAD, "codes.channels=20"])
+    codebook = build_codebook(config.codes, 20)
+    field = 2 * torch.randn(20, 30, 40, generator=torch.Generator().manual_seed(0))
+    field[:, 0] = codebook.centroids.T.repeat(1, 2)
+    field[5, 2, 4:8] = torch.nan
+    labels, margin = nearest_centroid(field[None].double(), codebook, out_dtype=torch.uint8, return_margin=True)
+    found = Segmenter(torch.nn.Identity(), codebook, config)._decode(field, with_margin=True)
+    assert torch.equal(found[0], labels[0]) and (found[0][2, 4:8] == 255).all()
+    # The search adds up the distances of equal channels in different orders. The largest channel has no such rounding.
+    field[[3, 7], 1] = 9.0
+    assert (decode_one_hot(field)[0][1] == 3).all()
+    torch.testing.assert_close(found[1].double(), margin[0], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 def test_softmax_head_is_cross_entropy_and_decodes_to_the_largest_channel(folder_data):
     config = tiny_config(data=folder_section(folder_data))
     for pair in HEAD:
@@ -275,7 +293,7 @@ def test_softmax_head_is_cross_entropy_and_decodes_to_the_largest_channel(folder
     field = logits.detach()[0].clone()
     field[:, 0, 0], field[1, 1, 1], field[:, 2, 2] = 0.5, torch.nan, torch.tensor([-1.0, 2.0, 2.0])
     labels = Segmenter(model, codebook, config)._decode(field, with_margin=False)[0]
-    assert torch.equal(labels, nearest_centroid(field[None], codebook, out_dtype=torch.uint8)[0])
+    assert torch.equal(labels, decode_one_hot(field)[0].to(torch.uint8))
     assert labels[0, 0] == 0 and labels[1, 1] == 255 and labels[2, 2] == 1
     with pytest.raises(UserError, match=r"codes.channels must be the number of classes, 4"):
         build_codebook(config.codes, 4)

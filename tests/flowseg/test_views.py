@@ -147,6 +147,18 @@ def test_probabilities_are_computed_only_where_views_differ(monkeypatch):
     assert torch.equal(found.long()[same], segmenter.codebook.decode(field[None])[0][same])
 
 
+def test_a_pixel_that_reads_one_pixel_needs_no_probabilities(monkeypatch):
+    segmenter = segmenter_of(300, upsample="probabilities")
+    pixels, original = [], views.class_probabilities
+    monkeypatch.setattr(
+        views, "class_probabilities", lambda x, *a, **o: pixels.append(x.shape[-1]) or original(x, *a, **o)
+    )
+    # Of six columns from two, the outer four read one of them.
+    field = segmenter.codebook.encode(torch.tensor([[[7, 9]]]))[0]
+    labels = segmenter._resized_labels(field, (1, 6))
+    assert labels.tolist() == [[7, 7, 7, 9, 9, 9]] and pixels == [2, 2]
+
+
 def test_many_classes_need_no_map_of_all_classes():
     """The maps of all classes of this image would have 1.5 million numbers; no array has more than a million."""
     segmenter = segmenter_of(4000, channels=8, flip=True)

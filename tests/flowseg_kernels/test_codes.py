@@ -1,6 +1,7 @@
 """Sequences of codes, and Codebook without tools around it."""
 
 import copy
+import dataclasses
 import io
 import math
 import pickle
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 import flowseg_kernels as fk
-from flowseg_kernels.derived import smallest_distance
+from flowseg_kernels.decode_grid import build_decode_grid
+from flowseg_kernels.decode_guesses import build_decode_guesses
+from flowseg_kernels.derived import derived_from, smallest_distance
 
 from ..support.samples import decode_tables
 
@@ -153,6 +156,39 @@ def test_cells_of_guesses_list_their_codes(classes, channels):
     own = (position * cells ** torch.arange(axes)).sum(1)
     found = [k in members[starts[n] : starts[n + 1]].tolist() for k, n in enumerate(own.tolist())]
     assert sum(found) > 0.99 * classes
+
+
+@pytest.mark.parametrize("classes, channels", [(1, 3), (60, 3), (60, 8), (300, 4)])
+def test_tables_do_not_depend_on_the_default_dtype(classes, channels):
+    mu = fk.kronecker_centroids(classes, channels)
+    for order in (1, 2):
+
+        def build(order=order):
+            found = build_decode_grid(mu, order) if channels == 3 else build_decode_guesses(mu)
+            return [v for v in dataclasses.astuple(found) if isinstance(v, torch.Tensor)]
+
+        want = build()
+        torch.set_default_dtype(torch.float64)
+        try:
+            got = build()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_a_few_pixels_among_many_codes_build_no_tables():
+    mu = fk.kronecker_centroids(2500, 8)
+    book = fk.Codebook(mu, ignore_index=-1)
+    derived = derived_from(book.centroids)
+    labels = torch.randint(0, 2500, (1, 50, 30))
+    small = book.encode(labels[:, :8, :8])
+    with fk.use_backend("cpu" if "cpu" in fk.available_backends("nearest_centroid") else "reference"):
+        assert torch.equal(book.decode(small), labels[:, :8, :8])
+        assert not derived._cached
+        for _ in range(2):
+            assert torch.equal(book.decode(book.encode(labels)), labels)
+    if "cpu" in fk.available_backends("nearest_centroid"):
+        assert "decode guesses" in derived._cached
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5, 8, 16, 20])

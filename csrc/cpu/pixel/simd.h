@@ -127,7 +127,17 @@ FLOWSEG_INLINE F multiply_add(F a, F b, F c) {
   return a * b + c;
 #endif
 }
-FLOWSEG_INLINE D multiply_add(D a, D b, D c) { return a * b + c; }
+FLOWSEG_INLINE D multiply_add(D a, D b, D c) {
+#if defined(__AVX512F__)
+  return (D)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__)
+  return (D)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__ARM_NEON)
+  return (D)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
 
 // A true division: the divider runs in parallel with the multipliers. An estimate with a Newton step would take two operations of
 // the multipliers, which are the bottleneck.

@@ -13,7 +13,8 @@ import triton.language as tl
 from ...runtime.triton import INTERPRETED, aligned, assembly_for, compile_options, on_device_of, over_blocks, two_floats
 from ..distance_correction.reference import TRANSFORMS
 from ..distance_correction.triton_kernels import exponential_of, reciprocal_of, transformed
-from ..triton_pixels import block_of_program, combined, difference_from, load_pixels, squared_norm
+from ..nearest_centroid.triton_search import squared_distance as distance_of_search
+from ..triton_pixels import block_of_program, combined, load_pixels, load_row, squared_norm
 from .reference import FORMS
 
 __all__ = ["class_probabilities", "squared_distance", "sum_exponentials", "sum_weights", "takes_reciprocals"]
@@ -24,7 +25,8 @@ _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def squared_distance(x, centroid, C: tl.constexpr):
-    return squared_norm(difference_from(x, centroid, C), C)
+    """Return |x - mu|^2 for the centroid mu that the pointer `centroid` points to, with the bits of nearest_centroid."""
+    return distance_of_search(x, load_row(centroid, C, "plain"), C)
 
 
 @triton.jit

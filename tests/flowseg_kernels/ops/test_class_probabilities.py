@@ -113,6 +113,23 @@ def test_ties_go_to_the_lowest_index(backend, transform, tau):
         assert torch.equal(labels, want[:, :k])
 
 
+@pytest.mark.many_forms(3)
+@pytest.mark.parametrize("transform, tau", [("neg_log", 1.0), ("neg_sq", 0.7)])
+@pytest.mark.parametrize("channels", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_decides_near_ties_as_in_nearest_centroid(backend, transform, tau, channels, dtype):
+    if backend == "cuda" and dtype == torch.float64:
+        pytest.skip("a GPU's compiler chooses the multiply-adds of fp64")
+    # Halfway between a code and its nearest other one both are as near, up to rounding.
+    mu = fk.kronecker_centroids(60, channels, dtype=dtype)
+    d = torch.cdist(mu, mu).fill_diagonal_(torch.inf)
+    x = ((mu + mu[d.argmin(1)]) / 2).T.reshape(1, channels, 6, 10)
+    x = torch.cat([x + j * torch.finfo(dtype).eps for j in range(-4, 5)])
+    labels, _ = fk.top_classes(x, mu, 2, eps=0.1, transform=transform, temperature=tau)
+    assert torch.equal(labels[:, 0], fk.nearest_centroid(x, mu))
+    assert torch.equal(labels[:, 0], fk.nearest_centroid(x, mu, return_margin=True)[0])
+
+
 @pytest.mark.parametrize("classes", [257, 3000])
 def test_sums_stay_accurate_for_many_classes(backend, classes, request):
     classes = number_of_classes(backend, request, classes, 70)

@@ -68,6 +68,23 @@ def test_half_precision_and_strides(backend):
         assert torch.equal(fk.nearest_centroid(view, book), want), name
 
 
+@pytest.mark.parametrize("classes", [30, 600])
+def test_far_points_and_nan_in_small_images(backend, classes):
+    """A GPU's warp stops guessing where most of its pixels are far. Some of them may be NaN."""
+    book = fk.Codebook(fk.kronecker_centroids(classes, 8), ignore_index=-1)
+    for pixels in (2, 3, 8, 13):
+        x = 3 * torch.randn(1, 8, 1, pixels)
+        x[0, 3, 0, 1::2] = torch.nan
+        x[0, :, 0, 5::5] = book.centroids[0, :, None]
+        found = fk.nearest_centroid(x, book, return_distance=True, return_margin=True)
+        want = fk.nearest_centroid(x, book.centroids, return_distance=True, return_margin=True, ignore_index=-1)
+        for got, searched in zip(found, want):
+            assert same(got, searched)
+        assert (found[0][0, 0, x[0, :, 0].isnan().any(0)] == -1).all()
+        target = torch.zeros(1, 1, pixels, dtype=torch.int64)
+        assert fk.decode_confusion(x, target, book, by_class=True)[1, 0] == (~x.isnan().any(1)).sum()
+
+
 def test_triton_reads_the_tables(backend):
     if backend != "triton":
         pytest.skip("calls a Triton kernel")
