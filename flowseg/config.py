@@ -565,6 +565,8 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
     if not key or first["type"] == "value_error":
         return message if not key or "." in message.split(" ")[0] else f"{key}: {message}"
     hint = f"; write a list, such as {key}=[{first['input']}]" if first["type"] == "list_type" else ""
+    if first["type"] == "int_parsing" and location[-2:-1] in (["values"], ["ignore"]):
+        hint = "; write whole numbers, or ranges such as 1-1203"
     return f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}{hint}"
 
 

@@ -354,7 +354,7 @@ def nearest_centroid(
     Args:
         x: (B, C, H, W).
         codebook: a Codebook, or (K, C) centroids. A Codebook's decode grid (C = 3) or guesses (C from 4 to 16) make the cost nearly
-            independent of K.
+            independent of K where points are near codes.
         out_dtype: uint8, int16, int32 or int64 (default).
         return_distance: also return the Euclidean distance to the nearest centroid.
         return_margin: also return the margin, a confidence: second smallest minus smallest distance (inf for K = 1).
@@ -508,8 +508,9 @@ def decode_confusion(
 
     Returns:
         (K, K) int64, 8 K^2 bytes, or with by_class (3, K) int64: hits (the diagonal), truths (the sums of the rows) and predictions
-        (the sums of the columns). Add up the counts of several batches. The sum over all entries, or over truths, is the number of
-        valid pixels without NaN, as a pixel with NaN decodes to no class.
+        (the sums of the columns). Add up the counts of several batches. A class without truths and predictions has the IoU 0 / 0:
+        leave it out of the mean. The sum over all entries, or over truths, is the number of valid pixels without NaN, as a pixel
+        with NaN decodes to no class.
 
     Raises:
         TypeError, ValueError: as flow_interpolate.

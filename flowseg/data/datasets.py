@@ -82,7 +82,12 @@ def resolve_labels(config: DataConfig) -> Labels:
     class_of = dict(zip(values or range(len(classes)), classes))
     taken = [value for value in ignore if value in class_of]
     if taken:
-        raise UserError(f"data.ignore: value {taken[0]} is the class {class_of[taken[0]]!r}")
+        hint = (
+            f"; give each class its value with data.values, such as [1-{len(classes)}]"
+            if taken == [0] and not values
+            else ""
+        )
+        raise UserError(f"data.ignore: value {taken[0]} is the class {class_of[taken[0]]!r}{hint}")
     palette = config.palette
     if palette is None:
         palette = preset.palette if preset and len(preset.palette) == len(classes) else spread_palette(len(classes))

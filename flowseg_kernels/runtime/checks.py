@@ -49,7 +49,9 @@ def check_tensor(name: str, value, dtypes, shape: str, ndim: int) -> None:
     if value.layout != torch.strided:
         raise TypeError(f"{name}: wanted a dense tensor {shape}; got layout {_names([value.layout])}; call .to_dense()")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: wanted dtype {_names(dtypes)}; got {_names([value.dtype])}")
+        # NumPy reads label maps of 16 bits as uint16.
+        hint = "; call .int()" if value.dtype is torch.uint16 and torch.int32 in dtypes else ""
+        raise TypeError(f"{name}: wanted dtype {_names(dtypes)}; got {_names([value.dtype])}{hint}")
     if value.ndim != ndim:
         raise ValueError(f"{name}: wanted shape {shape}; got {tuple(value.shape)}")
 

@@ -44,6 +44,8 @@ def test_saved_settings_read_back(tmp_path):
         ("sample.method=rk4", ["sample.method", "euler", "rk4"]),
         ("codes.channels=2", ["codes.channels", "flow.source=noise"]),
         ("data.scale_min=3", ["scale_min", "scale_max"]),
+        ("data.values=[1..300]", ["data.values", "'1..300'", "ranges such as 1-1203"]),
+        ("data.ignore=[9-3]", ["data.ignore", "'9-3'", "ranges such as 1-1203"]),
         ("data.classes=background", ["list of names", "write a list, such as data.classes=[background]", "file"]),
         ("nonsense", ["KEY=VALUE"]),
     ],

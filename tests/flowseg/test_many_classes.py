@@ -118,6 +118,10 @@ def test_values_reach_65535_and_any_value_can_be_ignored(tmp_path):
         ),
         ({"ignore": None}, ["label values 0 are neither a class (1..1203)", "data.ignore"]),
         ({"ignore": [5]}, ["data.ignore: value 5 is the class 'thing 4'"]),
+        (
+            {"values": None, "ignore": [0]},
+            ["data.ignore: value 0 is the class 'thing", "data.values, such as [1-1203]"],
+        ),
         ({"values": ["1-1202"]}, ["data.values must list one label value for each of 1203 classes, got 1202"]),
         ({"values": ["1-1202", 7]}, ["data.values: 7 is listed twice"]),
         ({"classes": [f"c{k}" for k in range(65536)], "values": None}, ["2 to 65535 names, got 65536"]),

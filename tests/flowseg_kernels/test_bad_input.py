@@ -29,6 +29,7 @@ CASES = [
         r"source: wanted the shape of prediction, .*; got \(2, 3, 9, 12\)",
     ),
     ({"labels": torch.zeros(2, 9, 13)}, TypeError, "labels: wanted dtype uint8, int16, int32, int64; got float32"),
+    ({"labels": torch.zeros(2, 9, 13, dtype=torch.uint16)}, TypeError, r"labels: .*; got uint16; call .int\(\)"),
     (
         {"labels": torch.zeros(2, 9, 14, dtype=torch.long)},
         ValueError,

@@ -15,10 +15,29 @@ _KERNEL = (
 )
 
 
+#: Bytes of counts above which `run` tries to allocate them first. Kernels report a failure without the reason.
+_LARGE = 2**30
+
+
+def _fits(classes, device):
+    """Whether (K, K) counts can be allocated."""
+    try:
+        torch.empty(classes, classes, dtype=torch.int64, device=device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def _with_tables(kernel, uses_tables=True):
     """Wrap a kernel: look up the tables of the codes, if it uses them, and the ignored label."""
 
     def run(x, target, centroids, grid, ignored, ignore_index, by_class=False):
+        classes = centroids.shape[0]
+        if not by_class and 8 * classes**2 > _LARGE and not _fits(classes, x.device):
+            raise RuntimeError(
+                f"decode_confusion: the counts of {classes} x {classes} classes take {8 * classes**2 / 1e9:.1f} GB, which are not "
+                f"free; with by_class=True they take {24 * classes / 1e6:.1f} MB and are enough for IoU and accuracy"
+            )
         tables = tables_of(x, centroids, grid and uses_tables)
         return kernel(x, target, centroids, *tables, by_class, label_of(ignored, ignore_index))
 

@@ -79,6 +79,15 @@ def test_many_classes(backend):
     assert counts.sum() == target.numel() and counts.diagonal().sum() == target.numel()
 
 
+def test_counts_that_do_not_fit_into_memory_name_by_class(monkeypatch):
+    monkeypatch.setattr("flowseg_kernels.ops.decode_confusion.op._fits", lambda classes, device: False)
+    x, target = torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)
+    codes = torch.arange(12_000.0)[:, None]
+    with pytest.raises(RuntimeError, match=r"12000 x 12000 classes take 1\.2 GB.*by_class=True they take 0\.3 MB"):
+        fk.decode_confusion(x, target, codes, ignore_index=-1)
+    assert fk.decode_confusion(x, target, codes, ignore_index=-1, by_class=True)[0, 0] == 4
+
+
 def test_equals_torchmetrics(backend):
     torchmetrics = pytest.importorskip("torchmetrics")
     book = fk.Codebook(fk.kronecker_centroids(7, 3))
