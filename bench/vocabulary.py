@@ -17,11 +17,12 @@ LABELS = {
 EXPLANATION = (
     "Time and peak memory of one training step (a linear layer, its loss, all gradients) and of decoding (a linear layer, the "
     "class of each pixel) from 64 features per pixel, for one image of 512 x 512 pixels. K scores: a linear layer to one score "
-    "per class, `cross_entropy`, `argmax`. In chunks: the scores of some pixels at a time, with their gradients in the same "
-    "pass, as in Liger's fused kernel. Ours: a linear layer to 16 or 8 code channels, `flow_loss`, `nearest_centroid`. "
-    "Predictions lie around the codes of their classes with a standard deviation of 0.05. Far from all codes, as early in "
-    "training, decoding compares all codes. Peak memory: in addition to the features and their gradient, which both need. "
-    "*Needs*: the memory for all scores, where this machine has less."
+    "per class, `cross_entropy`, `argmax`. In chunks: the same head, which holds the scores of a part of the pixels at a time, as "
+    "Liger's fused kernel does. "
+    "Ours: a linear layer to 16 or 8 code channels, `flow_loss`, `nearest_centroid`. Predictions lie around the codes of their "
+    "classes with a standard deviation of 0.05. Far from all codes, as early in training, decoding compares all codes. Peak "
+    "memory: in addition to the features and their gradient, which both need. *Needs*: the memory for all scores, where this "
+    "machine has less."
 )
 
 
