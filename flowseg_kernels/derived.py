@@ -74,8 +74,8 @@ def _rows_with_close_neighbours(mu: Tensor) -> Tensor:
 #: Number of decodes without a grid after codes were written into a buffer. An average may change such codes at each step, and
 #: building a grid takes as long as many decodes.
 _USES_WITHOUT_GRID = 2
-#: With more codes than this, building the tables takes up to ten seconds. So it waits until as many pixels were decoded as there are
-#: codes: a search of so few pixels takes less.
+#: With more codes than this, building the tables takes up to ten seconds. So it waits until as many pixels were decoded as there
+#: are codes: a search of so few pixels takes less.
 _MANY_CODES = 2048
 
 

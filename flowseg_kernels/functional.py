@@ -365,10 +365,10 @@ def nearest_centroid(
         requested. Distance and margin are in fp32 (fp64 for fp64 inputs). A pixel with NaN gets the label ignore_index, and NaN as
         distance and margin.
 
-    Not differentiable. Cost: reads x once, writes the labels once. A Codebook's first call also builds its grid or guesses: 0.1 s for
-    1,000 classes, a second for 20,000 and ten for 65,536 with eight channels. On a CPU a Codebook of more than 2,048 classes compares
-    all centroids until as many pixels were decoded as there are classes. For C = 3 the first call with return_margin builds a second
-    decode grid (a second at K = 150, ten at K = 65,536).
+    Not differentiable. Cost: reads x once, writes the labels once. A Codebook's first call also builds its grid or guesses: 0.1 s
+    for 1,000 classes, a second for 20,000 and ten for 65,536 with eight channels. On a CPU a Codebook of more than 2,048 classes
+    compares all centroids until as many pixels were decoded as there are classes. For C = 3 the first call with return_margin
+    builds a second decode grid (a second at K = 150, ten at K = 65,536).
 
     Raises:
         TypeError, ValueError: as flow_interpolate; ValueError when out_dtype cannot hold the labels.
