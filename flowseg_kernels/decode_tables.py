@@ -45,6 +45,6 @@ def tables_of(x: Tensor, centroids: Tensor, wanted: bool, margin: bool = False) 
     if channels != 3 and channels not in CHANNELS:
         return _NONE
     derived = derived_from(centroids)
-    # A GPU's call may be recorded in a CUDA graph, where nothing can be built. So its warm-up builds the tables at any size.
+    # A GPU's call may be recorded in a CUDA graph, where nothing can be built. So a warm-up of any size builds the tables.
     pixels = x.numel() // channels if x.device.type == "cpu" else centroids.shape[0]
     return decode_tables(derived, x.device, margin) if derived.count_decode(pixels) else _NONE
