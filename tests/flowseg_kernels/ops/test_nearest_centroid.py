@@ -101,7 +101,8 @@ def assert_equals_search(x, mu):
 @pytest.mark.many_forms(2)
 @pytest.mark.parametrize("channels", [4, 5, 8, 16])
 @pytest.mark.parametrize("classes", [24, 33, 34, 300, 1100])
-def test_guesses_equal_a_search_near_codes(backend, channels, classes):
+def test_guesses_equal_a_search_near_codes(backend, brief, channels, classes):
+    classes = min(classes, 80) if brief else classes
     mu = fk.kronecker_centroids(classes, channels)
     height, width = (48, 75) if backend == "cpu" else (12, 40)
     for side, spread in ((1, 0.02), (1, 0.1), (1, 0.4), (16, 0.05), (16, 0.2)):
@@ -117,15 +118,16 @@ def test_guesses_equal_a_search_near_codes(backend, channels, classes):
 
 
 @pytest.mark.parametrize("channels", [4, 8, 16])
-def test_guesses_on_ties_cell_borders_and_duplicates(backend, channels):
+def test_guesses_on_ties_cell_borders_and_duplicates(backend, brief, channels):
+    classes = 60 if brief else 300
     # Distances between points of a lattice are exact, so ties are real ties.
-    lattice = torch.randint(-2, 3, (300, channels)).float()
+    lattice = torch.randint(-2, 3, (classes, channels)).float()
     assert_equals_search(torch.randint(-6, 7, (1, channels, 20, 30)) / 2, lattice)
-    doubled = fk.kronecker_centroids(150, channels).repeat(2, 1)
-    assert_equals_search(doubled[torch.randint(0, 300, (600,))].T.reshape(1, channels, 20, 30), doubled)
+    doubled = fk.kronecker_centroids(classes // 2, channels).repeat(2, 1)
+    assert_equals_search(doubled[torch.randint(0, classes, (600,))].T.reshape(1, channels, 20, 30), doubled)
     assert_equals_search(torch.randn(1, channels, 8, 9), torch.full((40, channels), 0.25))
-    for mu in (fk.grid_centroids(300, channels), fk.kronecker_centroids(300, channels)):
-        a, b = mu[torch.randint(0, 300, (2, 600))]
+    for mu in (fk.grid_centroids(classes, channels), fk.kronecker_centroids(classes, channels)):
+        a, b = mu[torch.randint(0, classes, (2, 600))]
         assert_equals_search(((a + b) / 2).T.reshape(1, channels, 20, 30), mu)
         projection = decode_tables(mu)[0][0].double()
         points = torch.randn(600, channels, dtype=torch.float64)

@@ -12,13 +12,6 @@ from ...support.samples import layouts
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture
-def brief(backend, request):
-    """Whether to test fewer and smaller fields: in the slow interpreter or host build, unless --every-variant is given."""
-    slow = INTERPRETED if backend == "triton" else backend == "cuda" and torch.get_default_device().type == "cpu"
-    return slow and not request.config.getoption("--every-variant")
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("channels, hidden, depth, ratio, p", [(3, 16, 2, 2, 4), (1, 8, 1, 1, 2), (8, 16, 3, 4, 4)])
 def test_equals_pixnerd_in_values_and_every_gradient(channels, hidden, depth, ratio, p, variant):
