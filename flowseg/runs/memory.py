@@ -62,7 +62,7 @@ def peak_process_memory() -> int | None:
     """
     # getrusage would start from the peak of the process that started this one.
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
         return None
     peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")), None)
