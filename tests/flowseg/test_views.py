@@ -153,7 +153,7 @@ def test_a_pixel_that_reads_one_pixel_needs_no_probabilities(monkeypatch):
     monkeypatch.setattr(
         views, "class_probabilities", lambda x, *a, **o: pixels.append(x.shape[-1]) or original(x, *a, **o)
     )
-    # Of six columns from two, the outer four read one of them.
+    # Six columns are made from two. The outer four read one of the two.
     field = segmenter.codebook.encode(torch.tensor([[[7, 9]]]))[0]
     labels = segmenter._resized_labels(field, (1, 6))
     assert labels.tolist() == [[7, 7, 7, 9, 9, 9]] and pixels == [2, 2]

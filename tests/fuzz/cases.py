@@ -120,18 +120,8 @@ def sizes(draw, most: int):
     )
 
 
-@st.composite
-def pixels(draw, op: str, *, slow: bool = False):
-    pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
-    height, width = draw(sizes(300 if slow else 9000))
-    # Interpreted kernels take a millisecond per class.
-    classes = pick(1, 2, 3, 5, 7, 9, 8, 17) if slow else pick(2, 3, 5, 1, 7, 8, 19, 31, 32, 33, 65, 150, 256, 257)
-    if slow and draw(st.integers(0, 29)) == 0:
-        classes = pick(33, 40, 65)
-    label_dtype = pick(*reversed(INTEGERS))
-    if classes > 256 and label_dtype == "uint8":
-        label_dtype = "int16"
-    dtype = pick(*FLOATS)
+def formula_options(pick, op: str) -> dict:
+    """Options of the formula that an op computes; {} for an op without any."""
     options: dict = {}
     if op in ("distance_correction", "flow_loss"):
         options = {
@@ -166,6 +156,22 @@ def pixels(draw, op: str, *, slow: bool = False):
         options["form"] = pick("probabilities", "log_probabilities", "logits")
     if op == "top_classes":
         options["k"] = pick(1, 2, 3, 4, 5, 8, 9, 16)
+    return options
+
+
+@st.composite
+def pixels(draw, op: str, *, slow: bool = False):
+    pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    height, width = draw(sizes(300 if slow else 9000))
+    # Interpreted kernels take a millisecond per class.
+    classes = pick(1, 2, 3, 5, 7, 9, 8, 17) if slow else pick(2, 3, 5, 1, 7, 8, 19, 31, 32, 33, 65, 150, 256, 257)
+    if slow and draw(st.integers(0, 29)) == 0:
+        classes = pick(33, 40, 65)
+    label_dtype = pick(*reversed(INTEGERS))
+    if classes > 256 and label_dtype == "uint8":
+        label_dtype = "int16"
+    dtype = pick(*FLOATS)
+    options = formula_options(pick, op)
     if op == "nearest_centroid":
         options = {
             "out_dtype": label_dtype,
